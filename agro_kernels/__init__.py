@@ -1,0 +1,40 @@
+"""Fused loss ops for reinforcement-learning fine-tuning of language models with AGRO."""
+
+from agro_kernels.agro_loss import (
+    AgroCoefficients,
+    AgroStats,
+    agro_coefficients,
+    agro_loss,
+    linear_agro_loss,
+)
+from agro_kernels.linear_logprobs import (
+    IGNORE_INDEX,
+    LogprobStats,
+    LogprobsWithEntropy,
+    linear_logprobs,
+    linear_logprobs_with_entropy,
+    linear_logprobs_with_stats,
+)
+from agro_kernels.packing import pack_sequences
+from agro_kernels.policy_gradient import POLICY_GRADIENT_FORMS, policy_gradient_coefficients
+from agro_kernels.selective_logprobs import selective_logprobs
+from agro_kernels.weighted_logprobs import weighted_logprob_sum
+
+__all__ = [
+    "IGNORE_INDEX",
+    "POLICY_GRADIENT_FORMS",
+    "AgroCoefficients",
+    "AgroStats",
+    "LogprobStats",
+    "LogprobsWithEntropy",
+    "agro_coefficients",
+    "agro_loss",
+    "linear_agro_loss",
+    "linear_logprobs",
+    "linear_logprobs_with_entropy",
+    "linear_logprobs_with_stats",
+    "pack_sequences",
+    "policy_gradient_coefficients",
+    "selective_logprobs",
+    "weighted_logprob_sum",
+]

@@ -1,0 +1,193 @@
+"""The AGRO ops in plain torch, float64 throughout: serves every device without a faster kernel.
+
+Groups are renumbered by a sort and summed by index, so nothing waits for the
+device and no (B, B) table is formed.
+"""
+
+import torch
+from torch import Tensor
+
+
+def agro_coefficients(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    groups: Tensor,
+    beta: float,
+    lr_weight: float,
+    lr_cap: bool,
+    on_policy: Tensor | None,
+    lr_baseline: float | None,
+    importance_weights: Tensor | None,
+    num_groups: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients (B,), moments (5,) float64, counts (3,) int64, in the order of `AgroStats`."""
+    coefficients, _, moments, counts = _from_log_ratios(
+        rewards,
+        logprobs.double() - ref_logprobs.double(),
+        groups,
+        beta,
+        lr_weight,
+        lr_cap,
+        on_policy,
+        lr_baseline,
+        importance_weights,
+        num_groups,
+        scale,
+    )
+    all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
+    return coefficients.to(torch.float64 if all_double else torch.float32), moments, counts
+
+
+def agro_loss_fwd(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    groups: Tensor,
+    cu_seqlens: Tensor,
+    beta: float,
+    lr_weight: float,
+    lr_cap: bool,
+    on_policy: Tensor | None,
+    lr_baseline: float | None,
+    importance_weights: Tensor | None,
+    num_groups: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss, 0-d, and the coefficients (B,) float64 that the backward needs."""
+    check_cu_seqlens(cu_seqlens, logprobs.shape[0])
+    owner = sequence_of_token(cu_seqlens, logprobs.shape[0])
+    # The log-ratio of every token comes first: two sums of thousands of nats would cancel.
+    token_log_ratios = logprobs.double() - ref_logprobs.double()
+    log_ratios = token_log_ratios.new_zeros(rewards.shape[0]).index_add_(0, owner, token_log_ratios)
+    coefficients, loss, _, _ = _from_log_ratios(
+        rewards,
+        log_ratios,
+        groups,
+        beta,
+        lr_weight,
+        lr_cap,
+        on_policy,
+        lr_baseline,
+        importance_weights,
+        num_groups,
+        scale,
+    )
+    return loss.to(_loss_dtype(logprobs)), coefficients
+
+
+def agro_loss_bwd(
+    dloss: Tensor, coefficients: Tensor, cu_seqlens: Tensor, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """dlogprobs (N,): every token of a sequence gets its sequence's coefficient."""
+    owner = sequence_of_token(cu_seqlens, num_tokens)
+    return (coefficients * dloss.double()).to(dtype)[owner]
+
+
+def group_index(groups: Tensor) -> Tensor:
+    """Group ids renumbered to 0, 1, ... in ascending order of id, (B,) int64."""
+    ordered, order = torch.sort(groups)
+    starts = torch.ones_like(ordered, dtype=torch.int64)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(starts).scatter_(0, order, starts.cumsum(0) - 1)
+
+
+def _from_log_ratios(
+    rewards: Tensor,
+    log_ratios: Tensor,
+    groups: Tensor,
+    beta: float,
+    lr_weight: float,
+    lr_cap: bool,
+    on_policy: Tensor | None,
+    lr_baseline: float | None,
+    importance_weights: Tensor | None,
+    num_groups: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coefficients (B,), loss, moments and counts from log_ratios (B,) float64; all float64."""
+    rewards = rewards.double()
+    weights = (
+        torch.ones_like(rewards) if importance_weights is None else importance_weights.double()
+    )
+    kept = rewards.isfinite() & log_ratios.isfinite() & weights.isfinite() & (weights >= 0)
+    # Selected, not multiplied: a mask times NaN is NaN.
+    rewards, log_ratios = rewards.where(kept, 0.0), log_ratios.where(kept, 0.0)
+    weights = weights.where(kept, 0.0)
+    regularized = rewards - beta * log_ratios
+
+    group = group_index(groups)
+
+    def per_group(values: Tensor) -> Tensor:
+        return torch.zeros_like(rewards).index_add_(0, group, values)
+
+    size = per_group(kept.double())
+    valid = size >= 2
+    weight = per_group(weights)
+    mean = per_group(weights * regularized) / weight.where(weight > 0, 1.0)
+    deviation = (regularized - mean[group]).where(kept & valid[group], 0.0)
+    squares = per_group(weights * deviation**2)
+    n = size.clamp(min=2)  # groups below two are selected away at the end
+    variance = (weight * squares / (n * (n - 1))).where(valid, 0.0)
+
+    coefficients = -beta * weights * deviation * (weight / (n * (n - 1)))[group]
+    if lr_weight > 0:
+        n_row = n[group]
+        of_others = (squares[group] - n_row / (n_row - 1) * deviation**2) / (n_row - 2).clamp(min=1)
+        shrink = (
+            torch.where(n_row >= 8, 1.0, 0.5)
+            if lr_baseline is None
+            else torch.full_like(n_row, lr_baseline)
+        )
+        baseline = (shrink / (2 * (n_row - 1)) * of_others).where(n_row >= 3, 0.0)
+        lr_term = lr_weight * (n_row / (2 * (n_row - 1) ** 2) * deviation**2 - baseline)
+        if lr_cap:
+            largest = torch.zeros_like(mean).scatter_reduce_(0, group, deviation, "amax")
+            lr_term = lr_term * (beta / largest.clamp(min=beta))[group]
+        if on_policy is not None:
+            lr_term = lr_term.where(on_policy, 0.0)
+        coefficients = coefficients + lr_term
+
+    counted = torch.stack(
+        [valid.sum(), (per_group(torch.ones_like(size)) > 0).sum() - valid.sum(), (~kept).sum()]
+    )
+    denominator = (counted[0] if num_groups is None else num_groups).double().clamp(min=1)
+    coefficients = coefficients.where(kept & valid[group], 0.0) * (scale / denominator)
+    loss = 0.5 * scale * variance.sum() / denominator
+    num_kept = kept.sum().clamp(min=1)
+    mean_variance = variance.sum() / counted[0].clamp(min=1)
+    largest_deviation = torch.cat([deviation.new_zeros(1), deviation.abs()]).max()
+    moments = torch.stack(
+        [
+            rewards.sum() / num_kept,
+            log_ratios.sum() / num_kept,
+            mean_variance,
+            mean_variance / (2 * beta**2),
+            largest_deviation / (2 * beta),
+        ]
+    )
+    return coefficients, loss, moments, counted
+
+
+def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """Which sequence each of the N packed tokens belongs to, (N,) int64."""
+    rows = torch.arange(cu_seqlens.shape[0] - 1, device=cu_seqlens.device)
+    return torch.repeat_interleave(rows, cu_seqlens.diff().long(), output_size=num_tokens)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """The values, which only a device whose memory we may read without waiting can show us."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    rising = bool((cu_seqlens.diff() >= 0).all())
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != num_tokens or not rising:
+        raise ValueError(
+            f"cu_seqlens: expected values rising from 0 to N = {num_tokens}, got {first} to {last}"
+            f"{'' if rising else ', falling in between'}; pack_sequences makes them"
+        )
+
+
+def _loss_dtype(logprobs: Tensor) -> torch.dtype:
+    return torch.float64 if logprobs.dtype == torch.float64 else torch.float32

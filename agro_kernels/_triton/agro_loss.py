@@ -1,0 +1,505 @@
+"""The AGRO ops on a GPU: four small kernels, float64, without waiting for the device.
+
+    tokens (N,)   -> sequence_log_ratios    one program a sequence: sum over its tokens
+    rows (B,)     -> group_statistics       a program takes BLOCK_I rows and reads all B rows twice
+                  -> finalise               one program: totals over groups, and the denominator
+    gradient (N,) <- token_gradients        a program takes BLOCK_T tokens, finds their sequences
+
+No sort and no atomics: a row finds its group by comparing ids with every row, O(B^2) comparisons in
+a fixed order, so two runs agree bit for bit. Formulas: `agro_kernels/agro_loss.py`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_T = 1024
+BLOCK_I, BLOCK_J = 16, 64
+BLOCK_B = 1024
+
+# What a row is, in the bits of its status.
+KEPT = tl.constexpr(1)
+FIRST_OF_GROUP = tl.constexpr(2)
+IN_VALID_GROUP = tl.constexpr(4)
+
+
+@triton.jit
+def sequence_log_ratios_kernel(
+    logprobs_ptr,
+    ref_logprobs_ptr,
+    cu_seqlens_ptr,
+    log_ratios_ptr,
+    num_tokens,
+    BLOCK_T: tl.constexpr,
+):
+    """log_ratio_b = sum over tokens t of sequence b of (logprob_t - ref_logprob_t)."""
+    i_b = tl.program_id(0)
+    start = tl.load(cu_seqlens_ptr + i_b).to(tl.int64)
+    end = tl.load(cu_seqlens_ptr + i_b + 1).to(tl.int64)
+    inside = (start >= 0) & (start <= end) & (end <= num_tokens)
+    end = tl.where(inside, end, start)
+    total = tl.zeros((BLOCK_T,), tl.float64)
+    for start_t in range(start, end, BLOCK_T):
+        offs_t = start_t + tl.arange(0, BLOCK_T).to(tl.int64)
+        mask_t = offs_t < end
+        logprobs = tl.load(logprobs_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float64)
+        ref_logprobs = tl.load(ref_logprobs_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float64)
+        total += logprobs - ref_logprobs
+    # Bounds outside the tokens: NaN, so that the row is dropped and counted.
+    tl.store(log_ratios_ptr + i_b, tl.where(inside, tl.sum(total, 0), float("nan")))
+
+
+@triton.jit
+def load_rows(
+    rewards_ptr,
+    log_ratios_ptr,
+    weights_ptr,
+    offs,
+    mask,
+    beta,
+    HAS_WEIGHTS: tl.constexpr,
+):
+    """Regularised reward, importance weight (both 0 where the row is not kept) and kept of rows."""
+    infinity = float("inf")
+    rewards = tl.load(rewards_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+    log_ratios = tl.load(log_ratios_ptr + offs, mask=mask, other=0.0)
+    kept = mask & (tl.abs(rewards) < infinity) & (tl.abs(log_ratios) < infinity)
+    if HAS_WEIGHTS:
+        weights = tl.load(weights_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+        kept = kept & (weights >= 0) & (weights < infinity)
+        weights = tl.where(kept, weights, 0.0)
+    else:
+        weights = kept.to(tl.float64)
+    return tl.where(kept, rewards - beta * log_ratios, 0.0), weights, kept
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def group_statistics_kernel(
+    rewards_ptr,
+    log_ratios_ptr,
+    groups_ptr,
+    on_policy_ptr,
+    weights_ptr,
+    raw_coefficients_ptr,
+    variances_ptr,
+    deviations_ptr,
+    statuses_ptr,
+    num_sequences,
+    beta: tl.float64,
+    lr_weight: tl.float64,
+    lr_baseline: tl.float64,
+    HAS_LR: tl.constexpr,
+    LR_CAP: tl.constexpr,
+    AUTO_BASELINE: tl.constexpr,
+    HAS_ON_POLICY: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """Rows i against all rows j: first the group's count and mean, then its squared deviations.
+
+    Two passes, because the mean square less the squared mean cancels. Writes, for each row, the
+    coefficient before scale / num_groups, |d|, its status, and the group's variance at the group's
+    first row (0 elsewhere), so that a sum over rows is a sum over groups.
+    """
+    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask_i = offs_i < num_sequences
+    groups_i = tl.load(groups_ptr + offs_i, mask=mask_i, other=0)
+    regularized_i, weights_i, kept_i = load_rows(
+        rewards_ptr, log_ratios_ptr, weights_ptr, offs_i, mask_i, beta, HAS_WEIGHTS
+    )
+
+    size = tl.zeros((BLOCK_I,), tl.float64)
+    weight = tl.zeros((BLOCK_I,), tl.float64)
+    total = tl.zeros((BLOCK_I,), tl.float64)
+    earlier = tl.zeros((BLOCK_I,), tl.int32)
+    for start_j in range(0, num_sequences, BLOCK_J):
+        offs_j = start_j + tl.arange(0, BLOCK_J)
+        mask_j = offs_j < num_sequences
+        groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
+        regularized_j, weights_j, kept_j = load_rows(
+            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta, HAS_WEIGHTS
+        )
+        same = (groups_i[:, None] == groups_j[None, :]) & mask_j[None, :]
+        member = same & kept_j[None, :]
+        size += tl.sum(member.to(tl.float64), 1)
+        weight += tl.sum(tl.where(member, weights_j[None, :], 0.0), 1)
+        total += tl.sum(tl.where(member, (weights_j * regularized_j)[None, :], 0.0), 1)
+        earlier += tl.sum((same & (offs_j[None, :] < offs_i[:, None])).to(tl.int32), 1)
+    mean = total / tl.where(weight > 0, weight, 1.0)
+
+    squares = tl.zeros((BLOCK_I,), tl.float64)
+    largest = tl.zeros((BLOCK_I,), tl.float64)
+    for start_j in range(0, num_sequences, BLOCK_J):
+        offs_j = start_j + tl.arange(0, BLOCK_J)
+        mask_j = offs_j < num_sequences
+        groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
+        regularized_j, weights_j, kept_j = load_rows(
+            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta, HAS_WEIGHTS
+        )
+        member = (groups_i[:, None] == groups_j[None, :]) & kept_j[None, :]
+        deviations = tl.where(member, regularized_j[None, :] - mean[:, None], 0.0)
+        squares += tl.sum(weights_j[None, :] * deviations * deviations, 1)
+        if LR_CAP:
+            largest = tl.maximum(largest, tl.max(deviations, 1))
+
+    valid = size >= 2
+    used = kept_i & valid
+    n = tl.where(valid, size, 2.0)
+    pairs = weight / (n * (n - 1))
+    deviation = tl.where(used, regularized_i - mean, 0.0)
+    coefficients = -beta * weights_i * deviation * pairs
+    if HAS_LR:
+        square = deviation * deviation
+        of_others = (squares - n / (n - 1) * square) / tl.where(n > 2, n - 2, 1.0)
+        if AUTO_BASELINE:
+            shrink = tl.where(n >= 8, 1.0, 0.5).to(tl.float64)
+        else:
+            shrink = tl.zeros((BLOCK_I,), tl.float64) + lr_baseline
+        baseline = tl.where(n >= 3, shrink / (2 * (n - 1)) * of_others, 0.0)
+        lr_term = lr_weight * (n / (2 * (n - 1) * (n - 1)) * square - baseline)
+        if LR_CAP:
+            cap = beta / tl.where(largest > 0, largest, 1.0)
+            lr_term = tl.where(largest > beta, lr_term * cap, lr_term)
+        if HAS_ON_POLICY:
+            on_policy = tl.load(on_policy_ptr + offs_i, mask=mask_i, other=0) != 0
+            lr_term = tl.where(on_policy, lr_term, 0.0)
+        coefficients += lr_term
+
+    first = mask_i & (earlier == 0)
+    status = tl.where(kept_i, KEPT, 0) + tl.where(first, FIRST_OF_GROUP, 0)
+    status += tl.where(mask_i & valid, IN_VALID_GROUP, 0)
+    tl.store(raw_coefficients_ptr + offs_i, tl.where(used, coefficients, 0.0), mask=mask_i)
+    tl.store(variances_ptr + offs_i, tl.where(first & valid, pairs * squares, 0.0), mask=mask_i)
+    tl.store(deviations_ptr + offs_i, tl.abs(deviation), mask=mask_i)
+    tl.store(statuses_ptr + offs_i, status, mask=mask_i)
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def finalise_kernel(
+    rewards_ptr,
+    log_ratios_ptr,
+    raw_coefficients_ptr,
+    variances_ptr,
+    deviations_ptr,
+    statuses_ptr,
+    num_groups_ptr,
+    coefficients_ptr,
+    loss_ptr,
+    moments_ptr,
+    counts_ptr,
+    num_sequences,
+    beta: tl.float64,
+    scale: tl.float64,
+    HAS_NUM_GROUPS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """One program: sums over rows in a fixed order, then every coefficient by its denominator."""
+    reward = tl.zeros((BLOCK_B,), tl.float64)
+    log_ratio = tl.zeros((BLOCK_B,), tl.float64)
+    variance = tl.zeros((BLOCK_B,), tl.float64)
+    largest = tl.zeros((BLOCK_B,), tl.float64)
+    num_kept = tl.zeros((BLOCK_B,), tl.int32)
+    num_first = tl.zeros((BLOCK_B,), tl.int32)
+    num_valid = tl.zeros((BLOCK_B,), tl.int32)
+    for start_b in range(0, num_sequences, BLOCK_B):
+        offs_b = start_b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < num_sequences
+        status = tl.load(statuses_ptr + offs_b, mask=mask_b, other=0)
+        kept = (status & KEPT) != 0
+        first = (status & FIRST_OF_GROUP) != 0
+        valid = first & ((status & IN_VALID_GROUP) != 0)
+        rewards = tl.load(rewards_ptr + offs_b, mask=kept, other=0.0).to(tl.float64)
+        log_ratios = tl.load(log_ratios_ptr + offs_b, mask=kept, other=0.0)
+        reward += rewards
+        log_ratio += log_ratios
+        variance += tl.load(variances_ptr + offs_b, mask=mask_b, other=0.0)
+        largest = tl.maximum(largest, tl.load(deviations_ptr + offs_b, mask=mask_b, other=0.0))
+        num_kept += kept.to(tl.int32)
+        num_first += first.to(tl.int32)
+        num_valid += valid.to(tl.int32)
+
+    rows_kept = tl.sum(num_kept, 0)
+    groups_found = tl.sum(num_first, 0)
+    groups_valid = tl.sum(num_valid, 0)
+    found = tl.where(groups_valid > 1, groups_valid, 1).to(tl.float64)
+    denominator = found
+    if HAS_NUM_GROUPS:
+        given = tl.load(num_groups_ptr)
+        denominator = tl.where(given > 1.0, given, 1.0)
+    divisor = tl.where(rows_kept > 1, rows_kept, 1).to(tl.float64)
+    total_variance = tl.sum(variance, 0)
+    mean_variance = total_variance / found
+    tl.store(loss_ptr, 0.5 * scale * total_variance / denominator)
+    tl.store(moments_ptr + 0, tl.sum(reward, 0) / divisor)
+    tl.store(moments_ptr + 1, tl.sum(log_ratio, 0) / divisor)
+    tl.store(moments_ptr + 2, mean_variance)
+    tl.store(moments_ptr + 3, mean_variance / (2 * beta * beta))
+    tl.store(moments_ptr + 4, tl.max(largest, 0) / (2 * beta))
+    tl.store(counts_ptr + 0, groups_valid.to(tl.int64))
+    tl.store(counts_ptr + 1, (groups_found - groups_valid).to(tl.int64))
+    tl.store(counts_ptr + 2, (num_sequences - rows_kept).to(tl.int64))
+
+    factor = scale / denominator
+    for start_b in range(0, num_sequences, BLOCK_B):
+        offs_b = start_b + tl.arange(0, BLOCK_B)
+        mask_b = offs_b < num_sequences
+        coefficients = tl.load(raw_coefficients_ptr + offs_b, mask=mask_b, other=0.0) * factor
+        tl.store(coefficients_ptr + offs_b, coefficients, mask=mask_b)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_steps"])
+def token_gradients_kernel(
+    dloss_ptr,
+    coefficients_ptr,
+    cu_seqlens_ptr,
+    dlogprobs_ptr,
+    num_tokens,
+    num_sequences,
+    num_steps,
+    BLOCK_T: tl.constexpr,
+):
+    """dlogprob_t = dloss * coefficient of the sequence of token t, found by bisection.
+
+    The sequence of t is the number of b >= 1 with cu_seqlens[b] <= t; num_steps halvings of [0, B]
+    find it. Tokens after the last sequence get 0.
+    """
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_tokens
+    low = tl.zeros((BLOCK_T,), tl.int32)
+    high = tl.zeros((BLOCK_T,), tl.int32) + num_sequences
+    for _ in range(num_steps):
+        middle = (low + high) // 2
+        ends = tl.load(cu_seqlens_ptr + middle + 1, mask=low < high, other=0).to(tl.int64)
+        before = (low < high) & (ends <= offs_t)
+        high = tl.where((low < high) & (ends > offs_t), middle, high)
+        low = tl.where(before, middle + 1, low)
+    coefficients = tl.load(coefficients_ptr + low, mask=mask_t & (low < num_sequences), other=0.0)
+    dloss = tl.load(dloss_ptr).to(tl.float64)
+    dlogprobs = dloss * coefficients
+    if dlogprobs_ptr.dtype.element_ty != tl.float64:
+        dlogprobs = dlogprobs.to(tl.float32)  # there is no direct way from float64 to bf16
+    tl.store(dlogprobs_ptr + offs_t, dlogprobs.to(dlogprobs_ptr.dtype.element_ty), mask=mask_t)
+
+
+def agro_coefficients(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    groups: Tensor,
+    beta: float,
+    lr_weight: float,
+    lr_cap: bool,
+    on_policy: Tensor | None,
+    lr_baseline: float | None,
+    importance_weights: Tensor | None,
+    num_groups: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients (B,), moments (5,) float64, counts (3,) int64, in the order of `AgroStats`."""
+    all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
+    coefficients, _, moments, counts = _from_log_ratios(
+        rewards,
+        logprobs.double() - ref_logprobs.double(),
+        groups,
+        beta,
+        lr_weight,
+        lr_cap,
+        on_policy,
+        lr_baseline,
+        importance_weights,
+        num_groups,
+        scale,
+        coefficients_dtype=torch.float64 if all_double else torch.float32,
+        loss_dtype=torch.float64,
+    )
+    return coefficients, moments, counts
+
+
+def agro_loss_fwd(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    groups: Tensor,
+    cu_seqlens: Tensor,
+    beta: float,
+    lr_weight: float,
+    lr_cap: bool,
+    on_policy: Tensor | None,
+    lr_baseline: float | None,
+    importance_weights: Tensor | None,
+    num_groups: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss, 0-d, and the coefficients (B,) float64 that the backward needs."""
+    num_sequences = rewards.shape[0]
+    log_ratios = torch.empty(num_sequences, dtype=torch.float64, device=rewards.device)
+    if num_sequences > 0:
+        with torch.cuda.device_of(rewards):
+            sequence_log_ratios_kernel[(num_sequences,)](
+                logprobs_ptr=logprobs.contiguous(),
+                ref_logprobs_ptr=ref_logprobs.contiguous(),
+                cu_seqlens_ptr=cu_seqlens.contiguous(),
+                log_ratios_ptr=log_ratios,
+                num_tokens=logprobs.shape[0],
+                BLOCK_T=BLOCK_T,
+            )
+    coefficients, loss, _, _ = _from_log_ratios(
+        rewards,
+        log_ratios,
+        groups,
+        beta,
+        lr_weight,
+        lr_cap,
+        on_policy,
+        lr_baseline,
+        importance_weights,
+        num_groups,
+        scale,
+        coefficients_dtype=torch.float64,
+        loss_dtype=torch.float64 if logprobs.dtype == torch.float64 else torch.float32,
+    )
+    return loss, coefficients
+
+
+def agro_loss_bwd(
+    dloss: Tensor, coefficients: Tensor, cu_seqlens: Tensor, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """dlogprobs (N,): every token of a sequence gets its sequence's coefficient."""
+    num_sequences = coefficients.shape[0]
+    dlogprobs = torch.empty(num_tokens, dtype=dtype, device=coefficients.device)
+    if num_tokens > 0:
+        with torch.cuda.device_of(coefficients):
+            token_gradients_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
+                dloss_ptr=dloss,
+                coefficients_ptr=coefficients,
+                cu_seqlens_ptr=cu_seqlens.contiguous(),
+                dlogprobs_ptr=dlogprobs,
+                num_tokens=num_tokens,
+                num_sequences=num_sequences,
+                num_steps=num_sequences.bit_length(),
+                BLOCK_T=BLOCK_T,
+            )
+    return dlogprobs
+
+
+def _from_log_ratios(
+    rewards: Tensor,
+    log_ratios: Tensor,
+    groups: Tensor,
+    beta: float,
+    lr_weight: float,
+    lr_cap: bool,
+    on_policy: Tensor | None,
+    lr_baseline: float | None,
+    importance_weights: Tensor | None,
+    num_groups: Tensor | None,
+    scale: float,
+    *,
+    coefficients_dtype: torch.dtype,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coefficients (B,), loss, moments and counts from log_ratios (B,) float64."""
+    num_sequences, device = rewards.shape[0], rewards.device
+    # A pointer that a kernel is compiled not to read still has to be some tensor.
+    unread = log_ratios
+    rewards = rewards.contiguous()
+    raw_coefficients = torch.empty(num_sequences, dtype=torch.float64, device=device)
+    variances = torch.empty_like(raw_coefficients)
+    deviations = torch.empty_like(raw_coefficients)
+    statuses = torch.empty(num_sequences, dtype=torch.int32, device=device)
+    coefficients = torch.empty(num_sequences, dtype=coefficients_dtype, device=device)
+    loss = torch.empty((), dtype=loss_dtype, device=device)
+    moments = torch.empty(5, dtype=torch.float64, device=device)
+    counts = torch.empty(3, dtype=torch.int64, device=device)
+    with torch.cuda.device_of(rewards):
+        if num_sequences > 0:
+            group_statistics_kernel[(triton.cdiv(num_sequences, BLOCK_I),)](
+                rewards_ptr=rewards,
+                log_ratios_ptr=log_ratios,
+                groups_ptr=groups.contiguous(),
+                on_policy_ptr=unread if on_policy is None else on_policy.contiguous(),
+                weights_ptr=unread
+                if importance_weights is None
+                else importance_weights.contiguous(),
+                raw_coefficients_ptr=raw_coefficients,
+                variances_ptr=variances,
+                deviations_ptr=deviations,
+                statuses_ptr=statuses,
+                num_sequences=num_sequences,
+                beta=beta,
+                lr_weight=lr_weight,
+                lr_baseline=0.0 if lr_baseline is None else lr_baseline,
+                HAS_LR=lr_weight > 0,
+                LR_CAP=lr_cap,
+                AUTO_BASELINE=lr_baseline is None,
+                HAS_ON_POLICY=on_policy is not None,
+                HAS_WEIGHTS=importance_weights is not None,
+                BLOCK_I=BLOCK_I,
+                BLOCK_J=BLOCK_J,
+            )
+        finalise_kernel[(1,)](
+            rewards_ptr=rewards,
+            log_ratios_ptr=log_ratios,
+            raw_coefficients_ptr=raw_coefficients,
+            variances_ptr=variances,
+            deviations_ptr=deviations,
+            statuses_ptr=statuses,
+            num_groups_ptr=unread if num_groups is None else num_groups.double(),
+            coefficients_ptr=coefficients,
+            loss_ptr=loss,
+            moments_ptr=moments,
+            counts_ptr=counts,
+            num_sequences=num_sequences,
+            beta=beta,
+            scale=scale,
+            HAS_NUM_GROUPS=num_groups is not None,
+            BLOCK_B=BLOCK_B,
+        )
+    return coefficients, loss, moments, counts
+
+
+def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object]]]:
+    """(name, kernel, signature, constexprs) of every kernel, all options on, to compile unrun."""
+    doubles = dict.fromkeys(("beta", "lr_weight", "lr_baseline", "scale"), "fp64")
+    pointers = {
+        "logprobs_ptr": "*fp32",
+        "ref_logprobs_ptr": "*fp32",
+        "dlogprobs_ptr": "*fp32",
+        "rewards_ptr": "*fp32",
+        "weights_ptr": "*fp32",
+        "coefficients_ptr": "*fp32",
+        "loss_ptr": "*fp32",
+        "dloss_ptr": "*fp32",
+        "cu_seqlens_ptr": "*i32",
+        "statuses_ptr": "*i32",
+        "groups_ptr": "*i64",
+        "counts_ptr": "*i64",
+        "on_policy_ptr": "*i1",
+    }
+    options = dict.fromkeys(
+        ("HAS_LR", "LR_CAP", "AUTO_BASELINE", "HAS_ON_POLICY", "HAS_WEIGHTS", "HAS_NUM_GROUPS"),
+        True,
+    )
+    blocks = {"BLOCK_T": BLOCK_T, "BLOCK_I": BLOCK_I, "BLOCK_J": BLOCK_J, "BLOCK_B": BLOCK_B}
+    cases = []
+    for kernel in (
+        sequence_log_ratios_kernel,
+        group_statistics_kernel,
+        finalise_kernel,
+        token_gradients_kernel,
+    ):
+        constexprs: dict[str, object] = {
+            name: value for name, value in {**options, **blocks}.items() if name in kernel.arg_names
+        }
+        signature = {}
+        for name in kernel.arg_names:
+            other = "*fp64" if name.endswith("_ptr") else "i32"
+            signature[name] = (
+                "constexpr" if name in constexprs else {**pointers, **doubles}.get(name, other)
+            )
+        if kernel is token_gradients_kernel:
+            signature["coefficients_ptr"] = "*fp64"  # the saved ones keep their 64 bits
+        cases.append((kernel.fn.__name__, kernel, signature, constexprs))
+    return cases

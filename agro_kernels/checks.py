@@ -1,0 +1,208 @@
+"""Checks of the public arguments. One sentence each: argument, expected, got, next step."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} as {like_name}, got {value.device}; "
+            f"move it with .to({like_name}.device)"
+        )
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+) -> None:
+    """The arguments that the head ops share; values inside tensors are looked at by the ops."""
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight)
+    if hidden.dtype not in FLOATING:
+        raise TypeError(
+            f"hidden: expected bfloat16, float16, float32 or float64, got {hidden.dtype}; "
+            "pass the hidden states of the model's last layer, not token ids"
+        )
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(
+            f"weight: expected shape (V, D) with V > 0, got {tuple(weight.shape)}; "
+            "pass lm_head.weight"
+        )
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected shape (..., {weight.shape[1]}) to match weight "
+            f"{tuple(weight.shape)}, got {tuple(hidden.shape)}; pass hidden states, not logits"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"weight: expected {hidden.dtype} as hidden, got {weight.dtype}; "
+            "cast one of them or run under torch.autocast"
+        )
+    check_device("weight", weight, "hidden", hidden)
+    check_targets(targets, "hidden", hidden)
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"bias: expected shape (V,) = ({weight.shape[0]},) to match weight "
+                f"{tuple(weight.shape)}, got {tuple(bias.shape)}; pass lm_head.bias"
+            )
+        if bias.dtype != hidden.dtype:
+            raise TypeError(
+                f"bias: expected {hidden.dtype} as hidden, got {bias.dtype}; "
+                "cast one of them or run under torch.autocast"
+            )
+        check_device("bias", bias, "hidden", hidden)
+    check_temperature(temperature, targets)
+    if softcap is not None:
+        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+            raise TypeError(
+                f"softcap: expected a float or None, got {type(softcap).__name__}; "
+                "pass the model's final_logit_softcapping"
+            )
+        if not 0.0 < softcap < math.inf:
+            raise ValueError(
+                f"softcap: expected a finite number > 0, got {softcap}; pass None for no cap"
+            )
+    check_ignore_index(ignore_index)
+
+
+def check_logits(
+    logits: Tensor, targets: Tensor, temperature: float | Tensor, ignore_index: int
+) -> None:
+    check_tensor("logits", logits)
+    if logits.dtype not in FLOATING:
+        raise TypeError(
+            f"logits: expected bfloat16, float16, float32 or float64, got {logits.dtype}; "
+            "pass the output of the model's lm_head"
+        )
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"logits: expected shape (..., V) with V > 0, got {tuple(logits.shape)}; "
+            "pass the output of the model's lm_head"
+        )
+    check_targets(targets, "logits", logits)
+    check_temperature(temperature, targets)
+    check_ignore_index(ignore_index)
+
+
+def check_targets(targets: Tensor, like_name: str, like: Tensor) -> None:
+    """targets (...) against hidden (..., D) or logits (..., V)."""
+    check_tensor("targets", targets)
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"targets: expected int32 or int64 token ids, got {targets.dtype}; cast with .long()"
+        )
+    if targets.shape != like.shape[:-1]:
+        raise ValueError(
+            f"targets: expected shape {tuple(like.shape[:-1])} to match {like_name} "
+            f"{tuple(like.shape)}, got {tuple(targets.shape)}; "
+            f"shift so that {like_name}[i] predicts targets[i] before calling"
+        )
+    check_device("targets", targets, like_name, like)
+
+
+def check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.shape != targets.shape:
+            raise ValueError(
+                f"temperature: expected a float or a tensor of the shape of targets "
+                f"{tuple(targets.shape)}, got {tuple(temperature.shape)}; use expand_as(targets)"
+            )
+        if not temperature.dtype.is_floating_point:
+            raise TypeError(
+                f"temperature: expected a floating-point tensor, got {temperature.dtype}; "
+                "cast with .float()"
+            )
+        if temperature.requires_grad:
+            raise ValueError(
+                "temperature: expected a tensor without gradient, got one that requires it; "
+                "there is no derivative for it, so pass temperature.detach()"
+            )
+        check_device("temperature", temperature, "targets", targets)
+        return
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(
+            f"temperature: expected a float or a tensor, got {type(temperature).__name__}; "
+            "pass the temperature of the sampler"
+        )
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature: expected a finite number > 0, got {temperature}; "
+            "for greedy sampling score the tokens with 1.0"
+        )
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(
+            f"ignore_index: expected an int, got {type(ignore_index).__name__}; "
+            "-100 is the usual one"
+        )
+
+
+def check_constant(name: str, value: Tensor, targets: Tensor) -> None:
+    """A floating (...) tensor beside the targets that no gradient flows into."""
+    check_tensor(name, value)
+    if value.shape != targets.shape:
+        raise ValueError(
+            f"{name}: expected the shape of targets {tuple(targets.shape)}, "
+            f"got {tuple(value.shape)}; pass one number a token"
+        )
+    if not value.dtype.is_floating_point:
+        raise TypeError(
+            f"{name}: expected a floating-point tensor, got {value.dtype}; cast with .float()"
+        )
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a constant, got a tensor that requires a gradient; "
+            f"pass {name}.detach(), or use linear_logprobs for a loss that is differentiable in it"
+        )
+    check_device(name, value, "targets", targets)
+
+
+# --- Values: looked at inside the ops, on the CPU only; elsewhere a look would stall the device ---
+
+
+def check_target_values(targets: Tensor, v: int, ignore_index: int) -> None:
+    if targets.device.type != "cpu":
+        return
+    outside = ((targets < 0) | (targets >= v)) & (targets != ignore_index)
+    if outside.any():
+        position = int(outside.reshape(-1).nonzero()[0])
+        raise ValueError(
+            f"targets: expected token ids in [0, {v}) or ignore_index = {ignore_index}, got "
+            f"{int(targets.reshape(-1)[position])} at position {position}; set tokens that do not "
+            "count to ignore_index"
+        )
+
+
+def check_token_temperature_values(
+    token_temperature: Tensor | None, targets: Tensor, ignore_index: int
+) -> None:
+    if token_temperature is None or token_temperature.device.type != "cpu":
+        return
+    usable = (token_temperature > 0) & token_temperature.isfinite()
+    outside = ~usable & (targets != ignore_index)
+    if outside.any():
+        position = int(outside.reshape(-1).nonzero()[0])
+        raise ValueError(
+            "temperature: expected finite numbers > 0, got "
+            f"{float(token_temperature.reshape(-1)[position])} at position {position}; "
+            "for greedy sampling score the tokens with 1.0"
+        )

@@ -1,0 +1,432 @@
+"""The ops of the namespace `agro`: their schemas, shapes, gradients, and who serves which device.
+
+Torch's dispatcher picks the implementation by the device of the tensors: Triton on CUDA and ROCm,
+and the blocked torch path of `_torch` everywhere else, for float64, and where Triton is missing.
+"""
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from agro_kernels._torch import agro_loss as torch_agro_loss
+from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
+from agro_kernels._torch import selective_logprobs as torch_selective_logprobs
+
+library = torch.library.Library("agro", "DEF")
+
+# --- Who serves which device ----------------------------------------------------------------------
+
+
+@functools.cache
+def triton_import_error() -> ImportError | None:
+    """None if Triton can be imported, else why not. Asked at the first CUDA call, not on import."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        warnings.warn(
+            f"agro_kernels: triton cannot be imported ({error}), so the blocked torch path serves "
+            "CUDA tensors: right, in bounded memory, but several times slower; pip install triton",
+            stacklevel=2,
+        )
+        return error
+    return None
+
+
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernels choose their own precision: autocast would round the fp32 tiles inside them."""
+
+    @functools.wraps(kernel)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device_type=device_type, enabled=False):
+            return kernel(*args, **kwargs)
+
+    return call
+
+
+def _triton_if_possible(
+    name: str, module: str, fallback: ModuleType, *, float64: bool = False
+) -> Callable[..., Any]:
+    """The function `name` of agro_kernels._triton.<module>, imported when it is first called.
+
+    float64: whether these kernels take float64 tensors; otherwise `fallback` serves them.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        in_float64 = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
+        if (in_float64 and not float64) or triton_import_error() is not None:
+            return getattr(fallback, name)(*args, **kwargs)
+        kernels = importlib.import_module(f"agro_kernels._triton.{module}")
+        return getattr(kernels, name)(*args, **kwargs)
+
+    return call
+
+
+def _results_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+# --- linear_logprobs ------------------------------------------------------------------------------
+
+library.define(
+    "linear_logprobs_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+    "float temperature, Tensor? token_temperature, float softcap, int ignore_index, "
+    "bool with_entropy) -> (Tensor logprobs, Tensor lse, Tensor entropy)"
+)
+library.define(
+    "linear_logprobs_bwd(Tensor? dlogprobs, Tensor? dlse, Tensor? dentropy, Tensor hidden, "
+    "Tensor weight, Tensor targets, Tensor? bias, float temperature, Tensor? token_temperature, "
+    "float softcap, int ignore_index, Tensor lse, Tensor entropy, bool[] output_mask) "
+    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+library.define(
+    "weighted_logprob_sum_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor coefficients, "
+    "Tensor? lse, Tensor? bias, float temperature, Tensor? token_temperature, float softcap, "
+    "int ignore_index, bool[] output_mask) "
+    "-> (Tensor total, Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+for _name in ("linear_logprobs_fwd", "linear_logprobs_bwd", "weighted_logprob_sum_fwd"):
+    _everywhere = getattr(torch_linear_logprobs, _name)
+    _cuda = _triton_if_possible(_name, "linear_logprobs", torch_linear_logprobs)
+    library.impl(_name, _without_autocast(_everywhere), "CompositeExplicitAutograd")
+    library.impl(_name, _without_autocast(_cuda), "CUDA")
+
+
+def _linear_logprobs_fwd_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, dtype = hidden.shape[0], _results_dtype(hidden)
+    return (
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(n if with_entropy else 0, dtype=dtype),
+    )
+
+
+torch.library.register_fake("agro::linear_logprobs_fwd", _linear_logprobs_fwd_fake, lib=library)
+
+
+def _linear_logprobs_bwd_fake(
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    lse: Tensor,
+    entropy: Tensor,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(hidden, weight, output_mask)
+
+
+torch.library.register_fake("agro::linear_logprobs_bwd", _linear_logprobs_bwd_fake, lib=library)
+
+
+def _weighted_logprob_sum_fwd_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    coefficients: Tensor,
+    lse: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = hidden.new_empty((), dtype=_results_dtype(hidden))
+    return total, *_empty_gradients(hidden, weight, output_mask)
+
+
+torch.library.register_fake(
+    "agro::weighted_logprob_sum_fwd", _weighted_logprob_sum_fwd_fake, lib=library
+)
+
+
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, unwritten; those not asked for have shape (0,)."""
+    return (
+        hidden.new_empty(hidden.shape if output_mask[0] else (0,)),
+        weight.new_empty(weight.shape if output_mask[1] else (0,)),
+        weight.new_empty(weight.shape[:1] if output_mask[2] else (0,)),
+    )
+
+
+def _linear_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, bias, temperature, token_temperature, softcap, ignore_index, _ = inputs
+    _, lse, entropy = output
+    ctx.save_for_backward(hidden, weight, targets, bias, token_temperature, lse, entropy)
+    ctx.options = temperature, softcap, ignore_index
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _linear_logprobs_backward(
+    ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, targets, bias, token_temperature, lse, entropy = ctx.saved_tensors
+    temperature, softcap, ignore_index = ctx.options
+    if entropy.shape != lse.shape:
+        dentropy = None  # the forward pass made no entropy: what came is the gradient of nothing
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    gradients = torch.ops.agro.linear_logprobs_bwd(
+        dlogprobs,
+        dlse,
+        dentropy,
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        token_temperature,
+        softcap,
+        ignore_index,
+        lse,
+        entropy,
+        [need_hidden, need_weight, need_bias],
+    )
+    dhidden, dweight, dbias = gradients
+    return (
+        dhidden if need_hidden else None,
+        dweight if need_weight else None,
+        None,
+        dbias if need_bias else None,
+        *[None] * 5,
+    )
+
+
+torch.library.register_autograd(
+    "agro::linear_logprobs_fwd",
+    _linear_logprobs_backward,
+    setup_context=_linear_logprobs_save,
+    lib=library,
+)
+
+# --- weighted_logprob_sum -------------------------------------------------------------------------
+
+
+def _weighted_logprob_sum_save(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    _, *gradients = output
+    ctx.output_mask = inputs[-1]
+    ctx.save_for_backward(*gradients)
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _weighted_logprob_sum_backward(
+    ctx: Any, dtotal: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    # A new tensor each time: the saved gradients stay as they are for a second backward pass.
+    dhidden, dweight, dbias = (
+        dtotal * gradient if asked and dtotal is not None else None
+        for gradient, asked in zip(ctx.saved_tensors, ctx.output_mask, strict=True)
+    )
+    return dhidden, dweight, None, None, None, dbias, *[None] * 5
+
+
+torch.library.register_autograd(
+    "agro::weighted_logprob_sum_fwd",
+    _weighted_logprob_sum_backward,
+    setup_context=_weighted_logprob_sum_save,
+    lib=library,
+)
+
+# --- selective_logprobs ---------------------------------------------------------------------------
+
+library.define(
+    "selective_logprobs_fwd(Tensor logits, Tensor targets, float temperature, "
+    "Tensor? token_temperature, int ignore_index) -> (Tensor logprobs, Tensor lse)"
+)
+library.define(
+    "selective_logprobs_bwd(Tensor dlogprobs, Tensor logits, Tensor targets, float temperature, "
+    "Tensor? token_temperature, int ignore_index, Tensor lse) -> Tensor dlogits"
+)
+for _name in ("selective_logprobs_fwd", "selective_logprobs_bwd"):
+    _everywhere = getattr(torch_selective_logprobs, _name)
+    library.impl(_name, _without_autocast(_everywhere), "CompositeExplicitAutograd")
+
+
+def _selective_logprobs_fwd_fake(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    token_temperature: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    dtype = _results_dtype(logits)
+    return (
+        logits.new_empty(targets.shape, dtype=dtype),
+        logits.new_empty(targets.shape, dtype=dtype),
+    )
+
+
+torch.library.register_fake(
+    "agro::selective_logprobs_fwd", _selective_logprobs_fwd_fake, lib=library
+)
+
+
+def _selective_logprobs_bwd_fake(
+    dlogprobs: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    token_temperature: Tensor | None,
+    ignore_index: int,
+    lse: Tensor,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+torch.library.register_fake(
+    "agro::selective_logprobs_bwd", _selective_logprobs_bwd_fake, lib=library
+)
+
+
+def _selective_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, temperature, token_temperature, ignore_index = inputs
+    lse = output[1]
+    ctx.save_for_backward(logits, targets, token_temperature, lse)
+    ctx.options = temperature, ignore_index
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _selective_logprobs_backward(
+    ctx: Any, dlogprobs: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dlogprobs is None:
+        return (None,) * 5
+    logits, targets, token_temperature, lse = ctx.saved_tensors
+    temperature, ignore_index = ctx.options
+    dlogits = torch.ops.agro.selective_logprobs_bwd(
+        dlogprobs, logits, targets, temperature, token_temperature, ignore_index, lse
+    )
+    return dlogits, None, None, None, None
+
+
+torch.library.register_autograd(
+    "agro::selective_logprobs_fwd",
+    _selective_logprobs_backward,
+    setup_context=_selective_logprobs_save,
+    lib=library,
+)
+
+# --- AGRO -----------------------------------------------------------------------------------------
+
+_AGRO_OPTIONS = (
+    "float beta, float lr_weight, bool lr_cap, Tensor? on_policy, float? lr_baseline, "
+    "Tensor? importance_weights, Tensor? num_groups, float scale"
+)
+library.define(
+    "agro_coefficients(Tensor rewards, Tensor logprobs, Tensor ref_logprobs, Tensor groups, "
+    f"{_AGRO_OPTIONS}) -> (Tensor coefficients, Tensor moments, Tensor counts)"
+)
+library.define(
+    "agro_loss_fwd(Tensor logprobs, Tensor ref_logprobs, Tensor rewards, Tensor groups, "
+    f"Tensor cu_seqlens, {_AGRO_OPTIONS}) -> (Tensor loss, Tensor coefficients)"
+)
+library.define(
+    "agro_loss_bwd(Tensor dloss, Tensor coefficients, Tensor cu_seqlens, SymInt num_tokens, "
+    "ScalarType dtype) -> Tensor dlogprobs"
+)
+for _name in ("agro_coefficients", "agro_loss_fwd", "agro_loss_bwd"):
+    _everywhere = getattr(torch_agro_loss, _name)
+    _cuda = _triton_if_possible(_name, "agro_loss", torch_agro_loss, float64=True)
+    library.impl(_name, _everywhere, "CompositeExplicitAutograd")
+    library.impl(_name, _cuda, "CUDA")
+
+
+def _agro_coefficients_fake(
+    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, groups: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
+    return (
+        rewards.new_empty(rewards.shape, dtype=torch.float64 if all_double else torch.float32),
+        rewards.new_empty(5, dtype=torch.float64),
+        rewards.new_empty(3, dtype=torch.int64),
+    )
+
+
+torch.library.register_fake("agro::agro_coefficients", _agro_coefficients_fake, lib=library)
+
+
+def _agro_loss_fwd_fake(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    groups: Tensor,
+    cu_seqlens: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    return (
+        logprobs.new_empty((), dtype=_results_dtype(logprobs)),
+        rewards.new_empty(rewards.shape, dtype=torch.float64),
+    )
+
+
+torch.library.register_fake("agro::agro_loss_fwd", _agro_loss_fwd_fake, lib=library)
+
+
+def _agro_loss_bwd_fake(
+    dloss: Tensor, coefficients: Tensor, cu_seqlens: Tensor, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    return coefficients.new_empty(num_tokens, dtype=dtype)
+
+
+torch.library.register_fake("agro::agro_loss_bwd", _agro_loss_bwd_fake, lib=library)
+
+
+def _agro_loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logprobs, cu_seqlens, coefficients = inputs[0], inputs[4], output[1]
+    ctx.save_for_backward(coefficients, cu_seqlens)
+    ctx.shape_and_dtype = logprobs.shape[0], logprobs.dtype
+    ctx.num_inputs = len(inputs)
+    ctx.mark_non_differentiable(coefficients)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _agro_loss_backward(
+    ctx: Any, dloss: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * int(ctx.num_inputs)
+    coefficients, cu_seqlens = ctx.saved_tensors
+    num_tokens, dtype = ctx.shape_and_dtype
+    dlogprobs: Tensor = torch.ops.agro.agro_loss_bwd(
+        dloss, coefficients, cu_seqlens, num_tokens, dtype
+    )
+    return dlogprobs, *[None] * (ctx.num_inputs - 1)
+
+
+torch.library.register_autograd(
+    "agro::agro_loss_fwd", _agro_loss_backward, setup_context=_agro_loss_save, lib=library
+)

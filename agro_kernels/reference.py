@@ -1,0 +1,205 @@
+"""What every op means, in plain torch: full logits, any dtype, differentiable, no cleverness.
+
+The kernels are tested against this file. It stores (N, V) logits, so it is for reading and for
+small shapes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# --- Log-probabilities from hidden states ---------------------------------------------------------
+
+
+def logits_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """z = cap(hidden @ weight.T + bias) / temperature, (N, V), fp32 (float64 of float64 inputs).
+
+    cap(x) = softcap * tanh(x / softcap). temperature is a float or a tensor (N,).
+    """
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(dtype)[:, None]
+    return logits / temperature
+
+
+def linear_logprobs_with_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, lse), each (N,), of hidden (N, D), weight (V, D), targets (N,).
+
+    logprob = z_y - lse, lse = log sum_v exp(z_v), entropy = lse - sum_v p_v z_v. A token with logit
+    -inf has probability 0 and no share of the entropy. Ignored rows give 0.
+    """
+    counted = targets != ignore_index
+    hidden = hidden.masked_fill(~counted[:, None], 0.0)  # a NaN times a zero gradient is a NaN
+    logits = logits_of(hidden, weight, bias, temperature, softcap)
+    lse = logits.logsumexp(-1)
+    picked = logits.gather(-1, targets.where(counted, 0).long()[:, None]).squeeze(-1)
+    log_p = (logits - lse[:, None]).clamp_min(-1e30)  # 0 * -1e30 is 0, 0 * -inf is NaN
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return (
+        (picked - lse).where(counted, 0.0),
+        entropy.where(counted, 0.0),
+        lse.where(counted, 0.0),
+    )
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """log softmax(z)[target], (N,), with z of `logits_of`; 0 where targets == ignore_index."""
+    return linear_logprobs_with_stats(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+    )[0]
+
+
+def weighted_logprob_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    coefficients: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """sum_t coefficients_t * logprob_t, 0-d; a coefficient of 0 leaves its row out."""
+    logprobs = linear_logprobs(
+        hidden,
+        weight,
+        targets.where(coefficients != 0, ignore_index),
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+    )
+    counted = (coefficients != 0) & (targets != ignore_index)
+    return (coefficients.to(logprobs.dtype) * logprobs).where(counted, 0.0).sum()
+
+
+def selective_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """log softmax(logits / temperature)[target], (N,), of logits (N, V)."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    counted = targets != ignore_index
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(dtype)[:, None]
+    logits = logits.to(dtype).masked_fill(~counted[:, None], 0.0) / temperature
+    index = targets.where(counted, 0).long()[:, None]
+    return logits.log_softmax(-1).gather(-1, index).squeeze(-1).where(counted, 0.0)
+
+
+# --- AGRO (Tang et al. 2025, arXiv 2503.19612) ----------------------------------------------------
+
+
+def agro_sequence_loss(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    groups: Tensor,
+    *,
+    beta: float,
+    lr_weight: float = 0.0,
+    lr_cap: bool = False,
+    on_policy: Tensor | None = None,
+    lr_baseline: float | None = None,
+    importance_weights: Tensor | None = None,
+    num_groups: int | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Half the variance of R = r - beta * log(pi / pi_ref) in a group, averaged over groups, 0-d.
+
+    All of shape (B,). Half the unbiased variance of a group of n is
+    sum_{i<j} (R_i - R_j)^2 / (2 n (n - 1)), each pair times the product of its importance weights.
+    The likelihood-ratio term of on-policy rows adds no value, only e_i * grad logprob_i, with the
+    mean m and variance v taken over the n - 1 other rows,
+    e_i = ((R_i - m)^2 - lr_baseline * n / (n - 1) * v) / (2 n).
+    """
+    weights = torch.ones_like(rewards) if importance_weights is None else importance_weights
+    regularized = rewards - beta * (logprobs - ref_logprobs)
+    kept = regularized.isfinite() & weights.isfinite() & (weights >= 0)
+    members = [((groups == group) & kept).nonzero().squeeze(1) for group in groups.unique()]
+    members = [rows for rows in members if len(rows) >= 2]
+    total = logprobs.new_zeros(())
+    for rows in members:
+        reg, w, n = regularized[rows], weights[rows], len(rows)
+        pairs = w[:, None] * w * (reg[:, None] - reg) ** 2
+        total = total + pairs.sum() / (4 * n * (n - 1))  # the square table holds every pair twice
+        reg = reg.detach()
+        cap = min(1.0, beta / max(beta, float((reg - reg.mean()).max()))) if lr_cap else 1.0
+        for i, row in enumerate(rows):
+            if lr_weight == 0 or (on_policy is not None and not on_policy[row]):
+                continue
+            others = torch.cat([reg[:i], reg[i + 1 :]])
+            lr_term = (reg[i] - others.mean()) ** 2 / (2 * n)
+            if n >= 3:
+                shrink = (1.0 if n >= 8 else 0.5) if lr_baseline is None else lr_baseline
+                lr_term = lr_term - shrink * others.var() / (2 * (n - 1))
+            score = logprobs[row] - logprobs[row].detach()
+            total = total + lr_weight * cap * lr_term * score
+    return scale * total / max(1, len(members) if num_groups is None else num_groups)
+
+
+def agro_coefficients(
+    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, groups: Tensor, **options: Any
+) -> Tensor:
+    """The gradient of `agro_sequence_loss` with respect to logprobs, (B,)."""
+    logprobs = logprobs.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = agro_sequence_loss(rewards, logprobs, ref_logprobs, groups, **options)
+    if not loss.requires_grad:  # no group has two valid rows
+        return torch.zeros_like(logprobs)
+    return torch.autograd.grad(loss, logprobs)[0]
+
+
+def agro_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    groups: Tensor,
+    cu_seqlens: Tensor,
+    **options: Any,
+) -> Tensor:
+    """`agro_sequence_loss` of token logprobs (N,), packed as cu_seqlens (B + 1,) says."""
+    lengths = cu_seqlens.diff().tolist()
+    per_sequence = torch.stack([tokens.sum() for tokens in logprobs.split(lengths)])
+    ref_per_sequence = torch.stack([tokens.sum() for tokens in ref_logprobs.split(lengths)])
+    return agro_sequence_loss(rewards, per_sequence, ref_per_sequence, groups, **options)

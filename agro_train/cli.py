@@ -1,0 +1,77 @@
+"""The command `agro`: train, plot. Errors of the user's are one sentence and exit status 2."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = "Fine-tune a language model with AGRO."
+TRAIN = (
+    "Run a configuration: the path of a YAML file or the name of a shipped one (without it: a tiny model "
+    "that needs no download), with key=value settings after it."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="agro", description=DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train_command = commands.add_parser("train", help="train a model", description=TRAIN)
+    train_command.add_argument("settings", nargs="*", metavar="CONFIG | key=value")
+    train_command.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
+    train_command.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and stop"
+    )
+    plot_command = commands.add_parser("plot", help="draw a run's curves again")
+    plot_command.add_argument("run", help="output folder of a run")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "plot":
+            return _plot(Path(options.run))
+        return _train(options.settings, options.resume, options.dry_run)
+    except ValueError as error:
+        print(f"agro: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
+    from agro_train import config as configuration
+
+    overrides = [setting for setting in settings if "=" in setting]
+    names = [setting for setting in settings if "=" not in setting]
+    if len(names) > 1:
+        raise ValueError(f"arguments: expected one configuration, got {', '.join(names)}")
+    if resume is not None:
+        if names:
+            raise ValueError(
+                f"arguments: expected no configuration with --resume, got {names[0]}; "
+                "the run's own config.yaml is used"
+            )
+        recorded = Path(resume) / "config.yaml"
+        if not recorded.is_file():
+            raise ValueError(
+                f"--resume: expected the folder of a run, got {resume!r}; it has no config.yaml"
+            )
+        config = configuration.load(recorded, [*overrides, f"output_dir={resume}"])
+    else:
+        config = configuration.load(configuration.find(names[0]) if names else None, overrides)
+    if dry_run:
+        print(config.to_yaml(), end="")
+        return 0
+    from agro_train.train import train  # imports transformers, which a dry run does not need
+
+    train(config, resume=resume is not None)
+    return 0
+
+
+def _plot(run: Path) -> int:
+    if not (run / "metrics.jsonl").is_file():
+        raise ValueError(f"plot: expected the folder of a run, got {str(run)!r}; it has no metrics")
+    from agro_train.plots import plot_run
+
+    for path in plot_run(run):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

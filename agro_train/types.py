@@ -1,0 +1,83 @@
+"""What flows through one training step: Prompt -> Rollout -> TrainBatch -> StepStats. All frozen.
+
+Example. The prompt "2+2=" with ids (5, 9, 5, 11) gets two completions, "4" and "5", each ended by the
+end token 1. They are two `Rollout`s of one group:
+
+    Rollout(prompt="2+2=", prompt_ids=(5, 9, 5, 11), completion="4", completion_ids=(7, 1), reward=1.0, ...)
+    Rollout(prompt="2+2=", prompt_ids=(5, 9, 5, 11), completion="5", completion_ids=(8, 1), reward=0.0, ...)
+
+Packed into one `MicroBatch` that holds the prompt once, the model reads 6 tokens
+
+    input_ids      5  9  5 11  7  8        position_ids  0  1  2  3  4  4
+
+and the head predicts 4: position 3 (the prompt's last token) predicts both first tokens, position 4 the
+end of "4" and position 5 the end of "5":
+
+    predictors     3  4  3  5              targets  7  1  8  1        cu_seqlens  0  2  4
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as the model reads it."""
+
+    group: str  # its id; the completions that share it form one group
+    text: str  # rendered: chat template and all
+    ids: tuple[int, ...]
+    columns: Mapping[str, Any]  # the dataset's own columns, for the reward function
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion of one prompt. A JSON line each: a log of rollouts is an offline dataset."""
+
+    group: str
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    completion: str
+    completion_ids: tuple[int, ...]  # what was sampled, end token included where one was sampled
+    finish: Finish  # "length": cut off at max_completion_length
+    reward: float | None  # None or not finite: dropped from its group, and counted
+    step: int | None = None  # the policy that generated it had taken this many steps; None: unknown
+    temperature: float | None = None  # of the sampling; None: unknown
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences packed end to end for one forward pass. L tokens read, n predicted, S completions."""
+
+    input_ids: Tensor  # (L,) int64
+    position_ids: Tensor  # (L,) int64, each within its own sequence
+    attends: Tensor  # (L, L) bool: may the row's token see the column's; never across sequences
+    cu_inputs: Tensor  # (sequences + 1,) int32, boundaries in input_ids; for varlen attention
+    predictors: Tensor  # (n,) int64: which of the L hidden states predicts targets[i]
+    targets: Tensor  # (n,) int64: completion tokens only
+    cu_seqlens: Tensor  # (S + 1,) int32: completion boundaries in targets
+    rows: Tensor  # (S,) int64: the completion's row in TrainBatch
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One optimiser step's data on one rank: whole groups, B completions."""
+
+    micro: tuple[MicroBatch, ...]
+    rewards: Tensor  # (B,) float64; NaN where there is none
+    groups: Tensor  # (B,) int64 ids
+    on_policy: Tensor  # (B,) bool: sampled from the policy exactly as it is now
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one update measured, over all ranks; the keys become columns of metrics.jsonl."""
+
+    metrics: Mapping[str, float]
+    skipped: bool  # the gradient was not finite: the weights are untouched

@@ -1,0 +1,322 @@
+"""weighted_logprob_sum: the value and gradients of the differentiable way, in fewer products."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from agro_kernels import (
+    linear_logprobs,
+    linear_logprobs_with_stats,
+    reference,
+    weighted_logprob_sum,
+)
+from agro_kernels._torch import linear_logprobs as blocked
+from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(32, 64, 128), (37, 53, 301), (2, 1, 3), (5, 16, 1000), (1, 33, 65), (0, 8, 16)]
+NAMES = ("total", "dhidden", "dweight", "dbias")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "TOKEN_CHUNK", 16)
+    monkeypatch.setattr(blocked, "VOCAB_BLOCK", 64)
+
+
+def value_and_gradients(
+    inputs: HeadInputs,
+    dtype: torch.dtype,
+    how: str,
+    with_lse: bool = False,
+    **options: float | Tensor | None,
+) -> list[Tensor]:
+    """total and the gradients of 3 * total."""
+    hidden, weight, bias = (
+        None if t is None else t.to(dtype).detach().clone().requires_grad_()
+        for t in (inputs.hidden, inputs.weight, inputs.bias)
+    )
+    targets, coefficients = inputs.targets, inputs.coefficients
+    if how == "ours":
+        lse = None
+        if with_lse:
+            with torch.no_grad():
+                lse = linear_logprobs_with_stats(hidden, weight, targets, bias=bias, **options).lse
+        total = weighted_logprob_sum(
+            hidden, weight, targets, coefficients, lse=lse, bias=bias, **options
+        )
+    else:
+        logprobs = plain_linear_logprobs(hidden, weight, targets, bias=bias, **options)[0]
+        total = logprobs @ coefficients.to(logprobs.dtype)
+    (3.0 * total).backward()
+    results = [total, hidden.grad, weight.grad] + ([] if bias is None else [bias.grad])
+    return [r.detach() for r in results]
+
+
+def assert_matches_truth(
+    inputs: HeadInputs, dtype: torch.dtype, with_lse: bool, **options: float | Tensor | None
+) -> None:
+    ours = value_and_gradients(inputs, dtype, "ours", with_lse, **options)
+    truth = value_and_gradients(inputs, torch.float64, "plain", **options)
+    plain = value_and_gradients(inputs, dtype, "plain", **options)
+    for name, a, b, c in zip(NAMES, ours, truth, plain, strict=False):
+        if name == "total":  # one number: its error can be 0 by chance, so the terms set the scale
+            continue
+        assert a.dtype == dtype
+        assert_close_to_truth(a, b, c, name)
+    assert_total_is_the_sum_of_logprobs(inputs, ours[0], **options)
+
+
+def assert_total_is_the_sum_of_logprobs(
+    inputs: HeadInputs, total: Tensor, **options: float | Tensor | None
+) -> None:
+    """The law for a sum: as close to the truth as its terms allow together."""
+    doubles = [
+        None if t is None else t.double() for t in (inputs.hidden, inputs.weight, inputs.bias)
+    ]
+    truth = plain_linear_logprobs(*doubles[:2], inputs.targets, bias=doubles[2], **options)
+    fp32 = [None if t is None else t.float() for t in (inputs.hidden, inputs.weight, inputs.bias)]
+    plain = plain_linear_logprobs(*fp32[:2], inputs.targets, bias=fp32[2], **options)
+    c = inputs.coefficients
+    # In the 3-product form logprob = z_y - lse, each of them rounded by itself.
+    terms = (c.double() * truth[0]).abs().sum() + (c.double() * truth[1]).abs().sum()
+    plain_error = (c.double() * (plain[0] - truth[0])).abs().sum()
+    pair = torch.stack([(c.double() @ truth[0]), terms])
+    assert_close_to_truth(
+        torch.stack([total.double(), terms]).float(), pair, pair + plain_error, "total"
+    )
+
+
+@pytest.mark.parametrize("with_lse", [False, True], ids=["4-products", "3-products"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-D{}-V{}".format(*s))
+def test_matches_truth(shape: tuple[int, int, int], dtype: torch.dtype, with_lse: bool) -> None:
+    assert_matches_truth(head_inputs(*shape, dtype=dtype), dtype, with_lse)
+
+
+@pytest.mark.parametrize("with_lse", [False, True], ids=["4-products", "3-products"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 4.0], ids=["nocap", "softcap"])
+@pytest.mark.parametrize("temperature", ["scalar", "per-token"])
+def test_options_match_truth(
+    dtype: torch.dtype, softcap: float | None, temperature: str, with_lse: bool
+) -> None:
+    inputs = head_inputs(37, 53, 301, dtype=dtype, bias=True, ignored=True)
+    value = 0.6 if temperature == "scalar" else torch.linspace(0.5, 2.0, 37)
+    assert_matches_truth(inputs, dtype, with_lse, softcap=softcap, temperature=value)
+
+
+def test_reference_gradients_match_finite_differences() -> None:
+    inputs = head_inputs(5, 3, 7, dtype=torch.float64, bias=True)
+    coefficients = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
+
+    def total(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return reference.weighted_logprob_sum(
+            hidden, weight, inputs.targets, coefficients, bias=bias, softcap=3.0
+        )
+
+    assert torch.autograd.gradcheck(total, leaves)
+
+
+@pytest.mark.parametrize("with_lse", [False, True], ids=["4-products", "3-products"])
+def test_zero_coefficients_and_ignored_rows_give_exact_zeros(with_lse: bool) -> None:
+    inputs = head_inputs(20, 16, 150, ignored=True)
+    coefficients = inputs.coefficients.clone()
+    coefficients[1::4] = 0.0
+    left_out = (coefficients == 0.0) | (inputs.targets == -100)
+    hidden = inputs.hidden.masked_fill(left_out[:, None], float("nan")).requires_grad_()
+    weight = inputs.weight.clone().requires_grad_()
+    lse = None
+    if with_lse:
+        lse = linear_logprobs_with_stats(hidden.detach(), weight.detach(), inputs.targets).lse
+        assert lse.isnan().any()
+    total = weighted_logprob_sum(hidden, weight, inputs.targets, coefficients, lse=lse)
+    total.backward()
+    assert total.isfinite()
+    assert weight.grad.isfinite().all()
+    zeros = torch.zeros_like(hidden.grad[left_out])
+    assert torch.equal(hidden.grad[left_out], zeros)
+    assert (hidden.grad[~left_out] != 0.0).any(1).all()
+
+
+@pytest.mark.parametrize("with_lse", [False, True], ids=["4-products", "3-products"])
+def test_banned_tokens_give_no_nan(with_lse: bool) -> None:
+    inputs = head_inputs(20, 16, 200, bias=True)
+    bias = inputs.bias.clone()
+    bias[:70] = -torch.inf
+    targets = inputs.targets % 130 + 70
+    banned = HeadInputs(inputs.hidden, inputs.weight, targets, bias, inputs.coefficients)
+    ours = value_and_gradients(banned, torch.float32, "ours", with_lse)
+    kept = HeadInputs(
+        inputs.hidden, inputs.weight[70:], targets - 70, bias[70:], inputs.coefficients
+    )
+    truth = value_and_gradients(kept, torch.float64, "plain")
+    plain = value_and_gradients(kept, torch.float32, "plain")
+    assert_close_to_truth(ours[1], truth[1], plain[1], "dhidden")
+    assert_close_to_truth(ours[2][70:], truth[2], plain[2], "dweight")
+    assert_close_to_truth(ours[3][70:], truth[3], plain[3], "dbias")
+    assert torch.equal(ours[2][:70], torch.zeros(70, 16))
+    assert torch.equal(ours[3][:70], torch.zeros(70))
+
+
+@pytest.mark.parametrize("empty", ["no-tokens", "all-ignored", "all-zero"])
+def test_no_counted_tokens_give_connected_zero_gradients(empty: str) -> None:
+    n = 0 if empty == "no-tokens" else 3
+    hidden = torch.full((n, 8), float("nan"), requires_grad=True)
+    weight = torch.randn(70, 8, requires_grad=True)
+    targets = torch.full((n,), -100 if empty == "all-ignored" else 1)
+    coefficients = torch.full((n,), 0.0 if empty == "all-zero" else 1.0)
+    total = weighted_logprob_sum(hidden, weight, targets, coefficients)
+    total.backward()
+    assert total == 0.0
+    assert torch.equal(hidden.grad, torch.zeros(n, 8))
+    assert torch.equal(weight.grad, torch.zeros(70, 8))
+
+
+class _Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "agro":  # look inside: a mode sees an op as one operation
+            with self:
+                return getattr(blocked, func.overloadpacket.__name__)(*args, **(kwargs or {}))
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "with_lse", "products"),
+    [
+        ("", False, 4),
+        ("", True, 3),
+        ("hidden", True, 2),
+        ("weight", True, 2),
+        ("weight", False, 3),
+        ("hidden weight", True, 1),
+        ("hidden weight", False, 1),
+    ],
+)
+def test_number_of_products(frozen: str, with_lse: bool, products: int) -> None:
+    inputs = head_inputs(16, 8, 64)  # one tile
+    hidden = inputs.hidden.requires_grad_("hidden" not in frozen)
+    weight = inputs.weight.requires_grad_("weight" not in frozen)
+    with torch.no_grad():
+        lse = linear_logprobs_with_stats(hidden, weight, inputs.targets).lse
+    with _Products() as counter:
+        total = weighted_logprob_sum(
+            hidden, weight, inputs.targets, inputs.coefficients, lse=lse if with_lse else None
+        )
+        if total.requires_grad:
+            total.backward()
+    assert counter.count == products
+    assert (hidden.grad is None) == ("hidden" in frozen)
+    assert (weight.grad is None) == ("weight" in frozen)
+
+
+def test_without_grad_mode_no_gradient_is_computed() -> None:
+    inputs = head_inputs(16, 8, 64)
+    inputs.weight.requires_grad_()
+    with torch.no_grad(), _Products() as counter:
+        total = weighted_logprob_sum(
+            inputs.hidden, inputs.weight, inputs.targets, inputs.coefficients
+        )
+    assert counter.count == 1
+    assert not total.requires_grad
+
+
+def test_backward_twice_gives_the_same() -> None:
+    inputs = head_inputs(20, 16, 150, bias=True)
+    leaves = [t.requires_grad_() for t in (inputs.hidden, inputs.weight, inputs.bias)]
+    total = weighted_logprob_sum(*leaves[:2], inputs.targets, inputs.coefficients, bias=leaves[2])
+    first = torch.autograd.grad(total, leaves, torch.tensor(2.0), retain_graph=True)
+    second = torch.autograd.grad(total, leaves, torch.tensor(2.0), retain_graph=True)
+    single = torch.autograd.grad(total, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, 2 * b) for a, b in zip(first, single, strict=True))
+
+
+def test_repeat_is_bitwise_equal() -> None:
+    inputs = head_inputs(37, 53, 301, bias=True, ignored=True)
+    first = value_and_gradients(inputs, torch.float32, "ours", with_lse=True)
+    second = value_and_gradients(inputs, torch.float32, "ours", with_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_leading_axes_and_strides() -> None:
+    inputs = head_inputs(24, 8, 70)
+    lse = linear_logprobs_with_stats(inputs.hidden, inputs.weight, inputs.targets).lse
+    flat = weighted_logprob_sum(
+        inputs.hidden, inputs.weight, inputs.targets, inputs.coefficients, lse=lse
+    )
+    shaped = weighted_logprob_sum(
+        inputs.hidden.view(4, 6, 8),
+        inputs.weight.T.contiguous().T,
+        inputs.targets.int().view(4, 6),
+        inputs.coefficients.double().view(4, 6),
+        lse=lse.view(4, 6),
+    )
+    assert shaped.shape == ()
+    torch.testing.assert_close(shaped, flat)
+
+
+def test_autocast_casts_like_linear() -> None:
+    inputs = head_inputs(20, 16, 150)
+    leaves = [inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()]
+    halves = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = weighted_logprob_sum(*leaves, inputs.targets, inputs.coefficients)
+    expected = weighted_logprob_sum(*halves, inputs.targets, inputs.coefficients)
+    ours.backward()
+    expected.backward()
+    assert torch.equal(ours, expected)
+    assert all(torch.equal(a.grad, b.grad.float()) for a, b in zip(leaves, halves, strict=True))
+
+
+def test_compiles_fullgraph_with_backward() -> None:
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> Tensor:
+        return 2.0 * weighted_logprob_sum(hidden * 2.0, weight, targets, coefficients)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (20, 7):
+        inputs = head_inputs(n, 16, 150)
+        leaves = [inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()]
+        expected = loss(*leaves, inputs.targets, inputs.coefficients)
+        ours = compiled(*leaves, inputs.targets, inputs.coefficients)
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, leaves)
+        )
+
+
+@pytest.mark.parametrize("name", ["coefficients", "lse"])
+def test_constants_are_checked(name: str) -> None:
+    inputs = head_inputs(5, 8, 70)
+
+    def call(value: object) -> Tensor:
+        arguments = {"coefficients": inputs.coefficients, "lse": torch.zeros(5)} | {name: value}
+        return weighted_logprob_sum(inputs.hidden, inputs.weight, inputs.targets, **arguments)
+
+    with pytest.raises(ValueError, match=rf"{name}: expected the shape of targets \(5,\), got"):
+        call(torch.zeros(4))
+    with pytest.raises(TypeError, match=rf"{name}: expected a floating-point tensor, got torch"):
+        call(torch.zeros(5, dtype=torch.long))
+    with pytest.raises(ValueError, match=rf"{name}: expected a constant, .* {name}.detach\(\)"):
+        call(torch.zeros(5, requires_grad=True))
+    with pytest.raises(TypeError, match=rf"{name}: expected a torch.Tensor, got float"):
+        call(1.0)
+
+
+def test_agrees_with_linear_logprobs_bit_for_bit() -> None:
+    inputs = head_inputs(20, 16, 150)
+    leaves = [inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()]
+    total = weighted_logprob_sum(*leaves, inputs.targets, inputs.coefficients)
+    logprobs = linear_logprobs(*leaves, inputs.targets)
+    sums = (logprobs * inputs.coefficients).sum()
+    assert torch.equal(total, sums)
+    gradients = torch.autograd.grad(total, leaves)
+    expected = torch.autograd.grad(sums, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))

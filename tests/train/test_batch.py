@@ -1,0 +1,79 @@
+"""Packing: the shift, the budget, and that no sequence sees another."""
+
+import pytest
+import torch
+
+from agro_train.batch import build_batch, pack
+from agro_train.types import MicroBatch
+from tests.train.models import ragged_rollouts, rollout, tiny_policy
+
+
+def test_shift_and_shared_prompt_are_as_documented() -> None:
+    rollouts = [
+        rollout("a", [5, 9, 5, 11], [7, 1], 1.0),
+        rollout("a", [5, 9, 5, 11], [8, 1], 0.0),
+    ]
+    (micro,) = pack(rollouts, token_budget=100, share_prompts=True)
+    assert micro.input_ids.tolist() == [5, 9, 5, 11, 7, 8]
+    assert micro.position_ids.tolist() == [0, 1, 2, 3, 4, 4]
+    assert micro.predictors.tolist() == [3, 4, 3, 5]
+    assert micro.targets.tolist() == [7, 1, 8, 1]
+    assert micro.cu_seqlens.tolist() == [0, 2, 4]
+    assert micro.attends[5].tolist() == [True, True, True, True, False, True]
+
+
+def test_without_sharing_every_completion_has_its_own_prompt() -> None:
+    rollouts = [rollout("a", [5, 9], [7, 1]), rollout("a", [5, 9], [8, 1])]
+    (micro,) = pack(rollouts, token_budget=100, share_prompts=False)
+    assert micro.input_ids.tolist() == [5, 9, 7, 5, 9, 8]
+    assert micro.position_ids.tolist() == [0, 1, 2, 0, 1, 2]
+    assert micro.cu_inputs.tolist() == [0, 3, 6]
+    assert not micro.attends[3:, :3].any()
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("budget", [1, 7, 12, 1000])
+def test_every_completion_is_packed_once_within_the_budget(budget: int, share: bool) -> None:
+    rollouts = ragged_rollouts()
+    micro = pack(rollouts, token_budget=budget, share_prompts=share)
+    assert torch.cat([m.rows for m in micro]).tolist() == list(range(len(rollouts)))
+    targets = torch.cat([m.targets for m in micro]).tolist()
+    assert targets == [token for r in rollouts for token in r.completion_ids]
+    for m in micro:
+        assert len(m.input_ids) <= budget or len(m.rows) == 1
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_logprobs_equal_those_of_each_sequence_alone(
+    implementation: str, share: bool, training: bool
+) -> None:
+    policy = tiny_policy().train(training)
+    policy.model.set_attn_implementation(implementation)
+    rollouts = ragged_rollouts()
+    packed = logprobs_by_row(policy, pack(rollouts, token_budget=30, share_prompts=share))
+    for row, r in enumerate(rollouts):
+        ids = torch.tensor([*r.prompt_ids, *r.completion_ids])
+        logits = policy.model(input_ids=ids[None, :-1]).logits[0]
+        alone = logits.log_softmax(-1).gather(-1, ids[1:, None])[len(r.prompt_ids) - 1 :, 0]
+        # transformers' eager attention takes its softmax in float32 whatever the weights are
+        tolerance = 1e-12 if implementation == "sdpa" else 1e-6
+        torch.testing.assert_close(packed[row], alone, rtol=tolerance, atol=tolerance)
+
+
+def logprobs_by_row(policy: torch.nn.Module, micro: tuple[MicroBatch, ...]) -> list[torch.Tensor]:
+    pieces = []
+    for m in micro:
+        logprobs = policy(m, 1.0).logprobs
+        pieces += list(logprobs.split(m.cu_seqlens.diff().tolist()))
+    return pieces
+
+
+def test_batch_holds_groups_rewards_and_origin() -> None:
+    rollouts = [rollout("x", [3], [4], 1.0), rollout("y", [5], [6], None), rollout("x", [3], [7], 0.5)]
+    batch = build_batch(rollouts, [True, False, True], token_budget=50, share_prompts=True)
+    assert batch.groups[0] == batch.groups[2] != batch.groups[1]
+    assert batch.rewards[[0, 2]].tolist() == [1.0, 0.5]
+    assert batch.rewards[1].isnan()
+    assert batch.on_policy.tolist() == [True, False, True]
