@@ -111,10 +111,11 @@ def agro_coefficients(
             order, groups of any sizes.
         beta: strength of the KL regularisation, > 0, in units of reward.
         lr_weight: weight of the likelihood-ratio term, >= 0.
-        lr_cap: multiply a group's likelihood-ratio term by min(1, beta / max_i d_i), the largest
-            taken over the group's kept rows (1 where no d_i is positive). In the limit of large
-            groups, and at lr_weight <= 1, a better R then never has a larger coefficient; in a
-            group of n the best rows may still, by terms of relative size 1 / n.
+        lr_cap: lower a group's lr_weight to the largest value at which, among rows of one kind
+            (on-policy or not), a better R still never has a larger coefficient:
+            beta / max_i d_i * (n - 1) (n - 2) / (n (n - 2 + lr_baseline)), (n - 1) / n in place of
+            the fraction for n = 2. No longer an unbiased gradient of the on-policy loss, but free
+            of its wrong turns.
         on_policy: (B,) bool: rows sampled from the current policy, which alone get the
             likelihood-ratio term. None: all are.
         lr_baseline: in [0, 1]: unbiased at every value, which only moves the variance. "auto"

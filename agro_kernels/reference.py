@@ -164,17 +164,21 @@ def agro_sequence_loss(
         pairs = w[:, None] * w * (reg[:, None] - reg) ** 2
         total = total + pairs.sum() / (4 * n * (n - 1))  # the square table holds every pair twice
         reg = reg.detach()
-        cap = min(1.0, beta / max(beta, float((reg - reg.mean()).max()))) if lr_cap else 1.0
+        shrink = (1.0 if n >= 8 else 0.5 if n >= 3 else 0.0) if lr_baseline is None else lr_baseline
+        best = float((reg - reg.mean()).max())
+        weight = lr_weight
+        if lr_cap and best > 0:  # where d/dR of the best row's coefficient would change its sign
+            kept_share = (n - 2) / (n - 2 + shrink) if n >= 3 else 1.0
+            weight = min(lr_weight, beta * (n - 1) / n * kept_share / best)
         for i, row in enumerate(rows):
             if lr_weight == 0 or (on_policy is not None and not on_policy[row]):
                 continue
             others = torch.cat([reg[:i], reg[i + 1 :]])
             lr_term = (reg[i] - others.mean()) ** 2 / (2 * n)
             if n >= 3:
-                shrink = (1.0 if n >= 8 else 0.5) if lr_baseline is None else lr_baseline
                 lr_term = lr_term - shrink * others.var() / (2 * (n - 1))
             score = logprobs[row] - logprobs[row].detach()
-            total = total + lr_weight * cap * lr_term * score
+            total = total + weight * lr_term * score
     return scale * total / max(1, len(members) if num_groups is None else num_groups)
 
 

@@ -54,7 +54,7 @@ def weighted_logprob_sum(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1),
-        coefficients.reshape(-1).float(),
+        coefficients.reshape(-1).to(torch.promote_types(hidden.dtype, torch.float32)),
         None if lse is None else lse.reshape(-1),
         bias,
         *split_temperature(temperature),

@@ -122,7 +122,7 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
         bos_token_id=model.generation_config.bos_token_id,
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.eval()
     return model
 

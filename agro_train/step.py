@@ -102,7 +102,7 @@ def update(
     weights, stats = coefficients(batch, scores, config)
     for micro, lse in zip(batch.micro, scores.lse, strict=True):
         micro = to_device(micro, device)
-        per_token = weights.to(device)[token_rows(micro)].float()
+        per_token = weights.to(device, lse.dtype)[token_rows(micro)]
         loss = policy(micro, config.temperature, per_token, lse)
         accelerator.backward(loss)
     grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from agro_kernels import configs
-from agro_kernels._triton import agro_loss, linear_logprobs
+from agro_kernels._triton import agro_loss, head_gradients, linear_logprobs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -90,7 +90,7 @@ def head_cases(target: str) -> list[Case]:
     cases = []
     for name, kernel, variants in (
         ("linear_logprobs_fwd", linear_logprobs.linear_logprobs_fwd_kernel, FWD_CASES),
-        ("linear_logprobs_bwd", linear_logprobs.linear_logprobs_bwd_kernel, BWD_CASES),
+        ("linear_logprobs_bwd", head_gradients.linear_logprobs_bwd_kernel, BWD_CASES),
     ):
         for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             config = configs.select(name, target.replace("_", ""), itemsize)

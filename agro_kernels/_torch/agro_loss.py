@@ -141,10 +141,15 @@ def _from_log_ratios(
             else torch.full_like(n_row, lr_baseline)
         )
         baseline = (shrink / (2 * (n_row - 1)) * of_others).where(n_row >= 3, 0.0)
-        lr_term = lr_weight * (n_row / (2 * (n_row - 1) ** 2) * deviation**2 - baseline)
+        lr_term = n_row / (2 * (n_row - 1) ** 2) * deviation**2 - baseline
         if lr_cap:
-            largest = torch.zeros_like(mean).scatter_reduce_(0, group, deviation, "amax")
-            lr_term = lr_term * (beta / largest.clamp(min=beta))[group]
+            largest = torch.zeros_like(mean).scatter_reduce_(0, group, deviation, "amax")[group]
+            others_left = (n_row - 2).clamp(min=1)
+            shrinkage = torch.where(n_row >= 3, others_left / (others_left + shrink), 1.0)
+            bound = beta * (n_row - 1) / n_row * shrinkage / largest
+            lr_term = lr_term * bound.clamp(max=lr_weight).where(largest > 0, lr_weight)
+        else:
+            lr_term = lr_term * lr_weight
         if on_policy is not None:
             lr_term = lr_term.where(on_policy, 0.0)
         coefficients = coefficients + lr_term

@@ -158,10 +158,14 @@ def group_statistics_kernel(
         else:
             shrink = tl.zeros((BLOCK_I,), tl.float64) + lr_baseline
         baseline = tl.where(n >= 3, shrink / (2 * (n - 1)) * of_others, 0.0)
-        lr_term = lr_weight * (n / (2 * (n - 1) * (n - 1)) * square - baseline)
+        lr_term = n / (2 * (n - 1) * (n - 1)) * square - baseline
         if LR_CAP:
-            cap = beta / tl.where(largest > 0, largest, 1.0)
-            lr_term = tl.where(largest > beta, lr_term * cap, lr_term)
+            others_left = tl.where(n > 2, n - 2, 1.0)
+            shrinkage = tl.where(n > 2, others_left / (others_left + shrink), 1.0)
+            bound = beta * (n - 1) / n * shrinkage / tl.where(largest > 0, largest, 1.0)
+            lr_term *= tl.where((largest > 0) & (bound < lr_weight), bound, lr_weight)
+        else:
+            lr_term *= lr_weight
         if HAS_ON_POLICY:
             on_policy = tl.load(on_policy_ptr + offs_i, mask=mask_i, other=0) != 0
             lr_term = tl.where(on_policy, lr_term, 0.0)

@@ -182,19 +182,35 @@ def test_order_and_names_of_groups_do_not_matter(name: str) -> None:
     assert_close(torch.stack(permuted.stats[:5]), torch.stack(ours.stats[:5]))
 
 
-def test_lr_cap_bounds_the_term_by_the_best_row_of_the_group() -> None:
+@pytest.mark.parametrize("size", [2, 3, 4, 7, 8, 32])
+@pytest.mark.parametrize("lr_baseline", ["auto", 0.0, 0.3, 1.0])
+def test_lr_cap_keeps_coefficients_falling_in_the_regularised_reward(
+    size: int, lr_baseline: float | str
+) -> None:
+    generator = torch.Generator().manual_seed(size)
+    rewards = torch.randn(200 * size, generator=generator, dtype=torch.float64)
+    zeros = torch.zeros_like(rewards)
+    groups = torch.arange(200).repeat_interleave(size)
+    options: dict = {"beta": 0.1, "lr_weight": 1.0, "lr_baseline": lr_baseline}
+
+    def rises(**extra: float) -> Tensor:
+        """Per group, by how much a better row's coefficient exceeds a worse one's, at most."""
+        ours = agro_coefficients(rewards, zeros, zeros, groups, **options | extra).coefficients
+        order = rewards.view(200, size).argsort(1)
+        return ours.view(200, size).gather(1, order).diff(dim=1).amax(1) / ours.abs().max()
+
+    assert rises(lr_cap=True).max() < 1e-12
+    if size > 2:  # two rows have the same square: the term moves both alike, there is nothing to cap
+        assert rises(lr_cap=False).max() > 0.01
+
+
+def test_lr_cap_leaves_small_terms_and_flat_groups_alone() -> None:
     batch = Batch()
-    path, full, capped = (
-        agro_coefficients(*batch.sums, beta=BETA, **extra).coefficients
-        for extra in ({}, {"lr_weight": 0.8}, {"lr_weight": 0.8, "lr_cap": True})
+    options: dict = {"beta": 1e3, "lr_weight": 0.8}  # so strong a beta that nothing needs a cap
+    plain, capped = (
+        agro_coefficients(*batch.sums, **options, lr_cap=cap).coefficients for cap in (False, True)
     )
-    rewards, logprobs, ref_logprobs, groups = batch.sums
-    regularized = rewards - BETA * (logprobs - ref_logprobs)
-    for group in (5, -2, 7):
-        rows = groups == group
-        largest = (regularized[rows] - regularized[rows].mean()).max()
-        cap = min(1.0, BETA / float(largest))
-        assert_close(capped[rows] - path[rows], cap * (full - path)[rows])
+    assert torch.equal(plain, capped)
     # Nothing to cap where nothing deviates: no division by zero.
     zeros = torch.zeros(4)
     flat = agro_coefficients(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels import reference
+from agro_kernels._triton import head_gradients
 from agro_kernels._triton import linear_logprobs as kernels
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
@@ -32,7 +33,7 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "DLOGITS_CHUNK_BYTES", 2700)  # 21 rows of 32 fp32 columns
+    monkeypatch.setattr(head_gradients, "DLOGITS_CHUNK_BYTES", 2700)  # 21 rows of 32 fp32 columns
 
 
 def token_temperatures(n: int) -> Tensor:
@@ -203,7 +204,7 @@ def test_backward_of_one_upstream_gradient(given: tuple[bool, bool, bool]) -> No
 def test_on_a_gpu_at_the_size_of_its_tiles(
     dtype: torch.dtype, options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "DLOGITS_CHUNK_BYTES", 1000 * 4096 * 4)  # a few chunks
+    monkeypatch.setattr(head_gradients, "DLOGITS_CHUNK_BYTES", 1000 * 4096 * 4)  # a few chunks
     shape = (1000, 520, 10007)
     check_forward(make_inputs(options, shape, dtype), options_of(options, shape[0]))
     check_backward(make_inputs(options, shape, dtype), options_of(options, shape[0]))
@@ -416,13 +417,13 @@ def test_no_product_for_a_gradient_nobody_asked_for(
     inputs = head_inputs(*ODD, device=DEVICE)
     everything = backward(inputs, (inputs.coefficients, None, None), {}, [True, True, False])
     products: list[torch.Size] = []
-    mm_fp32 = kernels._mm_fp32
+    mm_fp32 = head_gradients._mm_fp32
 
     def counted(a: Tensor, b: Tensor) -> Tensor:
         products.append(a.shape)
         return mm_fp32(a, b)
 
-    monkeypatch.setattr(kernels, "_mm_fp32", counted)
+    monkeypatch.setattr(head_gradients, "_mm_fp32", counted)
     ours = backward(inputs, (inputs.coefficients, None, None), {}, output_mask)
     chunks = -(-ODD[2] // 32) if DEVICE == "cpu" else len(products)
     assert len(products) == (chunks if any(output_mask) else 0)

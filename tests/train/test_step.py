@@ -107,7 +107,7 @@ def test_policy_gradient_on_the_full_regularised_reward_is_agro_at_the_same_scal
 def test_gradient_checkpointing_changes_nothing() -> None:
     plain, _ = gradient(ragged_rollouts())
     policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
-    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.activation_checkpointing_enable({"use_reentrant": False})
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     batch = build_batch(ragged_rollouts(), [True] * 9, token_budget=30, share_prompts=True)
     run_update(policy, reference, batch, replace(CONFIG, gradient_checkpointing=True))
