@@ -1,0 +1,89 @@
+"""Configurations: what is shipped resolves, what cannot work is refused in one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from agro_train import config
+from agro_train.cli import main
+
+
+@pytest.mark.parametrize("name", list(config.shipped()))
+def test_shipped_configuration_resolves_by_name_and_as_a_path(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", name, "--dry-run"]) == 0
+    by_name = capsys.readouterr().out
+    assert main(["train", f"configs/{name}.yaml", "--dry-run"]) == 0
+    assert capsys.readouterr().out == by_name
+    assert "beta:" in by_name
+
+
+def test_llama3_configuration_is_the_papers_on_many_gpus() -> None:
+    resolved = config.load(config.find("llama3-8b-math"))
+    assert resolved.beta == 0.001
+    assert resolved.mixed_precision == "bf16"
+    assert resolved.attn_implementation == "flash_attention_2"
+    assert resolved.gradient_checkpointing and resolved.fsdp
+
+
+def test_dry_run_prints_a_file_that_resolves_to_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--dry-run", "beta=0.5", "recorded=[a.jsonl,b.jsonl]"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text(printed)
+    again = config.load(tmp_path / "run.yaml")
+    assert again.beta == 0.5 and again.recorded == ["a.jsonl", "b.jsonl"]
+    assert again.to_yaml() == printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("bta=0.1", "bta: expected one of the known keys, got an unknown one"),
+        ("beta=high", "beta: "),
+        ("beta=0", "beta: expected a number above 0, got 0"),
+        ("beta=nan", "beta: expected a number above 0, got nan"),
+        ("steps=0", "steps: expected at least 1, got 0"),
+        ("num_generations=1", "num_generations: expected at least 2, got 1"),
+        ("algorithm=ppo", "algorithm: expected one of agro, pg_"),
+        ("dtype=float16", "dtype: expected one of float32, bfloat16, got 'float16'"),
+        ("recorded_fraction=1.5", "recorded_fraction: expected 0 to 1, got 1.5"),
+        ("lr_baseline=2", "lr_baseline: expected auto or a number from 0 to 1, got '2'"),
+        ("steps", "arguments: expected one configuration"),
+    ],
+)
+def test_bad_setting_is_one_sentence_and_exit_status_2(
+    setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "tiny-arithmetic", setting, "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"agro: {message}")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "argument"),
+    [
+        (["algorithm=pg_loo", "lr_weight=1"], "lr_weight"),
+        (["recorded=[a.jsonl]", "lr_weight=1"], "lr_weight"),
+        (["attn_implementation=flash_attention_2"], "share_prompts"),
+    ],
+)
+def test_combination_that_cannot_work_is_refused(settings: list[str], argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}.*expected .* got "):
+        config.load(None, settings)
+
+
+def test_unknown_configuration_lists_the_shipped_ones() -> None:
+    with pytest.raises(ValueError, match="smollm2-math.*got 'nothing'"):
+        config.find("nothing")
+
+
+def test_broken_yaml_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("beta: [1\n")
+    with pytest.raises(ValueError, match="broken.yaml"):
+        config.load(path)

@@ -1,0 +1,179 @@
+"""Whole runs on the tiny model: what they leave behind, offline data, resuming, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agro_train import config as configuration
+from agro_train.cli import main
+from agro_train.data import read_jsonl
+
+QUICK = [
+    "warm_start_steps=30",
+    "steps=4",
+    "prompts_per_step=4",
+    "num_generations=4",
+    "eval_every=2",
+    "eval_prompts=8",
+    "eval_generations=1",
+    "save_every=2",
+    "warmup_steps=0",
+]
+
+
+def train(folder: Path, *settings: str) -> int:
+    return main(["train", f"output_dir={folder}", *QUICK, *settings])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(folder) == 0
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The record without what a clock measured."""
+    clocks = ("time_s", "eval_time_s", "tokens_per_s")
+    rows = read_jsonl(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in rows]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def test_run_leaves_everything_behind(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "rollouts", "samples", "plots", "base_model"} <= names
+    assert configuration.load(finished / "config.yaml").steps == 4
+    rows = read_jsonl(finished / "metrics.jsonl")
+    steps = [row for row in rows if "reward" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for key in ("reward", "kl", "entropy", "loss", "grad_norm", "time_s", "length", "tokens_per_s"):
+        assert all(isinstance(row[key], float) for row in steps), key
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [0, 2, 4]
+    assert steps[0]["kl"] == 0.0 and steps[0]["log_ratio"] == 0.0
+    for name in ("reward", "kl", "entropy", "length", "overview"):
+        assert (finished / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert len(read_jsonl(finished / "rollouts" / "step-000001.jsonl")) == 16
+
+
+def test_checkpoint_is_a_model_transformers_loads(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "checkpoint-4")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "checkpoint-4")
+    assert tokenizer("1+2=")["input_ids"] == [3, 12, 4, 13]
+    base = load_file(finished / "base_model" / "model.safetensors")
+    assert any(not torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+
+
+def test_resumed_run_is_bitwise_the_uninterrupted_one(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoint-4")  # as if it had died in step 3 or later
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(finished)
+    ours, theirs = weights(folder / "checkpoint-4"), weights(finished / "checkpoint-4")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not [p for p in folder.iterdir() if "partial" in p.name]
+
+
+def test_resume_can_go_on_for_longer(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "longer"
+    shutil.copytree(finished, folder)
+    assert main(["train", "--resume", str(folder), "steps=5"]) == 0
+    assert [row["step"] for row in metrics(folder) if "reward" in row] == [1, 2, 3, 4, 5]
+
+
+def test_run_on_its_own_recorded_rollouts_repeats_the_step(finished: Path, tmp_path: Path) -> None:
+    """Offline AGRO on what the policy generated is on-policy AGRO's first step: same loss, same gradient."""
+    recorded = finished / "rollouts" / "step-000001.jsonl"
+    assert train(tmp_path / "offline", f"recorded=[{recorded}]", "steps=1") == 0
+    offline = next(row for row in metrics(tmp_path / "offline") if "reward" in row)
+    online = next(row for row in metrics(finished) if "reward" in row)
+    assert offline["reward"] == online["reward"] > 0
+    for key in ("loss", "grad_norm"):  # the groups come in another order, so sums round differently
+        assert offline[key] == pytest.approx(online[key], rel=1e-5), key
+
+
+def test_mixed_run_takes_its_share_from_the_record(finished: Path, tmp_path: Path) -> None:
+    recorded = finished / "rollouts" / "step-000001.jsonl"
+    settings = [f"recorded=[{recorded}]", "recorded_fraction=0.5", "lr_weight=0.5", "steps=1"]
+    assert train(tmp_path / "mixed", *settings) == 0
+    rollouts = read_jsonl(tmp_path / "mixed" / "rollouts" / "step-000001.jsonl")
+    origins = [row["group"].startswith("recorded-") for row in rollouts]
+    assert origins == [False] * 8 + [True] * 8
+
+
+def test_policy_gradient_trains(tmp_path: Path) -> None:
+    assert train(tmp_path / "pg", "algorithm=pg_reward_baseline_k2", "steps=1") == 0
+    row = next(row for row in metrics(tmp_path / "pg") if "reward" in row)
+    assert row["grad_norm"] > 0
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("agro: ") and message.count("\n") == 1
+    return message
+
+
+def test_folder_that_holds_a_run_is_refused_and_left_alone(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = metrics(finished)
+    message = refusal(["train", f"output_dir={finished}", *QUICK], capsys)
+    assert "output_dir: expected a folder without a run" in message and "--resume" in message
+    assert metrics(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data=nowhere.jsonl", "nowhere.jsonl"),
+        ("recorded=[nowhere.jsonl]", "nowhere.jsonl"),
+        ("reward=nothing", "reward: expected"),
+        ("model=/nowhere/model", "model: expected"),
+        ("lr_scheduler_type=bumpy", "lr_scheduler_type: expected"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "never"
+    assert message in refusal(["train", f"output_dir={folder}", *QUICK, setting], capsys)
+    assert not folder.exists()
+
+
+def test_resume_without_a_run_or_a_checkpoint_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "has no config.yaml" in refusal(["train", "--resume", str(tmp_path)], capsys)
+    shutil.copytree(finished, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert "with a checkpoint" in refusal(["train", "--resume", str(tmp_path / "bare")], capsys)
+
+
+def test_checkpoint_of_another_model_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(finished, folder)
+    state = folder / "checkpoint-4" / "trainer_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "base_model": "0" * 16}))
+    assert "a checkpoint of model=tiny" in refusal(["train", "--resume", str(folder)], capsys)
+
+
+def test_plot_draws_a_run_again(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("plots"))
+    assert main(["plot", str(tmp_path / "run")]) == 0
+    assert len(list((tmp_path / "run" / "plots").glob("*.png"))) == 5
+    assert main(["plot", str(tmp_path)]) == 2
