@@ -1,1 +1,1 @@
-"""A slim trainer for reinforcement-learning fine-tuning with AGRO; `agro train` on the command line."""
+"""A slim trainer for reinforcement-learning fine-tuning with AGRO: the command `agro`."""

@@ -1,9 +1,9 @@
 """Rollouts -> TrainBatch: pack sequences into micro-batches. The only place that shifts targets.
 
-A micro-batch is one row of tokens, sequences end to end, so nothing is computed for padding. Where the
-attention kernel takes a mask, a prompt is packed once and all its completions attend to it: with eight
-completions of a long prompt that is most of the work. Which sequences share a micro-batch changes the
-speed, never the gradient.
+A micro-batch is one row of tokens, sequences end to end, so nothing is computed for padding. Where
+the attention kernel takes a mask, a prompt is packed once and all its completions attend to it:
+with eight completions of a long prompt that is most of the work. Which sequences share a
+micro-batch changes the speed, never the gradient.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,16 @@ from agro_train.types import MicroBatch, Rollout, TrainBatch
 
 
 def build_batch(
-    rollouts: Sequence[Rollout], on_policy: Sequence[bool], *, token_budget: int, share_prompts: bool
+    rollouts: Sequence[Rollout],
+    on_policy: Sequence[bool],
+    *,
+    token_budget: int,
+    share_prompts: bool,
 ) -> TrainBatch:
     """Packs whole groups into micro-batches of at most token_budget tokens.
 
-    Rollouts of one group must be neighbours for their prompt to be shared. A sequence longer than the
-    budget gets a micro-batch of its own.
+    Rollouts of one group must be neighbours for their prompt to be shared. A sequence longer than
+    the budget gets a micro-batch of its own.
     """
     ids: dict[str, int] = {}
     groups = [ids.setdefault(rollout.group, len(ids)) for rollout in rollouts]
@@ -36,7 +40,7 @@ def build_batch(
 def pack(
     rollouts: Sequence[Rollout], *, token_budget: int, share_prompts: bool
 ) -> tuple[MicroBatch, ...]:
-    """Greedy, in order: a sequence opens a new micro-batch when the current one has no room for it."""
+    """Greedy, in order: a sequence that does not fit opens a new micro-batch."""
     done: list[MicroBatch] = []
     packing = _Packing()
     for row, rollout in enumerate(rollouts):
@@ -55,8 +59,11 @@ def pack(
 
 @dataclass
 class _Packing:
-    """A micro-batch being filled. A segment is a prompt or a completion's tokens; `parents` names the
-    prompt's segment that a token may also attend to."""
+    """A micro-batch being filled.
+
+    A segment is a prompt, or a completion's tokens; `parents` names the prompt's segment, which a
+    completion's token may attend to as well.
+    """
 
     input_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
@@ -78,12 +85,11 @@ class _Packing:
         self.last_prompt_token = len(self.input_ids) - 1
 
     def add_completion(self, row: int, ids: tuple[int, ...]) -> None:
-        """The shift: the prompt's last token predicts ids[0], token ids[j] predicts ids[j + 1], and
-        ids[-1] is predicted but never read."""
+        """The shift: the prompt's last token predicts ids[0], ids[j] predicts ids[j + 1], and
+        ids[-1] is predicted but never read.
+        """
         start = len(self.input_ids)
-        self._add_segment(
-            ids[:-1], first_position=len(self.prompt_ids), parent=self.prompt_segment
-        )
+        self._add_segment(ids[:-1], first_position=len(self.prompt_ids), parent=self.prompt_segment)
         self.predictors += [self.last_prompt_token, *range(start, len(self.input_ids))]
         self.targets += ids
         self.cu_seqlens.append(len(self.targets))

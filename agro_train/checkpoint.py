@@ -1,7 +1,7 @@
 """Checkpoints: a folder transformers can load, with the optimiser and the step beside the weights.
 
-All randomness of a run is a function of its seed and the step, so there is no other state. A checkpoint
-is written under another name and renamed when it is complete.
+All randomness of a run is a function of its seed and the step, so there is no other state. A
+checkpoint is written under another name and renamed when it is complete.
 """
 
 import json

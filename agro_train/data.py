@@ -1,4 +1,4 @@
-"""Where prompts and recorded rollouts come from: tasks made on the spot, JSONL files, hub datasets."""
+"""Where prompts and recorded rollouts come from: tasks, JSONL files, hub datasets."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import torch
 from agro_train.tasks import TASKS, Row, Split
 from agro_train.types import Prompt, Rollout
 
-# The dataset's question, by the names that MATH, GSM8K and TRL give it; the first one present counts.
+# The question's column as TRL, MATH and GSM8K name it; the first one present counts.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 
 
@@ -53,7 +53,8 @@ def read_jsonl(path: Path) -> list[Row]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"data: expected a JSON object in {path}, line {number}, got {line[:60]!r} ({error.msg})"
+                    f"data: expected a JSON object in {path}, line {number}, "
+                    f"got {line[:60]!r} ({error.msg})"
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(
@@ -106,7 +107,8 @@ def load_prompts(
 def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> Prompt:
     """The prompt as the model reads it: template, then the tokenizer's chat template if it has one.
 
-    A chat template writes its own begin-of-sequence token, so none is added to its text a second time.
+    A chat template writes its own begin-of-sequence token, so none is added to its text a second
+    time.
     """
     text = template.replace("{prompt}", row["prompt"])
     chat = tokenizer.chat_template is not None
@@ -136,7 +138,7 @@ def prompts_for_step(prompts: Sequence[Any], count: int, step: int, seed: int) -
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from a run's seed, a purpose and counters; the same in every process and version."""
+    """A 63-bit seed from a run's seed, a purpose and counters; the same everywhere, always."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -151,9 +153,9 @@ def load_recorded(paths: Sequence[str], tokenizer: Any, template: str) -> list[l
     """Recorded groups, in the order of their first line.
 
     A line needs `reward` (a number or null), `prompt_ids` or `prompt`, and `completion_ids` or
-    `completion`; lines with the same `group` (else the same prompt) belong together. A prompt given as
-    text is rendered like a dataset's; a completion's text is tokenised apart from it, and an end token
-    is appended only where `finish` says "stop".
+    `completion`; lines with the same `group` (else the same prompt) belong together. A prompt
+    given as text is rendered like a dataset's; a completion's text is tokenised apart from it, and
+    an end token is appended only where `finish` says "stop".
     """
     groups: dict[str, list[Rollout]] = {}
     for path in paths:
@@ -176,7 +178,8 @@ def _recorded_rollout(row: Row, where: str, tokenizer: Any, template: str) -> Ro
     for either in (("reward",), ("prompt_ids", "prompt"), ("completion_ids", "completion")):
         if not any(name in row for name in either):
             raise ValueError(
-                f"recorded: expected a column {' or '.join(either)} in {where}, got {', '.join(row)}"
+                f"recorded: expected a column {' or '.join(either)} in {where}, "
+                f"got {', '.join(row)}"
             )
     reward = row["reward"]
     if reward is not None and not isinstance(reward, (int, float)):

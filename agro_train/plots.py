@@ -1,4 +1,4 @@
-"""The curves of a run, from its metrics.jsonl: reward, KL, entropy and length against steps, as PNG."""
+"""A run's curves from its metrics.jsonl: reward, KL, entropy and length against steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from agro_train.data import read_jsonl  # noqa: E402
 
@@ -63,10 +64,9 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
             steps, values = zip(*points, strict=True)
             marker = "o" if column.startswith("eval_") else None
             axes.plot(steps, values, color=colour, marker=marker, markersize=4, label=legend)
-    if panel[0] == "reward":
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    else:
-        axes.set_ylim(bottom=0)
+    axes.margins(y=0.08)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if panel[0] == "reward" else 0.0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.25)

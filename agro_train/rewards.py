@@ -1,8 +1,8 @@
 """Rewards: functions from completions to numbers, built in or the user's own.
 
-A reward function has TRL's signature: keyword arguments `prompts`, `completions`, `completion_ids` and
-every column of the dataset, each a list with one entry per completion; it returns a list of numbers,
-None where it has no opinion (that completion is dropped from its group, and counted).
+A reward function has TRL's signature: keyword arguments `prompts`, `completions`, `completion_ids`
+and every column of the dataset, each a list with one entry per completion; it returns a list of
+numbers, None where it has no opinion (that completion is dropped from its group, and counted).
 """
 
 import importlib
@@ -32,15 +32,16 @@ def number_reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -
 def math_reward(completions: Sequence[str], **columns: Any) -> list[float | None]:
     """1.0 where math-verify finds the completion's final answer equal to the gold one.
 
-    The gold answer is the column `solution` (MATH: in \\boxed{}) or `answer` (GSM8K: after ####). A gold
-    answer that cannot be parsed gives None: the prompt says nothing about the completion.
+    The gold answer is the column `solution` (MATH: in \\boxed{}) or `answer` (GSM8K: after ####).
+    A gold answer that cannot be parsed gives None: the prompt says nothing about the completion.
     """
     from math_verify import parse, verify  # pulls in sympy
 
     gold = columns.get("solution", columns.get("answer"))
     if gold is None:
         raise ValueError(
-            f"reward: expected a column solution or answer for reward=math, got {', '.join(columns)}"
+            "reward: expected a column solution or answer for reward=math, "
+            f"got {', '.join(columns)}"
         )
     rewards: list[float | None] = []
     for completion, reference in zip(completions, gold, strict=True):
@@ -53,22 +54,20 @@ BUILT_IN: dict[str, RewardFunction] = {"number": number_reward, "math": math_rew
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """A built-in reward by name, or the user's own as `module:function`, looked up from the working folder."""
+    """A built-in reward by name, or the user's own as `module:function`."""
     if spec in BUILT_IN:
         return BUILT_IN[spec]
     module_name, _, function_name = spec.partition(":")
     if not function_name:
-        raise ValueError(
-            f"reward: expected {', '.join(BUILT_IN)} or module:function, got {spec!r}"
-        )
+        raise ValueError(f"reward: expected {', '.join(BUILT_IN)} or module:function, got {spec!r}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"reward: expected an importable module in {spec!r}, got none ({error}); it is looked up "
-            f"in the Python path and in {Path.cwd()}"
+            f"reward: expected an importable module in {spec!r}, got none ({error}); it is looked "
+            f"up in the Python path and in {Path.cwd()}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -92,7 +91,8 @@ def score(rollouts: Sequence[Rollout], reward: RewardFunction) -> list[Rollout]:
     if not isinstance(values, Sequence) or len(values) != len(rollouts):
         got = f"{len(values)}" if isinstance(values, Sequence) else type(values).__name__
         raise ValueError(
-            f"reward: expected a list of {len(rollouts)} numbers from the reward function, got {got}"
+            f"reward: expected a list of {len(rollouts)} numbers from the reward function, "
+            f"got {got}"
         )
     return [
         replace(rollout, reward=_as_reward(value))

@@ -30,7 +30,8 @@ def generate(
 
     temperature 0 is greedy decoding; otherwise tokens are drawn from the full softmax at that
     temperature (no top-k, no top-p), which is the distribution the trainer scores. Randomness comes
-    from `seed` alone. Prompts of similar length are generated together, `batch_size` sequences at a time.
+    from `seed` alone. Prompts of similar length are generated together, `batch_size` sequences at
+    a time.
     """
     prompts_at_once = max(1, batch_size // num_generations)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
@@ -105,7 +106,7 @@ def _complete(
 
 
 def _left_pad(prompts: Sequence[tuple[int, ...]], pad: int) -> tuple[Tensor, Tensor]:
-    """(prompts, longest) ids and mask; generation needs the last token of every prompt in one column."""
+    """(prompts, longest) ids and mask; generation needs every prompt to end in one column."""
     longest = max(len(ids) for ids in prompts)
     input_ids = torch.full((len(prompts), longest), pad)
     attention_mask = torch.zeros_like(input_ids)

@@ -1,10 +1,10 @@
-"""One policy update: two passes without gradients, one coefficient per completion, one pass with.
+"""One policy update: two passes without gradients, one coefficient a completion, one pass with.
 
-1. Score: log-probabilities of every completion under the policy as it is now, and under the reference.
-2. Coefficients over whole groups (`agro_coefficients`): after this each completion's share of the
+1. Score: log-probabilities of every completion under the policy as it is now and the reference.
+2. Coefficients over whole groups (`agro_coefficients`): from here on a completion's share of the
    gradient is a number that depends on nothing else.
-3. Update: sum_t c * logprob_t, micro-batch by micro-batch, through `weighted_logprob_sum`. How groups
-   were cut into micro-batches no longer matters.
+3. Update: sum_t c * logprob_t, micro-batch by micro-batch, through `weighted_logprob_sum`. How
+   groups were cut into micro-batches no longer matters.
 """
 
 from dataclasses import dataclass, replace
@@ -24,17 +24,22 @@ class Scores:
 
     logprobs: Tensor  # (B,) float64: sums over each completion's tokens, under the policy
     ref_logprobs: Tensor  # (B,) float64: the same under the reference
-    lse: tuple[Tensor, ...]  # per micro-batch (n,) fp32: spares the update one product with the head
+    lse: tuple[Tensor, ...]  # per micro-batch (n,) fp32: saves the update a product with the head
     entropy: float  # nats, mean over tokens
-    kl: float  # nats per completion: sum over tokens of exp(-l) - 1 + l, l = log policy - log reference
+    kl: float  # nats per completion: sum over tokens of exp(-l) - 1 + l, l = the log-ratio
     num_tokens: int
 
 
 def score_batch(
-    policy: nn.Module, reference: nn.Module, batch: TrainBatch, temperature: float, device: torch.device
+    policy: nn.Module,
+    reference: nn.Module,
+    batch: TrainBatch,
+    temperature: float,
+    device: torch.device,
 ) -> Scores:
-    """Log-probabilities under policy and reference, by the same kernels and the same packing, so that
-    equal weights give a log-ratio of zero."""
+    """Log-probabilities under policy and reference, by the same kernels and the same packing, so
+    that equal weights give a log-ratio of exactly zero.
+    """
     logprobs = torch.zeros(len(batch.rewards), dtype=torch.float64)
     ref_logprobs = torch.zeros_like(logprobs)
     lse, entropy, kl, num_tokens = [], 0.0, 0.0, 0
@@ -66,8 +71,8 @@ def coefficients(
 ) -> tuple[Tensor, AgroStats]:
     """(B,) coefficients of the configured algorithm and AGRO's statistics of the batch.
 
-    All algorithms come at policy gradient's scale: AGRO's loss is divided by beta, so that its pathwise
-    term equals the policy gradient and learning rates and clipping compare.
+    All algorithms come at policy gradient's scale: AGRO's loss is divided by beta, so that its
+    pathwise term equals the policy gradient and learning rates and clipping compare.
     """
     data = (batch.rewards, scores.logprobs, scores.ref_logprobs, batch.groups)
     agro = agro_coefficients(
@@ -94,9 +99,9 @@ def update(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
 ) -> StepStats:
-    """One optimiser step on the batch. A gradient that is not finite leaves the weights as they were."""
+    """One optimiser step. A gradient that is not finite leaves the weights as they were."""
     device = accelerator.device
-    # Gradient checkpointing works in training mode only; there is no dropout that the mode could switch on.
+    # Gradient checkpointing works in training mode only; there is no dropout to switch on.
     policy.train(config.gradient_checkpointing)
     scores = score_batch(policy, reference, batch, config.temperature, device)
     weights, stats = coefficients(batch, scores, config)

@@ -1,4 +1,4 @@
-"""Arithmetic tasks made on the spot: questions with answers, split once and for all into train and held-out.
+"""Arithmetic tasks made on the spot, split once and for all into train and held-out.
 
 A task is a function split -> list of rows with the columns `prompt` and `answer`, the form a JSONL
 file would have. No operands appear in both splits, in either order.
@@ -13,10 +13,10 @@ Row = dict[str, Any]
 
 
 def tiny_arithmetic(split: Split) -> list[Row]:
-    """Sums of two-digit numbers whose ones carry, for the embedded tiny model: '37+58=' with answer 95.
+    """Two-digit sums whose ones carry, for the embedded tiny model: '37+58=' with answer 95.
 
-    `solution` works the sum out; `slip` does too, but forgets the carry. The tiny model's warm start
-    mixes them, so that the reward has something to decide.
+    `solution` works the sum out; `slip` does too, but forgets the carry. The tiny model's warm
+    start mixes them, so that the reward has something to decide.
     """
     return [
         {
@@ -44,11 +44,11 @@ def worked_sum(a: int, b: int, carry: int) -> str:
 
 
 def arithmetic(split: Split) -> list[Row]:
-    """One-digit products and as many two-digit sums, in words, for a small instruction-tuned model."""
+    """One-digit products and as many two-digit sums, in words, for an instruction-tuned model."""
     products = [
         _question(a, b, "times", a * b) for a, b in _pairs(2, 9, split, held_out_percent=20)
     ]
-    sums = [_question(a, b, "plus", a + b) for a, b in _pairs(10, 99, split, held_out_percent=20)]
+    sums = [_question(a, b, "plus", a + b) for a, b in _pairs(10, 49, split, held_out_percent=20)]
     sums.sort(key=lambda row: _digest(row["prompt"]))
     return products + sums[: len(products)]
 
@@ -58,7 +58,9 @@ def _question(a: int, b: int, operation: str, answer: int) -> Row:
     return {"prompt": question, "answer": str(answer)}
 
 
-def _pairs(low: int, high: int, split: Split, *, held_out_percent: int) -> Iterator[tuple[int, int]]:
+def _pairs(
+    low: int, high: int, split: Split, *, held_out_percent: int
+) -> Iterator[tuple[int, int]]:
     """All (a, b) of one split; (a, b) and (b, a) are always in the same one."""
     for a in range(low, high + 1):
         for b in range(low, high + 1):

@@ -1,8 +1,8 @@
-"""The embedded model: a Llama of a few hundred thousand weights with a character tokenizer, warm-started.
+"""The embedded model: a Llama of 0.3 million weights with a character tokenizer, warm-started.
 
 It needs no download. Its warm start is supervised training on worked two-digit sums by a careless
-teacher, who forgets the carry more often than not. So the model knows the form and the facts, but gets
-many sums wrong, and only the reward says which.
+teacher, who forgets the carry more often than not. So the model knows the form and the facts, but
+gets many sums wrong, and only the reward says which.
 """
 
 import torch
@@ -27,7 +27,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
-    """A random Llama: grouped-query attention, RoPE, SwiGLU, untied head; about 0.3 million weights."""
+    """A random Llama with grouped-query attention and an untied head."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=96,
@@ -57,13 +57,15 @@ def warm_start(
     batch_size: int = 64,
     learning_rate: float = 2e-3,
 ) -> float:
-    """Supervised training on the rows' worked answers, in place; a share `slip_rate` forgets the carry.
+    """Supervised training on worked answers, in place; a share `slip_rate` forgets the carry.
 
     Returns the last step's loss, nats a token.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=max(1, steps // 10))
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 0.1, 1.0, total_iters=max(1, steps // 10)
+    )
     model.train()
     loss = torch.zeros(())
     for _ in range(steps):
@@ -89,8 +91,10 @@ def warm_start(
 def _supervised_batch(
     tokenizer: PreTrainedTokenizerFast, examples: list[tuple[str, str]]
 ) -> tuple[Tensor, Tensor]:
-    """(batch, T) input ids and targets; prompts and padding are ignored. Right-padded, so that causal
-    attention never sees a pad before a token that counts."""
+    """(batch, T) input ids and targets; prompts and padding are ignored.
+
+    Right-padded: causal attention never sees a pad before a token that counts.
+    """
     prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in examples]
     answers = [tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id] for _, answer in examples]
     longest = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)) - 1

@@ -27,8 +27,8 @@ class RunFolder:
         """Raises ValueError if a run is already there."""
         if self.config.exists() or self.metrics.exists():
             raise ValueError(
-                f"output_dir: expected a folder without a run, got {str(self.path)!r}, which holds one; "
-                f"choose another, or continue it with --resume {self.path}"
+                f"output_dir: expected a folder without a run, got {str(self.path)!r}, which has "
+                f"one; choose another, or continue it with --resume {self.path}"
             )
 
     def create(self, config_yaml: str) -> None:
@@ -37,7 +37,7 @@ class RunFolder:
         self.config.write_text(config_yaml)
 
     def rewind(self, step: int) -> None:
-        """Drops everything logged after a step, so that a resumed run continues the record exactly."""
+        """Drops what was logged after a step: a resumed run continues the record exactly."""
         rows = read_jsonl(self.metrics) if self.metrics.exists() else []
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
         partial = self.metrics.with_suffix(".partial")
@@ -48,7 +48,7 @@ class RunFolder:
                 log.unlink()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one row to metrics.jsonl; a number that is not finite becomes null, for JSON has none."""
+        """Appends a row to metrics.jsonl; a number that is not finite becomes null."""
         row = {k: v if math.isfinite(v) else None for k, v in {"step": step, **metrics}.items()}
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -64,7 +64,7 @@ class RunFolder:
 
 
 class Display:
-    """A progress bar with reward, KL and tokens a second on a terminal; one line a step elsewhere."""
+    """A progress bar with reward, KL and tokens/s on a terminal; one line a step elsewhere."""
 
     def __init__(self, start: int, steps: int, *, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet)

@@ -1,4 +1,6 @@
-"""The loop. Prompts -> rollouts -> rewards -> batch -> one update; everything else is in its own room."""
+"""The loop. Prompts -> rollouts -> rewards -> batch -> one update; everything else is in its own
+room.
+"""
 
 import copy
 import time
@@ -109,7 +111,9 @@ class Run:
 
 
 def setup(config: TrainConfig, *, resume: bool) -> Run:
-    """Loads and checks everything; the output folder is touched only when nothing is left to go wrong."""
+    """Loads and checks everything; the output folder is touched only when nothing is left to go
+    wrong.
+    """
     folder = RunFolder(Path(config.output_dir))
     if not resume:
         folder.check_unused()
@@ -188,7 +192,9 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
 def load_base(
     config: TrainConfig, resumed: Path | None
 ) -> tuple[Any, PreTrainedModel, float | None]:
-    """Tokenizer, the model the run starts from (and the reference stays), and a warm start's last loss."""
+    """Tokenizer, the model the run starts from (and the reference stays), and a warm start's last
+    loss.
+    """
     if config.model != "tiny":
         return load_tokenizer(config.model), load_model(config.model, config), None
     if resumed is not None:
@@ -218,9 +224,7 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[bool]]:
     Of `prompts_per_step` groups the share `recorded_fraction` is recorded, the rest is generated.
     """
     config = run.config
-    num_recorded = (
-        round(config.prompts_per_step * config.recorded_fraction) if run.recorded else 0
-    )
+    num_recorded = round(config.prompts_per_step * config.recorded_fraction) if run.recorded else 0
     num_fresh = config.prompts_per_step - num_recorded
     fresh: list[Rollout] = []
     if num_fresh:
@@ -242,7 +246,8 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[bool]]:
     groups: list[list[Rollout]] = []
     if num_recorded:
         groups = prompts_for_step(run.recorded, num_recorded, step, config.seed)
-    # A recorded group may answer a prompt that is also fresh, or come twice: it stays a group of its own.
+    # A recorded group may answer a prompt that is also fresh, or come twice: it stays a group of
+    # its own.
     recorded = [
         replace(rollout, group=f"recorded-{i}-{rollout.group}")
         for i, group in enumerate(groups)
@@ -267,7 +272,9 @@ def due(every: int, step: int) -> bool:
 
 
 def run_evaluation(run: Run, step: int, display: Display) -> Evaluation | None:
-    """Evaluates on the held-out prompts and records it; None where the run has none or wants none."""
+    """Evaluates on the held-out prompts and records it; None where the run has none or wants
+    none.
+    """
     if not run.held_out or not run.config.eval_every:
         return None
     began = time.perf_counter()

@@ -1,17 +1,18 @@
 """What flows through one training step: Prompt -> Rollout -> TrainBatch -> StepStats. All frozen.
 
-Example. The prompt "2+2=" with ids (5, 9, 5, 11) gets two completions, "4" and "5", each ended by the
-end token 1. They are two `Rollout`s of one group:
+Example. The prompt "2+2=" with ids (5, 9, 5, 11) gets two completions, "4" and "5", each ended by
+the end token 1. They are two `Rollout`s of one group:
 
-    Rollout(prompt="2+2=", prompt_ids=(5, 9, 5, 11), completion="4", completion_ids=(7, 1), reward=1.0, ...)
-    Rollout(prompt="2+2=", prompt_ids=(5, 9, 5, 11), completion="5", completion_ids=(8, 1), reward=0.0, ...)
+    Rollout(prompt="2+2=", prompt_ids=(5, 9, 5, 11), completion="4", completion_ids=(7, 1),
+    reward=1.0, ...) Rollout(prompt="2+2=", prompt_ids=(5, 9, 5, 11), completion="5",
+    completion_ids=(8, 1), reward=0.0, ...)
 
 Packed into one `MicroBatch` that holds the prompt once, the model reads 6 tokens
 
     input_ids      5  9  5 11  7  8        position_ids  0  1  2  3  4  4
 
-and the head predicts 4: position 3 (the prompt's last token) predicts both first tokens, position 4 the
-end of "4" and position 5 the end of "5":
+and the head predicts 4: position 3 (the prompt's last token) predicts both first tokens, position
+4 the end of "4" and position 5 the end of "5":
 
     predictors     3  4  3  5              targets  7  1  8  1        cu_seqlens  0  2  4
 """
@@ -53,7 +54,9 @@ class Rollout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences packed end to end for one forward pass. L tokens read, n predicted, S completions."""
+    """Sequences packed end to end for one forward pass. L tokens read, n predicted, S
+    completions.
+    """
 
     input_ids: Tensor  # (L,) int64
     position_ids: Tensor  # (L,) int64, each within its own sequence

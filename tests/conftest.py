@@ -4,7 +4,8 @@ import os
 
 import torch
 
-# Triton decides at import time whether a kernel is interpreted, so this precedes every import of it.
+# Triton decides at import time whether a kernel is interpreted, so this precedes every import of
+# it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"

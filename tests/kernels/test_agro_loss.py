@@ -200,7 +200,9 @@ def test_lr_cap_keeps_coefficients_falling_in_the_regularised_reward(
         return ours.view(200, size).gather(1, order).diff(dim=1).amax(1) / ours.abs().max()
 
     assert rises(lr_cap=True).max() < 1e-12
-    if size > 2:  # two rows have the same square: the term moves both alike, there is nothing to cap
+    if (
+        size > 2
+    ):  # two rows have the same square: the term moves both alike, there is nothing to cap
         assert rises(lr_cap=False).max() > 0.01
 
 

@@ -1,4 +1,6 @@
-"""Small models for the trainer's tests: the embedded tiny Llama, and a miniature in the shape of Llama-3."""
+"""Small models for the trainer's tests: the embedded tiny Llama, and a miniature in the shape of
+Llama-3.
+"""
 
 from pathlib import Path
 
@@ -30,7 +32,8 @@ CHAT_TEMPLATE = (
 def tiny_policy(seed: int = 0, dtype: torch.dtype = torch.float64) -> Policy:
     """A random tiny Llama; float64 where a test compares gradients to the last digit.
 
-    transformers' RMSNorm rounds to float32 on the way whatever the weights are, so torch's takes its place.
+    transformers' RMSNorm rounds to float32 on the way whatever the weights are, so torch's takes
+    its place.
     """
     tokenizer = tiny.build_tokenizer()
     model = tiny.build_model(len(tokenizer), seed)
@@ -76,7 +79,8 @@ def ragged_rollouts() -> list[Rollout]:
 
 
 def save_llama3_miniature(folder: Path) -> Path:
-    """Grouped-query attention, Llama-3's RoPE scaling, untied head, several end tokens, chat template;
+    """Grouped-query attention, Llama-3's RoPE scaling, untied head, several end tokens, chat
+    template;
     random weights and a tokenizer of bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))

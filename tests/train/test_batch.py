@@ -71,7 +71,11 @@ def logprobs_by_row(policy: torch.nn.Module, micro: tuple[MicroBatch, ...]) -> l
 
 
 def test_batch_holds_groups_rewards_and_origin() -> None:
-    rollouts = [rollout("x", [3], [4], 1.0), rollout("y", [5], [6], None), rollout("x", [3], [7], 0.5)]
+    rollouts = [
+        rollout("x", [3], [4], 1.0),
+        rollout("y", [5], [6], None),
+        rollout("x", [3], [7], 0.5),
+    ]
     batch = build_batch(rollouts, [True, False, True], token_budget=50, share_prompts=True)
     assert batch.groups[0] == batch.groups[2] != batch.groups[1]
     assert batch.rewards[[0, 2]].tolist() == [1.0, 0.5]

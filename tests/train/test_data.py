@@ -43,9 +43,7 @@ def test_columns_of_math_and_gsm8k_are_understood(tmp_path: Path) -> None:
         ('{"prompt": "1"}\n{"prompt": 2}\n', "expected text in column prompt, got 2 in row 2"),
     ],
 )
-def test_bad_rows_are_refused_with_their_place(
-    content: str, message: str, tmp_path: Path
-) -> None:
+def test_bad_rows_are_refused_with_their_place(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_rows(write(tmp_path / "d.jsonl", content), "train")
 
@@ -107,9 +105,7 @@ def test_recorded_text_is_tokenised_apart_and_ended_only_where_it_stopped(tmp_pa
         {"prompt": "1+2=", "completion": "3", "reward": 1},
         {"prompt": "1+2=", "completion": "44", "reward": None, "finish": "length"},
     ]
-    ((stopped, cut),) = load_recorded(
-        [write(tmp_path / "r.jsonl", *rows)], TOKENIZER, "{prompt}"
-    )
+    ((stopped, cut),) = load_recorded([write(tmp_path / "r.jsonl", *rows)], TOKENIZER, "{prompt}")
     assert stopped.prompt_ids == tuple(TOKENIZER("1+2=")["input_ids"])
     assert stopped.completion_ids == (*TOKENIZER("3")["input_ids"], TOKENIZER.eos_token_id)
     assert cut.completion_ids == tuple(TOKENIZER("44")["input_ids"])

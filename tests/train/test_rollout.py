@@ -1,4 +1,6 @@
-"""Generation: the distribution the trainer scores, exactly the sampled tokens, randomness from the seed."""
+"""Generation: the distribution the trainer scores, exactly the sampled tokens, randomness from the
+seed.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -25,11 +25,16 @@ def gradient(
     share_prompts: bool = True,
     on_policy: bool = True,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The gradient an update applies, read off an SGD step with learning rate 1, and its metrics."""
+    """The gradient an update applies, read off an SGD step with learning rate 1, and its
+    metrics.
+    """
     policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     batch = build_batch(
-        rollouts, [on_policy] * len(rollouts), token_budget=token_budget, share_prompts=share_prompts
+        rollouts,
+        [on_policy] * len(rollouts),
+        token_budget=token_budget,
+        share_prompts=share_prompts,
     )
     stats = run_update(policy, reference, batch, config)
     return {n: before[n] - p.detach() for n, p in policy.named_parameters()}, dict(stats.metrics)
@@ -49,7 +54,9 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 
 def autograd_gradient(rollouts: list[Rollout], beta: float) -> dict[str, torch.Tensor]:
-    """Var(R) / 2 / beta over each group, averaged, differentiated through plain full-softmax logits."""
+    """Var(R) / 2 / beta over each group, averaged, differentiated through plain full-softmax
+    logits.
+    """
     policy, reference = tiny_policy(seed=0), tiny_policy(seed=1)
     groups: dict[str, list[torch.Tensor]] = {}
     for r in rollouts:

@@ -94,7 +94,9 @@ def test_resume_can_go_on_for_longer(finished: Path, tmp_path: Path) -> None:
 
 
 def test_run_on_its_own_recorded_rollouts_repeats_the_step(finished: Path, tmp_path: Path) -> None:
-    """Offline AGRO on what the policy generated is on-policy AGRO's first step: same loss, same gradient."""
+    """Offline AGRO on what the policy generated is on-policy AGRO's first step: same loss, same
+    gradient.
+    """
     recorded = finished / "rollouts" / "step-000001.jsonl"
     assert train(tmp_path / "offline", f"recorded=[{recorded}]", "steps=1") == 0
     offline = next(row for row in metrics(tmp_path / "offline") if "reward" in row)
