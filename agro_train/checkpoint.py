@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
 
+from agro_train.model import unwrap
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # not shards, and on the CPU
 STATE = "trainer_state.json"
 
 
@@ -26,22 +34,31 @@ class TrainerState:
 def save(
     folder: Path,
     state: TrainerState,
-    model: PreTrainedModel,
+    policy: nn.Module,
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     *,
     keep: int,
-) -> Path:
-    """Writes folder/checkpoint-N and deletes the oldest beyond `keep`. Returns its path."""
+    main: bool,
+) -> None:
+    """Writes folder/checkpoint-N and deletes the oldest beyond `keep`.
+
+    Every rank must call it: sharded tensors are gathered to the main one, which alone writes.
+    """
+    weights, moments = get_state_dict(policy, optimizer, options=WHOLE)
+    if not main:
+        return
     final = folder / f"checkpoint-{state.step}"
     partial = folder / f".partial-checkpoint-{state.step}"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model = unwrap(policy).model
+    model.save_pretrained(
+        partial, state_dict={name.removeprefix("model."): w for name, w in weights.items()}
+    )
     tokenizer.save_pretrained(partial)
     torch.save(
-        {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()},
-        partial / "optimizer.pt",
+        {"optimizer": moments, "scheduler": scheduler.state_dict()}, partial / "optimizer.pt"
     )
     (partial / STATE).write_text(json.dumps(vars(state), indent=2) + "\n")
     if final.exists():
@@ -49,7 +66,6 @@ def save(
     os.replace(partial, final)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
-    return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -73,7 +89,10 @@ def read_state(path: Path) -> TrainerState:
     return TrainerState(**json.loads((path / STATE).read_text()))
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+def load_optimizer(
+    path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
+) -> None:
+    """Puts a checkpoint's optimiser and schedule back, onto however many ranks there are now."""
     saved = torch.load(path / "optimizer.pt", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
+    set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=WHOLE)
     scheduler.load_state_dict(saved["scheduler"])

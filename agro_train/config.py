@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,7 +35,7 @@ class TrainConfig:
     mixed_precision: str = "no"  # no | bf16: autocast around float32 weights
     attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2
     gradient_checkpointing: bool = False
-    fsdp: bool = False  # shard weights, gradients and optimiser over the ranks (accelerate, FSDP2)
+    fsdp: bool = False  # shard weights, gradients and optimiser over the ranks (FSDP2)
     warm_start_steps: int = 0  # model=tiny only: supervised steps before the first checkpoint
 
     # Data. "tiny-arithmetic" | "arithmetic" (made on the spot), a .jsonl file, or a hub dataset id.
@@ -201,6 +202,9 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, source)) from error
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"config: expected a YAML file, got {source}: {problem}") from error
     assert isinstance(config, TrainConfig), "OmegaConf returns the structured type it was given"
     config.check()
     return config

@@ -15,7 +15,6 @@ from agro_train.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class Evaluation:
-    metrics: dict[str, float]  # eval_ keys of metrics.jsonl
     greedy: list[Rollout]
     sampled: list[Rollout]
 
@@ -29,11 +28,7 @@ def evaluate(
     end_tokens: set[int],
     step: int,
 ) -> Evaluation:
-    """Mean reward of greedy decoding (`eval_accuracy`) and of sampling (`eval_reward`).
-
-    The samples of every evaluation of a run use the same seed. Completions without a reward do not
-    count.
-    """
+    """Scored completions of the prompts. Every evaluation of a run samples with the same seed."""
     groups: list[list[Rollout]] = []
     for num_generations, temperature in ((1, 0.0), (config.eval_generations, config.temperature)):
         rollouts: list[Rollout] = []
@@ -51,14 +46,20 @@ def evaluate(
                 step=step,
             )
         groups.append(score(rollouts, reward) if rollouts else [])
-    greedy, sampled = groups
+    return Evaluation(*groups)
+
+
+def summarise(evaluation: Evaluation) -> dict[str, float]:
+    """Mean reward of greedy decoding (`eval_accuracy`) and of sampling (`eval_reward`), and mean
+    length of the greedy completions in tokens (`eval_length`)."""
+    greedy, sampled = evaluation.greedy, evaluation.sampled
     metrics = {
         "eval_accuracy": mean_reward(greedy),
         "eval_length": sum(len(r.completion_ids) for r in greedy) / len(greedy),
     }
     if sampled:
         metrics["eval_reward"] = mean_reward(sampled)
-    return Evaluation(metrics=metrics, greedy=greedy, sampled=sampled)
+    return metrics
 
 
 def mean_reward(rollouts: Sequence[Rollout]) -> float:

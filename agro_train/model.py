@@ -4,16 +4,22 @@ import hashlib
 import importlib.util
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from agro_kernels import LogprobStats, linear_logprobs_with_stats, weighted_logprob_sum
+from agro_kernels import linear_logprobs_with_stats, weighted_logprob_sum
 from agro_train.config import TrainConfig
 from agro_train.types import MicroBatch
+
+T = TypeVar("T")
 
 # Heads that scale their logits after the product; the policy would train another distribution.
 SCALED_LOGITS = ("logit_scale", "logits_scaling", "logits_scale")
@@ -37,16 +43,18 @@ class Policy(nn.Module):
 
     def forward(
         self,
-        micro: MicroBatch,
-        temperature: float,
+        micro: MicroBatch | Callable[[PreTrainedModel], Any],
+        temperature: float = 1.0,
         coefficients: Tensor | None = None,
         lse: Tensor | None = None,
-    ) -> LogprobStats | Tensor:
+    ) -> Any:
         """Without coefficients: log-probability, entropy and lse of each target, fp32 (n,).
         With coefficients (n,): the 0-d sum of coefficient * log-probability, whose gradient is
         computed on the way; `lse` from an earlier pass over the same weights saves one product
-        with the head.
+        with the head. A function in place of a micro-batch is called with the model, see `whole`.
         """
+        if not isinstance(micro, MicroBatch):
+            return micro(self.model)
         hidden = self.hidden_states(micro)[micro.predictors]
         head = self.model.get_output_embeddings()
         options: dict[str, Any] = {
@@ -92,21 +100,62 @@ class Policy(nn.Module):
         return hidden
 
 
+def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
+    """Shards weights, gradients and with them the optimiser over the ranks, layer by layer (FSDP2).
+
+    The root's inputs are left in their precision: coefficients and lse must not become bfloat16.
+    """
+    param_dtype = torch.bfloat16 if mixed_precision == "bf16" else None
+    for layer in policy.model.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype))
+    root = MixedPrecisionPolicy(param_dtype=param_dtype, cast_forward_inputs=False)
+    fully_shard(policy, mesh=mesh, mp_policy=root)
+
+
+def whole(policy: nn.Module, function: Callable[[PreTrainedModel], T]) -> T:
+    """function(the transformers model), for generation: sharded weights are gathered once and stay
+    until it returns, so that ranks may call the model as often as each needs to."""
+    if not isinstance(policy, FSDPModule):
+        return function(unwrap(policy).model)
+    policy.set_reshard_after_forward(False)
+    try:
+        result: T = policy(function)
+    finally:
+        policy.set_reshard_after_forward(True)
+        for module in policy.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    return result
+
+
+def unwrap(policy: nn.Module) -> Policy:
+    """The policy inside a data-parallel wrapper."""
+    inner = policy.module if isinstance(policy, DistributedDataParallel) else policy
+    assert isinstance(inner, Policy), f"expected a Policy, got {type(inner).__name__}"
+    return inner
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a folder, hub id, .gguf file or `smollm2`."""
     name, gguf = _resolve(source)
-    return AutoTokenizer.from_pretrained(name, **gguf)
+    try:
+        return AutoTokenizer.from_pretrained(name, **gguf)
+    except OSError as error:
+        raise _not_found(source, error) from error
 
 
 def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
     """A causal LM in the configured dtype, dropout off, without generation defaults of its own."""
     name, gguf = _resolve(source)
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
-        **gguf,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            **gguf,
+        )
+    except OSError as error:
+        raise _not_found(source, error) from error
     if gguf:  # dequantised while loading; forget where it came from, so that it can be saved
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -127,6 +176,13 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.eval()
     return model
+
+
+def _not_found(source: str, error: OSError) -> ValueError:
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(
+        f"model: expected tiny, smollm2, a folder, a hub id or a .gguf file, got {source!r}: {reason}"
+    )
 
 
 def _resolve(source: str) -> tuple[str, dict[str, str]]:

@@ -4,13 +4,15 @@
 2. Coefficients over whole groups (`agro_coefficients`): from here on a completion's share of the
    gradient is a number that depends on nothing else.
 3. Update: sum_t c * logprob_t, micro-batch by micro-batch, through `weighted_logprob_sum`. How
-   groups were cut into micro-batches no longer matters.
+   groups were cut into micro-batches and spread over ranks no longer matters.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from agro_kernels import AgroStats, agro_coefficients, policy_gradient_coefficients
@@ -20,74 +22,15 @@ from agro_train.types import MicroBatch, StepStats, TrainBatch
 
 @dataclass(frozen=True)
 class Scores:
-    """What the passes without gradients leave behind."""
+    """What the passes without gradients leave behind, of one rank or of all, one after another."""
 
+    rewards: Tensor  # (B,) float64
     logprobs: Tensor  # (B,) float64: sums over each completion's tokens, under the policy
     ref_logprobs: Tensor  # (B,) float64: the same under the reference
-    lse: tuple[Tensor, ...]  # per micro-batch (n,) fp32: saves the update a product with the head
-    entropy: float  # nats, mean over tokens
-    kl: float  # nats per completion: sum over tokens of exp(-l) - 1 + l, l = the log-ratio
-    num_tokens: int
-
-
-def score_batch(
-    policy: nn.Module,
-    reference: nn.Module,
-    batch: TrainBatch,
-    temperature: float,
-    device: torch.device,
-) -> Scores:
-    """Log-probabilities under policy and reference, by the same kernels and the same packing, so
-    that equal weights give a log-ratio of exactly zero.
-    """
-    logprobs = torch.zeros(len(batch.rewards), dtype=torch.float64)
-    ref_logprobs = torch.zeros_like(logprobs)
-    lse, entropy, kl, num_tokens = [], 0.0, 0.0, 0
-    with torch.no_grad():
-        for micro in batch.micro:
-            micro = to_device(micro, device)
-            ours = policy(micro, temperature)
-            theirs = reference(micro, temperature).logprobs
-            rows = token_rows(micro)
-            logprobs += row_sums(ours.logprobs, rows, len(logprobs))
-            ref_logprobs += row_sums(theirs, rows, len(logprobs))
-            ratio = (ours.logprobs - theirs).double()
-            kl += float((torch.expm1(-ratio) + ratio).sum())
-            entropy += float(ours.entropy.double().sum())
-            num_tokens += len(micro.targets)
-            lse.append(ours.lse)
-    return Scores(
-        logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        lse=tuple(lse),
-        entropy=entropy / num_tokens,
-        kl=kl / len(logprobs),
-        num_tokens=num_tokens,
-    )
-
-
-def coefficients(
-    batch: TrainBatch, scores: Scores, config: TrainConfig
-) -> tuple[Tensor, AgroStats]:
-    """(B,) coefficients of the configured algorithm and AGRO's statistics of the batch.
-
-    All algorithms come at policy gradient's scale: AGRO's loss is divided by beta, so that its
-    pathwise term equals the policy gradient and learning rates and clipping compare.
-    """
-    data = (batch.rewards, scores.logprobs, scores.ref_logprobs, batch.groups)
-    agro = agro_coefficients(
-        *data,
-        beta=config.beta,
-        lr_weight=config.lr_weight,
-        lr_cap=config.lr_cap,
-        lr_baseline=config.variance_baseline(),
-        on_policy=batch.on_policy,
-        scale=1.0 / config.beta,
-    )
-    if config.algorithm == "agro":
-        return agro.coefficients, agro.stats
-    form = config.algorithm.removeprefix("pg_")
-    return policy_gradient_coefficients(*data, beta=config.beta, form=form), agro.stats
+    groups: Tensor  # (B,) int64
+    on_policy: Tensor  # (B,) bool
+    entropy: Tensor  # 0-d float64, nats: sum over tokens
+    num_tokens: Tensor  # 0-d int64
 
 
 def update(
@@ -100,43 +43,131 @@ def update(
     scheduler: Any,
 ) -> StepStats:
     """One optimiser step. A gradient that is not finite leaves the weights as they were."""
-    device = accelerator.device
     # Gradient checkpointing works in training mode only; there is no dropout to switch on.
     policy.train(config.gradient_checkpointing)
-    scores = score_batch(policy, reference, batch, config.temperature, device)
-    weights, stats = coefficients(batch, scores, config)
-    for micro, lse in zip(batch.micro, scores.lse, strict=True):
-        micro = to_device(micro, device)
-        per_token = weights.to(device, lse.dtype)[token_rows(micro)]
-        loss = policy(micro, config.temperature, per_token, lse)
-        accelerator.backward(loss)
-    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    skipped = not bool(torch.isfinite(torch.as_tensor(grad_norm)))
+    world, rank = accelerator.num_processes, accelerator.process_index
+    micro = even_out(batch.micro)
+    scores, lse = score_batch(policy, reference, batch, micro, config, accelerator.device)
+    everyone, first = gather_scores(scores, rank)
+    weights, stats = coefficients(everyone, config)
+    # The gradient is averaged over ranks, the coefficients are for its sum.
+    mine = weights[first : first + len(scores.rewards)] * world
+    for number, (piece, piece_lse) in enumerate(zip(micro, lse, strict=True), start=1):
+        piece = to_device(piece, accelerator.device)
+        per_token = mine.to(piece_lse.device, piece_lse.dtype)[token_rows(piece)]
+        if number > len(batch.micro):  # an extra one, to keep step with the other ranks
+            per_token = torch.zeros_like(per_token)
+        with accelerator.no_sync(policy) if number < len(micro) else nullcontext():
+            accelerator.backward(policy(piece, config.temperature, per_token, piece_lse))
+    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+    skipped = not torch.isfinite(torch.tensor(grad_norm))
     if not skipped:
         optimizer.step()
         scheduler.step()
     optimizer.zero_grad(set_to_none=True)
     policy.eval()
     return StepStats(
-        skipped=skipped, metrics=_metrics(batch, scores, stats, config, grad_norm, skipped)
+        skipped=bool(skipped), metrics=_metrics(everyone, stats, config, grad_norm, bool(skipped))
     )
 
 
-def _metrics(
+def score_batch(
+    policy: nn.Module,
+    reference: nn.Module,
     batch: TrainBatch,
-    scores: Scores,
-    stats: AgroStats,
+    micro: tuple[MicroBatch, ...],
     config: TrainConfig,
-    grad_norm: Any,
-    skipped: bool,
+    device: torch.device,
+) -> tuple[Scores, list[Tensor]]:
+    """Scores of the batch, and each micro-batch's lse (n,), which saves the update a head product.
+
+    Policy and reference go through the same kernels and the same packing, so that equal weights
+    give a log-ratio of exactly zero.
+    """
+    logprobs = torch.zeros(len(batch.rewards), dtype=torch.float64)
+    ref_logprobs = torch.zeros_like(logprobs)
+    entropy, num_tokens, lse = 0.0, 0, []
+    with torch.no_grad():
+        for number, piece in enumerate(micro, start=1):
+            piece = to_device(piece, device)
+            ours = policy(piece, config.temperature)
+            theirs = reference(piece, config.temperature).logprobs
+            lse.append(ours.lse)
+            if number > len(batch.micro):
+                continue
+            rows = token_rows(piece)
+            logprobs += row_sums(ours.logprobs, rows, len(logprobs))
+            ref_logprobs += row_sums(theirs, rows, len(logprobs))
+            entropy += float(ours.entropy.double().sum())
+            num_tokens += len(piece.targets)
+    scores = Scores(
+        rewards=batch.rewards,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        groups=batch.groups,
+        on_policy=batch.on_policy,
+        entropy=torch.tensor(entropy, dtype=torch.float64),
+        num_tokens=torch.tensor(num_tokens),
+    )
+    return scores, lse
+
+
+def even_out(micro: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
+    """The same number on every rank, by repeating the last one: a rank that calls the sharded model
+    less often than the others would leave them waiting for ever."""
+    most: int = max(gather_object([len(micro)]))
+    return micro + micro[-1:] * (most - len(micro))
+
+
+def gather_scores(scores: Scores, rank: int) -> tuple[Scores, int]:
+    """All ranks' scores, and where this rank's begin. A few numbers a completion: groups and their
+    statistics are whole again, and every rank finds the same coefficients."""
+    shares: list[Scores] = gather_object([scores])
+    # Groups are numbered per rank; ranks never share one.
+    step = 1 + max(int(share.groups.max()) for share in shares)
+    shares = [replace(share, groups=share.groups + i * step) for i, share in enumerate(shares)]
+
+    def joined(name: str) -> Tensor:
+        parts = [getattr(share, name) for share in shares]
+        return torch.cat(parts) if parts[0].dim() else torch.stack(parts).sum()
+
+    first = sum(len(share.rewards) for share in shares[:rank])
+    return Scores(**{name: joined(name) for name in vars(scores)}), first
+
+
+def coefficients(scores: Scores, config: TrainConfig) -> tuple[Tensor, AgroStats]:
+    """(B,) coefficients of the configured algorithm and AGRO's statistics of the batch.
+
+    All algorithms come at policy gradient's scale: AGRO's loss is divided by beta, so that its
+    pathwise term equals the policy gradient and learning rates and clipping compare.
+    """
+    data = (scores.rewards, scores.logprobs, scores.ref_logprobs, scores.groups)
+    agro = agro_coefficients(
+        *data,
+        beta=config.beta,
+        lr_weight=config.lr_weight,
+        lr_cap=config.lr_cap,
+        lr_baseline=config.variance_baseline(),
+        on_policy=scores.on_policy,
+        scale=1.0 / config.beta,
+    )
+    if config.algorithm == "agro":
+        return agro.coefficients, agro.stats
+    form = config.algorithm.removeprefix("pg_")
+    return policy_gradient_coefficients(*data, beta=config.beta, form=form), agro.stats
+
+
+def _metrics(
+    scores: Scores, stats: AgroStats, config: TrainConfig, grad_norm: float, skipped: bool
 ) -> dict[str, float]:
     """Columns of metrics.jsonl that the update knows."""
     return {
         "loss": float(stats.variance) / (2 * config.beta),
-        "grad_norm": float(grad_norm),
-        "kl": scores.kl,
-        "log_ratio": float(stats.log_ratio),
-        "entropy": scores.entropy,
+        "grad_norm": grad_norm,
+        # Mean log(policy / reference), nats a completion: the KL where the policy did the sampling.
+        # No exp(-l) - 1 + l: one token that the policy has all but given up would dwarf the rest.
+        "kl": float(stats.log_ratio),
+        "entropy": float(scores.entropy) / int(scores.num_tokens),
         "agro/variance": float(stats.variance),
         "agro/kl_to_optimum": float(stats.kl_to_optimum),
         "agro/lr_dominance": float(stats.lr_dominance),
@@ -144,8 +175,6 @@ def _metrics(
         "short_groups": float(stats.num_short_groups),
         "dropped": float(stats.num_dropped),
         "skipped": float(skipped),
-        "micro_batches": float(len(batch.micro)),
-        "trained_tokens": float(scores.num_tokens),
     }
 
 

@@ -44,13 +44,13 @@ def worked_sum(a: int, b: int, carry: int) -> str:
 
 
 def arithmetic(split: Split) -> list[Row]:
-    """One-digit products and as many two-digit sums, in words, for an instruction-tuned model."""
+    """One-digit products and, one prompt in four, two-digit sums, in words, for a chat model."""
     products = [
         _question(a, b, "times", a * b) for a, b in _pairs(2, 9, split, held_out_percent=20)
     ]
     sums = [_question(a, b, "plus", a + b) for a, b in _pairs(10, 49, split, held_out_percent=20)]
     sums.sort(key=lambda row: _digest(row["prompt"]))
-    return products + sums[: len(products)]
+    return products + sums[: len(products) // 3]
 
 
 def _question(a: int, b: int, operation: str, answer: int) -> Row:

@@ -1,49 +1,35 @@
-"""The loop. Prompts -> rollouts -> rewards -> batch -> one update; everything else is in its own
-room.
-"""
+"""The loop: prompts -> rollouts -> rewards -> batch -> one policy update a pass."""
 
-import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import Accelerator
-from transformers import PreTrainedModel, get_scheduler
-from transformers.utils import logging as transformers_logging
+from accelerate.utils import gather_object
 
-from agro_train import checkpoint, tiny
+from agro_train import checkpoint
 from agro_train.batch import build_batch
 from agro_train.config import TrainConfig
-from agro_train.data import derive_seed, load_prompts, load_recorded, prompts_for_step
-from agro_train.evaluate import Evaluation, evaluate, mean_reward
-from agro_train.model import (
-    Policy,
-    end_tokens,
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    set_matmul_precision,
-)
+from agro_train.data import derive_seed, prompts_for_step
+from agro_train.evaluate import Evaluation, evaluate, mean_reward, summarise
+from agro_train.model import whole
 from agro_train.plots import plot_run
-from agro_train.rewards import RewardFunction, load_reward, score
+from agro_train.rewards import score
 from agro_train.rollout import generate
+from agro_train.run import Run, setup
 from agro_train.step import update
-from agro_train.tasks import TASKS
-from agro_train.tracking import Display, RunFolder
-from agro_train.types import Prompt, Rollout
+from agro_train.tracking import Display
+from agro_train.types import Rollout
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """Runs the configuration to its last step. Returns the output folder.
 
-    With `resume` it continues the run in config.output_dir from its newest checkpoint; on a CPU the
-    result is then bitwise that of a run that was never interrupted.
+    With `resume` it continues the run in config.output_dir from its newest checkpoint; on a CPU
+    the result is then bitwise that of a run that was never interrupted.
     """
     run = setup(config, resume=resume)
-    with Display(run.start, config.steps) as display:
+    with Display(run.start, config.steps, quiet=not run.main) as display:
         display.say(run.summary)
         evaluation = None if resume else run_evaluation(run, 0, display)
         for step in range(run.start, config.steps):
@@ -64,193 +50,65 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
                 run.optimizer,
                 run.scheduler,
             )
+            rollouts = gather_object(rollouts)
             metrics = {**describe(rollouts), **stats.metrics}
             metrics["time_s"] = time.perf_counter() - began
             metrics["tokens_per_s"] = metrics["tokens"] / metrics["time_s"]
             metrics["learning_rate"] = run.scheduler.get_last_lr()[0]
-            run.folder.log_rollouts("rollouts", step + 1, rollouts)
-            run.folder.log(step + 1, metrics)
+            if run.main:
+                run.folder.log_rollouts("rollouts", step + 1, rollouts)
+                run.folder.log(step + 1, metrics)
             display.step(step + 1, metrics)
             last = step + 1 == config.steps
             if last or due(config.eval_every, step + 1):
                 evaluation = run_evaluation(run, step + 1, display)
-                plot_run(run.folder.path)
             if last or due(config.save_every, step + 1):
                 save(run, step + 1)
-        if evaluation is not None:
-            display.before_and_after(run.folder.read_samples(0), evaluation.greedy)
+        if run.main:
+            plot_run(run.folder.path)
+            if evaluation is not None:
+                display.before_and_after(run.folder.read_samples(0), evaluation.greedy)
         display.say(f"Everything is in {run.folder.path}: start with plots/overview.png")
+    run.accelerator.end_training()
     return run.folder.path
 
 
-@dataclass(frozen=True)
-class Run:
-    """What `setup` puts together and the loop uses."""
-
-    config: TrainConfig
-    folder: RunFolder
-    accelerator: Accelerator
-    policy: torch.nn.Module
-    reference: torch.nn.Module
-    tokenizer: Any
-    end_tokens: set[int]
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    recorded: list[list[Rollout]]
-    reward: RewardFunction
-    base_model: str  # fingerprint of the reference's weights
-    start: int  # steps already taken
-    summary: str
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The policy's transformers model, without wrappers."""
-        return self.accelerator.unwrap_model(self.policy).model
-
-
-def setup(config: TrainConfig, *, resume: bool) -> Run:
-    """Loads and checks everything; the output folder is touched only when nothing is left to go
-    wrong.
-    """
-    folder = RunFolder(Path(config.output_dir))
-    if not resume:
-        folder.check_unused()
-    newest = checkpoint.latest(folder.path) if resume else None
-    reward = load_reward(config.reward)
-    transformers_logging.disable_progress_bar()  # the run has one of its own
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    precision = set_matmul_precision(config.matmul_precision)
-
-    tokenizer, base, warm_loss = load_base(config, folder.path if resume else None)
-    base_model = fingerprint(base)
-    state = checkpoint.read_state(newest) if newest is not None else None
-    if state is not None and state.base_model != base_model:
-        raise ValueError(
-            f"--resume: expected a checkpoint of model={config.model}, got {newest}, which started "
-            "from other weights; give the model that the run began with"
-        )
-    prompts, held_out, too_long = load_prompts(
-        config.data,
-        config.eval_data,
-        config.eval_prompts,
-        tokenizer,
-        config.prompt_template,
-        config.max_prompt_length,
-    )
-    recorded = load_recorded(config.recorded, tokenizer, config.prompt_template)
-    trained = load_model(str(newest), config) if newest is not None else copy_of(base)
-    policy, reference = Policy(trained), Policy(base).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    scheduler = get_scheduler(
-        config.lr_scheduler_type, optimizer, config.warmup_steps, config.steps
-    )
-    policy, optimizer, reference = accelerator.prepare(policy, optimizer, reference)
-    if newest is not None and state is not None:
-        checkpoint.load_optimizer(newest, optimizer, scheduler)
-        folder.rewind(state.step)
-    else:
-        folder.create(config.to_yaml())
-        if config.model == "tiny":
-            base.save_pretrained(folder.path / "base_model")
-            tokenizer.save_pretrained(folder.path / "base_model")
-    weights = sum(parameter.numel() for parameter in trained.parameters())
-    summary = (
-        f"{config.model}: {weights / 1e6:.1f} M weights, {len(prompts)} prompts, {len(held_out)} held "
-        f"out, {too_long} left out as too long, {len(recorded)} recorded groups; "
-        f"{accelerator.device.type}, float32 products: {precision}"
-    )
-    if warm_loss is not None:
-        summary += f"; warm start ended at {warm_loss:.3f} nats a token"
-    return Run(
-        config=config,
-        folder=folder,
-        accelerator=accelerator,
-        policy=policy,
-        reference=reference,
-        tokenizer=tokenizer,
-        end_tokens=end_tokens(trained, tokenizer),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        prompts=prompts,
-        held_out=held_out,
-        recorded=recorded,
-        reward=reward,
-        base_model=base_model,
-        start=state.step if state is not None else 0,
-        summary=summary,
-    )
-
-
-def load_base(
-    config: TrainConfig, resumed: Path | None
-) -> tuple[Any, PreTrainedModel, float | None]:
-    """Tokenizer, the model the run starts from (and the reference stays), and a warm start's last
-    loss.
-    """
-    if config.model != "tiny":
-        return load_tokenizer(config.model), load_model(config.model, config), None
-    if resumed is not None:
-        source = str(resumed / "base_model")
-        return load_tokenizer(source), load_model(source, config), None
-    tokenizer = tiny.build_tokenizer()
-    model = tiny.build_model(len(tokenizer), derive_seed(config.seed, "weights"))
-    loss = tiny.warm_start(
-        model,
-        tokenizer,
-        TASKS["tiny-arithmetic"]("train"),
-        steps=config.warm_start_steps,
-        seed=derive_seed(config.seed, "warm start"),
-    )
-    return tokenizer, model.to(getattr(torch, config.dtype)), loss
-
-
-def copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model with equal weights of its own."""
-    twin: PreTrainedModel = copy.deepcopy(model)
-    return twin
-
-
 def collect(run: Run, step: int) -> tuple[list[Rollout], list[bool]]:
-    """The step's rollouts with rewards, and which of them the policy sampled just now.
+    """This rank's rollouts with rewards, and which of them the policy sampled just now.
 
     Of `prompts_per_step` groups the share `recorded_fraction` is recorded, the rest is generated.
     """
     config = run.config
-    num_recorded = round(config.prompts_per_step * config.recorded_fraction) if run.recorded else 0
+    fraction = config.recorded_fraction if run.recorded else 0.0
+    num_recorded = round(config.prompts_per_step * fraction)
     num_fresh = config.prompts_per_step - num_recorded
+    # One list over all ranks, so that each has its share even where the two kinds do not divide.
+    fresh_prompts = prompts_for_step(run.prompts, num_fresh, step, config.seed)
+    groups = prompts_for_step(run.recorded, num_recorded, step, config.seed)
+    sources = [*fresh_prompts, *enumerate(groups)][run.share]
+    mine = [source for source in sources if not isinstance(source, tuple)]
     fresh: list[Rollout] = []
     if num_fresh:
-        fresh = score(
-            generate(
-                run.model,
+        fresh = whole(
+            run.policy,
+            lambda model: generate(
+                model,
                 run.tokenizer,
-                prompts_for_step(run.prompts, num_fresh, step, config.seed),
+                mine,
                 num_generations=config.num_generations,
                 temperature=config.temperature,
                 max_completion_length=config.max_completion_length,
                 batch_size=config.generation_batch_size,
                 end_tokens=run.end_tokens,
-                seed=derive_seed(config.seed, "generate", step),
+                seed=derive_seed(config.seed, "generate", step, run.accelerator.process_index),
                 step=step,
             ),
-            run.reward,
         )
-    groups: list[list[Rollout]] = []
-    if num_recorded:
-        groups = prompts_for_step(run.recorded, num_recorded, step, config.seed)
-    # A recorded group may answer a prompt that is also fresh, or come twice: it stays a group of
-    # its own.
+        fresh = score(fresh, run.reward)
+    # A recorded group may answer a prompt that is also fresh, or come twice: it stays its own.
     recorded = [
         replace(rollout, group=f"recorded-{i}-{rollout.group}")
-        for i, group in enumerate(groups)
+        for i, group in (source for source in sources if isinstance(source, tuple))
         for rollout in group
     ]
     return fresh + recorded, [True] * len(fresh) + [False] * len(recorded)
@@ -272,18 +130,24 @@ def due(every: int, step: int) -> bool:
 
 
 def run_evaluation(run: Run, step: int, display: Display) -> Evaluation | None:
-    """Evaluates on the held-out prompts and records it; None where the run has none or wants
-    none.
-    """
+    """Evaluates on the held-out prompts, records and plots it; None where the run wants none."""
     if not run.held_out or not run.config.eval_every:
         return None
     began = time.perf_counter()
-    result = evaluate(
-        run.model, run.tokenizer, run.held_out, run.reward, run.config, run.end_tokens, step
+    mine = run.held_out[run.share]
+    result = whole(
+        run.policy,
+        lambda model: evaluate(
+            model, run.tokenizer, mine, run.reward, run.config, run.end_tokens, step
+        ),
     )
-    run.folder.log_rollouts("samples", step, result.greedy + result.sampled)
-    run.folder.log(step, {**result.metrics, "eval_time_s": time.perf_counter() - began})
-    display.evaluation(step, result.metrics)
+    result = Evaluation(gather_object(result.greedy), gather_object(result.sampled))
+    metrics = summarise(result)
+    if run.main:
+        run.folder.log_rollouts("samples", step, result.greedy + result.sampled)
+        run.folder.log(step, {**metrics, "eval_time_s": time.perf_counter() - began})
+        plot_run(run.folder.path)
+    display.evaluation(step, metrics)
     return result
 
 
@@ -291,9 +155,10 @@ def save(run: Run, step: int) -> None:
     checkpoint.save(
         run.folder.path,
         checkpoint.TrainerState(step=step, base_model=run.base_model),
-        run.model,
+        run.policy,
         run.tokenizer,
         run.optimizer,
         run.scheduler,
         keep=run.config.save_total_limit,
+        main=run.main,
     )

@@ -1,0 +1,205 @@
+"""A run: everything the loop needs, loaded and checked before the output folder is touched."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedModel, SchedulerType, get_scheduler
+from transformers.utils import logging as transformers_logging
+
+from agro_train import checkpoint, tiny
+from agro_train.config import TrainConfig
+from agro_train.data import derive_seed, load_prompts, load_recorded
+from agro_train.model import (
+    Policy,
+    end_tokens,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    set_matmul_precision,
+    shard,
+)
+from agro_train.rewards import RewardFunction, load_reward
+from agro_train.tasks import TASKS
+from agro_train.tracking import RunFolder
+from agro_train.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `setup` puts together. On every rank; only the main one writes to the folder."""
+
+    config: TrainConfig
+    folder: RunFolder
+    accelerator: Accelerator
+    policy: torch.nn.Module
+    reference: torch.nn.Module
+    tokenizer: Any
+    end_tokens: set[int]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    recorded: list[list[Rollout]]
+    reward: RewardFunction
+    base_model: str  # fingerprint of the reference's weights
+    start: int  # steps already taken
+    summary: str
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def share(self) -> slice:
+        """Which items of a list this rank works on."""
+        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+
+
+def setup(config: TrainConfig, *, resume: bool) -> Run:
+    """Loads, checks, and only then creates the output folder (or rewinds a resumed record)."""
+    folder = RunFolder(Path(config.output_dir))
+    if not resume:
+        folder.check_unused()
+    newest = checkpoint.latest(folder.path) if resume else None
+    state = checkpoint.read_state(newest) if newest is not None else None
+    reward = load_reward(config.reward)
+    check_scheduler(config.lr_scheduler_type)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available()
+    )
+    check_ranks(config, accelerator)
+    precision = set_matmul_precision(config.matmul_precision)
+    transformers_logging.disable_progress_bar()  # the run has one of its own
+
+    tokenizer, base, warm_loss = load_base(config, folder.path if resume else None)
+    base_model = fingerprint(base)
+    if state is not None and state.base_model != base_model:
+        raise ValueError(
+            f"--resume: expected a checkpoint of model={config.model}, got {newest}, which started "
+            "from other weights; give the model that the run began with"
+        )
+    prompts, held_out, too_long = load_prompts(
+        config.data,
+        config.eval_data,
+        config.eval_prompts,
+        tokenizer,
+        config.prompt_template,
+        config.max_prompt_length,
+    )
+    recorded = load_recorded(config.recorded, tokenizer, config.prompt_template)
+    trained = copy.deepcopy(base) if newest is None else load_model(str(newest), config)
+    weights = sum(parameter.numel() for parameter in trained.parameters())
+    ends = end_tokens(trained, tokenizer)
+
+    accelerator.wait_for_everyone()  # no rank creates the folder while another checks it
+    if accelerator.is_main_process:
+        if state is None:
+            folder.create(config.to_yaml())
+            if config.model == "tiny":
+                base.save_pretrained(folder.path / "base_model")
+                tokenizer.save_pretrained(folder.path / "base_model")
+        else:
+            folder.rewind(state.step)
+    policy, reference = spread(trained, base, config, accelerator)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, config.warmup_steps, config.steps
+    )
+    if newest is not None:
+        checkpoint.load_optimizer(newest, policy, optimizer, scheduler)
+    summary = (
+        f"{config.model}: {weights / 1e6:.1f} M weights, {len(prompts)} prompts, "
+        f"{len(held_out)} held out, {too_long} left out as too long, "
+        f"{len(recorded)} recorded groups; {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, float32 products: {precision}"
+    )
+    if warm_loss is not None:
+        summary += f"; warm start ended at {warm_loss:.3f} nats a token"
+    return Run(
+        config=config,
+        folder=folder,
+        accelerator=accelerator,
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        end_tokens=ends,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        prompts=prompts,
+        held_out=held_out,
+        recorded=recorded,
+        reward=reward,
+        base_model=base_model,
+        start=0 if state is None else state.step,
+        summary=summary,
+    )
+
+
+def check_scheduler(name: str) -> None:
+    """Raises ValueError for a schedule that transformers does not know."""
+    known = [kind.value for kind in SchedulerType]
+    if name not in known:
+        raise ValueError(f"lr_scheduler_type: expected one of {', '.join(known)}, got {name!r}")
+
+
+def check_ranks(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raises ValueError for what the launch cannot carry."""
+    ranks = accelerator.num_processes
+    if config.fsdp and not torch.distributed.is_initialized():
+        raise ValueError(
+            "fsdp: expected a distributed launch, got a single process; start it with "
+            "accelerate launch -m agro_train, or set fsdp=false"
+        )
+    for key in ("prompts_per_step", "eval_prompts"):
+        if 0 < getattr(config, key) < ranks:
+            raise ValueError(
+                f"{key}: expected at least one for each of {ranks} processes, "
+                f"got {getattr(config, key)}"
+            )
+
+
+def load_base(
+    config: TrainConfig, resumed: Path | None
+) -> tuple[Any, PreTrainedModel, float | None]:
+    """Tokenizer, the model the run starts from (the reference), and a warm start's last loss."""
+    if config.model != "tiny":
+        return load_tokenizer(config.model), load_model(config.model, config), None
+    if resumed is not None:
+        source = str(resumed / "base_model")
+        return load_tokenizer(source), load_model(source, config), None
+    tokenizer = tiny.build_tokenizer()
+    model = tiny.build_model(len(tokenizer), derive_seed(config.seed, "weights"))
+    loss = tiny.warm_start(
+        model,
+        tokenizer,
+        TASKS["tiny-arithmetic"]("train"),
+        steps=config.warm_start_steps,
+        seed=derive_seed(config.seed, "warm start"),
+    )
+    return tokenizer, model.to(getattr(torch, config.dtype)), loss
+
+
+def spread(
+    trained: PreTrainedModel, base: PreTrainedModel, config: TrainConfig, accelerator: Accelerator
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Policy and frozen reference on their devices: sharded, replicated, or just there."""
+    policy, reference = Policy(trained), Policy(base).requires_grad_(False)
+    if config.fsdp:
+        kind = accelerator.device.type
+        mesh = init_device_mesh(kind, (accelerator.num_processes,))
+        for module in (policy, reference):
+            module.to(accelerator.device)
+            shard(module, config.mixed_precision, mesh)
+        return policy, reference
+    return accelerator.prepare_model(policy), accelerator.prepare_model(reference)
