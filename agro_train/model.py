@@ -181,7 +181,8 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
 def _not_found(source: str, error: OSError) -> ValueError:
     reason = str(error).strip().splitlines()[0]
     return ValueError(
-        f"model: expected tiny, smollm2, a folder, a hub id or a .gguf file, got {source!r}: {reason}"
+        f"model: expected tiny, smollm2, a folder, a hub id or a .gguf file, got {source!r}: "
+        f"{reason}"
     )
 
 

@@ -123,3 +123,8 @@ def save_llama3_miniature(folder: Path) -> Path:
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+def even_share(completion_ids: list[list[int]], **_: object) -> list[float]:
+    """A reward that any weights earn some of: the share of even token ids."""
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]

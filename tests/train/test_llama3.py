@@ -30,7 +30,7 @@ def test_llama3_configuration_trains_and_resumes_on_a_miniature(tmp_path: Path) 
         "num_generations=3",
         "max_completion_length=12",
         "token_budget=256",
-        "reward=tests.train.test_llama3:even_length",
+        "reward=tests.train.models:even_share",
     ]
     assert main(["train", "llama3-8b-math", *small]) == 0
     assert main(["train", "--resume", str(tmp_path / "run"), "steps=3"]) == 0
@@ -39,8 +39,3 @@ def test_llama3_configuration_trains_and_resumes_on_a_miniature(tmp_path: Path) 
     assert all(row["grad_norm"] > 0 and not row["skipped"] for row in steps)
     assert steps[0]["kl"] == 0.0  # bfloat16 or not, policy and reference agree to the last bit
     assert (tmp_path / "run" / "checkpoint-3" / "model.safetensors").is_file()
-
-
-def even_length(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """Something random weights can earn: an even number of even token ids."""
-    return [float(sum(i % 2 == 0 for i in ids) % 2 == 0) for ids in completion_ids]

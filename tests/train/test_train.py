@@ -15,6 +15,7 @@ from agro_train.data import read_jsonl
 
 QUICK = [
     "warm_start_steps=30",
+    "reward=tests.train.models:even_share",
     "steps=4",
     "prompts_per_step=4",
     "num_generations=4",
