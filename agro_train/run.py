@@ -202,4 +202,6 @@ def spread(
             module.to(accelerator.device)
             shard(module, config.mixed_precision, mesh)
         return policy, reference
-    return accelerator.prepare_model(policy), accelerator.prepare_model(reference)
+    # The reference has no gradients to average.
+    reference = accelerator.prepare_model(reference, evaluation_mode=True)
+    return accelerator.prepare_model(policy), reference

@@ -1,0 +1,110 @@
+"""Two processes (gloo, CPU) give the run that one gives: replicated and sharded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from agro_train.cli import main
+from agro_train.data import read_jsonl
+from tests.train.models import save_llama3_miniature
+
+ROOT = Path(__file__).parents[2]
+
+
+def settings(folder: Path, model: Path, *more: str) -> list[str]:
+    return [
+        "train",
+        "tiny-arithmetic",
+        f"model={model}",
+        f"output_dir={folder}",
+        "reward=tests.train.models:even_share",
+        "steps=2",
+        "prompts_per_step=3",  # so that one rank has two groups and the other one
+        "num_generations=3",
+        "max_completion_length=8",
+        "token_budget=40",
+        "learning_rate=0.01",
+        "warmup_steps=0",
+        "save_every=1",
+        "eval_every=2",
+        "eval_prompts=5",
+        *more,
+    ]
+
+
+def launch(arguments: list[str]) -> None:
+    """Two ranks, one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "agro_train", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama3_miniature(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def recorded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The rollouts of an on-policy step, and the offline run on them in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    assert main(settings(folder / "online", model, "steps=1", "eval_every=0")) == 0
+    log = folder / "online" / "rollouts" / "step-000001.jsonl"
+    assert main(settings(folder / "offline", model, f"recorded=[{log}]")) == 0
+    return log, folder / "offline"
+
+
+@pytest.mark.parametrize("fsdp", ["false", "true"], ids=["replicated", "sharded"])
+def test_two_ranks_take_the_steps_of_one(
+    fsdp: str, model: Path, recorded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    log, alone = recorded
+    launch(settings(tmp_path / "two", model, f"recorded=[{log}]", f"fsdp={fsdp}"))
+    ours, theirs = (
+        [row for row in read_jsonl(folder / "metrics.jsonl") if "reward" in row]
+        for folder in (tmp_path / "two", alone)
+    )
+    assert len(ours) == len(theirs) == 2
+    for key in ("reward", "loss", "grad_norm", "kl", "entropy", "groups", "tokens"):
+        for mine, one in zip(ours, theirs, strict=True):
+            assert mine[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+    assert ours[1]["kl"] != 0.0
+    weights, expected = (
+        load_file(folder / "checkpoint-2" / "model.safetensors")
+        for folder in (tmp_path / "two", alone)
+    )
+    assert weights.keys() == expected.keys()
+    # As a whole, not element by element: where a gradient is nothing but rounding noise, Adam moves
+    # the weight by the learning rate all the same, in the noise's direction.
+    start = load_file(model / "model.safetensors")
+    apart = sum(float((weights[n] - expected[n]).square().sum()) for n in weights) ** 0.5
+    moved = sum(float((expected[n] - start[n]).square().sum()) for n in weights) ** 0.5
+    assert moved > 0.1 and apart < 1e-3 * moved
+
+
+@pytest.mark.parametrize("fsdp", ["false", "true"], ids=["replicated", "sharded"])
+def test_two_ranks_generate_evaluate_and_resume(fsdp: str, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launch(settings(folder, model, f"fsdp={fsdp}"))
+    launch(["train", "--resume", str(folder), "steps=3"])
+    rows = read_jsonl(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3]
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [0, 2, 3]
+    for step in (1, 2, 3):
+        rollouts = read_jsonl(folder / "rollouts" / f"step-{step:06d}.jsonl")
+        assert len(rollouts) == 9 and len({row["group"] for row in rollouts}) == 3
+    greedy = [
+        r for r in read_jsonl(folder / "samples" / "step-000003.jsonl") if not r["temperature"]
+    ]
+    assert len({row["group"] for row in greedy}) == 5
