@@ -149,7 +149,12 @@ class TrainConfig:
     @property
     def offline(self) -> bool:
         """Whether every group comes from recorded data."""
-        return bool(self.recorded) and self.recorded_fraction == 1.0
+        return self.recorded_prompts_per_step == self.prompts_per_step
+
+    @property
+    def recorded_prompts_per_step(self) -> int:
+        """How many of a step's groups come from recorded data."""
+        return round(self.prompts_per_step * self.recorded_fraction) if self.recorded else 0
 
     def variance_baseline(self) -> float | str:
         """lr_baseline as agro_coefficients takes it."""

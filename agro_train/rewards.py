@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agro_train.types import Rollout
+from agro_train.types import Prompt, Rollout
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def number_reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1.0 where the last integer of the completion is the answer."""
+    """1.0 where the last integer of the completion is the answer, an integer as text."""
     rewards = []
     for completion, expected in zip(completions, answer, strict=True):
         found = re.findall(r"-?\d+", completion)
@@ -37,12 +37,7 @@ def math_reward(completions: Sequence[str], **columns: Any) -> list[float | None
     """
     from math_verify import parse, verify  # pulls in sympy
 
-    gold = columns.get("solution", columns.get("answer"))
-    if gold is None:
-        raise ValueError(
-            "reward: expected a column solution or answer for reward=math, "
-            f"got {', '.join(columns)}"
-        )
+    gold = columns["solution"] if "solution" in columns else columns["answer"]
     rewards: list[float | None] = []
     for completion, reference in zip(completions, gold, strict=True):
         target = parse(reference.split("####")[-1].strip())
@@ -77,8 +72,23 @@ def load_reward(spec: str) -> RewardFunction:
     return function  # type: ignore[no-any-return]
 
 
+def check_columns(spec: str, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError where a prompt lacks what a built-in reward compares with."""
+    needs = {"number": ("answer",), "math": ("solution", "answer")}.get(spec, ())
+    for prompt in prompts if needs else ():
+        gold = next((prompt.columns[name] for name in needs if name in prompt.columns), None)
+        if not isinstance(gold, str) or (spec == "number" and not re.fullmatch(r"-?\d+", gold)):
+            kind = "an integer as text" if spec == "number" else "text"
+            raise ValueError(
+                f"reward: expected {kind} in column {' or '.join(needs)} for reward={spec}, got "
+                f"{gold!r} for the prompt {prompt.text[:40]!r}"
+            )
+
+
 def score(rollouts: Sequence[Rollout], reward: RewardFunction) -> list[Rollout]:
     """The same rollouts with their rewards."""
+    if not rollouts:
+        return []
     columns: dict[str, list[Any]] = defaultdict(list)
     for name in {name for rollout in rollouts for name in rollout.columns} - {"prompt"}:
         columns[name] = [rollout.columns.get(name) for rollout in rollouts]

@@ -23,7 +23,7 @@ from agro_train.model import (
     set_matmul_precision,
     shard,
 )
-from agro_train.rewards import RewardFunction, load_reward
+from agro_train.rewards import RewardFunction, check_columns, load_reward
 from agro_train.tasks import TASKS
 from agro_train.tracking import RunFolder
 from agro_train.types import Prompt, Rollout
@@ -67,12 +67,16 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         folder.check_unused()
     newest = checkpoint.latest(folder.path) if resume else None
     state = checkpoint.read_state(newest) if newest is not None else None
+    if state is not None and state.step >= config.steps:
+        raise ValueError(
+            f"steps: expected more than the {state.step} that {folder.path} has already taken, got "
+            f"{config.steps}; add steps=N to go on"
+        )
     reward = load_reward(config.reward)
     check_scheduler(config.lr_scheduler_type)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available()
     )
-    check_ranks(config, accelerator)
     precision = set_matmul_precision(config.matmul_precision)
     transformers_logging.disable_progress_bar()  # the run has one of its own
 
@@ -92,6 +96,8 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         config.max_prompt_length,
     )
     recorded = load_recorded(config.recorded, tokenizer, config.prompt_template)
+    check_columns(config.reward, [*prompts, *held_out])
+    check_ranks(config, accelerator, len(held_out))
     trained = copy.deepcopy(base) if newest is None else load_model(str(newest), config)
     weights = sum(parameter.numel() for parameter in trained.parameters())
     ends = end_tokens(trained, tokenizer)
@@ -104,7 +110,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
                 base.save_pretrained(folder.path / "base_model")
                 tokenizer.save_pretrained(folder.path / "base_model")
         else:
-            folder.rewind(state.step)
+            folder.rewind(state.step, config.to_yaml())
     policy, reference = spread(trained, base, config, accelerator)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
@@ -153,7 +159,7 @@ def check_scheduler(name: str) -> None:
         raise ValueError(f"lr_scheduler_type: expected one of {', '.join(known)}, got {name!r}")
 
 
-def check_ranks(config: TrainConfig, accelerator: Accelerator) -> None:
+def check_ranks(config: TrainConfig, accelerator: Accelerator, num_held_out: int) -> None:
     """Raises ValueError for what the launch cannot carry."""
     ranks = accelerator.num_processes
     if config.fsdp and not torch.distributed.is_initialized():
@@ -161,11 +167,15 @@ def check_ranks(config: TrainConfig, accelerator: Accelerator) -> None:
             "fsdp: expected a distributed launch, got a single process; start it with "
             "accelerate launch -m agro_train, or set fsdp=false"
         )
-    for key in ("prompts_per_step", "eval_prompts"):
-        if 0 < getattr(config, key) < ranks:
+    num_fresh = config.prompts_per_step - config.recorded_prompts_per_step
+    for what, count in (
+        ("prompts_per_step", config.prompts_per_step),
+        ("prompts_per_step that are not recorded", num_fresh),
+        ("held-out prompts", num_held_out),
+    ):
+        if 0 < count < ranks:
             raise ValueError(
-                f"{key}: expected at least one for each of {ranks} processes, "
-                f"got {getattr(config, key)}"
+                f"{what}: expected none or one for each of {ranks} processes, got {count}"
             )
 
 

@@ -36,8 +36,9 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(config_yaml)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, config_yaml: str) -> None:
         """Drops what was logged after a step: a resumed run continues the record exactly."""
+        self.config.write_text(config_yaml)
         rows = read_jsonl(self.metrics) if self.metrics.exists() else []
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
         partial = self.metrics.with_suffix(".partial")

@@ -79,8 +79,7 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[bool]]:
     Of `prompts_per_step` groups the share `recorded_fraction` is recorded, the rest is generated.
     """
     config = run.config
-    fraction = config.recorded_fraction if run.recorded else 0.0
-    num_recorded = round(config.prompts_per_step * fraction)
+    num_recorded = config.recorded_prompts_per_step
     num_fresh = config.prompts_per_step - num_recorded
     # One list over all ranks, so that each has its share even where the two kinds do not divide.
     fresh_prompts = prompts_for_step(run.prompts, num_fresh, step, config.seed)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from agro_train.rewards import load_reward, math_reward, number_reward, score
-from agro_train.types import Rollout
+from agro_train.rewards import check_columns, load_reward, math_reward, number_reward, score
+from agro_train.types import Prompt, Rollout
 from tests.train.models import ragged_rollouts
 
 
@@ -29,9 +29,21 @@ def test_math_has_no_opinion_where_the_gold_answer_cannot_be_parsed() -> None:
     assert math_reward([r"$\boxed{2}$"], solution=["no answer here"]) == [None]
 
 
-def test_math_without_a_gold_column_names_what_it_needs() -> None:
-    with pytest.raises(ValueError, match="a column solution or answer"):
-        math_reward(["2"], gold=["2"])
+@pytest.mark.parametrize(
+    ("reward", "columns", "message"),
+    [
+        ("math", {"gold": "2"}, "text in column solution or answer for reward=math, got None"),
+        ("number", {"solution": "2"}, "integer as text in column answer for reward=number, got No"),
+        ("number", {"answer": "x"}, "an integer as text in column answer .* got 'x'"),
+    ],
+)
+def test_prompt_without_the_gold_answer_is_refused(
+    reward: str, columns: dict[str, str], message: str
+) -> None:
+    good = Prompt("a", "1+1", (1,), {"solution": "2", "answer": "2"})
+    check_columns(reward, [good])
+    with pytest.raises(ValueError, match=f"reward: expected .*{message}.* prompt '1\\+2'"):
+        check_columns(reward, [good, Prompt("b", "1+2", (1,), columns)])
 
 
 def test_users_function_gets_columns_and_its_opinions_count(

@@ -165,6 +165,13 @@ def test_resume_without_a_run_or_a_checkpoint_is_refused(
     assert "with a checkpoint" in refusal(["train", "--resume", str(tmp_path / "bare")], capsys)
 
 
+def test_finished_run_asks_for_more_steps(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(["train", "--resume", str(finished)], capsys)
+    assert "steps: expected more than the 4" in message and "add steps=N" in message
+
+
 def test_checkpoint_of_another_model_is_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,7 +179,8 @@ def test_checkpoint_of_another_model_is_refused(
     shutil.copytree(finished, folder)
     state = folder / "checkpoint-4" / "trainer_state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "base_model": "0" * 16}))
-    assert "a checkpoint of model=tiny" in refusal(["train", "--resume", str(folder)], capsys)
+    more = ["train", "--resume", str(folder), "steps=5"]
+    assert "a checkpoint of model=tiny" in refusal(more, capsys)
 
 
 def test_plot_draws_a_run_again(finished: Path, tmp_path: Path) -> None:

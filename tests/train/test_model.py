@@ -1,0 +1,80 @@
+"""The policy's head is the model's own, and a model it would misread is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from agro_train import model as models
+from agro_train.batch import pack
+from agro_train.cli import main
+from agro_train.data import read_jsonl
+from agro_train.model import Policy, fingerprint, set_matmul_precision
+from tests.train.models import ragged_rollouts, tiny_policy
+
+SMALL = {
+    "vocab_size": 15,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_softcapped_head_gives_the_models_own_distribution(temperature: float) -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5)
+    model = Gemma2ForCausalLM(config).eval()
+    rollouts = ragged_rollouts()
+    (micro,) = pack(rollouts[:1], token_budget=100, share_prompts=False)
+    ours = Policy(model)(micro, temperature)
+    logits = model(input_ids=micro.input_ids[None]).logits[0] / temperature
+    expected = logits.log_softmax(-1)[micro.predictors]
+    logprobs = expected.gather(-1, micro.targets[:, None]).squeeze(-1)
+    torch.testing.assert_close(ours.logprobs, logprobs)
+    entropy = -(expected.exp() * expected).sum(-1)
+    torch.testing.assert_close(ours.entropy, entropy)
+
+
+def test_scaled_logits_are_refused() -> None:
+    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.1))
+    with pytest.raises(ValueError, match="model: expected a head without logit scaling, got logit"):
+        Policy(model)
+
+
+def test_fingerprint_tells_weights_apart() -> None:
+    one, same, other = (tiny_policy(seed).model for seed in (0, 0, 1))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+
+
+def test_medium_precision_is_for_cpus_where_it_stays_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "_has_amx", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert set_matmul_precision("auto") == "highest"
+        assert set_matmul_precision("medium") == torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_smollm2_trains_on_math_from_its_gguf_file(tmp_path: Path) -> None:
+    """The real model and its real vocabulary, one step of the shipped configuration cut short."""
+    rows = [
+        {"problem": f"Compute ${i} + 1$.", "solution": rf"It is $\boxed{{{i + 1}}}$."}
+        for i in range(6)
+    ]
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = ["steps=1", "prompts_per_step=2", "num_generations=2", "max_completion_length=24"]
+    arguments = [f"data={tmp_path / 'math.jsonl'}", f"output_dir={tmp_path / 'run'}"]
+    assert main(["train", "smollm2-math", *arguments, *short, "eval_prompts=1", "beta=0.1"]) == 0
+    (row,) = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "reward" in r]
+    assert row["kl"] == 0.0 and not row["skipped"] and row["groups"] == 2
+    assert 0.5 < row["entropy"] < 5  # nats: a language model that knows what it says
+    texts = [r["completion"] for r in read_jsonl(tmp_path / "run/rollouts/step-000001.jsonl")]
+    assert all(text.isprintable() or "\n" in text for text in texts) and any(texts)
