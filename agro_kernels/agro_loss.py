@@ -32,7 +32,7 @@ from torch import Tensor
 
 import agro_kernels.library  # noqa: F401  (registers the ops)
 from agro_kernels.agro_checks import check_options, check_sequences, check_tokens
-from agro_kernels.linear_logprobs import linear_logprobs
+from agro_kernels.linear_logprobs import IGNORE_INDEX, linear_logprobs
 
 
 class AgroStats(NamedTuple):
@@ -262,7 +262,7 @@ def linear_agro_loss(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """`agro_loss` straight from hidden states, the logits never stored.
 
@@ -284,6 +284,16 @@ def linear_agro_loss(
     """
     check_sequences(rewards, groups)
     check_tokens(cu_seqlens, rewards, targets=targets, ref_logprobs=ref_logprobs)
+    check_options(
+        rewards,
+        beta,
+        lr_weight=lr_weight,
+        on_policy=on_policy,
+        lr_baseline=lr_baseline,
+        importance_weights=importance_weights,
+        num_groups=num_groups,
+        scale=scale,
+    )
     logprobs = linear_logprobs(
         hidden,
         weight,

@@ -50,12 +50,13 @@ def weighted_logprob_sum(
     if lse is not None:
         check_constant("lse", lse, targets)
     differentiable = torch.is_grad_enabled()
+    sums_dtype = torch.promote_types(hidden.dtype, torch.float32)
     results: tuple[Tensor, ...] = torch.ops.agro.weighted_logprob_sum_fwd(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1),
-        coefficients.reshape(-1).to(torch.promote_types(hidden.dtype, torch.float32)),
-        None if lse is None else lse.reshape(-1),
+        coefficients.reshape(-1).to(sums_dtype),
+        None if lse is None else lse.reshape(-1).to(sums_dtype),
         bias,
         *split_temperature(temperature),
         softcap or 0.0,
