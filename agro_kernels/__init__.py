@@ -16,7 +16,11 @@ from agro_kernels.linear_logprobs import (
     linear_logprobs_with_stats,
 )
 from agro_kernels.packing import pack_sequences
-from agro_kernels.policy_gradient import POLICY_GRADIENT_FORMS, policy_gradient_coefficients
+from agro_kernels.policy_gradient import (
+    POLICY_GRADIENT_FORMS,
+    policy_gradient_coefficients,
+    reward_to_go_coefficients,
+)
 from agro_kernels.selective_logprobs import selective_logprobs
 from agro_kernels.weighted_logprobs import weighted_logprob_sum
 
@@ -35,6 +39,7 @@ __all__ = [
     "linear_logprobs_with_stats",
     "pack_sequences",
     "policy_gradient_coefficients",
+    "reward_to_go_coefficients",
     "selective_logprobs",
     "weighted_logprob_sum",
 ]

@@ -16,6 +16,7 @@ from agro_train.types import MicroBatch, Rollout, TrainBatch
 
 def build_batch(
     rollouts: Sequence[Rollout],
+    groups: Sequence[int],
     on_policy: Sequence[bool],
     *,
     token_budget: int,
@@ -23,16 +24,14 @@ def build_batch(
 ) -> TrainBatch:
     """Packs whole groups into micro-batches of at most token_budget tokens.
 
-    Rollouts of one group must be neighbours for their prompt to be shared. A sequence longer than
-    the budget gets a micro-batch of its own.
+    Rollouts of one prompt must be neighbours for it to be shared. A sequence longer than the
+    budget gets a micro-batch of its own.
     """
-    ids: dict[str, int] = {}
-    groups = [ids.setdefault(rollout.group, len(ids)) for rollout in rollouts]
     rewards = [float("nan") if r.reward is None else r.reward for r in rollouts]
     return TrainBatch(
         micro=pack(rollouts, token_budget=token_budget, share_prompts=share_prompts),
         rewards=torch.tensor(rewards, dtype=torch.float64),
-        groups=torch.tensor(groups),
+        groups=torch.tensor(list(groups)),
         on_policy=torch.tensor(list(on_policy), dtype=torch.bool),
     )
 
@@ -104,13 +103,11 @@ class _Packing:
         return segment
 
     def close(self) -> MicroBatch:
-        segments, parents = torch.tensor(self.segments), torch.tensor(self.parents)
-        order = torch.arange(len(segments))
-        related = (segments[:, None] == segments) | (parents[:, None] == segments)
         return MicroBatch(
             input_ids=torch.tensor(self.input_ids),
             position_ids=torch.tensor(self.position_ids),
-            attends=related & (order[:, None] >= order),
+            segments=torch.tensor(self.segments),
+            parents=torch.tensor(self.parents),
             cu_inputs=torch.tensor([*self.cu_inputs, len(self.input_ids)], dtype=torch.int32),
             predictors=torch.tensor(self.predictors),
             targets=torch.tensor(self.targets),

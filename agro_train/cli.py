@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from agro_train import config as configuration
+
 DESCRIPTION = "Fine-tune a language model with AGRO."
 TRAIN = (
     "Run a configuration: the path of a YAML file or the name of a shipped one (without it: a tiny "
@@ -24,48 +26,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot_command = commands.add_parser("plot", help="draw a run's curves again")
     plot_command.add_argument("run", help="output folder of a run")
     options = parser.parse_args(arguments)
-    try:
-        if options.command == "plot":
-            return _plot(Path(options.run))
-        return _train(options.settings, options.resume, options.dry_run)
-    except ValueError as error:
-        print(f"agro: {error}", file=sys.stderr)
-        return 2
+    if options.command == "plot":
+        return _plot(Path(options.run))
+    return _train(options.settings, options.resume, options.dry_run)
 
 
 def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
-    from agro_train import config as configuration
+    try:
+        config = _config(settings, resume)
+    except ValueError as error:
+        return _refuse(error)
+    if dry_run:
+        print(config.to_yaml(), end="")
+        return 0
+    from agro_train.run import setup  # imports transformers, which a dry run does not need
+    from agro_train.train import train
 
+    try:
+        run = setup(config, resume=resume is not None)
+    except ValueError as error:
+        return _refuse(error)
+    train(run)  # what goes wrong from here on deserves its traceback
+    return 0
+
+
+def _config(settings: Sequence[str], resume: str | None) -> configuration.TrainConfig:
     overrides = [setting for setting in settings if "=" in setting]
     names = [setting for setting in settings if "=" not in setting]
     if len(names) > 1:
         raise ValueError(f"arguments: expected one configuration, got {', '.join(names)}")
-    if resume is not None:
-        if names:
-            raise ValueError(
-                f"arguments: expected no configuration with --resume, got {names[0]}; "
-                "the run's own config.yaml is used"
-            )
-        recorded = Path(resume) / "config.yaml"
-        if not recorded.is_file():
-            raise ValueError(
-                f"--resume: expected the folder of a run, got {resume!r}; it has no config.yaml"
-            )
-        config = configuration.load(recorded, [*overrides, f"output_dir={resume}"])
-    else:
-        config = configuration.load(configuration.find(names[0]) if names else None, overrides)
-    if dry_run:
-        print(config.to_yaml(), end="")
-        return 0
-    from agro_train.train import train  # imports transformers, which a dry run does not need
+    if resume is None:
+        return configuration.load(configuration.find(names[0]) if names else None, overrides)
+    if names:
+        raise ValueError(
+            f"arguments: expected no configuration with --resume, got {names[0]}; "
+            "the run's own config.yaml is used"
+        )
+    return configuration.load_resumed(Path(resume), overrides)
 
-    train(config, resume=resume is not None)
-    return 0
+
+def _refuse(error: ValueError) -> int:
+    print(f"agro: {error}", file=sys.stderr)
+    return 2
 
 
 def _plot(run: Path) -> int:
     if not (run / "metrics.jsonl").is_file():
-        raise ValueError(f"plot: expected the folder of a run, got {str(run)!r}; it has no metrics")
+        return _refuse(
+            ValueError(f"plot: expected the folder of a run, got {str(run)!r}; it has no metrics")
+        )
     from agro_train.plots import plot_run
 
     for path in plot_run(run):

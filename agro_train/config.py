@@ -4,6 +4,7 @@ Keys carry TRL's names where TRL has one. An unknown key, a value of the wrong t
 combination that cannot work are errors before anything is loaded.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +22,16 @@ FORMS_WITH_SAMPLER = ("stale", "importance_weighted")
 ALGORITHMS = (
     "agro",
     *(f"pg_{form}" for form in POLICY_GRADIENT_FORMS if form not in FORMS_WITH_SAMPLER),
+)
+
+# What may be changed when a run is resumed; the optimiser's settings come from its checkpoint.
+RESUMABLE = (
+    "steps",
+    "eval_every",
+    "eval_prompts",
+    "eval_generations",
+    "save_every",
+    "save_total_limit",
 )
 
 
@@ -66,7 +77,7 @@ class TrainConfig:
 
     # Optimiser: AdamW.
     learning_rate: float = 1e-5
-    lr_scheduler_type: str = "constant_with_warmup"  # any name transformers.get_scheduler knows
+    lr_scheduler_type: str = "constant_with_warmup"  # or constant, linear, cosine
     warmup_steps: int = 0
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -92,11 +103,23 @@ class TrainConfig:
             "mixed_precision": ("no", "bf16"),
             "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
             "algorithm": ALGORITHMS,
+            "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
             "matmul_precision": ("auto", "highest", "high", "medium"),
         }
         for key, allowed in choices.items():
             if (got := getattr(self, key)) not in allowed:
                 raise ValueError(f"{key}: expected one of {', '.join(allowed)}, got {got!r}")
+        for key, value in asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key}: expected a finite number, got {value}")
+        if "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"prompt_template: expected {{prompt}} in it, got {self.prompt_template!r}; the "
+                "dataset's question goes there"
+            )
+        for key in ("adam_beta1", "adam_beta2"):
+            if not 0 <= (got := getattr(self, key)) < 1:
+                raise ValueError(f"{key}: expected a number from 0 to below 1, got {got}")
         at_least = {
             "steps": 1,
             "prompts_per_step": 1,
@@ -184,7 +207,8 @@ def find(name: str) -> Path:
     """A configuration's file, from its path or the name of a shipped one."""
     if Path(name).is_file():
         return Path(name)
-    if (stem := Path(name).stem) in shipped():
+    stem = Path(name).stem
+    if stem in shipped() and name in (stem, f"{stem}.yaml", f"configs/{stem}.yaml"):
         return shipped()[stem]
     raise ValueError(
         f"config: expected a YAML file or one of {', '.join(shipped())}, got {name!r}; "
@@ -199,10 +223,11 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
             raise ValueError(f"arguments: expected key=value, got {override!r}")
     source = Path(path) if path is not None else find("tiny-arithmetic")
     try:
+        given = OmegaConf.load(source)
+        if not OmegaConf.is_dict(given):
+            raise ValueError(f"config: expected keys and values in {source}, got a list")
         merged = OmegaConf.merge(
-            OmegaConf.structured(TrainConfig),
-            OmegaConf.load(source),
-            OmegaConf.from_dotlist(list(overrides)),
+            OmegaConf.structured(TrainConfig), given, OmegaConf.from_dotlist(list(overrides))
         )
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -213,6 +238,22 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
     assert isinstance(config, TrainConfig), "OmegaConf returns the structured type it was given"
     config.check()
     return config
+
+
+def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration of the run in `folder`, with only what may change in mid-run overridden."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"--resume: expected the folder of a run, got {str(folder)!r}; it has no config.yaml"
+        )
+    for override in overrides:
+        if (key := override.partition("=")[0]) not in RESUMABLE:
+            raise ValueError(
+                f"{key}: expected only {', '.join(RESUMABLE)} with --resume, got {override}; "
+                "the rest continues as it began"
+            )
+    return load(path, [*overrides, f"output_dir={folder}"])
 
 
 def _explain(error: OmegaConfBaseException, source: Path) -> str:

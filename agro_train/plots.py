@@ -10,7 +10,6 @@ matplotlib.use("Agg")
 
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from agro_train.data import read_jsonl  # noqa: E402
 
@@ -58,18 +57,13 @@ def plot_run(run: Path) -> list[Path]:
 
 def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
     _, label, curves = panel
+    lowest = 0.0
     for colour, (column, legend) in zip(COLOURS, curves, strict=False):
         points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
         if points:
             steps, values = zip(*points, strict=True)
+            lowest = min(lowest, *values)
             marker = "o" if column.startswith("eval_") else None
             axes.plot(steps, values, color=colour, marker=marker, markersize=4, label=legend)
     axes.margins(y=0.08)
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if panel[0] == "reward" else 0.0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 1:
-        axes.legend(frameon=False)
+    axes.set_ylim(bottom=lowest)

@@ -25,8 +25,13 @@ def number_reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -
     rewards = []
     for completion, expected in zip(completions, answer, strict=True):
         found = re.findall(r"-?\d+", completion)
-        rewards.append(float(bool(found) and int(found[-1]) == int(expected)))
+        rewards.append(float(bool(found) and _digits(found[-1]) == _digits(expected)))
     return rewards
+
+
+def _digits(integer: str) -> str:
+    """One spelling for equal integers; int() would refuse thousands of digits."""
+    return re.sub(r"^(-?)0+(?=\d)", r"\1", integer)
 
 
 def math_reward(completions: Sequence[str], **columns: Any) -> list[float | None]:
@@ -37,10 +42,11 @@ def math_reward(completions: Sequence[str], **columns: Any) -> list[float | None
     """
     from math_verify import parse, verify  # pulls in sympy
 
-    gold = columns["solution"] if "solution" in columns else columns["answer"]
+    absent = [None] * len(completions)
+    solutions, answers = columns.get("solution", absent), columns.get("answer", absent)
     rewards: list[float | None] = []
-    for completion, reference in zip(completions, gold, strict=True):
-        target = parse(reference.split("####")[-1].strip())
+    for completion, solution, answer in zip(completions, solutions, answers, strict=True):
+        target = parse((answer if solution is None else solution).split("####")[-1].strip())
         rewards.append(float(verify(target, parse(completion))) if target else None)
     return rewards
 
@@ -76,7 +82,8 @@ def check_columns(spec: str, prompts: Sequence[Prompt]) -> None:
     """Raises ValueError where a prompt lacks what a built-in reward compares with."""
     needs = {"number": ("answer",), "math": ("solution", "answer")}.get(spec, ())
     for prompt in prompts if needs else ():
-        gold = next((prompt.columns[name] for name in needs if name in prompt.columns), None)
+        values = (prompt.columns.get(name) for name in needs)
+        gold = next((value for value in values if value is not None), None)
         if not isinstance(gold, str) or (spec == "number" and not re.fullmatch(r"-?\d+", gold)):
             kind = "an integer as text" if spec == "number" else "text"
             raise ValueError(

@@ -30,8 +30,8 @@ def generate(
 
     temperature 0 is greedy decoding; otherwise tokens are drawn from the full softmax at that
     temperature (no top-k, no top-p), which is the distribution the trainer scores. Randomness comes
-    from `seed` alone. Prompts of similar length are generated together, `batch_size` sequences at
-    a time.
+    from `seed` alone. Prompts of similar length are generated together, about `batch_size`
+    sequences at a time, but never less than one prompt's.
     """
     prompts_at_once = max(1, batch_size // num_generations)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import PreTrainedModel, SchedulerType, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 from transformers.utils import logging as transformers_logging
 
 from agro_train import checkpoint, tiny
@@ -20,6 +20,7 @@ from agro_train.model import (
     fingerprint,
     load_model,
     load_tokenizer,
+    prepare,
     set_matmul_precision,
     shard,
 )
@@ -73,7 +74,6 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
             f"{config.steps}; add steps=N to go on"
         )
     reward = load_reward(config.reward)
-    check_scheduler(config.lr_scheduler_type)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available()
     )
@@ -95,22 +95,18 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         config.prompt_template,
         config.max_prompt_length,
     )
-    recorded = load_recorded(config.recorded, tokenizer, config.prompt_template)
+    if config.model == "tiny":
+        tiny.check_prompts([*prompts, *held_out])
+    recorded = load_recorded(
+        config.recorded, tokenizer, config.prompt_template, base.config.vocab_size
+    )
     check_columns(config.reward, [*prompts, *held_out])
     check_ranks(config, accelerator, len(held_out))
     trained = copy.deepcopy(base) if newest is None else load_model(str(newest), config)
     weights = sum(parameter.numel() for parameter in trained.parameters())
     ends = end_tokens(trained, tokenizer)
 
-    accelerator.wait_for_everyone()  # no rank creates the folder while another checks it
-    if accelerator.is_main_process:
-        if state is None:
-            folder.create(config.to_yaml())
-            if config.model == "tiny":
-                base.save_pretrained(folder.path / "base_model")
-                tokenizer.save_pretrained(folder.path / "base_model")
-        else:
-            folder.rewind(state.step, config.to_yaml())
+    warm_weights = {name: w.clone() for name, w in base.state_dict().items() if warm_loss}
     policy, reference = spread(trained, base, config, accelerator)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
@@ -124,6 +120,15 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     )
     if newest is not None:
         checkpoint.load_optimizer(newest, policy, optimizer, scheduler)
+    accelerator.wait_for_everyone()  # no rank creates the folder while another checks it
+    if accelerator.is_main_process:
+        if state is not None:
+            folder.rewind(state.step, config.to_yaml())
+        else:
+            folder.create(config.to_yaml())
+            if warm_loss is not None:
+                base.save_pretrained(folder.path / "base_model", state_dict=warm_weights)
+                tokenizer.save_pretrained(folder.path / "base_model")
     summary = (
         f"{config.model}: {weights / 1e6:.1f} M weights, {len(prompts)} prompts, "
         f"{len(held_out)} held out, {too_long} left out as too long, "
@@ -150,13 +155,6 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         start=0 if state is None else state.step,
         summary=summary,
     )
-
-
-def check_scheduler(name: str) -> None:
-    """Raises ValueError for a schedule that transformers does not know."""
-    known = [kind.value for kind in SchedulerType]
-    if name not in known:
-        raise ValueError(f"lr_scheduler_type: expected one of {', '.join(known)}, got {name!r}")
 
 
 def check_ranks(config: TrainConfig, accelerator: Accelerator, num_held_out: int) -> None:
@@ -197,6 +195,8 @@ def load_base(
         steps=config.warm_start_steps,
         seed=derive_seed(config.seed, "warm start"),
     )
+    model.set_attn_implementation(config.attn_implementation)
+    prepare(model, config)
     return tokenizer, model.to(getattr(torch, config.dtype)), loss
 
 

@@ -7,6 +7,7 @@
    groups were cut into micro-batches and spread over ranks no longer matters.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,7 +43,8 @@ def update(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
 ) -> StepStats:
-    """One optimiser step. A gradient that is not finite leaves the weights as they were."""
+    """One optimiser step. No valid group, or a gradient that is not finite, leaves the weights as
+    they were."""
     # Gradient checkpointing works in training mode only; there is no dropout to switch on.
     policy.train(config.gradient_checkpointing)
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -60,15 +62,13 @@ def update(
         with accelerator.no_sync(policy) if number < len(micro) else nullcontext():
             accelerator.backward(policy(piece, config.temperature, per_token, piece_lse))
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
-    skipped = not torch.isfinite(torch.tensor(grad_norm))
+    skipped = int(stats.num_groups) == 0 or not math.isfinite(grad_norm)
     if not skipped:
         optimizer.step()
         scheduler.step()
     optimizer.zero_grad(set_to_none=True)
     policy.eval()
-    return StepStats(
-        skipped=bool(skipped), metrics=_metrics(everyone, stats, config, grad_norm, bool(skipped))
-    )
+    return StepStats(skipped=skipped, metrics=_metrics(everyone, stats, config, grad_norm, skipped))
 
 
 def score_batch(
@@ -123,9 +123,6 @@ def gather_scores(scores: Scores, rank: int) -> tuple[Scores, int]:
     """All ranks' scores, and where this rank's begin. A few numbers a completion: groups and their
     statistics are whole again, and every rank finds the same coefficients."""
     shares: list[Scores] = gather_object([scores])
-    # Groups are numbered per rank; ranks never share one.
-    step = 1 + max(int(share.groups.max()) for share in shares)
-    shares = [replace(share, groups=share.groups + i * step) for i, share in enumerate(shares)]
 
     def joined(name: str) -> Tensor:
         parts = [getattr(share, name) for share in shares]

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agro_kernels import IGNORE_INDEX, linear_logprobs
 from agro_train.tasks import Row
+from agro_train.types import Prompt
 
 ALPHABET = "0123456789+=,"
 PAD, EOS = "<pad>", "<eos>"
@@ -44,6 +45,17 @@ def build_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+def check_prompts(prompts: list[Prompt]) -> None:
+    """Raises ValueError for a prompt with characters that the tokenizer does not know."""
+    for prompt in prompts:
+        unknown = set(prompt.text) - set(ALPHABET)
+        if unknown:
+            raise ValueError(
+                f"data: expected prompts of the characters {ALPHABET} for model=tiny, got "
+                f"{prompt.text[:40]!r}; choose another model"
+            )
 
 
 def warm_start(

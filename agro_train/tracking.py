@@ -10,6 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from agro_train.data import read_jsonl, rollout_to_json
 from agro_train.types import Rollout
@@ -38,15 +39,23 @@ class RunFolder:
 
     def rewind(self, step: int, config_yaml: str) -> None:
         """Drops what was logged after a step: a resumed run continues the record exactly."""
-        self.config.write_text(config_yaml)
-        rows = read_jsonl(self.metrics) if self.metrics.exists() else []
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
-        partial = self.metrics.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self.metrics)
+        self._replace(self.config, config_yaml)
+        if self.metrics.exists():
+            # A line cut off by a crash has no end; it is of a step that has to be taken again.
+            lines = self.metrics.read_text().splitlines(keepends=True)
+            rows = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in rows if json.loads(line)["step"] <= step]
+            self._replace(self.metrics, "".join(kept))
         for log in [*self.path.glob("rollouts/*.jsonl"), *self.path.glob("samples/*.jsonl")]:
             if int(log.stem.rpartition("-")[2]) > step:
                 log.unlink()
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        """The whole text or the old file, whatever happens in between."""
+        partial = path.with_name(f".partial-{path.name}")
+        partial.write_text(text)
+        os.replace(partial, path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a row to metrics.jsonl; a number that is not finite becomes null."""
@@ -102,7 +111,7 @@ class Display:
             f"entropy {metrics['entropy']:.3f}  {metrics['tokens_per_s']:.0f} tokens/s"
         )
         if metrics["skipped"]:
-            line += "  (skipped: the gradient is not finite)"
+            line += "  (skipped: no finite gradient)"
         self.progress.update(self.task, completed=step, description=line)
         if not self.console.is_terminal:
             self.say(f"step {step}/{self.steps}  {line}  {metrics['time_s']:.1f} s")
@@ -119,13 +128,14 @@ class Display:
         table = Table("held-out prompt", "before", "", "after", "", title="Greedy completions")
         for rollout in [r for r in after if r.group in old][:count]:
             was = old[rollout.group]
-            table.add_row(
-                str(rollout.columns.get("prompt", rollout.prompt)).strip(),
-                str(was["completion"]).strip(),
+            cells = (
+                str(rollout.columns.get("prompt", rollout.prompt)),
+                str(was["completion"]),
                 _mark(was["reward"]),
-                rollout.completion.strip(),
+                rollout.completion,
                 _mark(rollout.reward),
             )
+            table.add_row(*(Text(cell.strip()) for cell in cells))  # Text: [a] is no markup
         if table.row_count:
             self.console.print(table)
 

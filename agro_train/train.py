@@ -2,41 +2,40 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import gather_object
 
 from agro_train import checkpoint
 from agro_train.batch import build_batch
-from agro_train.config import TrainConfig
 from agro_train.data import derive_seed, prompts_for_step
 from agro_train.evaluate import Evaluation, evaluate, mean_reward, summarise
 from agro_train.model import whole
 from agro_train.plots import plot_run
 from agro_train.rewards import score
 from agro_train.rollout import generate
-from agro_train.run import Run, setup
+from agro_train.run import Run
 from agro_train.step import update
 from agro_train.tracking import Display
 from agro_train.types import Rollout
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Path:
-    """Runs the configuration to its last step. Returns the output folder.
+def train(run: Run) -> Path:
+    """Takes a run that `setup` has put together to its last step. Returns the output folder.
 
-    With `resume` it continues the run in config.output_dir from its newest checkpoint; on a CPU
-    the result is then bitwise that of a run that was never interrupted.
+    A resumed run goes on from its newest checkpoint; on a CPU the result is then bitwise that of
+    a run that was never interrupted.
     """
-    run = setup(config, resume=resume)
+    config = run.config
     with Display(run.start, config.steps, quiet=not run.main) as display:
         display.say(run.summary)
-        evaluation = None if resume else run_evaluation(run, 0, display)
+        evaluation = run_evaluation(run, 0, display) if run.start == 0 else None
         for step in range(run.start, config.steps):
             began = time.perf_counter()
-            rollouts, on_policy = collect(run, step)
+            rollouts, groups, on_policy = collect(run, step)
             batch = build_batch(
                 rollouts,
+                groups,
                 on_policy,
                 token_budget=config.token_budget,
                 share_prompts=config.share_prompts,
@@ -73,27 +72,28 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     return run.folder.path
 
 
-def collect(run: Run, step: int) -> tuple[list[Rollout], list[bool]]:
-    """This rank's rollouts with rewards, and which of them the policy sampled just now.
+def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
+    """This rank's rollouts with rewards, the number of each one's group within the step over all
+    ranks, and which of them the policy sampled just now.
 
     Of `prompts_per_step` groups the share `recorded_fraction` is recorded, the rest is generated.
     """
     config = run.config
     num_recorded = config.recorded_prompts_per_step
     num_fresh = config.prompts_per_step - num_recorded
-    # One list over all ranks, so that each has its share even where the two kinds do not divide.
     fresh_prompts = prompts_for_step(run.prompts, num_fresh, step, config.seed)
-    groups = prompts_for_step(run.recorded, num_recorded, step, config.seed)
-    sources = [*fresh_prompts, *enumerate(groups)][run.share]
-    mine = [source for source in sources if not isinstance(source, tuple)]
-    fresh: list[Rollout] = []
+    recorded_groups = prompts_for_step(run.recorded, num_recorded, step, config.seed)
+    numbers = range(config.prompts_per_step)[run.share]
+    mine = [number for number in numbers if number < num_fresh]
+    rollouts: list[Rollout] = []
     if num_fresh:
-        fresh = whole(
+        rollouts = whole(
             run.policy,
+            run.accelerator,
             lambda model: generate(
                 model,
                 run.tokenizer,
-                mine,
+                [fresh_prompts[number] for number in mine],
                 num_generations=config.num_generations,
                 temperature=config.temperature,
                 max_completion_length=config.max_completion_length,
@@ -103,14 +103,17 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[bool]]:
                 step=step,
             ),
         )
-        fresh = score(fresh, run.reward)
-    # A recorded group may answer a prompt that is also fresh, or come twice: it stays its own.
-    recorded = [
-        replace(rollout, group=f"recorded-{i}-{rollout.group}")
-        for i, group in (source for source in sources if isinstance(source, tuple))
-        for rollout in group
-    ]
-    return fresh + recorded, [True] * len(fresh) + [False] * len(recorded)
+        rollouts = score(rollouts, run.reward)
+    # A prompt that comes twice in a step makes two groups: their numbers differ.
+    groups = [number for number in mine for _ in range(config.num_generations)]
+    on_policy = [True] * len(rollouts)
+    for number in numbers:
+        if number >= num_fresh:
+            recorded = recorded_groups[number - num_fresh]
+            rollouts += recorded
+            groups += [number] * len(recorded)
+            on_policy += [False] * len(recorded)
+    return rollouts, groups, on_policy
 
 
 def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -136,6 +139,7 @@ def run_evaluation(run: Run, step: int, display: Display) -> Evaluation | None:
     mine = run.held_out[run.share]
     result = whole(
         run.policy,
+        run.accelerator,
         lambda model: evaluate(
             model, run.tokenizer, mine, run.reward, run.config, run.end_tokens, step
         ),

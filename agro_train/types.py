@@ -3,16 +3,15 @@
 Example. The prompt "2+2=" with ids (5, 9, 5, 11) gets two completions, "4" and "5", each ended by
 the end token 1. They are two `Rollout`s of one group:
 
-    Rollout(prompt="2+2=", prompt_ids=(5, 9, 5, 11), completion="4", completion_ids=(7, 1),
-    reward=1.0, ...) Rollout(prompt="2+2=", prompt_ids=(5, 9, 5, 11), completion="5",
-    completion_ids=(8, 1), reward=0.0, ...)
+    prompt="2+2="  prompt_ids=(5, 9, 5, 11)  completion="4"  completion_ids=(7, 1)  reward=1.0
+    prompt="2+2="  prompt_ids=(5, 9, 5, 11)  completion="5"  completion_ids=(8, 1)  reward=0.0
 
 Packed into one `MicroBatch` that holds the prompt once, the model reads 6 tokens
 
     input_ids      5  9  5 11  7  8        position_ids  0  1  2  3  4  4
 
-and the head predicts 4: position 3 (the prompt's last token) predicts both first tokens, position
-4 the end of "4" and position 5 the end of "5":
+and the head predicts 4: the token at 3, the prompt's last, predicts both first tokens, the one at 4
+the end of "4", and the one at 5 the end of "5":
 
     predictors     3  4  3  5              targets  7  1  8  1        cu_seqlens  0  2  4
 """
@@ -60,12 +59,19 @@ class MicroBatch:
 
     input_ids: Tensor  # (L,) int64
     position_ids: Tensor  # (L,) int64, each within its own sequence
-    attends: Tensor  # (L, L) bool: may the row's token see the column's; never across sequences
+    segments: Tensor  # (L,) int64: which prompt, or which completion, a token belongs to
+    parents: Tensor  # (L,) int64: the segment it may see besides its own, a completion's prompt
     cu_inputs: Tensor  # (sequences + 1,) int32, boundaries in input_ids; for varlen attention
     predictors: Tensor  # (n,) int64: which of the L hidden states predicts targets[i]
     targets: Tensor  # (n,) int64: completion tokens only
     cu_seqlens: Tensor  # (S + 1,) int32: completion boundaries in targets
     rows: Tensor  # (S,) int64: the completion's row in TrainBatch
+
+    def attends(self) -> Tensor:
+        """(L, L) bool: may the row's token see the column's; never across sequences."""
+        related = self.segments[:, None] == self.segments
+        related |= self.parents[:, None] == self.segments
+        return related.tril()
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class TrainBatch:
 
     micro: tuple[MicroBatch, ...]
     rewards: Tensor  # (B,) float64; NaN where there is none
-    groups: Tensor  # (B,) int64 ids
+    groups: Tensor  # (B,) int64 ids, the same numbering on all ranks
     on_policy: Tensor  # (B,) bool: sampled from the policy exactly as it is now
 
 
@@ -83,4 +89,4 @@ class StepStats:
     """What one update measured, over all ranks; the keys become columns of metrics.jsonl."""
 
     metrics: Mapping[str, float]
-    skipped: bool  # the gradient was not finite: the weights are untouched
+    skipped: bool  # no gradient, or one that is not finite: the weights are untouched

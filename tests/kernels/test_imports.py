@@ -20,6 +20,7 @@ PUBLIC = {
     "linear_logprobs_with_stats",
     "pack_sequences",
     "policy_gradient_coefficients",
+    "reward_to_go_coefficients",
     "selective_logprobs",
     "weighted_logprob_sum",
 }

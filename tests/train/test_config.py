@@ -44,7 +44,10 @@ def test_dry_run_prints_a_file_that_resolves_to_itself(
         ("bta=0.1", "bta: expected one of the known keys, got an unknown one"),
         ("beta=high", "beta: "),
         ("beta=0", "beta: expected a number above 0, got 0"),
-        ("beta=nan", "beta: expected a number above 0, got nan"),
+        ("beta=nan", "beta: expected a finite number, got nan"),
+        ("learning_rate=.inf", "learning_rate: expected a finite number, got inf"),
+        ("adam_beta1=1.0", "adam_beta1: expected a number from 0 to below 1, got 1.0"),
+        ("prompt_template=Solve", "prompt_template: expected {prompt} in it, got 'Solve'"),
         ("steps=0", "steps: expected at least 1, got 0"),
         ("num_generations=1", "num_generations: expected at least 2, got 1"),
         ("algorithm=ppo", "algorithm: expected one of agro, pg_"),
@@ -80,6 +83,17 @@ def test_combination_that_cannot_work_is_refused(settings: list[str], argument: 
 def test_unknown_configuration_lists_the_shipped_ones() -> None:
     with pytest.raises(ValueError, match="smollm2-math.*got 'nothing'"):
         config.find("nothing")
+
+
+def test_shipped_name_in_another_folder_is_no_shipped_configuration() -> None:
+    with pytest.raises(ValueError, match="got 'typo/tiny-arithmetic.yaml'"):
+        config.find("typo/tiny-arithmetic.yaml")
+
+
+def test_yaml_list_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- beta\n")
+    with pytest.raises(ValueError, match="config: expected keys and values in .*list.yaml"):
+        config.load(tmp_path / "list.yaml")
 
 
 def test_broken_yaml_is_refused_by_name(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def test_columns_of_math_and_gsm8k_are_understood(tmp_path: Path) -> None:
         ("", "data: expected at least one row"),
         ('{"prompt": "1"}\n{"prompt": \n', "line 2"),
         ('{"prompt": "1"}\n[1, 2]\n', "line 2"),
+        ('{"prompt": "1", "completions": 2}\n', "expected no column completions in .*, got one"),
         ('{"text": "1"}\n', "expected a column prompt, problem, question .* got text"),
         ('{"prompt": "1"}\n{"prompt": 2}\n', "expected text in column prompt, got 2 in row 2"),
     ],
@@ -46,6 +47,17 @@ def test_columns_of_math_and_gsm8k_are_understood(tmp_path: Path) -> None:
 def test_bad_rows_are_refused_with_their_place(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_rows(write(tmp_path / "d.jsonl", content), "train")
+
+
+def test_file_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "1"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match="d.jsonl, line 2"):
+        read_jsonl(tmp_path / "d.jsonl")
+
+
+def test_unreachable_hub_dataset_is_refused() -> None:
+    with pytest.raises(ValueError, match="data: expected .* a hub dataset, got 'no/such-dataset'"):
+        load_rows("no/such-dataset", "train")
 
 
 def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
@@ -92,7 +104,7 @@ def test_every_epoch_visits_every_prompt_once_and_is_a_function_of_the_step() ->
 def test_rollout_log_is_a_dataset(tmp_path: Path) -> None:
     rollouts = ragged_rollouts()
     path = write(tmp_path / "r.jsonl", *(rollout_to_json(r) + "\n" for r in rollouts))
-    groups = load_recorded([path], TOKENIZER, "{prompt}")
+    groups = load_recorded([path], TOKENIZER, "{prompt}", 15)
     assert [len(group) for group in groups] == [3, 2, 4]
     flat = [r for group in groups for r in group]
     assert [(r.prompt_ids, r.completion_ids, r.reward, r.group) for r in flat] == [
@@ -105,13 +117,35 @@ def test_recorded_text_is_tokenised_apart_and_ended_only_where_it_stopped(tmp_pa
         {"prompt": "1+2=", "completion": "3", "reward": 1},
         {"prompt": "1+2=", "completion": "44", "reward": None, "finish": "length"},
     ]
-    ((stopped, cut),) = load_recorded([write(tmp_path / "r.jsonl", *rows)], TOKENIZER, "{prompt}")
+    ((stopped, cut),) = load_recorded(
+        [write(tmp_path / "r.jsonl", *rows)], TOKENIZER, "{prompt}", 15
+    )
     assert stopped.prompt_ids == tuple(TOKENIZER("1+2=")["input_ids"])
     assert stopped.completion_ids == (*TOKENIZER("3")["input_ids"], TOKENIZER.eos_token_id)
     assert cut.completion_ids == tuple(TOKENIZER("44")["input_ids"])
     assert stopped.reward == 1.0 and cut.reward is None
 
 
+def test_recorded_reward_that_is_not_finite_counts_as_none(tmp_path: Path) -> None:
+    lines = ['{"prompt": "1", "completion": "2", "reward": NaN}\n', json.dumps(GOOD1) + "\n"]
+    ((nan, good),) = load_recorded([write(tmp_path / "r.jsonl", *lines)], TOKENIZER, "{prompt}", 15)
+    assert nan.reward is None and good.reward == 1.0
+
+
+def test_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="data: expected a prompt of one or more tokens, got ''"):
+        render({"prompt": ""}, TOKENIZER, "{prompt}")
+
+
+def test_tiny_model_refuses_characters_it_cannot_read() -> None:
+    tiny.check_prompts([render({"prompt": "1+2="}, TOKENIZER, "{prompt}")])
+    with pytest.raises(
+        ValueError, match="data: expected prompts of the characters .* got '1 \\+ 2'"
+    ):
+        tiny.check_prompts([render({"prompt": "1 + 2"}, TOKENIZER, "{prompt}")])
+
+
+GOOD1 = {"prompt": "1", "completion": "2", "reward": 1.0}
 GOOD = {"prompt": "1+2=", "completion": "3", "reward": 1.0}
 
 
@@ -120,11 +154,17 @@ GOOD = {"prompt": "1+2=", "completion": "3", "reward": 1.0}
     [
         ([], "at least one rollout"),
         ([GOOD], "at least 2 completions a prompt, got 1 for group"),
-        ([GOOD, {"prompt": "1+2=", "completion": "3"}], "a column reward in .*rollout 2"),
+        ([GOOD, {"prompt": "1+2=", "completion": "3"}], "a column reward in .*line 2"),
         ([GOOD, {"completion": "3", "reward": 1}], "a column prompt_ids or prompt"),
         ([GOOD, {"prompt": "1+2=", "reward": 1}], "a column completion_ids or completion"),
-        ([GOOD, {**GOOD, "reward": "high"}], "a number as reward .*rollout 2, got 'high'"),
+        (
+            [GOOD, {**GOOD, "reward": "high"}],
+            "or null as reward in .*line 2, got 'high'",
+        ),
         ([GOOD, {**GOOD, "completion_ids": [4, 99]}], "ids in \\[0, 15\\).*another tokenizer"),
+        ([GOOD, {**GOOD, "finish": "eos"}], "stop or length as finish in .*line 2, got 'eos'"),
+        ([GOOD, {**GOOD, "completion": 5}], "str as completion in .*line 2, got 5"),
+        ([GOOD, {**GOOD, "group": "1+2=", "prompt": "3"}], "one prompt in group '1\\+2='.*line 2"),
         ([GOOD, {**GOOD, "completion_ids": []}], "one or more ids in"),
     ],
 )
@@ -132,4 +172,4 @@ def test_bad_recorded_rollout_is_refused_with_its_place(
     rows: list[Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=f"recorded: expected .*{message}"):
-        load_recorded([write(tmp_path / "r.jsonl", *rows)], TOKENIZER, "{prompt}")
+        load_recorded([write(tmp_path / "r.jsonl", *rows)], TOKENIZER, "{prompt}", 15)

@@ -10,10 +10,23 @@ from accelerate import Accelerator
 from agro_train.batch import build_batch
 from agro_train.config import TrainConfig
 from agro_train.step import score_batch, update
-from agro_train.types import Rollout
+from agro_train.types import Rollout, TrainBatch
 from tests.train.models import ragged_rollouts, tiny_policy
 
 CONFIG = TrainConfig(beta=0.3, max_grad_norm=1e9)
+
+
+def numbers(rollouts: list[Rollout]) -> list[int]:
+    """Groups by prompt, numbered."""
+    names = sorted({r.group for r in rollouts})
+    return [names.index(r.group) for r in rollouts]
+
+
+def ragged_batch(token_budget: int) -> TrainBatch:
+    rollouts = ragged_rollouts()
+    return build_batch(
+        rollouts, numbers(rollouts), [True] * 9, token_budget=token_budget, share_prompts=True
+    )
 
 
 def gradient(
@@ -31,6 +44,7 @@ def gradient(
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     batch = build_batch(
         rollouts,
+        numbers(rollouts),
         [on_policy] * len(rollouts),
         token_budget=token_budget,
         share_prompts=share_prompts,
@@ -115,14 +129,26 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
     policy.model.activation_checkpointing_enable({"use_reentrant": False})
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    batch = build_batch(ragged_rollouts(), [True] * 9, token_budget=30, share_prompts=True)
+    batch = build_batch(
+        ragged_rollouts(),
+        numbers(ragged_rollouts()),
+        [True] * 9,
+        token_budget=30,
+        share_prompts=True,
+    )
     run_update(policy, reference, batch, replace(CONFIG, gradient_checkpointing=True))
     assert_equal({n: before[n] - p.detach() for n, p in policy.named_parameters()}, plain)
 
 
 def test_log_ratio_of_equal_weights_is_exactly_zero() -> None:
     policy, reference = tiny_policy(dtype=torch.float32), tiny_policy(dtype=torch.float32)
-    batch = build_batch(ragged_rollouts(), [True] * 9, token_budget=20, share_prompts=True)
+    batch = build_batch(
+        ragged_rollouts(),
+        numbers(ragged_rollouts()),
+        [True] * 9,
+        token_budget=20,
+        share_prompts=True,
+    )
     scores, _ = score_batch(policy, reference, batch, batch.micro, CONFIG, torch.device("cpu"))
     assert torch.equal(scores.logprobs, scores.ref_logprobs)
 
@@ -143,11 +169,32 @@ def test_group_left_with_one_rollout_contributes_nothing_and_is_counted() -> Non
     assert_equal(ours, autograd_gradient(rollouts[:3] + rollouts[5:], beta=0.3))
 
 
+def test_batch_without_a_valid_group_leaves_the_weights_untouched() -> None:
+    rollouts = [replace(r, reward=None) for r in ragged_rollouts()]
+    change, metrics = gradient(rollouts)
+    assert metrics["skipped"] == 1.0 and metrics["dropped"] == 9
+    assert all(not delta.any() for delta in change.values())
+
+
+def test_same_prompt_twice_makes_two_groups() -> None:
+    once = ragged_rollouts()[:3]
+    twice = [*once, *(replace(r, reward=1.0 - (r.reward or 0.0)) for r in once)]
+    policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
+    batch = build_batch(twice, [0, 0, 0, 1, 1, 1], [True] * 6, token_budget=50, share_prompts=True)
+    assert run_update(policy, reference, batch, CONFIG).metrics["groups"] == 2
+
+
 def test_gradient_that_is_not_finite_leaves_the_weights_untouched() -> None:
     policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     handle = policy.model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
-    batch = build_batch(ragged_rollouts(), [True] * 9, token_budget=30, share_prompts=True)
+    batch = build_batch(
+        ragged_rollouts(),
+        numbers(ragged_rollouts()),
+        [True] * 9,
+        token_budget=30,
+        share_prompts=True,
+    )
     stats = run_update(policy, reference, batch, CONFIG)
     handle.remove()
     assert stats.skipped and stats.metrics["skipped"] == 1.0

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from agro_train import config as configuration
 from agro_train.cli import main
 from agro_train.data import read_jsonl
+from agro_train.tracking import Display
+from tests.train.models import rollout
 
 QUICK = [
     "warm_start_steps=30",
@@ -78,7 +81,9 @@ def test_checkpoint_is_a_model_transformers_loads(finished: Path) -> None:
 def test_resumed_run_is_bitwise_the_uninterrupted_one(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "resumed"
     shutil.copytree(finished, folder)
-    shutil.rmtree(folder / "checkpoint-4")  # as if it had died in step 3 or later
+    shutil.rmtree(folder / "checkpoint-4")  # as if it had died in step 3 or later,
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')  # in the middle of a line
     assert main(["train", "--resume", str(folder)]) == 0
     assert metrics(folder) == metrics(finished)
     ours, theirs = weights(folder / "checkpoint-4"), weights(finished / "checkpoint-4")
@@ -112,8 +117,18 @@ def test_mixed_run_takes_its_share_from_the_record(finished: Path, tmp_path: Pat
     settings = [f"recorded=[{recorded}]", "recorded_fraction=0.5", "lr_weight=0.5", "steps=1"]
     assert train(tmp_path / "mixed", *settings) == 0
     rollouts = read_jsonl(tmp_path / "mixed" / "rollouts" / "step-000001.jsonl")
-    origins = [row["group"].startswith("recorded-") for row in rollouts]
-    assert origins == [False] * 8 + [True] * 8
+    assert len(rollouts) == 16
+    known = [(row["prompt_ids"], row["completion_ids"]) for row in read_jsonl(recorded)]
+    assert all((row["prompt_ids"], row["completion_ids"]) in known for row in rollouts[8:])
+    assert {row["group"] for row in rollouts[8:]} <= {row["group"] for row in read_jsonl(recorded)}
+
+
+def test_prompt_that_comes_twice_in_a_step_makes_two_groups(finished: Path, tmp_path: Path) -> None:
+    recorded = finished / "rollouts" / "step-000001.jsonl"
+    settings = [f"recorded=[{recorded}]", "prompts_per_step=8", "steps=1"]
+    assert train(tmp_path / "twice", *settings) == 0
+    row = next(row for row in metrics(tmp_path / "twice") if "reward" in row)
+    assert row["groups"] == 8
 
 
 def test_policy_gradient_trains(tmp_path: Path) -> None:
@@ -163,6 +178,22 @@ def test_resume_without_a_run_or_a_checkpoint_is_refused(
     assert "has no config.yaml" in refusal(["train", "--resume", str(tmp_path)], capsys)
     shutil.copytree(finished, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoint-*"))
     assert "with a checkpoint" in refusal(["train", "--resume", str(tmp_path / "bare")], capsys)
+
+
+def test_resume_refuses_what_the_checkpoint_decides(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--resume", str(finished), "steps=5", "learning_rate=0.5"]
+    assert "learning_rate: expected only steps, " in refusal(arguments, capsys)
+    assert configuration.load(finished / "config.yaml").learning_rate != 0.5
+
+
+def test_completions_are_text_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    nasty = replace(rollout("g", [1], [2], 1.0), completion="[/asy] [red]x")
+    row = {"group": "g", "temperature": 0.0, "completion": "[asy]", "reward": 0.0}
+    Display(0, 1).before_and_after([row], [nasty])
+    printed = capsys.readouterr().out
+    assert "[/asy] [red]x" in printed and "[asy]" in printed
 
 
 def test_finished_run_asks_for_more_steps(
