@@ -67,3 +67,10 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
             axes.plot(steps, values, color=colour, marker=marker, markersize=4, label=legend)
     axes.margins(y=0.08)
     axes.set_ylim(bottom=lowest)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axes.legend(frameon=False)

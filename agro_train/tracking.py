@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from types import TracebackType
 
 from rich.console import Console
@@ -135,7 +136,8 @@ class Display:
                 rollout.completion,
                 _mark(rollout.reward),
             )
-            table.add_row(*(Text(cell.strip()) for cell in cells))  # Text: [a] is no markup
+            # Text, for [a] is no markup; cut short, for six long answers would fill the screen.
+            table.add_row(*(Text(shorten(cell, 160, placeholder=" ...")) for cell in cells))
         if table.row_count:
             self.console.print(table)
 
