@@ -106,7 +106,8 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     weights = sum(parameter.numel() for parameter in trained.parameters())
     ends = end_tokens(trained, tokenizer)
 
-    warm_weights = {name: w.clone() for name, w in base.state_dict().items() if warm_loss}
+    # Copied now, for sharding takes the model's own apart; any other model can be loaded again.
+    warm_weights = {} if warm_loss is None else copy.deepcopy(base.state_dict())
     policy, reference = spread(trained, base, config, accelerator)
     optimizer = torch.optim.AdamW(
         policy.parameters(),

@@ -129,26 +129,14 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
     policy.model.activation_checkpointing_enable({"use_reentrant": False})
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    batch = build_batch(
-        ragged_rollouts(),
-        numbers(ragged_rollouts()),
-        [True] * 9,
-        token_budget=30,
-        share_prompts=True,
-    )
+    batch = ragged_batch(token_budget=30)
     run_update(policy, reference, batch, replace(CONFIG, gradient_checkpointing=True))
     assert_equal({n: before[n] - p.detach() for n, p in policy.named_parameters()}, plain)
 
 
 def test_log_ratio_of_equal_weights_is_exactly_zero() -> None:
     policy, reference = tiny_policy(dtype=torch.float32), tiny_policy(dtype=torch.float32)
-    batch = build_batch(
-        ragged_rollouts(),
-        numbers(ragged_rollouts()),
-        [True] * 9,
-        token_budget=20,
-        share_prompts=True,
-    )
+    batch = ragged_batch(token_budget=20)
     scores, _ = score_batch(policy, reference, batch, batch.micro, CONFIG, torch.device("cpu"))
     assert torch.equal(scores.logprobs, scores.ref_logprobs)
 
@@ -188,13 +176,7 @@ def test_gradient_that_is_not_finite_leaves_the_weights_untouched() -> None:
     policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     handle = policy.model.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
-    batch = build_batch(
-        ragged_rollouts(),
-        numbers(ragged_rollouts()),
-        [True] * 9,
-        token_budget=30,
-        share_prompts=True,
-    )
+    batch = ragged_batch(token_budget=30)
     stats = run_update(policy, reference, batch, CONFIG)
     handle.remove()
     assert stats.skipped and stats.metrics["skipped"] == 1.0

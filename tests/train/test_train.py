@@ -99,6 +99,11 @@ def test_resume_can_go_on_for_longer(finished: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(folder) if "reward" in row] == [1, 2, 3, 4, 5]
 
 
+def test_run_without_warm_start_resumes(tmp_path: Path) -> None:
+    assert train(tmp_path / "cold", "warm_start_steps=0", "steps=1") == 0
+    assert main(["train", "--resume", str(tmp_path / "cold"), "steps=2"]) == 0
+
+
 def test_run_on_its_own_recorded_rollouts_repeats_the_step(finished: Path, tmp_path: Path) -> None:
     """Offline AGRO on what the policy generated is on-policy AGRO's first step: same loss, same
     gradient.
