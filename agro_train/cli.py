@@ -1,6 +1,7 @@
 """The command `agro`: train, plot. Errors of the user's are one sentence and exit status 2."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,10 @@ def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
     except ValueError as error:
         return _refuse(error)
     train(run)  # what goes wrong from here on deserves its traceback
+    # The wrapped models are cycles that hold the process group. Collected here its threads are
+    # joined; left to the interpreter's end they are sometimes found running, which aborts.
+    del run
+    gc.collect()
     return 0
 
 

@@ -40,7 +40,7 @@ def launch(arguments: list[str]) -> None:
     """Two ranks, one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, "-m", "agro_train", *arguments],
+        [*command, "-m", "tests.train.rank_main", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,0 +1,20 @@
+"""`agro` on one rank of a launch, and then: no thread of the process group may be left.
+
+A thread that is still there when the interpreter ends aborts the process, once in many runs.
+"""
+
+import sys
+from pathlib import Path
+
+from agro_train.cli import main
+
+
+def names_of_threads() -> list[str]:
+    return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    left = [name for name in names_of_threads() if "gloo" in name]
+    assert not left, f"threads of the process group at the end of the run: {left}"
+    raise SystemExit(status)
