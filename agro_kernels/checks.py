@@ -156,6 +156,66 @@ def check_ignore_index(ignore_index: int) -> None:
         )
 
 
+def check_round_logits(round_logits: str | None) -> None:
+    if round_logits is not None and round_logits not in ("bf16", "fp16"):
+        raise ValueError(
+            f'round_logits: expected "bf16", "fp16" or None, got {round_logits!r}; pass the dtype '
+            "that the sampling engine keeps its logits in"
+        )
+
+
+def check_kept_ids(kept_ids: Tensor | None, targets: Tensor) -> None:
+    """(..., K) beside the targets (...)."""
+    if kept_ids is None:
+        return
+    check_tensor("kept_ids", kept_ids)
+    if kept_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"kept_ids: expected int32 or int64 token ids, got {kept_ids.dtype}; pass ids, padded "
+            "with -1, not a mask"
+        )
+    if kept_ids.dim() != targets.dim() + 1 or kept_ids.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"kept_ids: expected shape (..., K) with (...) = {tuple(targets.shape)} as targets, "
+            f"got {tuple(kept_ids.shape)}; pass one row of ids a token, padded with -1"
+        )
+    if kept_ids.shape[-1] == 0:
+        raise ValueError(
+            f"kept_ids: expected at least one id a row, got shape {tuple(kept_ids.shape)}; pass "
+            "None where everything is kept"
+        )
+    check_device("kept_ids", kept_ids, "targets", targets)
+
+
+def check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
+    """The buffer that the weight's gradient is added to."""
+    if weight_grad is None:
+        return
+    check_tensor("weight_grad", weight_grad)
+    if weight_grad.shape != weight.shape:
+        raise ValueError(
+            f"weight_grad: expected the shape of weight {tuple(weight.shape)}, got "
+            f"{tuple(weight_grad.shape)}; pass weight.main_grad or torch.zeros(weight.shape)"
+        )
+    expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if weight_grad.dtype != expected:
+        raise TypeError(
+            f"weight_grad: expected {expected}, got {weight_grad.dtype}; sums over micro-batches "
+            "are kept in it"
+        )
+    if weight_grad.requires_grad:
+        raise ValueError(
+            "weight_grad: expected a tensor without gradient, got one that requires it; pass a "
+            "buffer that is not a parameter"
+        )
+    if not weight_grad.is_contiguous():
+        raise ValueError(
+            f"weight_grad: expected a contiguous tensor, got strides {weight_grad.stride()}; "
+            "allocate it with torch.zeros(weight.shape)"
+        )
+    check_device("weight_grad", weight_grad, "weight", weight)
+
+
 def check_constant(name: str, value: Tensor, targets: Tensor) -> None:
     """A floating (...) tensor beside the targets that no gradient flows into."""
     check_tensor(name, value)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from agro_kernels._torch import agro_loss as torch_agro_loss
+from agro_kernels._torch import kept_ids as torch_kept_ids
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
 from agro_kernels._torch import selective_logprobs as torch_selective_logprobs
 
@@ -78,23 +79,37 @@ def _results_dtype(hidden: Tensor) -> torch.dtype:
 library.define(
     "linear_logprobs_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
     "float temperature, Tensor? token_temperature, float softcap, int ignore_index, "
-    "bool with_entropy) -> (Tensor logprobs, Tensor lse, Tensor entropy)"
+    "ScalarType? round_logits, Tensor? kept, bool with_entropy) "
+    "-> (Tensor logprobs, Tensor lse, Tensor entropy)"
+)
+_BACKWARD_ARGUMENTS = (
+    "Tensor? dlogprobs, Tensor? dlse, Tensor? dentropy, Tensor hidden, Tensor weight, "
+    "Tensor targets, Tensor? bias, float temperature, Tensor? token_temperature, float softcap, "
+    "int ignore_index, ScalarType? round_logits, Tensor? kept, Tensor lse, Tensor entropy, "
+    "bool[] output_mask"
 )
 library.define(
-    "linear_logprobs_bwd(Tensor? dlogprobs, Tensor? dlse, Tensor? dentropy, Tensor hidden, "
-    "Tensor weight, Tensor targets, Tensor? bias, float temperature, Tensor? token_temperature, "
-    "float softcap, int ignore_index, Tensor lse, Tensor entropy, bool[] output_mask) "
+    f"linear_logprobs_bwd({_BACKWARD_ARGUMENTS}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+# Apart from the op above, so that compiled graphs without weight_grad hold no op that mutates.
+library.define(
+    f"linear_logprobs_bwd_accumulate({_BACKWARD_ARGUMENTS}, Tensor(a!) weight_grad) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 library.define(
     "weighted_logprob_sum_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor coefficients, "
     "Tensor? lse, Tensor? bias, float temperature, Tensor? token_temperature, float softcap, "
-    "int ignore_index, bool[] output_mask) "
+    "int ignore_index, ScalarType? round_logits, Tensor? kept, bool[] output_mask) "
     "-> (Tensor total, Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
-for _name in ("linear_logprobs_fwd", "linear_logprobs_bwd", "weighted_logprob_sum_fwd"):
-    _everywhere = getattr(torch_linear_logprobs, _name)
-    _cuda = _triton_if_possible(_name, "linear_logprobs", torch_linear_logprobs)
+for _name, _function in (
+    ("linear_logprobs_fwd", "linear_logprobs_fwd"),
+    ("linear_logprobs_bwd", "linear_logprobs_bwd"),
+    ("linear_logprobs_bwd_accumulate", "linear_logprobs_bwd"),
+    ("weighted_logprob_sum_fwd", "weighted_logprob_sum_fwd"),
+):
+    _everywhere = getattr(torch_linear_logprobs, _function)
+    _cuda = _triton_if_possible(_function, "linear_logprobs", torch_linear_logprobs)
     library.impl(_name, _without_autocast(_everywhere), "CompositeExplicitAutograd")
     library.impl(_name, _without_autocast(_cuda), "CUDA")
 
@@ -108,6 +123,8 @@ def _linear_logprobs_fwd_fake(
     token_temperature: Tensor | None,
     softcap: float,
     ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, dtype = hidden.shape[0], _results_dtype(hidden)
@@ -133,6 +150,8 @@ def _linear_logprobs_bwd_fake(
     token_temperature: Tensor | None,
     softcap: float,
     ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
     lse: Tensor,
     entropy: Tensor,
     output_mask: list[bool],
@@ -141,6 +160,17 @@ def _linear_logprobs_bwd_fake(
 
 
 torch.library.register_fake("agro::linear_logprobs_bwd", _linear_logprobs_bwd_fake, lib=library)
+
+
+def _linear_logprobs_bwd_accumulate_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments_of_bwd, _ = arguments
+    dhidden, dweight, dbias = _linear_logprobs_bwd_fake(*arguments_of_bwd)
+    return dhidden, dweight.new_empty(0), dbias
+
+
+torch.library.register_fake(
+    "agro::linear_logprobs_bwd_accumulate", _linear_logprobs_bwd_accumulate_fake, lib=library
+)
 
 
 def _weighted_logprob_sum_fwd_fake(
@@ -154,6 +184,8 @@ def _weighted_logprob_sum_fwd_fake(
     token_temperature: Tensor | None,
     softcap: float,
     ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = hidden.new_empty((), dtype=_results_dtype(hidden))
@@ -177,10 +209,11 @@ def _empty_gradients(
 
 
 def _linear_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, temperature, token_temperature, softcap, ignore_index, _ = inputs
+    hidden, weight, targets, bias, temperature, token_temperature, softcap, *others = inputs
+    ignore_index, round_logits, kept, _ = others
     _, lse, entropy = output
-    ctx.save_for_backward(hidden, weight, targets, bias, token_temperature, lse, entropy)
-    ctx.options = temperature, softcap, ignore_index
+    ctx.save_for_backward(hidden, weight, targets, bias, token_temperature, kept, lse, entropy)
+    ctx.options = temperature, softcap, ignore_index, round_logits
     ctx.set_materialize_grads(False)
 
 
@@ -188,8 +221,8 @@ def _linear_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 def _linear_logprobs_backward(
     ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, bias, token_temperature, lse, entropy = ctx.saved_tensors
-    temperature, softcap, ignore_index = ctx.options
+    hidden, weight, targets, bias, token_temperature, kept, lse, entropy = ctx.saved_tensors
+    temperature, softcap, ignore_index, round_logits = ctx.options
     if entropy.shape != lse.shape:
         dentropy = None  # the forward pass made no entropy: what came is the gradient of nothing
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
@@ -205,6 +238,8 @@ def _linear_logprobs_backward(
         token_temperature,
         softcap,
         ignore_index,
+        round_logits,
+        kept,
         lse,
         entropy,
         [need_hidden, need_weight, need_bias],
@@ -215,7 +250,7 @@ def _linear_logprobs_backward(
         dweight if need_weight else None,
         None,
         dbias if need_bias else None,
-        *[None] * 5,
+        *[None] * 7,
     )
 
 
@@ -225,6 +260,35 @@ torch.library.register_autograd(
     setup_context=_linear_logprobs_save,
     lib=library,
 )
+
+# --- Around them: the ids a sampler kept, log-probs from an lse that is known ---------------------
+
+library.define("pack_kept_ids(Tensor kept_ids, SymInt vocabulary) -> Tensor kept")
+library.impl("pack_kept_ids", torch_kept_ids.pack_kept_ids, "CompositeExplicitAutograd")
+library.define(
+    "target_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+    "float temperature, Tensor? token_temperature, float softcap, int ignore_index, "
+    "ScalarType? round_logits, Tensor? kept, Tensor lse) -> Tensor logprobs"
+)
+library.impl(
+    "target_logprobs",
+    _without_autocast(torch_linear_logprobs.target_logprobs),
+    "CompositeExplicitAutograd",
+)
+
+
+def _pack_kept_ids_fake(kept_ids: Tensor, vocabulary: int) -> Tensor:
+    return kept_ids.new_empty((kept_ids.shape[0], -(-vocabulary // 32)), dtype=torch.int32)
+
+
+torch.library.register_fake("agro::pack_kept_ids", _pack_kept_ids_fake, lib=library)
+
+
+def _target_logprobs_fake(hidden: Tensor, *others: Any) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=_results_dtype(hidden))
+
+
+torch.library.register_fake("agro::target_logprobs", _target_logprobs_fake, lib=library)
 
 # --- weighted_logprob_sum -------------------------------------------------------------------------
 
@@ -248,7 +312,7 @@ def _weighted_logprob_sum_backward(
         dtotal * gradient if asked and dtotal is not None else None
         for gradient, asked in zip(ctx.saved_tensors, ctx.output_mask, strict=True)
     )
-    return dhidden, dweight, None, None, None, dbias, *[None] * 5
+    return dhidden, dweight, None, None, None, dbias, *[None] * 7
 
 
 torch.library.register_autograd(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import agro_kernels.library  # noqa: F401  (registers the ops)
-from agro_kernels.checks import check_head
+from agro_kernels.checks import check_head, check_kept_ids, check_round_logits, check_weight_grad
+from agro_kernels.reference import ROUNDED_LOGITS
+from agro_kernels.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
 IGNORE_INDEX = -100
 
@@ -38,6 +40,9 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    round_logits: str | None = None,
+    kept_ids: Tensor | None = None,
+    weight_grad: Tensor | None = None,
 ) -> Tensor:
     """Log-probability of each target token under softmax(hidden @ weight.T / temperature).
 
@@ -62,6 +67,15 @@ def linear_logprobs(
             otherwise the log-ratio to the sampling policy is biased. No gradient flows to it.
         softcap: cap of the logits before the temperature (Gemma 2's final_logit_softcapping).
         ignore_index: targets that do not count; a row is never read where targets say so.
+        round_logits: "bf16" or "fp16" rounds hidden @ weight.T + bias to that dtype, before softcap
+            and temperature: the log-probs of an inference engine that keeps its logits in it. The
+            gradient goes straight through. None, the default, never rounds.
+        kept_ids: (..., K) int32 or int64, the ids that a top-k or top-p sampler kept for each
+            token; -1 is padding. The distribution is renormalised over them. A row of padding keeps
+            all; a target outside its set has logprob -inf. Costs V / 8 bytes a token.
+        weight_grad: (V, D) fp32 (float64 of float64). The weight's gradient is added to it in the
+            backward pass, unrounded, and weight.grad is left alone: Megatron's main_grad. Not
+            inside torch.compile.
 
     Returns:
         logprobs: (...) fp32 (float64 for float64), nats. Exactly 0.0, with exactly zero gradient,
@@ -71,7 +85,17 @@ def linear_logprobs(
     gradient costs nothing in the backward pass. All sums over D and V are accumulated in fp32.
     """
     logprobs, _, _ = _apply(
-        hidden, weight, targets, bias, temperature, softcap, ignore_index, with_entropy=False
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        ignore_index,
+        round_logits,
+        kept_ids,
+        weight_grad,
+        with_entropy=False,
     )
     return logprobs
 
@@ -85,13 +109,26 @@ def linear_logprobs_with_entropy(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    round_logits: str | None = None,
+    kept_ids: Tensor | None = None,
+    weight_grad: Tensor | None = None,
 ) -> LogprobsWithEntropy:
     """`linear_logprobs` and the entropy -sum_v p_v log p_v of each distribution, from one pass.
 
     Args: as linear_logprobs. Both results are differentiable; ignored rows have entropy 0.0.
     """
     logprobs, _, entropy = _apply(
-        hidden, weight, targets, bias, temperature, softcap, ignore_index, with_entropy=True
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        ignore_index,
+        round_logits,
+        kept_ids,
+        weight_grad,
+        with_entropy=True,
     )
     return LogprobsWithEntropy(logprobs, entropy)
 
@@ -105,6 +142,9 @@ def linear_logprobs_with_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    round_logits: str | None = None,
+    kept_ids: Tensor | None = None,
+    weight_grad: Tensor | None = None,
 ) -> LogprobStats:
     """`linear_logprobs` with entropy and lse, for callers that keep lse for `weighted_logprob_sum`.
 
@@ -112,7 +152,17 @@ def linear_logprobs_with_stats(
     vocabulary of the final logits (capped, divided by the temperature); ignored rows have 0.0.
     """
     logprobs, lse, entropy = _apply(
-        hidden, weight, targets, bias, temperature, softcap, ignore_index, with_entropy=True
+        hidden,
+        weight,
+        targets,
+        bias,
+        temperature,
+        softcap,
+        ignore_index,
+        round_logits,
+        kept_ids,
+        weight_grad,
+        with_entropy=True,
     )
     return LogprobStats(logprobs, entropy, lse)
 
@@ -125,12 +175,18 @@ def _apply(
     temperature: float | Tensor,
     softcap: float | None,
     ignore_index: int,
+    round_logits: str | None,
+    kept_ids: Tensor | None,
+    weight_grad: Tensor | None,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), the first two in the shape of targets, entropy too if asked for."""
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature, softcap, ignore_index)
-    logprobs, lse, entropy = torch.ops.agro.linear_logprobs_fwd(
+    check_kept_ids(kept_ids, targets)
+    check_round_logits(round_logits)
+    check_weight_grad(weight_grad, weight)
+    arguments = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         targets.reshape(-1),
@@ -138,8 +194,15 @@ def _apply(
         *split_temperature(temperature),
         softcap or 0.0,
         ignore_index,
+        None if round_logits is None else ROUNDED_LOGITS[round_logits],
+        kept_bits(kept_ids, weight),
         with_entropy,
     )
+    if weight_grad is None:
+        logprobs, lse, entropy = torch.ops.agro.linear_logprobs_fwd(*arguments)
+    else:
+        refuse_under_compile()
+        logprobs, lse, entropy = AccumulatingLogprobs.apply(weight_grad, *arguments, None)
     shape = targets.shape
     return logprobs.view(shape), lse.view(shape), entropy.view(shape) if with_entropy else entropy
 
@@ -164,3 +227,12 @@ def split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None
     if isinstance(temperature, Tensor):
         return 1.0, temperature.reshape(-1).float()
     return float(temperature), None
+
+
+def kept_bits(kept_ids: Tensor | None, weight: Tensor) -> Tensor | None:
+    """(..., K) ids -> (N, ceil(V / 32)) bits, as the ops take them."""
+    if kept_ids is None:
+        return None
+    ids = kept_ids.reshape(-1, kept_ids.shape[-1])
+    bits: Tensor = torch.ops.agro.pack_kept_ids(ids, weight.shape[0])
+    return bits

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROUNDED_LOGITS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 # --- Log-probabilities from hidden states ---------------------------------------------------------
 
 
@@ -18,20 +20,35 @@ def logits_of(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    round_logits: str | None = None,
+    kept_ids: Tensor | None = None,
 ) -> Tensor:
-    """z = cap(hidden @ weight.T + bias) / temperature, (N, V), fp32 (float64 of float64 inputs).
+    """z = cap(round(hidden @ weight.T + bias)) / temperature, (N, V), fp32 (float64 of float64).
 
-    cap(x) = softcap * tanh(x / softcap). temperature is a float or a tensor (N,).
+    cap(x) = softcap * tanh(x / softcap). temperature is a float or a tensor (N,). The gradient goes
+    straight through the rounding. Tokens outside a row's kept_ids (N, K) get -inf added; negative
+    ids are padding, and a row of padding keeps every token.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
+    if round_logits is not None:
+        rounded = logits.detach().to(ROUNDED_LOGITS[round_logits]).to(dtype)
+        # A logit of -inf is rounded already, and -inf - -inf is NaN.
+        logits = (logits + (rounded - logits.detach())).where(rounded.isfinite(), logits)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype)[:, None]
-    return logits / temperature
+    logits = logits / temperature
+    if kept_ids is not None:
+        row, place = (kept_ids >= 0).nonzero(as_tuple=True)
+        kept = torch.zeros_like(logits, dtype=torch.bool)
+        kept[row, kept_ids[row, place].long()] = True
+        kept |= (kept_ids < 0).all(1, keepdim=True)
+        logits = logits + torch.zeros_like(logits).masked_fill(~kept, -torch.inf)
+    return logits
 
 
 def linear_logprobs_with_stats(
@@ -42,6 +59,8 @@ def linear_logprobs_with_stats(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    round_logits: str | None = None,
+    kept_ids: Tensor | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, entropy, lse), each (N,), of hidden (N, D), weight (V, D), targets (N,).
@@ -51,7 +70,7 @@ def linear_logprobs_with_stats(
     """
     counted = targets != ignore_index
     hidden = hidden.masked_fill(~counted[:, None], 0.0)  # a NaN times a zero gradient is a NaN
-    logits = logits_of(hidden, weight, bias, temperature, softcap)
+    logits = logits_of(hidden, weight, bias, temperature, softcap, round_logits, kept_ids)
     lse = logits.logsumexp(-1)
     picked = logits.gather(-1, targets.where(counted, 0).long()[:, None]).squeeze(-1)
     log_p = (logits - lse[:, None]).clamp_min(-1e30)  # 0 * -1e30 is 0, 0 * -inf is NaN
@@ -71,6 +90,8 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    round_logits: str | None = None,
+    kept_ids: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """log softmax(z)[target], (N,), with z of `logits_of`; 0 where targets == ignore_index."""
@@ -81,6 +102,8 @@ def linear_logprobs(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
+        round_logits=round_logits,
+        kept_ids=kept_ids,
         ignore_index=ignore_index,
     )[0]
 
@@ -94,6 +117,8 @@ def weighted_logprob_sum(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    round_logits: str | None = None,
+    kept_ids: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """sum_t coefficients_t * logprob_t, 0-d; a coefficient of 0 leaves its row out."""
@@ -104,6 +129,8 @@ def weighted_logprob_sum(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
+        round_logits=round_logits,
+        kept_ids=kept_ids,
         ignore_index=ignore_index,
     )
     counted = (coefficients != 0) & (targets != ignore_index)

@@ -4,8 +4,21 @@ import torch
 from torch import Tensor
 
 import agro_kernels.library  # noqa: F401  (registers the ops)
-from agro_kernels.checks import check_constant, check_head
-from agro_kernels.linear_logprobs import IGNORE_INDEX, cast_for_autocast, split_temperature
+from agro_kernels.checks import (
+    check_constant,
+    check_head,
+    check_kept_ids,
+    check_round_logits,
+    check_weight_grad,
+)
+from agro_kernels.linear_logprobs import (
+    IGNORE_INDEX,
+    cast_for_autocast,
+    kept_bits,
+    split_temperature,
+)
+from agro_kernels.reference import ROUNDED_LOGITS
+from agro_kernels.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
 
 def weighted_logprob_sum(
@@ -19,6 +32,9 @@ def weighted_logprob_sum(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    round_logits: str | None = None,
+    kept_ids: Tensor | None = None,
+    weight_grad: Tensor | None = None,
 ) -> Tensor:
     """Sum over tokens of coefficients times log-probabilities, the gradients made on the way.
 
@@ -37,6 +53,9 @@ def weighted_logprob_sum(
         lse: (...) from linear_logprobs_with_stats on the same hidden, weight and options. Rounding
             differences in hidden since then shift the result by as much as they shift lse; a weight
             that has been updated since then makes it wrong.
+        round_logits, kept_ids: as linear_logprobs.
+        weight_grad: (V, D) as linear_logprobs. The products then wait for the backward pass, which
+            adds to it; their number is the same.
 
     Returns:
         0-d fp32 (float64 for float64). 0.0, with zero gradients, of no tokens.
@@ -49,18 +68,37 @@ def weighted_logprob_sum(
     check_constant("coefficients", coefficients, targets)
     if lse is not None:
         check_constant("lse", lse, targets)
-    differentiable = torch.is_grad_enabled()
+    check_kept_ids(kept_ids, targets)
+    check_round_logits(round_logits)
+    check_weight_grad(weight_grad, weight)
     sums_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    results: tuple[Tensor, ...] = torch.ops.agro.weighted_logprob_sum_fwd(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        targets.reshape(-1),
-        coefficients.reshape(-1).to(sums_dtype),
-        None if lse is None else lse.reshape(-1).to(sums_dtype),
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    coefficients = coefficients.reshape(-1).to(sums_dtype)
+    lse = None if lse is None else lse.reshape(-1).to(sums_dtype)
+    options = (
         bias,
         *split_temperature(temperature),
         softcap or 0.0,
         ignore_index,
+        None if round_logits is None else ROUNDED_LOGITS[round_logits],
+        kept_bits(kept_ids, weight),
+    )
+    if weight_grad is not None:
+        refuse_under_compile()
+        targets = targets.where(coefficients != 0, ignore_index)
+        logprobs, _, _ = AccumulatingLogprobs.apply(
+            weight_grad, hidden, weight, targets, *options, False, lse
+        )
+        total: Tensor = (coefficients * logprobs).where(targets != ignore_index, 0.0).sum()
+        return total
+    differentiable = torch.is_grad_enabled()
+    results: tuple[Tensor, ...] = torch.ops.agro.weighted_logprob_sum_fwd(
+        hidden,
+        weight,
+        targets,
+        coefficients,
+        lse,
+        *options,
         [
             differentiable and hidden.requires_grad,
             differentiable and weight.requires_grad,

@@ -36,6 +36,7 @@ class _Tile:
     logits: Tensor  # (rows, columns)
     in_block: Tensor  # (rows,) bool: the target is one of the columns
     column: Tensor  # (rows, 1) int64: the target's column, 0 where it is in another block
+    excluded: Tensor | None  # (rows, columns) bool: not kept by the sampler; z still has a value
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class _Head:
     bias: Tensor | None  # (V,) as given
     temperature: float | Tensor  # float or (M, 1)
     softcap: float  # 0.0 is none
+    round_logits: torch.dtype | None
+    kept: Tensor | None  # (M, ceil(V / 32)) int32
 
     def take(self, values: Tensor) -> Tensor:
         """(N,) -> (M,) in the dtype of the computation."""
@@ -76,6 +79,8 @@ class _Head:
                     torch.mm(self.hidden[rows], weight.T, out=logits)
                 else:
                     torch.addmm(bias, self.hidden[rows], weight.T, out=logits)
+                if self.round_logits is not None:
+                    logits.copy_(logits.to(self.round_logits))
                 if self.softcap > 0.0:
                     logits.div_(self.softcap).tanh_().mul_(self.softcap)
                 if isinstance(self.temperature, Tensor):
@@ -85,7 +90,17 @@ class _Head:
                 column = self.targets[rows].long() - v0
                 in_block = (column >= 0) & (column < columns)
                 column = column.where(in_block, 0).unsqueeze(1)
-                yield _Tile(rows, entries, weight, logits, in_block, column)
+                excluded = None if self.kept is None else _excluded(self.kept[rows], entries)
+                yield _Tile(rows, entries, weight, logits, in_block, column, excluded)
+
+
+def _excluded(kept: Tensor, entries: slice) -> Tensor:
+    """(rows, columns) bool: the bits of `kept` (rows, ceil(V / 32)) that are not set."""
+    words = kept[:, entries.start // 32 : -(-entries.stop // 32)]
+    bits = words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=kept.device)
+    first = entries.start % 32
+    columns = slice(first, first + entries.stop - entries.start)
+    return ((bits & 1) == 0).flatten(1)[:, columns]
 
 
 def _head(
@@ -97,6 +112,8 @@ def _head(
     temperature: float,
     token_temperature: Tensor | None,
     softcap: float,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
 ) -> _Head:
     """The rows of the (N,) mask `counted`."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -105,6 +122,7 @@ def _head(
         hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
         if token_temperature is not None:
             token_temperature = token_temperature.index_select(0, index)
+        kept = None if kept is None else kept.index_select(0, index)
     return _Head(
         index=index if index.shape[0] < counted.shape[0] else None,
         hidden=hidden.to(dtype),
@@ -115,6 +133,8 @@ def _head(
         if token_temperature is None
         else token_temperature.to(dtype).unsqueeze(1),
         softcap=softcap,
+        round_logits=round_logits,
+        kept=kept,
     )
 
 
@@ -130,6 +150,8 @@ def linear_logprobs_fwd(
     token_temperature: Tensor | None,
     softcap: float,
     ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy."""
@@ -144,6 +166,8 @@ def linear_logprobs_fwd(
         temperature,
         token_temperature,
         softcap,
+        round_logits,
+        kept,
     )
     logprobs, lse, entropy = _statistics(head, with_entropy)
     n = hidden.shape[0]
@@ -168,6 +192,8 @@ def _statistics(head: _Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor
     target_logits = torch.full_like(m, torch.nan)  # stays NaN for a target outside the vocabulary
     for tile in head.tiles():
         rows, z = tile.rows, tile.logits
+        if tile.excluded is not None:
+            z.masked_fill_(tile.excluded, -torch.inf)
         target_logits[rows] = (
             z.gather(1, tile.column).squeeze(1).where(tile.in_block, target_logits[rows])
         )
@@ -202,11 +228,18 @@ def linear_logprobs_bwd(
     token_temperature: Tensor | None,
     softcap: float,
     ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
     lse: Tensor,
     entropy: Tensor,
     output_mask: list[bool],
+    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False."""
+    """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
+
+    With weight_grad (V, D), fp32 or float64, the weight's gradient is added to it instead and
+    dweight is (0,).
+    """
     head = _head(
         targets != ignore_index,
         hidden,
@@ -216,6 +249,8 @@ def linear_logprobs_bwd(
         temperature,
         token_temperature,
         softcap,
+        round_logits,
+        kept,
     )
     dhidden, dweight, dbias, _ = _gradients(
         head,
@@ -225,6 +260,7 @@ def linear_logprobs_bwd(
         head.take(lse),
         None if dentropy is None else head.take(entropy),
         output_mask,
+        weight_grad=weight_grad,
     )
     return _as_given(head, dhidden, hidden), dweight, dbias
 
@@ -245,6 +281,7 @@ def _gradients(
     entropy: Tensor | None,
     output_mask: list[bool],
     with_logprobs: bool = False,
+    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dhidden fp32, dweight, dbias, logprobs) from logits computed again.
 
@@ -257,7 +294,7 @@ def _gradients(
     need_hidden, need_weight, need_bias = output_mask
     weight, (m, d), dtype = head.weight, head.hidden.shape, head.hidden.dtype
     dhidden = head.hidden.new_empty((m, d) if need_hidden else 0)
-    dweight = weight.new_empty(weight.shape if need_weight else 0)
+    dweight = weight.new_empty(weight.shape if need_weight and weight_grad is None else 0)
     dbias = head.hidden.new_zeros(weight.shape[0] if need_bias else 0)
     if m == 0:
         dweight.zero_()  # no tile is going to write it
@@ -277,6 +314,8 @@ def _gradients(
         if head.softcap > 0.0:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2
             t = head.temperature[rows] if isinstance(head.temperature, Tensor) else head.temperature
             slope = z.mul(t).div_(head.softcap).square_().neg_().add_(1.0)
+        if tile.excluded is not None:
+            z.masked_fill_(tile.excluded, -torch.inf)
         log_p = z.sub_(lse[rows].unsqueeze(1))
         log_p_y = log_p.gather(1, tile.column).squeeze(1)
         logprobs[rows] = log_p_y.where(tile.in_block, logprobs[rows])
@@ -300,7 +339,9 @@ def _gradients(
             dz.mul_(slope)
         if need_hidden:
             dhidden[rows].addmm_(dz, tile.weight, beta=0 if tile.entries.start == 0 else 1)
-        if need_weight:
+        if need_weight and weight_grad is not None:
+            weight_grad[tile.entries].addmm_(dz.T, head.hidden[rows])
+        elif need_weight:
             block = dweight[tile.entries]
             if rows.start == 0:
                 sums = block if block.dtype == dtype else dz.new_empty(block.shape)
@@ -326,6 +367,8 @@ def weighted_logprob_sum_fwd(
     token_temperature: Tensor | None,
     softcap: float,
     ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(total, dhidden, dweight, dbias), the gradients of total for upstream 1.
@@ -344,6 +387,8 @@ def weighted_logprob_sum_fwd(
         temperature,
         token_temperature,
         softcap,
+        round_logits,
+        kept,
     )
     if lse is None:
         logprobs, lse_counted, _ = _statistics(head, with_entropy=False)
@@ -355,3 +400,45 @@ def weighted_logprob_sum_fwd(
     )
     total = (upstream * (from_lse if logprobs is None else logprobs)).sum()
     return total, _as_given(head, dhidden, hidden), dweight, dbias
+
+
+# --- Log-probs where lse is known -----------------------------------------------------------------
+
+
+def target_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
+    lse: Tensor,
+) -> Tensor:
+    """(N,) target logit - lse: N D operations, for callers that have lse (N,) from before."""
+    check_target_values(targets, weight.shape[0], ignore_index)
+    check_token_temperature_values(token_temperature, targets, ignore_index)
+    dtype, v = lse.dtype, weight.shape[0]
+    counted = targets != ignore_index
+    inside = (targets >= 0) & (targets < v)
+    ids = targets.where(inside, 0).long()
+    logits = lse.new_empty(lse.shape)
+    for n0 in range(0, hidden.shape[0], TOKEN_CHUNK):
+        rows = slice(n0, n0 + TOKEN_CHUNK)
+        of_targets = weight.index_select(0, ids[rows]).to(dtype)
+        torch.sum(hidden[rows].to(dtype) * of_targets, 1, out=logits[rows])
+    if bias is not None:
+        logits += bias.index_select(0, ids).to(dtype)
+    if round_logits is not None:
+        logits = logits.to(round_logits).to(dtype)
+    if softcap > 0.0:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits / (temperature if token_temperature is None else token_temperature.to(dtype))
+    if kept is not None:
+        word = kept.gather(1, (ids // 32).unsqueeze(1)).squeeze(1)
+        logits = logits.where((word >> (ids % 32)) & 1 != 0, -torch.inf)
+    logprobs = (logits - lse).where(inside, torch.nan)
+    return logprobs.where(counted, 0.0)
