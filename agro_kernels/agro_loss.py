@@ -263,6 +263,9 @@ def linear_agro_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    round_logits: str | None = None,
+    kept_ids: Tensor | None = None,
+    weight_grad: Tensor | None = None,
 ) -> Tensor:
     """`agro_loss` straight from hidden states, the logits never stored.
 
@@ -272,8 +275,8 @@ def linear_agro_loss(
         loss = agro_loss(logprobs, ref_logprobs, rewards, groups, cu_seqlens, beta=beta, ...)
 
     Args:
-        hidden: (N, D), weight: (V, D), targets: (N,), bias, temperature, softcap, ignore_index:
-            as for `linear_logprobs`. hidden[t] is the state that predicts targets[t].
+        hidden: (N, D), weight: (V, D), targets: (N,), bias, temperature, softcap, ignore_index,
+            round_logits, kept_ids, weight_grad: as for `linear_logprobs`. hidden[t] is the state that predicts targets[t].
         ref_logprobs: (N,). Must be 0.0 where targets == ignore_index, as `linear_logprobs` makes
         it. rewards, groups, cu_seqlens and the other options: as for `agro_loss`.
 
@@ -302,6 +305,9 @@ def linear_agro_loss(
         temperature=temperature,
         softcap=softcap,
         ignore_index=ignore_index,
+        round_logits=round_logits,
+        kept_ids=kept_ids,
+        weight_grad=weight_grad,
     )
     return agro_loss(
         logprobs,

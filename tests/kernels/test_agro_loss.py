@@ -322,7 +322,10 @@ def test_linear_agro_loss_matches_reference() -> None:
     batch = Batch()
     hidden, weight, targets, ref_logprobs = linear_inputs()
     bias = torch.linspace(-1, 1, 11, dtype=torch.float64)
+    kept = torch.randint(-1, 11, (sum(LENGTHS), 5), generator=torch.Generator().manual_seed(4))
+    kept[:, 0] = targets
     head = {"temperature": 0.7, "softcap": 3.0, "ignore_index": -1}
+    head |= {"round_logits": "fp16", "kept_ids": kept}
     rows = (batch.rewards, batch.groups, batch.cu_seqlens)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     ours = linear_agro_loss(
