@@ -68,6 +68,7 @@ def train(run: Run) -> Path:
             if evaluation is not None:
                 display.before_and_after(run.folder.read_samples(0), evaluation.greedy)
         display.say(f"Everything is in {run.folder.path}: start with plots/overview.png")
+    run.accelerator.wait_for_everyone()  # while the main rank plots, the others stay
     run.accelerator.end_training()
     return run.folder.path
 
