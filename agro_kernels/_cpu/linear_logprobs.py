@@ -1,0 +1,264 @@
+"""linear_logprobs and weighted_logprob_sum on the native kernels of csrc.
+
+float64, logits rounded on purpose and restricted vocabularies belong to the blocked torch path, and
+so does everything where the library is not built; the rest is handed to the library as pointers.
+
+Letters: N tokens, D hidden size, V vocabulary.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from agro_kernels._cpu import native
+from agro_kernels._torch import linear_logprobs as blocked
+from agro_kernels.checks import check_target_values, check_token_temperature_values
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # agro_head.dtype
+
+
+def _library(
+    hidden: Tensor, round_logits: torch.dtype | None, kept: Tensor | None
+) -> ctypes.CDLL | None:
+    """The library if it serves these arguments, None if the blocked torch path does."""
+    if hidden.dtype not in DTYPES or round_logits is not None or kept is not None:
+        return None
+    return native.load()
+
+
+class _Head:
+    """The inputs of a head op as the library takes them; keeps alive what it points to."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        token_temperature: Tensor | None,
+        softcap: float,
+        ignore_index: int,
+    ) -> None:
+        (n, d), v = hidden.shape, weight.shape[0]
+        hidden, weight = _with_contiguous_rows(hidden), _with_contiguous_rows(weight)
+        targets = targets.to(torch.int64).contiguous()
+        bias = None if bias is None else bias.contiguous()
+        token_temperature = _floats(token_temperature)
+        self._alive = hidden, weight, targets, bias, token_temperature
+        self._struct = native.Head(
+            hidden=hidden.data_ptr(),
+            weight=weight.data_ptr(),
+            targets=targets.data_ptr(),
+            bias=_pointer(bias),
+            token_temperature=_pointer(token_temperature),
+            n=n,
+            d=d,
+            v=v,
+            hidden_stride=hidden.stride(0),
+            weight_stride=weight.stride(0),
+            ignore_index=ignore_index,
+            temperature=temperature,
+            softcap=softcap,
+            dtype=DTYPES[hidden.dtype],
+            num_threads=torch.get_num_threads(),
+        )
+
+    @property
+    def pointer(self) -> "ctypes._Pointer[native.Head]":
+        return ctypes.pointer(self._struct)
+
+
+def _with_contiguous_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _floats(values: Tensor | None) -> Tensor | None:
+    """(N,) fp32, contiguous."""
+    return None if values is None else values.to(torch.float32).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _wanted(tensor: Tensor) -> int | None:
+    """The address of an output; None of an empty one, which nobody asked for or which has no
+    element to write."""
+    return tensor.data_ptr() if tensor.numel() > 0 else None
+
+
+def linear_logprobs_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy."""
+    inputs = hidden, weight, targets, bias, temperature, token_temperature, softcap, ignore_index
+    library = _library(hidden, round_logits, kept)
+    if library is None:
+        return blocked.linear_logprobs_fwd(*inputs, round_logits, kept, with_entropy)
+    check_target_values(targets, weight.shape[0], ignore_index)
+    check_token_temperature_values(token_temperature, targets, ignore_index)
+    n = hidden.shape[0]
+    logprobs = hidden.new_empty(n, dtype=torch.float32)
+    lse = torch.empty_like(logprobs)
+    entropy = logprobs.new_empty(n if with_entropy else 0)
+    head = _Head(*inputs)
+    status = library.agro_linear_logprobs_fwd(
+        head.pointer, logprobs.data_ptr(), lse.data_ptr(), _wanted(entropy)
+    )
+    native.check_status(status, "linear_logprobs")
+    return logprobs, lse, entropy
+
+
+def linear_logprobs_bwd(
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    output_mask: list[bool],
+    weight_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
+
+    With weight_grad (V, D) fp32 the weight's gradient is added to it instead and dweight is (0,).
+    """
+    inputs = hidden, weight, targets, bias, temperature, token_temperature, softcap, ignore_index
+    library = _library(hidden, round_logits, kept)
+    if library is None:
+        return blocked.linear_logprobs_bwd(
+            dlogprobs,
+            dlse,
+            dentropy,
+            *inputs,
+            round_logits,
+            kept,
+            lse,
+            entropy,
+            output_mask,
+            weight_grad,
+        )
+    # The numbers may have been changed since the forward pass looked at them.
+    check_target_values(targets, weight.shape[0], ignore_index)
+    dlogprobs, dlse, dentropy = _floats(dlogprobs), _floats(dlse), _floats(dentropy)
+    lse = lse.contiguous()
+    entropy = entropy.contiguous()
+    gradients = _Gradients(hidden, weight, output_mask, weight_grad)
+    head = _Head(*inputs)
+    status = library.agro_linear_logprobs_bwd(
+        _pointer(dlogprobs),
+        _pointer(dlse),
+        _pointer(dentropy),
+        head.pointer,
+        lse.data_ptr(),
+        None if dentropy is None else entropy.data_ptr(),
+        *gradients.pointers,
+    )
+    native.check_status(status, "linear_logprobs, backward")
+    return gradients.results()
+
+
+def weighted_logprob_sum_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    coefficients: Tensor,
+    lse: Tensor | None,
+    bias: Tensor | None,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total, dhidden, dweight, dbias), the gradients of total for upstream 1.
+
+    With lse the logits are computed once and total comes from the same tiles; without it a pass for
+    lse goes first. Rows with coefficient 0 are dropped like ignored ones.
+    """
+    options = bias, temperature, token_temperature, softcap, ignore_index
+    library = _library(hidden, round_logits, kept)
+    if library is None:
+        return blocked.weighted_logprob_sum_fwd(
+            hidden,
+            weight,
+            targets,
+            coefficients,
+            lse,
+            *options,
+            round_logits,
+            kept,
+            output_mask,
+        )
+    check_target_values(targets, weight.shape[0], ignore_index)
+    check_token_temperature_values(token_temperature, targets, ignore_index)
+    # Where a target is ignored the coefficient may be anything, NaN too.
+    coefficients = coefficients.float().masked_fill(targets == ignore_index, 0.0).contiguous()
+    lse = _floats(lse)
+    logprobs = torch.empty_like(coefficients)
+    gradients = _Gradients(hidden, weight, output_mask, None)
+    head = _Head(hidden, weight, targets, *options)
+    status = library.agro_weighted_logprob_sum_fwd(
+        head.pointer,
+        coefficients.data_ptr(),
+        _pointer(lse),
+        logprobs.data_ptr(),
+        *gradients.pointers,
+    )
+    native.check_status(status, "weighted_logprob_sum")
+    return (coefficients * logprobs).sum(), *gradients.results()
+
+
+class _Gradients:
+    """The outputs of a backward pass, unwritten; those not asked for have shape (0,)."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, output_mask: list[bool], weight_grad: Tensor | None
+    ) -> None:
+        need_hidden, need_weight, need_bias = output_mask
+        (n, d), v = hidden.shape, weight.shape[0]
+        write_weight = need_weight and weight_grad is None
+        self.dhidden = hidden.new_empty((n, d) if need_hidden else 0)
+        self.dweight = weight.new_empty((v, d) if write_weight else 0)
+        self.dbias = weight.new_empty(v if need_bias else 0)
+        self.weight_grad = weight_grad if need_weight else None
+        # The library adds to contiguous memory only.
+        self.sums = None if self.weight_grad is None else self.weight_grad.contiguous()
+
+    @property
+    def pointers(self) -> tuple[int | None, ...]:
+        return (
+            _wanted(self.dhidden),
+            _wanted(self.dweight),
+            _wanted(self.dbias),
+            _pointer(self.sums),
+        )
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.weight_grad is not None and self.sums is not None:
+            if self.sums is not self.weight_grad:
+                self.weight_grad.copy_(self.sums)
+        return self.dhidden, self.dweight, self.dbias

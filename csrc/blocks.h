@@ -1,0 +1,400 @@
+// The three products of one vocabulary block, their epilogues, and the table of one instruction
+// set. Included last by an isa_*.cpp.
+#ifndef AGRO_BLOCKS_H
+#define AGRO_BLOCKS_H
+
+namespace agro {
+namespace {
+
+constexpr int64_t kPanelsOfChunk = kChunk / kLanes;
+constexpr int64_t kPanelsOfSlice = kSlice / kLanes;
+constexpr int64_t kAny = INT64_MAX;
+
+static_assert(kBlock % kTileRows == 0 && kColumns % kTileRows == 0, "blocks are whole tiles");
+static_assert(kChunk % kLanes == 0 && kSlice % kLanes == 0, "chunks are whole panels");
+
+// The vocabulary entries of a block.
+struct Block {
+  int64_t v0, rows;
+};
+
+inline Block block_of(const Problem& problem, int64_t index) {
+  const int64_t v0 = index * kBlock;
+  return {v0, min_of(kBlock, problem.head->v - v0)};
+}
+
+// --- Products -------------------------------------------------------------------------------------
+
+// The products of a single small panel straight from weight: its rows are read once, so a copy
+// would not pay. The sums are those of `block_products`, term by term.
+template <class In, class Sum>
+inline void few_products(const Problem& problem, const Scratch& scratch, Block block) {
+  const agro_head& head = *problem.head;
+  const int64_t depth = ceil_div(head.d, Sum::kUnit);
+  const int64_t piece = piece_of(depth, kDepth, 1);
+  const int64_t row_bytes = head.weight_stride * sizeof(typename In::Element);
+  for (int64_t v = 0; v + kTileRows <= block.rows; v += kTileRows) {
+    const char* rows = reinterpret_cast<const char*>(
+        row_of<In>(head.weight, block.v0 + v, head.weight_stride));
+    for (int64_t k0 = 0; k0 < depth; k0 += piece) {
+      panel_tile<Sum, 0, 1>(problem.tokens, rows + 4 * k0, row_bytes,
+                            problem.hidden_panels + k0 * kLanes, min_of(piece, depth - k0),
+                            scratch.logits + v * kLanes, k0 > 0);
+    }
+  }
+}
+
+// logits[panel][v][lane] = sum over D, for `panels` panels from `panel0`.
+// `next_v0`: the block that comes after this one, or -1; its rows are fetched ahead.
+template <class In, class Sum>
+inline void block_products(const Problem& problem, const Scratch& scratch, Block block,
+                           int64_t next_v0, int64_t panel0, int64_t panels) {
+  const agro_head& head = *problem.head;
+  const int64_t depth = max_of(1, ceil_div(head.d, Sum::kUnit));
+  const int64_t unit_bytes = Sum::kUnit * sizeof(typename In::Element);
+  const int64_t row_bytes = head.weight_stride * sizeof(typename In::Element);
+  // Whole tiles are read in place, if an element is an operand as it lies there.
+  const bool in_place = problem.tokens <= kWidth && unit_bytes == 4 && head.d > 0 &&
+                        head.d % Sum::kUnit == 0;
+  const int64_t first_v = in_place ? block.rows / kTileRows * kTileRows : 0;
+  if (in_place) few_products<In, Sum>(problem, scratch, block);
+  if (first_v == block.rows) return;
+  const int64_t piece = piece_of(depth, kDepth, 1), tiles = ceil_div(block.rows, kTileRows);
+  for (int64_t k0 = 0; k0 < depth; k0 += piece) {
+    const int64_t k = min_of(piece, depth - k0);
+    pack_weight_rows<In, Sum>(head, block.v0 + first_v, block.rows - first_v, k0, k,
+                              scratch.weight_rows);
+    const bool last = k0 + piece >= depth;
+    const int64_t next_row = last ? next_v0 : block.v0, next_k0 = last ? 0 : k0 + piece;
+    const int64_t next_rows = next_row < 0 ? 0 : min_of(kBlock, head.v - next_row);
+    const int64_t next_bytes = min_of(piece, depth - next_k0) * unit_bytes;
+    const char* next = static_cast<const char*>(head.weight) + next_k0 * unit_bytes +
+                       (next_rows > 0 ? next_row * row_bytes : 0);
+    for (int64_t i = 0; i < panels; ++i) {
+      const int64_t panel = panel0 + i;
+      const float* b = problem.hidden_panels + (panel * depth + k0) * kLanes;
+      prefetch_rows(next, row_bytes, next_rows, next_bytes, i, panels);
+      for (int64_t v = 0; v < block.rows - first_v; v += kTileRows) {
+        if (i + 1 < panels) prefetch_floats(b + depth * kLanes, k * kLanes, v / kTileRows, tiles);
+        panel_tile<Sum, kDepth + kPad, 1>(
+            problem.tokens - panel * kLanes,
+            reinterpret_cast<const char*>(scratch.weight_rows + v * (kDepth + kPad)), 0, b, k,
+            scratch.logits + (i * kBlock + first_v + v) * kLanes, k0 > 0);
+      }
+    }
+  }
+}
+
+// dhidden_panels[panel][d][lane] (+)= sum over the block's rows.
+template <class In, class Sum>
+inline void dhidden_product(const Problem& problem, const Scratch& scratch, Block block,
+                            int64_t panel0, int64_t panels, float* dhidden_panels, bool first) {
+  const agro_head& head = *problem.head;
+  const int64_t all_columns = round_up(head.d, kTileRows);
+  const int64_t piece = piece_of(head.d, kColumns, kTileRows);
+  const int64_t k = ceil_div(block.rows, Sum::kUnit);
+  for (int64_t d0 = 0; d0 < head.d; d0 += piece) {
+    const int64_t columns = min_of(piece, head.d - d0), tiles = ceil_div(columns, kTileRows);
+    pack_weight_columns<In, Sum>(head, block.v0, block.rows, d0, columns, scratch.weight_columns);
+    for (int64_t i = 0; i < panels; ++i) {
+      const int64_t panel = panel0 + i;
+      const float* b = scratch.logits + i * kBlock * kLanes;
+      float* c = dhidden_panels + (panel * all_columns + d0) * kLanes;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const float* a = scratch.weight_columns + tile * kColumnTile;
+        if (i + 1 < panels) prefetch_floats(b + kBlock * kLanes, k * kLanes, tile, tiles);
+        panel_tile<Sum, 1, kTileRows>(problem.tokens - panel * kLanes,
+                                      reinterpret_cast<const char*>(a), 0, b, k,
+                                      c + tile * kTileRows * kLanes, !first);
+      }
+    }
+  }
+}
+
+// The gradient of the block's rows of weight: a sum over the chunk's tokens, added to what earlier
+// chunks left in dweight_tiles, and written out after the last one.
+template <class In, class Sum>
+inline void dweight_product(const Backward& job, const Scratch& scratch, Block block,
+                            int64_t panel0, int64_t panels) {
+  const agro_head& head = *job.head;
+  const int64_t panel_units = kLanes / Sum::kUnit;
+  const int64_t units = job.panels * panel_units;
+  const float* gradient = Sum::kUnit == 1 ? scratch.logits : scratch.gradient_rows;
+  const bool last = panel0 + panels == job.panels;
+  for (int64_t d0 = 0; d0 < head.d; d0 += kSlice) {
+    const int64_t tiles = ceil_div(min_of(kSlice, head.d - d0), kLanes);
+    // One chunk of tokens needs the tiles of one piece of the columns only.
+    float* c = scratch.dweight_tiles +
+               (job.panels <= kPanelsOfChunk ? 0 : d0 / kLanes * kBlock * kLanes);
+    for (int64_t i0 = 0; i0 < panels; i0 += kPanelsOfSlice) {
+      const int64_t slice_units = min_of(kPanelsOfSlice, panels - i0) * panel_units;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const float* b = job.hidden_columns + ((d0 / kLanes + tile) * units +
+                                               (panel0 + i0) * panel_units) * kLanes;
+        for (int64_t v = 0; v < block.rows; v += kTileRows) {
+          if (tile + 1 < tiles) {
+            prefetch_floats(b + units * kLanes, slice_units * kLanes, v, block.rows);
+          }
+          product_tile<Sum, kTileVecs, kLanes / Sum::kUnit, 1>(
+              reinterpret_cast<const char*>(gradient + (i0 * kBlock + v) * panel_units), 0, b,
+              slice_units, panel_units, kBlock * panel_units, c + (tile * kBlock + v) * kLanes,
+              panel0 + i0 > 0);
+        }
+      }
+    }
+    if (!last) continue;
+    for (int64_t v = 0; v < block.rows; ++v) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t d = d0 + tile * kLanes, count = min_of(kLanes, head.d - d);
+        const float* values = c + (tile * kBlock + v) * kLanes;
+        const int64_t at = (block.v0 + v) * head.d + d;
+        if (job.weight_grad == nullptr) {
+          narrow<In>(values, count, static_cast<typename In::Element*>(job.dweight) + at, true);
+          continue;
+        }
+        float* sum = job.weight_grad + at;
+        int64_t lane = 0;
+        for (; lane + kWidth <= count; lane += kWidth) {
+          store(sum + lane, add(load(sum + lane), load(values + lane)));
+        }
+        for (; lane < count; ++lane) sum[lane] += values[lane];
+      }
+    }
+  }
+}
+
+// --- A block, start to end ------------------------------------------------------------------------
+
+template <class In>
+inline void widen_bias(const agro_head& head, Block block, float* out) {
+  if (head.bias == nullptr) {
+    memset(out, 0, block.rows * sizeof(float));
+  } else {
+    widen<In>(static_cast<const typename In::Element*>(head.bias) + block.v0, block.rows,
+              block.rows, out);
+  }
+}
+
+template <bool CAP, bool ENTROPY>
+inline void chunk_statistics(const Forward& job, const Scratch& scratch, Block block,
+                             Statistics span, bool first) {
+  for (int64_t panel = 0; panel < job.panels; ++panel) {
+    const int64_t token = panel * kLanes, live = job.tokens - token;
+    float* z = scratch.logits + panel * kBlock * kLanes;
+    float of_block[3][kLanes];
+    const Statistics a = {span.m + token, span.s + token, span.e + token};
+    const Statistics b = first ? a : Statistics{of_block[0], of_block[1], of_block[2]};
+    panel_statistics<CAP, ENTROPY>(z, block.rows, scratch.bias, job.head->softcap,
+                                   job.inverse_temperature + token, live, b);
+    if (!first) merge_panel<ENTROPY>(a, b, live);
+    for (int64_t lane = 0; lane < min_of(live, kLanes); ++lane) {
+      const int64_t v = job.targets[token + lane] - block.v0;
+      if (v >= 0 && v < block.rows) job.target_logits[token + lane] = z[v * kLanes + lane];
+    }
+  }
+}
+
+// The statistics of kSpan blocks, merged in their order. The tokens are one chunk at most.
+template <class In, class Sum>
+void forward_span(const Forward& job, const Scratch& scratch, int64_t span) {
+  const int64_t blocks = ceil_div(job.head->v, kBlock), padded = job.panels * kLanes;
+  float* m = job.statistics + span * 3 * padded;
+  const Statistics of_span = {m, m + padded, m + 2 * padded};
+  for (int64_t index = span * kSpan; index < min_of((span + 1) * kSpan, blocks); ++index) {
+    const Block block = block_of(job, index);
+    const bool first = index == span * kSpan;
+    const int64_t next = index + 1 < blocks ? (index + 1) * kBlock : -1;
+    widen_bias<In>(*job.head, block, scratch.bias);
+    block_products<In, Sum>(job, scratch, block, next, 0, job.panels);
+    if (job.head->softcap > 0.0f) {
+      (job.with_entropy ? chunk_statistics<true, true> : chunk_statistics<true, false>)(
+          job, scratch, block, of_span, first);
+    } else {
+      (job.with_entropy ? chunk_statistics<false, true> : chunk_statistics<false, false>)(
+          job, scratch, block, of_span, first);
+    }
+  }
+}
+
+// logprobs, lse and entropy of some panels' tokens from the statistics of all spans, in order.
+void forward_result(const Forward& job, int64_t panel_begin, int64_t panel_end) {
+  const int64_t spans = ceil_div(job.head->v, kBlock * kSpan), padded = job.panels * kLanes;
+  for (int64_t token = panel_begin * kLanes; token < min_of(panel_end * kLanes, job.tokens);
+       token += kWidth) {
+    const float* of_span = job.statistics + token;
+    Vec m = load(of_span), s = load(of_span + padded);
+    Vec e = job.with_entropy ? load(of_span + 2 * padded) : zero();
+    for (int64_t span = 1; span < spans; ++span) {
+      of_span += 3 * padded;
+      if (job.with_entropy) {
+        merge<true>(m, s, e, load(of_span), load(of_span + padded), load(of_span + 2 * padded));
+      } else {
+        merge<false>(m, s, e, load(of_span), load(of_span + padded), zero());
+      }
+    }
+    float largest[kWidth], sum[kWidth], weighted[kWidth];
+    store(largest, m);
+    store(sum, s);
+    store(weighted, e);
+    for (int64_t i = 0; i < min_of(kWidth, job.tokens - token); ++i) {
+      const int64_t row = job.rows[token + i];
+      const float log_sum = logf(sum[i]);
+      job.logprobs[row] = (job.target_logits[token + i] - largest[i]) - log_sum;
+      job.lse[row] = largest[i] + log_sum;
+      if (job.with_entropy) job.entropy[row] = log_sum - weighted[i] / sum[i];
+    }
+  }
+}
+
+template <class Sum>
+struct Rounded {  // fp32 gradients serve both products as they are
+  static void panel(float*, int64_t, float*) {}
+};
+#ifdef AGRO_HAVE_DOT
+template <>
+struct Rounded<Pairs> {
+  static void panel(float* gradient, int64_t rows, float* gradient_rows) {
+    pair_panel(gradient, rows, gradient_rows);
+  }
+};
+#endif
+
+template <class Sum, bool CAP, bool ENTROPY>
+inline void chunk_gradient(const Backward& job, const Scratch& scratch, Block block,
+                           int64_t panel0, int64_t panels) {
+  for (int64_t i = 0; i < panels; ++i) {
+    const int64_t token = (panel0 + i) * kLanes;
+    float* x = scratch.logits + i * kBlock * kLanes;
+    panel_gradient<CAP, ENTROPY>(x, block.rows, scratch.bias, job.head->softcap,
+                                 upstream_of(job, token), job.tokens - token, job.targets + token,
+                                 block.v0, job.logprobs == nullptr ? nullptr : job.logprobs + token);
+    if (job.dbias != nullptr) {
+      for (int64_t at = 0; at < block.rows * kLanes; at += kWidth) {
+        store(scratch.dbias_lanes + at, add(load(scratch.dbias_lanes + at), load(x + at)));
+      }
+    }
+    if (scratch.gradient_rows != nullptr) {
+      Rounded<Sum>::panel(x, block.rows, scratch.gradient_rows + i * kBlock * kLanes / Sum::kUnit);
+    }
+  }
+}
+
+template <class In>
+inline void write_dbias(const Backward& job, const Scratch& scratch, Block block) {
+  float sums[kBlock];
+  for (int64_t v = 0; v < block.rows; ++v) {
+    sums[v] = 0.0f;
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[v] += scratch.dbias_lanes[v * kLanes + lane];
+  }
+  narrow<In>(sums, block.rows, static_cast<typename In::Element*>(job.dbias) + block.v0, false);
+}
+
+// One block's share of every gradient. dhidden_panels: the thread's own sum, written if `first`.
+template <class In, class Sum>
+void backward_block(const Backward& job, const Scratch& scratch, int64_t index, int64_t next_index,
+                    float* dhidden_panels, bool first) {
+  const Block block = block_of(job, index);
+  widen_bias<In>(*job.head, block, scratch.bias);
+  if (job.dbias != nullptr) memset(scratch.dbias_lanes, 0, kBlock * kLanes * sizeof(float));
+  for (int64_t panel0 = 0; panel0 < job.panels; panel0 += kPanelsOfChunk) {
+    const int64_t panels = min_of(kPanelsOfChunk, job.panels - panel0);
+    const bool last = panel0 + panels == job.panels;
+    block_products<In, Sum>(job, scratch, block,
+                            last ? (next_index < 0 ? -1 : next_index * kBlock) : -1, panel0,
+                            panels);
+    if (job.head->softcap > 0.0f) {
+      (job.with_entropy ? chunk_gradient<Sum, true, true> : chunk_gradient<Sum, true, false>)(
+          job, scratch, block, panel0, panels);
+    } else {
+      (job.with_entropy ? chunk_gradient<Sum, false, true> : chunk_gradient<Sum, false, false>)(
+          job, scratch, block, panel0, panels);
+    }
+    if (dhidden_panels != nullptr) {
+      dhidden_product<In, Sum>(job, scratch, block, panel0, panels, dhidden_panels, first);
+    }
+    if (job.hidden_columns != nullptr) {
+      dweight_product<In, Sum>(job, scratch, block, panel0, panels);
+    }
+  }
+  if (job.dbias != nullptr) write_dbias<In>(job, scratch, block);
+  stream_end();
+}
+
+// dhidden of some panels' tokens: the threads' sums added up, turned into rows and rounded.
+template <class In>
+void dhidden_result(const Backward& job, int64_t panel_begin, int64_t panel_end) {
+  const agro_head& head = *job.head;
+  const int64_t all_columns = round_up(head.d, kTileRows);
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    const int64_t live = min_of(kLanes, job.tokens - panel * kLanes);
+    for (int64_t d0 = 0; d0 < head.d; d0 += kLanes) {
+      const int64_t columns = min_of(kLanes, head.d - d0);
+      float tile[kLanes][kLanes];  // [token][column]
+      for (int64_t d = 0; d < columns; ++d) {
+        const int64_t at = (panel * all_columns + d0 + d) * kLanes;
+        float sum[kLanes];
+        memcpy(sum, job.dhidden_panels[0] + at, sizeof(sum));
+        for (int32_t part = 1; part < job.dhidden_parts; ++part) {
+          for (int64_t j = 0; j < kLanes; j += kWidth) {
+            store(sum + j, add(load(sum + j), load(job.dhidden_panels[part] + at + j)));
+          }
+        }
+        for (int64_t lane = 0; lane < kLanes; ++lane) tile[lane][d] = sum[lane];
+      }
+      for (int64_t lane = 0; lane < live; ++lane) {
+        typename In::Element* row =
+            static_cast<typename In::Element*>(job.dhidden) + job.rows[panel * kLanes + lane] * head.d;
+        narrow<In>(tile[lane], columns, row + d0, false);
+      }
+    }
+  }
+}
+
+template <class In, class Sum>
+void pack_hidden(const Problem& problem, int64_t panel_begin, int64_t panel_end) {
+  for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+    pack_panel<In, Sum>(problem, panel);
+    if (problem.hidden_columns != nullptr) pack_columns<In, Sum>(problem, panel);
+  }
+}
+
+// --- The table ------------------------------------------------------------------------------------
+
+template <Vec (*f)(Vec)>
+void of_each(const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    float part[kWidth] = {};
+    const int64_t count = min_of(kWidth, n - i);
+    memcpy(part, x + i, count * sizeof(float));
+    store(part, f(load(part)));
+    memcpy(y + i, part, count * sizeof(float));
+  }
+}
+
+#ifdef AGRO_HAVE_DOT
+typedef Pairs BFloat16Sum;
+#else
+typedef Single BFloat16Sum;
+#endif
+
+constexpr Kernels kernels_named(const char* isa) {
+  return {isa,
+          kLanes,
+          kTileRows,
+          {1, BFloat16Sum::kUnit, 1},
+          {pack_hidden<Float32, Single>, pack_hidden<BFloat16, BFloat16Sum>,
+           pack_hidden<Float16, Single>},
+          {forward_span<Float32, Single>, forward_span<BFloat16, BFloat16Sum>,
+           forward_span<Float16, Single>},
+          forward_result,
+          {backward_block<Float32, Single>, backward_block<BFloat16, BFloat16Sum>,
+           backward_block<Float16, Single>},
+          {dhidden_result<Float32>, dhidden_result<BFloat16>, dhidden_result<Float16>},
+          of_each<vector_exp>,
+          of_each<vector_tanh>};
+}
+
+}  // namespace
+}  // namespace agro
+
+#endif

@@ -1,0 +1,12 @@
+#include "kernels.h"
+// The order matters: each file uses the ones before it.
+#include "simd_avx512.h"
+#include "vector_math.h"
+#include "gemm.h"
+#include "pack.h"
+#include "epilogue.h"
+#include "blocks.h"
+
+namespace agro {
+const Kernels avx512_kernels = kernels_named("avx512");
+}

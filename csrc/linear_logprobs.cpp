@@ -1,0 +1,310 @@
+// Which rows count, which thread does what, and in which memory. The numbers are made in blocks.h.
+#include "linear_logprobs.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "memory.h"
+#include "team.h"
+
+namespace agro {
+
+namespace {
+
+constexpr float kNotFound = std::numeric_limits<float>::quiet_NaN();
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t element_bytes(const agro_head& head) { return head.dtype == AGRO_FLOAT32 ? 4 : 2; }
+
+// The rows that count. coefficients: NULL, or (N,); a row with coefficient 0 does not count.
+std::vector<int64_t> counted_rows(const agro_head& head, const float* coefficients) {
+  std::vector<int64_t> rows;
+  rows.reserve(head.n);
+  for (int64_t row = 0; row < head.n; ++row) {
+    if (head.targets[row] == head.ignore_index) continue;
+    if (coefficients != nullptr && coefficients[row] == 0.0f) continue;
+    rows.push_back(row);
+  }
+  return rows;
+}
+
+void clear_other_rows(const agro_head& head, const std::vector<int64_t>& rows, void* values,
+                      int64_t row_bytes) {
+  if (head.n == 0) return;  // and values may be NULL
+  int64_t next = 0;
+  for (const int64_t row : rows) {
+    std::memset(static_cast<char*>(values) + next * row_bytes, 0, (row - next) * row_bytes);
+    next = row + 1;
+  }
+  std::memset(static_cast<char*>(values) + next * row_bytes, 0, (head.n - next) * row_bytes);
+}
+
+// Starting a thread costs about as much as 10^6 products; a smaller share is not worth one.
+int32_t useful_threads(const agro_head& head, int64_t tokens, int64_t units) {
+  const double products = static_cast<double>(tokens) * head.d * head.v;
+  const int64_t worth = 1 + static_cast<int64_t>(std::min(products / 1e6, 1e6));
+  return static_cast<int32_t>(
+      std::max<int64_t>(1, std::min({int64_t{head.num_threads}, units, worth})));
+}
+
+// The packed form of some of the counted rows, and the memory that holds it.
+struct Packed {
+  Packed(const Kernels& kernels, const agro_head& head, const int64_t* rows, int64_t tokens,
+         bool with_columns)
+      : panels(ceil_div(tokens, kernels.lanes)),
+        padded(panels * kernels.lanes),
+        targets(padded, -1),
+        inverse_temperature(padded, 1.0f),
+        hidden_panels(padded * std::max<int64_t>(1, ceil_div(head.d, kernels.unit[head.dtype]))),
+        hidden_columns(with_columns ? padded / kernels.unit[head.dtype] *
+                                          ceil_div(head.d, kernels.lanes) * kernels.lanes
+                                    : 0) {
+    for (int64_t token = 0; token < tokens; ++token) {
+      targets[token] = head.targets[rows[token]];
+      inverse_temperature[token] = 1.0f / (head.token_temperature == nullptr
+                                               ? head.temperature
+                                               : head.token_temperature[rows[token]]);
+    }
+  }
+
+  void describe(Problem& problem, const agro_head& head, const int64_t* rows, int64_t tokens) const {
+    problem.head = &head;
+    problem.tokens = tokens;
+    problem.panels = panels;
+    problem.rows = rows;
+    problem.targets = targets.data();
+    problem.inverse_temperature = inverse_temperature.data();
+    problem.hidden_panels = hidden_panels.floats();
+    problem.hidden_columns = hidden_columns.floats();
+  }
+
+  int64_t panels, padded;
+  std::vector<int64_t> targets;
+  std::vector<float> inverse_temperature;
+  Buffer hidden_panels, hidden_columns;
+};
+
+// Which gradients are wanted.
+struct Wanted {
+  bool dhidden, dweight, dbias;
+};
+
+// What one thread works in, in one piece: huge pages are for large buffers only.
+struct Workspace {
+  Workspace(const Kernels& kernels, const agro_head& head, const Problem& problem, Wanted wanted) {
+    const int64_t unit = kernels.unit[head.dtype], lanes = kernels.lanes;
+    const int64_t chunk = std::min(problem.panels, kChunk / lanes) * kBlock * lanes;
+    const bool rounded = unit > 1 && (wanted.dhidden || wanted.dweight);
+    const bool one_chunk = problem.panels <= kChunk / lanes;
+    const int64_t columns = one_chunk ? std::min(kSlice, head.d) : head.d;
+    const int64_t column_tile = kBlock * kernels.tile_rows + kPad;
+    int64_t size = 0;
+    const auto place = [&size](bool needed, int64_t count) {
+      const int64_t at = size;
+      size += needed ? ceil_div(count, kPad) * kPad : 0;
+      return at;
+    };
+    const int64_t weight_rows = place(true, kBlock * (kDepth + kPad));
+    const int64_t weight_columns =
+        place(wanted.dhidden, kColumns / kernels.tile_rows * column_tile);
+    const int64_t bias = place(true, kBlock);
+    const int64_t logits = place(true, chunk);
+    const int64_t gradient_rows = place(rounded, chunk / unit);
+    const int64_t dweight_tiles =
+        place(wanted.dweight, ceil_div(columns, lanes) * lanes * kBlock);
+    const int64_t dbias_lanes = place(wanted.dbias, kBlock * lanes);
+    memory = Buffer(size);
+    float* const base = memory.floats();
+    scratch = {base + weight_rows,
+               base + weight_columns,
+               base + bias,
+               base + logits,
+               rounded ? base + gradient_rows : nullptr,
+               base + dweight_tiles,
+               base + dbias_lanes};
+  }
+
+  Buffer memory;
+  Scratch scratch;
+};
+
+void pack(const Kernels& kernels, const Problem& problem, int32_t threads) {
+  run_team(threads, [&](int32_t thread, int32_t team) {
+    const Share share = share_of(problem.panels, thread, team);
+    kernels.pack_hidden[problem.head->dtype](problem, share.begin, share.end);
+  });
+}
+
+// The forward of at most kChunk counted rows.
+void forward_chunk(const Kernels& kernels, const agro_head& head, const int64_t* rows,
+                   int64_t tokens, float* logprobs, float* lse, float* entropy) {
+  const Packed packed(kernels, head, rows, tokens, false);
+  const int64_t spans = ceil_div(head.v, kBlock * kSpan);
+  const Buffer statistics(spans * 3 * packed.padded);
+  std::vector<float> target_logits(packed.padded, kNotFound);
+  Forward job;
+  packed.describe(job, head, rows, tokens);
+  job.with_entropy = entropy != nullptr;
+  job.statistics = statistics.floats();
+  job.target_logits = target_logits.data();
+  job.logprobs = logprobs;
+  job.lse = lse;
+  job.entropy = entropy;
+
+  const int32_t threads = useful_threads(head, tokens, spans);
+  std::vector<Workspace> workspaces;
+  for (int32_t i = 0; i < threads; ++i) workspaces.emplace_back(kernels, head, job, Wanted{});
+  pack(kernels, job, threads);
+  // Spans go to whoever is free: each has its own place in `statistics`, so the result is the same.
+  int64_t next_span = 0;
+  run_team(threads, [&](int32_t thread, int32_t) {
+    const Scratch& scratch = workspaces[thread].scratch;
+    for (int64_t span; (span = __atomic_fetch_add(&next_span, 1, __ATOMIC_RELAXED)) < spans;) {
+      kernels.forward_span[head.dtype](job, scratch, span);
+    }
+  });
+  run_team(threads, [&](int32_t thread, int32_t team) {
+    const Share share = share_of(packed.panels, thread, team);
+    kernels.forward_result(job, share.begin, share.end);
+  });
+}
+
+void forward_rows(const Kernels& kernels, const agro_head& head, const std::vector<int64_t>& rows,
+                  float* logprobs, float* lse, float* entropy) {
+  const int64_t counted = static_cast<int64_t>(rows.size());
+  for (int64_t begin = 0; begin < counted; begin += kChunk) {
+    forward_chunk(kernels, head, rows.data() + begin, std::min(kChunk, counted - begin), logprobs,
+                  lse, entropy);
+  }
+}
+
+struct Outputs {
+  void* dhidden;
+  void* dweight;
+  void* dbias;
+  float* weight_grad;
+};
+
+// The gradients of the counted rows. Each upstream is (N,) or NULL; logprobs is (N,) or NULL.
+void backward_rows(const Kernels& kernels, const float* dlogprobs, const float* dlse,
+                   const float* dentropy, const agro_head& head, const std::vector<int64_t>& rows,
+                   const float* lse, const float* entropy, float* logprobs, const Outputs& out) {
+  const int64_t tokens = static_cast<int64_t>(rows.size());
+  if (out.dhidden != nullptr) {
+    clear_other_rows(head, rows, out.dhidden, head.d * element_bytes(head));
+  }
+  if (tokens == 0) {
+    if (out.dweight != nullptr) std::memset(out.dweight, 0, head.v * head.d * element_bytes(head));
+    if (out.dbias != nullptr) std::memset(out.dbias, 0, head.v * element_bytes(head));
+    return;
+  }
+  const Wanted wanted = {
+      out.dhidden != nullptr && head.d > 0,
+      (out.dweight != nullptr || out.weight_grad != nullptr) && head.d > 0,
+      out.dbias != nullptr};
+  if (!wanted.dhidden && !wanted.dweight && !wanted.dbias && logprobs == nullptr) return;
+
+  const Packed packed(kernels, head, rows.data(), tokens, wanted.dweight);
+  std::vector<float> of_rows(6 * packed.padded, 0.0f), found(packed.padded, kNotFound);
+  float* const upstream = of_rows.data();
+  for (int64_t token = 0; token < tokens; ++token) {
+    const int64_t row = rows[token];
+    const float scale = packed.inverse_temperature[token];
+    const float of_logprob = dlogprobs == nullptr ? 0.0f : dlogprobs[row] * scale;
+    const float of_lse = dlse == nullptr ? 0.0f : dlse[row] * scale;
+    float* const at = upstream + token;
+    at[0] = lse[row];
+    at[packed.padded] = dentropy == nullptr ? 0.0f : entropy[row];
+    at[2 * packed.padded] = of_logprob;
+    at[3 * packed.padded] = of_lse - of_logprob;
+    at[4 * packed.padded] = of_lse;
+    at[5 * packed.padded] = dentropy == nullptr ? 0.0f : dentropy[row] * scale;
+  }
+  Backward job;
+  packed.describe(job, head, rows.data(), tokens);
+  job.with_entropy = dentropy != nullptr;
+  job.lse = upstream;
+  job.entropy = upstream + packed.padded;
+  job.at_target = upstream + 2 * packed.padded;
+  job.of_p = upstream + 3 * packed.padded;
+  job.of_lse = upstream + 4 * packed.padded;
+  job.of_entropy = upstream + 5 * packed.padded;
+  job.logprobs = logprobs == nullptr ? nullptr : found.data();
+  job.dhidden = out.dhidden;
+  job.dweight = out.dweight;
+  job.dbias = out.dbias;
+  job.weight_grad = out.weight_grad;
+
+  const int64_t blocks = ceil_div(head.v, kBlock);
+  const int32_t threads = useful_threads(head, tokens, blocks);
+  const int64_t columns = ceil_div(head.d, kernels.tile_rows) * kernels.tile_rows;
+  std::vector<Workspace> workspaces;
+  std::vector<Buffer> dhidden_buffers;
+  std::vector<float*> dhidden_panels;
+  for (int32_t i = 0; i < threads; ++i) {
+    workspaces.emplace_back(kernels, head, job, wanted);
+    dhidden_buffers.emplace_back(wanted.dhidden ? packed.padded * columns : 0);
+    dhidden_panels.push_back(dhidden_buffers.back().floats());
+  }
+  job.dhidden_panels = dhidden_panels.data();
+  job.dhidden_parts = threads;
+
+  pack(kernels, job, threads);
+  // Blocks are dealt out in a fixed way: a thread's dhidden is a sum over its own.
+  run_team(threads, [&](int32_t thread, int32_t team) {
+    const Scratch& scratch = workspaces[thread].scratch;
+    for (int64_t block = thread; block < blocks; block += team) {
+      kernels.backward_block[head.dtype](job, scratch, block,
+                                         block + team < blocks ? block + team : -1,
+                                         dhidden_panels[thread], block == thread);
+    }
+  });
+  if (wanted.dhidden) {
+    run_team(threads, [&](int32_t thread, int32_t team) {
+      const Share share = share_of(packed.panels, thread, team);
+      kernels.dhidden_result[head.dtype](job, share.begin, share.end);
+    });
+  }
+  if (logprobs != nullptr) {
+    for (int64_t token = 0; token < tokens; ++token) logprobs[rows[token]] = found[token];
+  }
+}
+
+}  // namespace
+
+void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* logprobs, float* lse,
+                         float* entropy) {
+  const std::vector<int64_t> rows = counted_rows(head, nullptr);
+  for (float* result : {logprobs, lse, entropy}) {
+    if (result != nullptr) clear_other_rows(head, rows, result, sizeof(float));
+  }
+  forward_rows(kernels, head, rows, logprobs, lse, entropy);
+}
+
+void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
+                         const float* dentropy, const agro_head& head, const float* lse,
+                         const float* entropy, void* dhidden, void* dweight, void* dbias,
+                         float* weight_grad) {
+  backward_rows(kernels, dlogprobs, dlse, dentropy, head, counted_rows(head, nullptr), lse, entropy,
+                nullptr, {dhidden, dweight, dbias, weight_grad});
+}
+
+void weighted_logprob_sum_fwd(const Kernels& kernels, const agro_head& head,
+                              const float* coefficients, const float* lse, float* logprobs,
+                              void* dhidden, void* dweight, void* dbias, float* weight_grad) {
+  const std::vector<int64_t> rows = counted_rows(head, coefficients);
+  clear_other_rows(head, rows, logprobs, sizeof(float));
+  std::vector<float> own_lse;
+  if (lse == nullptr) {
+    own_lse.resize(head.n);
+    forward_rows(kernels, head, rows, logprobs, own_lse.data(), nullptr);
+  }
+  backward_rows(kernels, coefficients, nullptr, nullptr, head, rows,
+                lse == nullptr ? own_lse.data() : lse, nullptr, lse == nullptr ? nullptr : logprobs,
+                {dhidden, dweight, dbias, weight_grad});
+}
+
+}  // namespace agro

@@ -1,0 +1,24 @@
+// The three ops of agro_cpu.h on a given instruction set. Arguments are as described there and
+// already checked. Memory that cannot be allocated is a std::bad_alloc.
+#ifndef AGRO_LINEAR_LOGPROBS_H
+#define AGRO_LINEAR_LOGPROBS_H
+
+#include "kernels.h"
+
+namespace agro {
+
+void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* logprobs, float* lse,
+                         float* entropy);
+
+void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
+                         const float* dentropy, const agro_head& head, const float* lse,
+                         const float* entropy, void* dhidden, void* dweight, void* dbias,
+                         float* weight_grad);
+
+void weighted_logprob_sum_fwd(const Kernels& kernels, const agro_head& head,
+                              const float* coefficients, const float* lse, float* logprobs,
+                              void* dhidden, void* dweight, void* dbias, float* weight_grad);
+
+}  // namespace agro
+
+#endif
