@@ -1,0 +1,263 @@
+"""Fresh processes that take turns: each measures one provider, one call after the other's.
+
+Every provider of a row runs in a process of its own, so that none inherits another's memory,
+threads or compiled code. Processes to be compared are alive together and are called in turn,
+A B A B, so that what disturbs the machine for a while disturbs both; while one works, the others
+sleep.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agro_kernels import linear_logprobs_with_stats
+from benchmarks import correctness, timing
+from benchmarks.providers import PROVIDERS, GemmFloor, Step, make_inputs
+from benchmarks.shapes import ACCURACY_SHAPE, SMOKE_SHAPE, Shape
+
+FLOOR = GemmFloor.name
+# What every process needs and is slow to import: done once, in the server they are forked from.
+PRELOAD = ["benchmarks.turns", "torch._inductor.compile_fx", "matplotlib.figure"]
+PAUSE_S = 0.02  # between two turns, for the threads of the last one to go to sleep
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process measures."""
+
+    provider: str  # a key of PROVIDERS, or FLOOR
+    shape: Shape
+    dtype: torch.dtype
+    form: str
+    with_entropy: bool
+    precision: str  # torch.set_float32_matmul_precision
+    threads: int
+    smoke: bool = False  # the errors are measured on a tiny shape, too
+
+    def label(self) -> str:
+        """Such as "torch@medium"; the default precision goes without saying."""
+        return self.provider if self.precision == "highest" else f"{self.provider}@{self.precision}"
+
+
+@dataclass
+class Measured:
+    """What a process found out. status is "ok", or why there is no time."""
+
+    job: Job
+    status: str = "ok"
+    setting: str = ""
+    first_call_s: float | None = None
+    times_s: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None  # beyond the inputs, the results and what was there before
+    result_bytes: int | None = None  # logprobs, entropy, dhidden, dweight
+    kept_bytes: int | None = None  # still held when the results are gone: caches, compiled code
+    instruction_set: str = ""
+
+
+# --- In the process -------------------------------------------------------------------------------
+
+
+def _measure(connection: Connection, job: Job, max_call_s: float) -> None:
+    """Sends a Measured when warm, then the seconds of one call for every "call" received."""
+    torch.set_num_threads(job.threads)
+    torch.set_float32_matmul_precision(job.precision)
+    measured = Measured(job)
+    try:
+        call = _prepare(measured, job, max_call_s)
+        connection.send(measured)
+        while measured.status == "ok" and connection.recv() == "call":
+            connection.send(call())
+    except EOFError:  # whoever asked has gone
+        pass
+    except MemoryError:
+        measured.status = "out of memory"
+        connection.send(measured)
+    except Exception as error:
+        traceback.print_exc()  # into the log of the process
+        measured.status = f"failed: {type(error).__name__}: {_first_line(error)}"
+        connection.send(measured)
+
+
+def _prepare(measured: Measured, job: Job, max_call_s: float) -> Any:
+    """Warms up, checks, tunes and measures the memory; returns the timed call."""
+    inputs = make_inputs(job.shape, job.dtype)
+    if job.provider == FLOOR:
+        floor = GemmFloor(job.form, inputs)
+        measured.setting = floor.tune(timing.time_call)
+        measured.first_call_s = timing.time_call(floor)
+        _stop_if_slow(measured, measured.first_call_s, max_call_s)
+        return lambda: timing.time_call(floor)
+
+    if job.form == "known_coefficients":
+        with torch.no_grad():
+            inputs.lse = linear_logprobs_with_stats(
+                inputs.hidden, inputs.weight, inputs.targets, softcap=inputs.softcap
+            ).lse
+    before = timing.resident_bytes()
+    provider = PROVIDERS[job.provider]()
+    reason = provider.reason_against(job.form, job.with_entropy, inputs)
+    if reason is not None:
+        measured.status = f"cannot: {reason}"
+        return None
+    step = Step(provider, job.form, inputs, with_entropy=job.with_entropy)
+
+    def call() -> float:
+        step.release()  # else freeing the last results would be part of the time
+        return timing.time_call(step)
+
+    settings = provider.settings(inputs)
+    if settings:
+        seconds = []
+        for provider.setting in settings:
+            seconds.append(call())
+        provider.setting = settings[seconds.index(min(seconds))]
+    measured.setting = "" if provider.setting is None else str(provider.setting)
+    measured.first_call_s = call()
+    judged_as = torch.bfloat16 if job.precision == "medium" else job.dtype
+    wrong = correctness.objection(step, judged_as)
+    if wrong is not None:
+        measured.status = wrong
+        return None
+    measured.result_bytes = step.results().bytes()
+
+    step.release()
+    seconds_with_peak: list[float] = []
+    peak = timing.peak_bytes(lambda: seconds_with_peak.append(timing.time_call(step)))
+    measured.peak_bytes = max(0, peak - measured.result_bytes)
+    step.release()
+    timing.reset_peak()
+    measured.kept_bytes = timing.resident_bytes() - before
+    _stop_if_slow(measured, seconds_with_peak[0], max_call_s)
+    measured.instruction_set = timing.ours_instruction_set()
+    return call
+
+
+def _stop_if_slow(measured: Measured, call_s: float, max_call_s: float) -> None:
+    """The one time stands if more would take too long; its status says so."""
+    if call_s > max_call_s:
+        measured.status = f"slow: timed once, a call takes more than {max_call_s:g} s"
+        measured.times_s = [call_s]
+
+
+def _find_errors(connection: Connection, job: Job, _: float) -> None:
+    """Sends the Errors of a provider on a small shape, or why there are none."""
+    torch.set_num_threads(job.threads)
+    torch.set_float32_matmul_precision(job.precision)
+    inputs = make_inputs(SMOKE_SHAPE if job.smoke else ACCURACY_SHAPE, job.dtype)
+    try:
+        with torch.no_grad():
+            inputs.lse = linear_logprobs_with_stats(
+                inputs.hidden, inputs.weight, inputs.targets
+            ).lse
+        step = Step(PROVIDERS[job.provider](), job.form, inputs, with_entropy=job.with_entropy)
+        connection.send(correctness.errors(step))
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(f"failed: {type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _main(target: Any, connection: Connection, job: Job, max_call_s: float, log: str) -> None:
+    """The process: its output goes to a file, which is shown if it dies."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    target(connection, job, max_call_s)
+
+
+# --- Outside --------------------------------------------------------------------------------------
+
+
+class _Turn:
+    """One process and the pipe to it."""
+
+    def __init__(self, target: Any, job: Job, max_call_s: float, log: Path):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.log = log
+        self.connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(
+            target=_main, args=(target, theirs, job, max_call_s, str(log))
+        )
+        self.process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        """What the process sends; a sentence if it died."""
+        try:
+            return self.connection.recv()
+        except EOFError:
+            self.process.join()
+            return f"died: exit status {self.process.exitcode}, see its output above"
+
+    def send(self, message: str) -> None:
+        self.connection.send(message)
+
+    def close(self) -> None:
+        self.connection.close()  # ends the process's loop
+        self.process.join()
+
+
+def in_turn(
+    jobs: Sequence[Job], repetitions: int, *, max_call_s: float = float("inf"), say: Any = print
+) -> list[Measured]:
+    """Measures every job, `repetitions` calls each, one call of each after the other.
+
+    Args:
+        jobs: one process each, alive together: their memory adds up.
+        max_call_s: a provider whose call takes longer is timed once, and its status says so.
+        say: where the output of a process that failed goes.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        turns, found = [], []
+        for index, job in enumerate(jobs):
+            turn = _Turn(_measure, job, max_call_s, Path(folder) / f"{index}.log")
+            answer = turn.receive()  # one warms up at a time
+            measured = answer if isinstance(answer, Measured) else Measured(job, status=answer)
+            turns.append(turn)
+            found.append(measured)
+        for _ in range(repetitions):
+            for turn, measured in zip(turns, found, strict=True):
+                if measured.status != "ok":
+                    continue
+                time.sleep(PAUSE_S)
+                turn.send("call")
+                answer = turn.receive()
+                if isinstance(answer, float):
+                    measured.times_s.append(answer)
+                else:
+                    measured.status = answer if isinstance(answer, str) else answer.status
+        for turn, measured in zip(turns, found, strict=True):
+            turn.close()
+            if measured.status.startswith(("failed", "died")):
+                say(f"--- output of {measured.job.label()}:\n{_tail(turn.log)}")
+    return found
+
+
+def find_errors(job: Job, *, say: Any = print) -> correctness.Errors | str:
+    """The errors of a provider on the accuracy shape; a sentence if there are none."""
+    with tempfile.TemporaryDirectory() as folder:
+        turn = _Turn(_find_errors, job, 0.0, Path(folder) / "log")
+        answer: correctness.Errors | str = turn.receive()
+        turn.close()
+        if isinstance(answer, str):
+            say(f"--- output of {job.label()}:\n{_tail(turn.log)}")
+    return answer
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return "\n".join(lines[-20:])

@@ -1,0 +1,316 @@
+"""The benchmarks' shared rooms, and bench_cpu from end to end on a tiny shape."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bench_cpu, correctness, plots, timing
+from benchmarks.providers import (
+    FORM_GEMMS,
+    FORMS,
+    PROVIDERS,
+    GemmFloor,
+    Ours,
+    PlainTorch,
+    Results,
+    Step,
+    make_inputs,
+)
+from benchmarks.shapes import (
+    ACCURACY_SHAPE,
+    CPU_SHAPES,
+    HEADS,
+    SMOKE_SHAPE,
+    SMOKE_SOFTCAP_SHAPE,
+    Head,
+    Shape,
+)
+from benchmarks.turns import Job, Measured, in_turn
+
+BENCHMARKS = Path(bench_cpu.__file__).parent
+
+
+def smoke_job(provider: str, form: str = "forward") -> Job:
+    return Job(provider, SMOKE_SHAPE, torch.float32, form, False, "highest", 1, smoke=True)
+
+
+# --- Shapes, inputs, timing -----------------------------------------------------------------------
+
+
+def test_gemm_flop_is_two_n_d_v() -> None:
+    assert Shape("hand", 3, Head("hand", 5, 7)).gemm_flop() == 210
+    assert CPU_SHAPES["A"].gemm_flop() == 2 * 2048 * 576 * 49152
+    assert all(name == head.name for name, head in HEADS.items())
+
+
+def test_inputs_have_certain_tokens_and_the_asked_spread() -> None:
+    inputs = make_inputs(ACCURACY_SHAPE, torch.float32, logit_std=5.0)
+    logprobs_all = (inputs.hidden @ inputs.weight.T).log_softmax(-1)
+    certain = logprobs_all.gather(1, inputs.targets[:, None]).exp().squeeze(1) > 0.5
+    assert certain[::2].float().mean() > 0.5 and not certain[1::2].any()
+    assert 4.5 < (inputs.hidden[1::2] @ inputs.weight.T).std() < 5.5
+    again = make_inputs(ACCURACY_SHAPE, torch.float32, logit_std=5.0)
+    assert torch.equal(inputs.weight, again.weight) and torch.equal(inputs.hidden, again.hidden)
+
+
+def test_summary_of_times() -> None:
+    found = timing.summary([6.0, 1.0, 3.0, 2.0, 5.0, 4.0])
+    assert found == timing.Timing(n=6, median_s=3.5, min_s=1.0, p20_s=2.0, p80_s=5.0)
+    assert timing.summary([2.0]) == timing.Timing(1, 2.0, 2.0, 2.0, 2.0)
+
+
+def test_peak_bytes_sees_what_a_call_frees_again() -> None:
+    size = 64 * 2**20
+
+    def call() -> None:
+        torch.ones(size, dtype=torch.uint8)
+
+    call()
+    slack = 2 * 2**20  # the kernel counts in batches
+    assert size - slack <= timing.peak_bytes(call) < size + 8 * 2**20
+    assert timing.peak_bytes(lambda: None) < 8 * 2**20
+
+
+def test_machine_facts_name_the_machine() -> None:
+    facts = timing.machine_facts()
+    assert facts["torch"] == torch.__version__ and facts["cpu"] and facts["commit"]
+    assert facts["ours_instruction_set"]
+
+
+# --- Providers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_floor_runs_exactly_the_products_of_the_form(form: str) -> None:
+    floor = GemmFloor(form, make_inputs(SMOKE_SHAPE, torch.float32), blocks=(100, 200))
+    floor.tune(lambda call: timing.time_call(call))
+    with FlopCounterMode(display=False) as counter:
+        floor()
+    assert counter.get_total_flops() == len(FORM_GEMMS[form]) * SMOKE_SHAPE.gemm_flop()
+
+
+# Importing torch's compiler, which torch.compile does even where it then compiles nothing.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("shape", [SMOKE_SHAPE, SMOKE_SOFTCAP_SHAPE], ids=lambda s: s.name)
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_providers_compute_the_same_function(name: str, shape: Shape) -> None:
+    reason = PROVIDERS[name].missing()
+    if reason is not None:
+        pytest.skip(reason)
+    provider = PROVIDERS[name]()
+    if provider.needs_compiler or "cpu" not in provider.devices:
+        pytest.skip("runs compiled or on a GPU only")
+    tested = 0
+    with torch.compiler.set_stance("force_eager"):
+        for form in FORMS:
+            for with_entropy in (False, True)[: 1 if form == "known_coefficients" else 2]:
+                inputs = make_inputs(shape, torch.float32)
+                if provider.reason_against(form, with_entropy, inputs) is None:
+                    step = Step(provider, form, inputs, with_entropy=with_entropy)
+                    found = correctness.errors(step)
+                    assert correctness.beyond_limits(found, torch.float32) is None, form
+                    assert correctness.objection(step, torch.float32) is None, form
+                    assert (found.dhidden_error is None) == (form == "forward")
+                    asked = form in ("forward_backward", "known_coefficients")
+                    assert (found.dweight_error is not None) == asked
+                    assert (found.entropy_error is not None) == with_entropy
+                    tested += 1
+    assert tested == 0 if shape.head.softcap and not provider.has_softcap else tested >= 4
+
+
+def test_step_refuses_what_has_no_meaning() -> None:
+    inputs = make_inputs(SMOKE_SHAPE, torch.float32)
+    with pytest.raises(ValueError, match="form: expected one of"):
+        Step(PlainTorch(), "backward", inputs, with_entropy=False)
+    with pytest.raises(ValueError, match="no entropy"):
+        Step(PlainTorch(), "known_coefficients", inputs, with_entropy=True)
+
+
+# --- Correctness ----------------------------------------------------------------------------------
+
+
+def spoil_logprobs(results: Results) -> None:
+    assert results.logprobs is not None
+    results.logprobs += 0.1
+
+
+def spoil_entropy(results: Results) -> None:
+    assert results.entropy is not None
+    results.entropy += 0.1
+
+
+def spoil_dhidden(results: Results) -> None:
+    assert results.dhidden is not None
+    results.dhidden[-1] += 0.1 * results.dhidden.norm()
+
+
+def spoil_dweight(results: Results) -> None:
+    assert results.dweight is not None
+    results.dweight *= 0.9
+
+
+@pytest.mark.parametrize("spoil", [spoil_logprobs, spoil_entropy, spoil_dhidden, spoil_dweight])
+@pytest.mark.parametrize("shape", [SMOKE_SHAPE, SMOKE_SOFTCAP_SHAPE], ids=lambda s: s.name)
+def test_a_wrong_result_is_objected_to(spoil: Callable[[Results], None], shape: Shape) -> None:
+    step = Step(Ours(), "forward_backward", make_inputs(shape, torch.float32), with_entropy=True)
+    step()
+    assert correctness.objection(step, torch.float32) is None
+    spoil(step.results())  # views of what the step holds
+    assert (correctness.objection(step, torch.float32) or "").startswith("wrong:")
+
+
+def test_nan_is_beyond_the_limits() -> None:
+    found = correctness.Errors(logprob_error=float("nan"))
+    assert correctness.beyond_limits(found, torch.bfloat16) is not None
+
+
+# --- Processes in turn ----------------------------------------------------------------------------
+
+
+def test_processes_take_turns_and_say_why_they_cannot() -> None:
+    said: list[str] = []
+    jobs = [smoke_job("torch", "forward_backward"), smoke_job("nonsense"), smoke_job("floor")]
+    plain, nonsense, floor = in_turn(jobs, 3, say=said.append)
+    assert (plain.status, len(plain.times_s), floor.status, len(floor.times_s)) == ("ok", 3) * 2
+    assert nonsense.status == "failed: KeyError: 'nonsense'" and nonsense.times_s == []
+    assert "KeyError" in said[0] and len(said) == 1
+    n, d, v = SMOKE_SHAPE.tokens, SMOKE_SHAPE.head.hidden_size, SMOKE_SHAPE.head.vocabulary
+    assert plain.result_bytes == 4 * (n + n * d + v * d)
+    cannot = in_turn([dataclasses.replace(smoke_job("torch_lce"), with_entropy=True)], 1)[0]
+    assert cannot.status == "cannot: gives no entropy"
+
+
+def test_a_slow_provider_is_timed_once() -> None:
+    slow = in_turn([smoke_job("torch")], 3, max_call_s=0.0)[0]
+    assert slow.status.startswith("slow: timed once") and len(slow.times_s) == 1
+
+
+# --- bench_cpu ------------------------------------------------------------------------------------
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    return plots.read_csv(folder / "bench_cpu.csv")
+
+
+def test_bench_cpu_smoke(tmp_path: Path) -> None:
+    # As a command: its processes import its main module, and pytest takes long to import.
+    command = [sys.executable, "-m", "benchmarks.bench_cpu", "--smoke", "--threads", "1"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=BENCHMARKS.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows, printed = rows_of(tmp_path), done.stdout
+    cases = {(row["dtype"], row["form"], row["entropy"]) for row in rows}
+    assert cases == {("fp32", form, "no") for form in FORMS} | {("bf16", "forward_backward", "yes")}
+    for dtype, form, entropy in cases:
+        case = [
+            row
+            for row in rows
+            if (row["dtype"], row["form"], row["entropy"]) == (dtype, form, entropy)
+        ]
+        # Every peer has a row in every case, if only to say why it has no time.
+        assert {row["provider"] for row in case} == {"ours", "floor", *bench_cpu.PEERS}
+        ours = next(row for row in case if row["provider"] == "ours")
+        assert ours["status"] == "ok" and ours["n"] == "2" and "floor" in ours["in_turn_with"]
+        floor = next(row for row in case if row["provider"] == "floor" and row["in_turn_with"])
+        assert float(ours["relative"]) == pytest.approx(
+            float(ours["median_s"]) / float(floor["median_s"]), rel=1e-3
+        )
+        assert float(ours["peak_mb"]) >= 0 and ours["instruction_set"] and ours["commit"]
+        assert (ours["dhidden_error"] != "") and (
+            (ours["entropy_error"] != "") == (entropy == "yes")
+        )
+        for row in case:
+            assert (row["median_s"] != "") == (row["status"] == "ok"), row
+    for name in bench_cpu.PEERS:
+        reason = PROVIDERS[name].missing()
+        assert reason is None or f"{name}: {reason}" in printed
+        assert reason is None or {r["status"] for r in rows if r["provider"] == name} == {reason}
+    plots = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert plots == [
+        "bench_cpu_memory_bf16_entropy.png",
+        "bench_cpu_memory_fp32.png",
+        "bench_cpu_time_bf16_entropy.png",
+        "bench_cpu_time_fp32.png",
+    ]
+
+
+def test_bench_cpu_lists_what_the_budget_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    options = ["--smoke", "--out", str(tmp_path), "--budget-minutes", "0", "--providers", "torch"]
+    assert bench_cpu.main(options) == 0
+    rows = rows_of(tmp_path)
+    assert {row["provider"] for row in rows} == {"ours", "floor", "torch"}
+    assert {row["status"] for row in rows} == {"not run: time budget"}
+
+
+def test_bench_cpu_refuses_few_repetitions(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_cpu.parse(["--repetitions", "6"])
+    assert "at least 7" in capsys.readouterr().err
+
+
+def row_of(bench: bench_cpu.Bench, shape: Shape, name: str, seconds: float) -> bench_cpu.Row:
+    case = bench_cpu.Case(shape, "bf16", "forward", False)
+    job = bench.jobs(case, name, ["highest"])[0]
+    measured = Measured(job, times_s=[seconds])
+    return bench.row(case, measured, [])
+
+
+def test_finalists_are_the_fastest_on_the_first_shape(tmp_path: Path) -> None:
+    bench = bench_cpu.Bench(bench_cpu.parse(["--finalists", "1"]), tmp_path / "rows.csv")
+    times = {"torch": 3.0, "torch_compile": 1.0, "checkpointed_loop": 5.0, "torch_lce": 9.0}
+    bench.rows = [row_of(bench, CPU_SHAPES["A"], *time) for time in times.items()]
+    on_b = bench_cpu.Case(CPU_SHAPES["B"], "bf16", "forward", False)
+    # The fastest, and the fastest of those that do not store the logits.
+    assert bench.finalists(on_b) == {
+        ("torch_compile", "highest"),
+        ("checkpointed_loop", "highest"),
+    }
+    assert bench.finalists(dataclasses.replace(on_b, shape=CPU_SHAPES["A"])) is None
+    assert bench.finalists(dataclasses.replace(on_b, dtype="fp32")) is None
+
+
+def test_known_coefficients_are_compared_with_the_peers_forward_and_backward(
+    tmp_path: Path,
+) -> None:
+    bench = bench_cpu.Bench(bench_cpu.parse([]), tmp_path / "rows.csv")
+    row = dataclasses.replace(row_of(bench, CPU_SHAPES["A"], "torch", 2.0), form="forward_backward")
+    bench.rows = [row]
+    case = bench_cpu.Case(CPU_SHAPES["A"], "bf16", "known_coefficients", False)
+    assert bench.best_peer(case, []) is row
+    job = bench.jobs(case, "torch", ["highest"])[0]
+    assert "see forward_backward" in (bench.reason_against(case, job) or "")
+    bench.rows = []  # nothing stands for it: it runs
+    assert bench.reason_against(case, job) is None
+
+
+def test_append_keeps_the_rows_of_other_cases(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    first = bench_cpu.Bench(bench_cpu.parse([]), path)
+    first.facts |= {"cpu": "another"}
+    first.rows = [row_of(first, CPU_SHAPES[name], "torch", 2.0) for name in "AB"]
+    first.write()
+    options = ["--append", "--shapes", "B", "--dtypes", "bf16", "--forms", "forward"]
+    second = bench_cpu.Bench(bench_cpu.parse(options), path)
+    second.keep_other_cases()
+    # That of B is to be measured again.
+    assert [row.case() for row in second.rows] == [first.rows[0].case()]
+    second.rows.append(row_of(second, CPU_SHAPES["B"], "torch", 3.0))
+    second.write()
+    found = [(row["shape"], row["cpu"] == "another", row["n"]) for row in plots.read_csv(path)]
+    assert found == [("A", True, "1"), ("B", False, "1")]
+
+
+def test_readme_names_every_file() -> None:
+    readme = (BENCHMARKS / "README.md").read_text()
+    for path in BENCHMARKS.glob("[a-z]*.py"):
+        assert path.name in readme, path
