@@ -1,4 +1,4 @@
-"""The command `agro`: train, plot. Errors of the user's are one sentence and exit status 2."""
+"""The command `agro`. Errors of the user's are one sentence and exit status 2."""
 
 import argparse
 import gc
@@ -7,11 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agro_train import config as configuration
+from agro_train.experiments import FIGURES, reproduce
 
 DESCRIPTION = "Fine-tune a language model with AGRO."
 TRAIN = (
     "Run a configuration: the path of a YAML file or the name of a shipped one (without it: a tiny "
     "model that needs no download), with key=value settings after it."
+)
+ROLLOUT = (
+    "Sample num_generations completions for every training prompt of a configuration, score them, "
+    "and write a file that recorded= takes; model= may be a run's folder or checkpoint."
+)
+SCORE = "Score a file's completions: reward=NAME or reward=[NAME,...], reward_weights=[...]."
+EVAL = (
+    "pass@1, pass@k and maj@k on held-out prompts. A run's own configuration is used, with "
+    "key=value settings over it."
+)
+REPRODUCE = (
+    "Run one of the paper's experiments, write its tables and plots to output_dir (default: "
+    "runs/FIGURE), and print what it shows; exit status 1 if it does not show it."
 )
 
 
@@ -24,11 +38,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train_command.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and stop"
     )
+    rollout_command = commands.add_parser(
+        "rollout",
+        help="record completions of a model, a dataset for recorded=",
+        description=ROLLOUT,
+    )
+    rollout_command.add_argument("settings", nargs="*", metavar="CONFIG | key=value")
+    rollout_command.add_argument("--output", help="default: OUTPUT_DIR/recorded.jsonl")
+    rollout_command.add_argument("--prompts", type=int, help="how many prompts; default: all")
+    score_command = commands.add_parser(
+        "score", help="write rewards into a copy of a rollouts file", description=SCORE
+    )
+    score_command.add_argument("file", help="rollouts, .jsonl or .parquet")
+    score_command.add_argument("settings", nargs="+", metavar="reward=...")
+    score_command.add_argument("--output", help="default: FILE with .scored.jsonl at its end")
+    eval_command = commands.add_parser(
+        "eval", help="evaluate a run, a checkpoint or a model", description=EVAL
+    )
+    eval_command.add_argument("model", metavar="RUN_OR_CHECKPOINT")
+    eval_command.add_argument("settings", nargs="*", metavar="key=value")
     plot_command = commands.add_parser("plot", help="draw a run's curves again")
     plot_command.add_argument("run", help="output folder of a run")
-    options = parser.parse_args(arguments)
+    reproduce_command = commands.add_parser(
+        "reproduce", help="run an experiment of the paper", description=REPRODUCE
+    )
+    reproduce_command.add_argument("figure", metavar="FIGURE", help=", ".join(FIGURES))
+    reproduce_command.add_argument("settings", nargs="*", metavar="output_dir=DIR")
+    reproduce_command.add_argument("--quick", action="store_true", help="small, in seconds")
+    options, late = parser.parse_known_args(arguments)
+    # argparse takes no more positionals after an option; settings may stand there too.
+    if late and ("settings" not in options or any(word.startswith("-") for word in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:
+        options.settings += late
+    if options.command == "reproduce":
+        return _reproduce(options.figure, options.settings, options.quick)
     if options.command == "plot":
         return _plot(Path(options.run))
+    if options.command == "rollout":
+        return _rollout(options.settings, options.output, options.prompts)
+    if options.command == "score":
+        return _score(Path(options.file), options.settings, options.output)
+    if options.command == "eval":
+        return _eval(options.model, options.settings)
     return _train(options.settings, options.resume, options.dry_run)
 
 
@@ -53,6 +105,69 @@ def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
     del run
     gc.collect()
     return 0
+
+
+def _rollout(settings: Sequence[str], output: str | None, prompts: int | None) -> int:
+    try:
+        config = _config(settings, None)
+        if prompts is not None and prompts < 1:
+            raise ValueError(f"--prompts: expected at least 1, got {prompts}")
+        path = Path(output) if output else Path(config.output_dir) / "recorded.jsonl"
+        from agro_train.commands import record  # imports transformers
+
+        written = record(config, path, prompts)
+    except ValueError as error:
+        return _refuse(error)
+    print(f"{path}: {written} completions; train on them with recorded=[{path}]")
+    return 0
+
+
+def _score(source: Path, settings: Sequence[str], output: str | None) -> int:
+    from agro_train.commands import SCORE_KEYS, score_file
+
+    try:
+        for setting in settings:
+            if setting.partition("=")[0] not in SCORE_KEYS:
+                raise ValueError(f"arguments: expected {', '.join(SCORE_KEYS)}, got {setting!r}")
+        if not any(setting.startswith("reward=") for setting in settings):
+            raise ValueError("reward: expected reward=FUNCTION, got none; which shall score them?")
+        path = Path(output) if output else source.with_suffix(".scored.jsonl")
+        found = score_file(source, configuration.load(None, settings), path)
+    except ValueError as error:
+        return _refuse(error)
+    print(
+        f"{path}: {found['rows']:.0f} completions, mean reward {found['mean']:.3f}, "
+        f"{found['without']:.0f} without one"
+    )
+    return 0
+
+
+def _eval(model: str, settings: Sequence[str]) -> int:
+    from agro_train.commands import evaluate_model
+
+    try:
+        folder, found = evaluate_model(model, settings)
+    except ValueError as error:
+        return _refuse(error)
+    print("95 % intervals: bootstrap over the prompts")
+    for name, estimate in found.items():
+        print(f"{name:>9}  {estimate.value:.3f}  [{estimate.low:.3f}, {estimate.high:.3f}]")
+    print(f"Results and every sample are in {folder}")
+    return 0
+
+
+def _reproduce(figure: str, settings: Sequence[str], quick: bool) -> int:
+    output_dir = f"runs/{figure}"
+    try:
+        if figure not in FIGURES:
+            raise ValueError(f"figure: expected one of {', '.join(FIGURES)}, got {figure!r}")
+        for setting in settings:
+            key, _, output_dir = setting.partition("=")
+            if key != "output_dir" or not output_dir:
+                raise ValueError(f"arguments: expected output_dir=DIR, got {setting!r}")
+    except ValueError as error:
+        return _refuse(error)
+    return 0 if reproduce(figure, Path(output_dir), quick) else 1
 
 
 def _config(settings: Sequence[str], resume: str | None) -> configuration.TrainConfig:

@@ -54,9 +54,15 @@ class TrainConfig:
     eval_data: str = ""  # same; empty: rows held out from `data`
     prompt_template: str = "{prompt}"  # "{prompt}" is replaced by the dataset's question
     max_prompt_length: int = 512  # tokens; longer prompts are left out, and counted
-    recorded: list[str] = field(default_factory=list)  # .jsonl files of rollouts with rewards
+    recorded: list[str] = field(default_factory=list)  # .jsonl, .parquet: rollouts with rewards
     recorded_fraction: float = 1.0  # share of each step's groups taken from `recorded`, if given
-    reward: str = "number"  # number | math | module:function
+    replay_fraction: float = 0.0  # share of each step's groups taken from the run's own past steps
+    replay_max_staleness: int = 8  # steps: how old a replayed group may be
+    # Rewards: number | math | module:function, or several, [math,module:function].
+    reward: list[str] = field(default_factory=lambda: ["number"])
+    reward_weights: list[float] = field(default_factory=list)  # one a function; empty: 1 each
+    reward_timeout_s: float = 300.0  # for one call of a function of your own
+    math_timeout_s: float = 5.0  # for checking one completion against the gold answer
 
     # Algorithm.
     algorithm: str = "agro"  # agro | pg_<form>, the KL-regularised policy gradients
@@ -136,11 +142,19 @@ class TrainConfig:
             "save_every": 0,
             "lr_weight": 0,
             "weight_decay": 0,
+            "replay_max_staleness": 1,
         }
         for key, least in at_least.items():
             if (got := getattr(self, key)) < least:
                 raise ValueError(f"{key}: expected at least {least}, got {got}")
-        for key in ("beta", "temperature", "learning_rate", "max_grad_norm"):
+        for key in (
+            "beta",
+            "temperature",
+            "learning_rate",
+            "max_grad_norm",
+            "reward_timeout_s",
+            "math_timeout_s",
+        ):
             if not (got := getattr(self, key)) > 0:
                 raise ValueError(f"{key}: expected a number above 0, got {got}")
         if self.num_generations < 2:
@@ -148,10 +162,8 @@ class TrainConfig:
                 f"num_generations: expected at least 2, got {self.num_generations}; "
                 "a group of one has no variance to learn from"
             )
-        if not 0 <= self.recorded_fraction <= 1:
-            raise ValueError(
-                f"recorded_fraction: expected 0 to 1, got {self.recorded_fraction}; it is a share"
-            )
+        self._check_shares()
+        self._check_rewards()
         self.variance_baseline()
         if self.algorithm != "agro" and (self.lr_weight or self.lr_cap):
             raise ValueError(
@@ -169,6 +181,40 @@ class TrainConfig:
                 "got true; its variable-length kernels know no shared prefix"
             )
 
+    def _check_shares(self) -> None:
+        for key in ("recorded_fraction", "replay_fraction"):
+            if not 0 <= (got := getattr(self, key)) <= 1:
+                raise ValueError(f"{key}: expected 0 to 1, got {got}; it is a share")
+        recorded = self.recorded_fraction if self.recorded else 0.0
+        if recorded + self.replay_fraction > 1:
+            raise ValueError(
+                f"replay_fraction: expected at most the {1 - recorded:g} that recorded_fraction="
+                f"{recorded:g} leaves, got {self.replay_fraction}; lower one of them"
+            )
+        for key, share, groups in (
+            ("recorded_fraction", recorded, self.recorded_prompts_per_step),
+            ("replay_fraction", self.replay_fraction, self.replayed_prompts_per_step),
+        ):
+            if share and not groups:
+                raise ValueError(
+                    f"{key}: expected a share of one group or more of prompts_per_step="
+                    f"{self.prompts_per_step}, got {share}; raise one of them, or set {key}=0"
+                )
+
+    def _check_rewards(self) -> None:
+        if not self.reward or len(set(self.reward)) < len(self.reward):
+            raise ValueError(
+                f"reward: expected one or more functions, each once, got {self.reward}"
+            )
+        weights = self.reward_weights
+        if weights and len(weights) != len(self.reward):
+            raise ValueError(
+                f"reward_weights: expected {len(self.reward)} numbers, one for each function in "
+                f"reward, got {len(weights)}"
+            )
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"reward_weights: expected finite numbers, got {weights}")
+
     @property
     def offline(self) -> bool:
         """Whether every group comes from recorded data."""
@@ -178,6 +224,12 @@ class TrainConfig:
     def recorded_prompts_per_step(self) -> int:
         """How many of a step's groups come from recorded data."""
         return round(self.prompts_per_step * self.recorded_fraction) if self.recorded else 0
+
+    @property
+    def replayed_prompts_per_step(self) -> int:
+        """How many of a step's groups come from earlier steps, once there are as many."""
+        left = self.prompts_per_step - self.recorded_prompts_per_step
+        return min(left, round(self.prompts_per_step * self.replay_fraction))
 
     def variance_baseline(self) -> float | str:
         """lr_baseline as agro_coefficients takes it."""
@@ -226,9 +278,12 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
         given = OmegaConf.load(source)
         if not OmegaConf.is_dict(given):
             raise ValueError(f"config: expected keys and values in {source}, got a list")
-        merged = OmegaConf.merge(
-            OmegaConf.structured(TrainConfig), given, OmegaConf.from_dotlist(list(overrides))
-        )
+        changes = OmegaConf.from_dotlist(list(overrides))
+        for settings in (given, changes):  # one function or weight may stand without its brackets
+            for key in ("reward", "reward_weights"):
+                if key in settings and not OmegaConf.is_list(settings[key]):
+                    settings[key] = [settings[key]]
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), given, changes)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, source)) from error

@@ -1,38 +1,28 @@
-"""Where prompts and recorded rollouts come from: tasks, JSONL files, hub datasets."""
+"""Where prompts come from: tasks, JSONL and parquet files, hub datasets."""
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from agro_train.tasks import TASKS, Row, Split
-from agro_train.types import Finish, Prompt, Rollout
+from agro_train.types import Prompt
+
+T = TypeVar("T")
 
 # The question's column as TRL, MATH and GSM8K name it; the first one present counts.
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-# What a recorded rollout's columns may hold.
-RECORDED_TYPES: dict[str, tuple[type, ...]] = {
-    "reward": (int, float, type(None)),
-    "prompt": (str,),
-    "prompt_ids": (list,),
-    "completion": (str,),
-    "completion_ids": (list,),
-    "step": (int, type(None)),
-    "temperature": (int, float, type(None)),
-    "columns": (dict,),
-}
 
 
 def load_rows(source: str, split: Split) -> list[Row]:
-    """The rows of a task, a JSONL file or a hub dataset; every row has a `prompt` column."""
+    """The rows of a task, a file or a hub dataset; every row has a `prompt` column."""
     if source in TASKS:
         return TASKS[source](split)
-    if source.endswith((".jsonl", ".json")):
-        rows = read_jsonl(Path(source))
+    if source.endswith((".jsonl", ".json", ".parquet")):
+        rows = [row for _, row in numbered_rows(Path(source))]
     else:
         rows = _hub_rows(source, split)
     if not rows:
@@ -60,12 +50,17 @@ def load_rows(source: str, split: Split) -> list[Row]:
 
 def read_jsonl(path: Path) -> list[Row]:
     """One JSON object a line; blank lines are skipped. Errors name file and line."""
-    return [row for _, row in _numbered_rows(path)]
+    return [row for _, row in numbered_rows(path)]
 
 
-def _numbered_rows(path: Path) -> list[tuple[int, Row]]:
+def numbered_rows(path: Path) -> list[tuple[int, Row]]:
+    """The rows of a JSONL or parquet file, each with its line (its row) counted from 1."""
     if not path.is_file():
-        raise ValueError(f"data: expected a JSONL file, got {str(path)!r}; there is no such file")
+        raise ValueError(
+            f"data: expected a JSONL or parquet file, got {str(path)!r}; there is no such file"
+        )
+    if path.suffix == ".parquet":
+        return list(enumerate(_parquet_rows(path), start=1))
     rows = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -85,6 +80,18 @@ def _numbered_rows(path: Path) -> list[tuple[int, Row]]:
     return rows
 
 
+def _parquet_rows(path: Path) -> list[Row]:
+    # pyarrow comes with datasets, and few runs need it.
+    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+
+    try:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"data: expected a parquet file, got {str(path)!r}: {reason}") from error
+    return rows
+
+
 def _hub_rows(source: str, split: Split) -> list[Row]:
     from datasets import load_dataset  # slow to import, and few runs need it
 
@@ -93,8 +100,8 @@ def _hub_rows(source: str, split: Split) -> list[Row]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"data: expected {', '.join(TASKS)}, a .jsonl file or a hub dataset, got {source!r}: "
-            f"{reason}"
+            f"data: expected {', '.join(TASKS)}, a .jsonl or .parquet file or a hub dataset, got "
+            f"{source!r}: {reason}"
         ) from error
     return [dict(row) for row in dataset]
 
@@ -151,19 +158,19 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> Prompt:
     return Prompt(group=group, text=text, ids=tuple(ids), columns=dict(row))
 
 
-def prompts_for_step(prompts: Sequence[Any], count: int, step: int, seed: int) -> list[Any]:
-    """The `count` items of one step: epochs of fresh permutations, a pure function of (step, seed).
+def shuffled(items: Sequence[T], first: int, count: int, seed: int) -> list[T]:
+    """Items first .. first + count of an endless sequence of epochs, each a fresh permutation.
 
-    Nothing has to be saved to continue where a run stopped.
+    A pure function of its arguments: nothing has to be saved to continue where a run stopped.
     """
     picked = []
     orders: dict[int, list[int]] = {}
-    for index in range(step * count, (step + 1) * count):
-        epoch, position = divmod(index, len(prompts))
+    for index in range(first, first + count):
+        epoch, position = divmod(index, len(items))
         if epoch not in orders:
             generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-            orders[epoch] = torch.randperm(len(prompts), generator=generator).tolist()
-        picked.append(prompts[orders[epoch][position]])
+            orders[epoch] = torch.randperm(len(items), generator=generator).tolist()
+        picked.append(items[orders[epoch][position]])
     return picked
 
 
@@ -171,94 +178,3 @@ def derive_seed(*parts: object) -> int:
     """A 63-bit seed from a run's seed, a purpose and counters; the same everywhere, always."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def rollout_to_json(rollout: Rollout) -> str:
-    """One line of a rollout log."""
-    row = {name: getattr(rollout, name) for name in rollout.__dataclass_fields__}
-    return json.dumps(row, ensure_ascii=False)
-
-
-def load_recorded(
-    paths: Sequence[str], tokenizer: Any, template: str, vocab_size: int
-) -> list[list[Rollout]]:
-    """Recorded groups, in the order of their first line.
-
-    A line needs `reward` (a number or null), `prompt_ids` or `prompt`, and `completion_ids` or
-    `completion`; lines with the same `group` (else the same prompt) belong together. A prompt
-    given as text is rendered like a dataset's; a completion's text is tokenised apart from it, and
-    an end token is appended only where `finish` says "stop".
-    """
-    groups: dict[str, list[Rollout]] = {}
-    for path in paths:
-        rows = _numbered_rows(Path(path))
-        if not rows:
-            raise ValueError(f"recorded: expected at least one rollout in {path}, got none")
-        for number, row in rows:
-            where = f"{path}, line {number}"
-            rollout = _recorded_rollout(row, where, tokenizer, template, vocab_size)
-            group = groups.setdefault(rollout.group, [])
-            if group and group[0].prompt_ids != rollout.prompt_ids:
-                raise ValueError(
-                    f"recorded: expected one prompt in group {rollout.group!r}, got another in "
-                    f"{where}; give each prompt a group of its own over all files"
-                )
-            group.append(rollout)
-    for name, rollouts in groups.items():
-        if len(rollouts) < 2:
-            raise ValueError(
-                f"recorded: expected at least 2 completions a prompt, got 1 for group {name!r} "
-                f"({rollouts[0].prompt[:40]!r}); a group of one has no variance to learn from"
-            )
-    return list(groups.values())
-
-
-def _recorded_rollout(
-    row: Row, where: str, tokenizer: Any, template: str, vocab_size: int
-) -> Rollout:
-    for either in (("reward",), ("prompt_ids", "prompt"), ("completion_ids", "completion")):
-        if not any(name in row for name in either):
-            raise ValueError(
-                f"recorded: expected a column {' or '.join(either)} in {where}, "
-                f"got {', '.join(row)}"
-            )
-    for name, kind in RECORDED_TYPES.items():
-        if name in row and not isinstance(row[name], kind):
-            allowed = " or ".join(k.__name__ for k in kind).replace("NoneType", "null")
-            raise ValueError(
-                f"recorded: expected {allowed} as {name} in {where}, got {row[name]!r}"
-            )
-    if row.get("finish", "stop") not in ("stop", "length"):
-        raise ValueError(
-            f"recorded: expected stop or length as finish in {where}, got {row['finish']!r}"
-        )
-    finish: Finish = row.get("finish", "stop")
-    if "prompt_ids" in row:
-        prompt_ids = row["prompt_ids"]
-        prompt = row.get("prompt") or tokenizer.decode(prompt_ids)
-    else:
-        rendered = render(row, tokenizer, template)
-        prompt_ids, prompt = list(rendered.ids), rendered.text
-    completion_ids = row.get("completion_ids")
-    if completion_ids is None:
-        completion_ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-        completion_ids += [tokenizer.eos_token_id] if finish == "stop" else []
-    for name, ids in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
-        if not ids or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
-            raise ValueError(
-                f"recorded: expected {name} of one or more ids in [0, {vocab_size}) in {where}, "
-                f"got {str(ids)[:60]}; was it recorded with another tokenizer?"
-            )
-    reward = row["reward"]
-    return Rollout(
-        group=str(row.get("group", prompt)),
-        prompt=prompt,
-        prompt_ids=tuple(prompt_ids),
-        completion=row.get("completion") or tokenizer.decode(completion_ids),
-        completion_ids=tuple(completion_ids),
-        finish=finish,
-        reward=float(reward) if reward is not None and math.isfinite(reward) else None,
-        step=row.get("step"),
-        temperature=row.get("temperature"),
-        columns=row.get("columns", {}),
-    )

@@ -1,14 +1,20 @@
-"""Held-out prompts: one greedy completion each, and sampled ones at the training temperature."""
+"""Held-out prompts: one greedy completion each, and sampled ones at the training temperature.
 
-from collections.abc import Sequence
+A completion passes if the first reward function gives it 1.0 or more.
+"""
+
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from agro_train.config import TrainConfig
 from agro_train.data import derive_seed
-from agro_train.rewards import RewardFunction, score
+from agro_train.estimators import bootstrap_interval, majority_at_k, pass_at_k
+from agro_train.math_rewards import check, gold_text
+from agro_train.rewards import Rewards, last_integer, score
 from agro_train.rollout import generate
 from agro_train.types import Prompt, Rollout
 
@@ -19,14 +25,23 @@ class Evaluation:
     sampled: list[Rollout]
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts with its 95 % interval, by bootstrap over the prompts."""
+
+    value: float
+    low: float
+    high: float
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: Any,
     prompts: Sequence[Prompt],
-    reward: RewardFunction,
+    rewards: Rewards,
     config: TrainConfig,
     end_tokens: set[int],
-    step: int,
+    step: int | None,
 ) -> Evaluation:
     """Scored completions of the prompts. Every evaluation of a run samples with the same seed."""
     groups: list[list[Rollout]] = []
@@ -45,21 +60,77 @@ def evaluate(
                 seed=derive_seed(config.seed, "evaluate"),
                 step=step,
             )
-        groups.append(score(rollouts, reward) if rollouts else [])
+        groups.append(score(rollouts, rewards) if rollouts else [])
     return Evaluation(*groups)
 
 
 def summarise(evaluation: Evaluation) -> dict[str, float]:
-    """Mean reward of greedy decoding (`eval_accuracy`) and of sampling (`eval_reward`), and mean
-    length of the greedy completions in tokens (`eval_length`)."""
+    """Mean reward of greedy decoding (`eval_accuracy`) and of sampling (`eval_reward`), mean length
+    of the greedy completions in tokens (`eval_length`), share cut off (`eval_truncated_rate`), and
+    the share of sampled completions that pass (`eval_pass@1`) with that of prompts for which any of
+    their n does (`eval_pass@n`)."""
     greedy, sampled = evaluation.greedy, evaluation.sampled
     metrics = {
         "eval_accuracy": mean_reward(greedy),
         "eval_length": sum(len(r.completion_ids) for r in greedy) / len(greedy),
+        "eval_truncated_rate": sum(r.finish == "length" for r in greedy) / len(greedy),
     }
     if sampled:
         metrics["eval_reward"] = mean_reward(sampled)
+        prompts = by_prompt(evaluation)
+        for k in sorted({1, len(prompts[0])}):
+            values = [pass_at_k(len(rows), sum(map(passes, rows)), k) for rows in prompts]
+            metrics[f"eval_pass@{k}"] = sum(values) / len(values)
     return metrics
+
+
+def estimates(evaluation: Evaluation, config: TrainConfig) -> dict[str, Estimate]:
+    """greedy, pass@k and maj@k for k = 1, 2, 4, ... and the number of sampled completions."""
+    seed = derive_seed(config.seed, "bootstrap")
+    per_prompt = {"greedy": [float(passes(rollout)) for rollout in evaluation.greedy]}
+    if evaluation.sampled:
+        prompts = by_prompt(evaluation)
+        answers = answers_of(evaluation.sampled, config)
+        n = config.eval_generations
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "majority"))
+        ks = sorted({2**i for i in range(n.bit_length())} | {n})
+        for k in ks:
+            per_prompt[f"pass@{k}"] = [pass_at_k(n, sum(map(passes, p)), k) for p in prompts]
+        for k in ks[1:]:  # the majority of one is that one
+            per_prompt[f"maj@{k}"] = [
+                majority_at_k(
+                    answers[i * n : (i + 1) * n], [*map(passes, rows)], k, generator=generator
+                )
+                for i, rows in enumerate(prompts)
+            ]
+    return {
+        name: Estimate(sum(values) / len(values), *bootstrap_interval(values, seed=seed))
+        for name, values in per_prompt.items()
+    }
+
+
+def passes(rollout: Rollout) -> bool:
+    first = next(iter(rollout.rewards.values()), None)
+    return first is not None and first >= 1.0
+
+
+def answers_of(rollouts: Sequence[Rollout], config: TrainConfig) -> list[Hashable | None]:
+    """What each completion votes for: its last integer, its final answer as math-verify reads it,
+    or for a function of the user's own its text."""
+    first = config.reward[0]
+    if first == "number":
+        return [last_integer(rollout.completion) for rollout in rollouts]
+    if first == "math":
+        golds = [gold_text(rollout.columns) or "" for rollout in rollouts]
+        found = check(golds, [rollout.completion for rollout in rollouts], config.math_timeout_s)
+        return [one.answer for one in found]
+    return [rollout.completion.strip() for rollout in rollouts]
+
+
+def by_prompt(evaluation: Evaluation) -> list[list[Rollout]]:
+    """The sampled completions, prompt by prompt in the order of the greedy ones."""
+    n = len(evaluation.sampled) // len(evaluation.greedy)
+    return [evaluation.sampled[i : i + n] for i in range(0, len(evaluation.sampled), n)]
 
 
 def mean_reward(rollouts: Sequence[Rollout]) -> float:

@@ -31,7 +31,7 @@ PANELS: list[Panel] = [
     (
         "length",
         "completion length, tokens",
-        [("length", "training samples"), ("eval_length", "held-out, greedy")],
+        [("completions/mean_length", "training samples"), ("eval_length", "held-out, greedy")],
     ),
 ]
 COLOURS = ("#4269d0", "#ff725c", "#3ca951")

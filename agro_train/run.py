@@ -1,19 +1,22 @@
 """A run: everything the loop needs, loaded and checked before the output folder is touched."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, get_scheduler
 from transformers.utils import logging as transformers_logging
 
 from agro_train import checkpoint, tiny
 from agro_train.config import TrainConfig
-from agro_train.data import derive_seed, load_prompts, load_recorded
+from agro_train.data import derive_seed, load_prompts, shuffled
+from agro_train.mix import Mix, plan
 from agro_train.model import (
     Policy,
     end_tokens,
@@ -24,10 +27,12 @@ from agro_train.model import (
     set_matmul_precision,
     shard,
 )
-from agro_train.rewards import RewardFunction, check_columns, load_reward
+from agro_train.recorded import Recorded, load_recorded
+from agro_train.reference_cache import with_ref_logprobs
+from agro_train.rewards import Rewards, check_columns, load_rewards, with_readable_gold
 from agro_train.tasks import TASKS
 from agro_train.tracking import RunFolder
-from agro_train.types import Prompt, Rollout
+from agro_train.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,9 @@ class Run:
     scheduler: Any
     prompts: list[Prompt]
     held_out: list[Prompt]
-    recorded: list[list[Rollout]]
-    reward: RewardFunction
+    recorded: Recorded
+    mix: list[Mix]  # of every step
+    rewards: Rewards
     base_model: str  # fingerprint of the reference's weights
     start: int  # steps already taken
     summary: str
@@ -73,7 +79,8 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
             f"steps: expected more than the {state.step} that {folder.path} has already taken, got "
             f"{config.steps}; add steps=N to go on"
         )
-    reward = load_reward(config.reward)
+    rewards = load_rewards(config)
+    mix = plan(config)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available()
     )
@@ -97,11 +104,21 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     )
     if config.model == "tiny":
         tiny.check_prompts([*prompts, *held_out])
+    context = getattr(base.config, "max_position_embeddings", None)
     recorded = load_recorded(
-        config.recorded, tokenizer, config.prompt_template, base.config.vocab_size
+        config.recorded,
+        tokenizer,
+        config.prompt_template,
+        vocab_size=base.config.vocab_size,
+        context=context,
     )
-    check_columns(config.reward, [*prompts, *held_out])
-    check_ranks(config, accelerator, len(held_out))
+    for spec in config.reward:
+        check_columns(spec, [*prompts, *held_out])
+    check_context(config, [*prompts, *held_out], context)
+    num_loaded = len(prompts) + len(held_out)
+    prompts, held_out = (readable(part, config, accelerator) for part in (prompts, held_out))
+    unreadable = num_loaded - len(prompts) - len(held_out)
+    check_ranks(config, accelerator, len(held_out), mix)
     trained = copy.deepcopy(base) if newest is None else load_model(str(newest), config)
     weights = sum(parameter.numel() for parameter in trained.parameters())
     ends = end_tokens(trained, tokenizer)
@@ -121,6 +138,13 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     )
     if newest is not None:
         checkpoint.load_optimizer(newest, policy, optimizer, scheduler)
+    if config.recorded:
+        per_step = config.recorded_prompts_per_step
+        visits = range(len(recorded.groups))
+        used = set(shuffled(visits, 0, config.steps * per_step, config.seed))
+        recorded = with_ref_logprobs(
+            recorded, used, reference, base_model, config, accelerator, accelerator.print
+        )
     accelerator.wait_for_everyone()  # no rank creates the folder while another checks it
     if accelerator.is_main_process:
         if state is not None:
@@ -133,8 +157,15 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     summary = (
         f"{config.model}: {weights / 1e6:.1f} M weights, {len(prompts)} prompts, "
         f"{len(held_out)} held out, {too_long} left out as too long, "
-        f"{len(recorded)} recorded groups; {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, float32 products: {precision}"
+    )
+    if unreadable:
+        summary += f"{unreadable} left out as their gold answer cannot be parsed, "
+    summary += f"{len(recorded.groups)} recorded groups"
+    if recorded.num_unrewarded:
+        summary += f" with {recorded.num_unrewarded} completions without a reward"
+    summary += (
+        f"; {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"float32 products: {precision}"
     )
     if warm_loss is not None:
         summary += f"; warm start ended at {warm_loss:.3f} nats a token"
@@ -151,14 +182,42 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         prompts=prompts,
         held_out=held_out,
         recorded=recorded,
-        reward=reward,
+        mix=mix,
+        rewards=rewards,
         base_model=base_model,
         start=0 if state is None else state.step,
         summary=summary,
     )
 
 
-def check_ranks(config: TrainConfig, accelerator: Accelerator, num_held_out: int) -> None:
+def readable(prompts: list[Prompt], config: TrainConfig, accelerator: Accelerator) -> list[Prompt]:
+    """The prompts whose gold answer the reward can read; each rank looks at its share."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    bounds = [len(prompts) * i // ranks for i in range(ranks + 1)]
+    mine = with_readable_gold(prompts[bounds[rank] : bounds[rank + 1]], config)
+    kept: list[Prompt] = gather_object(mine)
+    if prompts and not kept:
+        raise ValueError(
+            f"data: expected gold answers that math-verify can parse, got none in {len(prompts)} "
+            f"prompts, the first of which is {prompts[0].text[:40]!r}"
+        )
+    return kept
+
+
+def check_context(config: TrainConfig, prompts: Sequence[Prompt], context: int | None) -> None:
+    """Raises ValueError where a completion could run out of the model's context."""
+    longest = max((len(prompt.ids) for prompt in prompts), default=0)
+    if context is not None and longest + config.max_completion_length > context:
+        raise ValueError(
+            f"max_completion_length: expected at most {context - longest}, what the longest prompt "
+            f"of {longest} tokens leaves of the model's {context}, got "
+            f"{config.max_completion_length}; lower it or max_prompt_length"
+        )
+
+
+def check_ranks(
+    config: TrainConfig, accelerator: Accelerator, num_held_out: int, mix: Sequence[Mix]
+) -> None:
     """Raises ValueError for what the launch cannot carry."""
     ranks = accelerator.num_processes
     if config.fsdp and not torch.distributed.is_initialized():
@@ -166,10 +225,10 @@ def check_ranks(config: TrainConfig, accelerator: Accelerator, num_held_out: int
             "fsdp: expected a distributed launch, got a single process; start it with "
             "accelerate launch -m agro_train, or set fsdp=false"
         )
-    num_fresh = config.prompts_per_step - config.recorded_prompts_per_step
+    num_fresh = min((step.fresh for step in mix if step.fresh), default=0)
     for what, count in (
         ("prompts_per_step", config.prompts_per_step),
-        ("prompts_per_step that are not recorded", num_fresh),
+        ("fresh prompts in a step", num_fresh),
         ("held-out prompts", num_held_out),
     ):
         if 0 < count < ranks:

@@ -1,6 +1,7 @@
 """One policy update: two passes without gradients, one coefficient a completion, one pass with.
 
-1. Score: log-probabilities of every completion under the policy as it is now and the reference.
+1. Score: log-probabilities of every completion under the policy as it is now and the reference;
+   the reference is not asked again for what the batch knows already.
 2. Coefficients over whole groups (`agro_coefficients`): from here on a completion's share of the
    gradient is a number that depends on nothing else.
 3. Update: sum_t c * logprob_t, micro-batch by micro-batch, through `weighted_logprob_sum`. How
@@ -17,8 +18,17 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from agro_kernels import AgroStats, agro_coefficients, policy_gradient_coefficients
+from agro_train.batch import pack
 from agro_train.config import TrainConfig
-from agro_train.types import MicroBatch, StepStats, TrainBatch
+from agro_train.types import MicroBatch, Rollout, StepStats, TrainBatch
+
+# What a rank without a micro-batch of its own reads to keep step with the others: token 0 after
+# token 0. Its result is not used.
+FILLER = pack(
+    [Rollout("", "", (0,), "", (0,), finish="length", reward=None)],
+    token_budget=1,
+    share_prompts=False,
+)[0]
 
 
 @dataclass(frozen=True)
@@ -82,24 +92,23 @@ def score_batch(
     """Scores of the batch, and each micro-batch's lse (n,), which saves the update a head product.
 
     Policy and reference go through the same kernels and the same packing, so that equal weights
-    give a log-ratio of exactly zero.
+    give a log-ratio of exactly zero (to rounding where the reference's was computed before).
     """
     logprobs = torch.zeros(len(batch.rewards), dtype=torch.float64)
-    ref_logprobs = torch.zeros_like(logprobs)
     entropy, num_tokens, lse = 0.0, 0, []
     with torch.no_grad():
         for number, piece in enumerate(micro, start=1):
             piece = to_device(piece, device)
             ours = policy(piece, config.temperature)
-            theirs = reference(piece, config.temperature).logprobs
             lse.append(ours.lse)
             if number > len(batch.micro):
                 continue
-            rows = token_rows(piece)
-            logprobs += row_sums(ours.logprobs, rows, len(logprobs))
-            ref_logprobs += row_sums(theirs, rows, len(logprobs))
+            logprobs += row_sums(ours.logprobs, token_rows(piece), len(logprobs))
             entropy += float(ours.entropy.double().sum())
             num_tokens += len(piece.targets)
+    unknown = tuple(piece for piece in batch.micro if batch.ref_logprobs[piece.rows].isnan().any())
+    asked = sequence_logprobs(reference, unknown, len(logprobs), config, device)
+    ref_logprobs = torch.where(batch.ref_logprobs.isnan(), asked, batch.ref_logprobs)
     scores = Scores(
         rewards=batch.rewards,
         logprobs=logprobs,
@@ -112,11 +121,29 @@ def score_batch(
     return scores, lse
 
 
+def sequence_logprobs(
+    model: nn.Module,
+    micro: tuple[MicroBatch, ...],
+    count: int,
+    config: TrainConfig,
+    device: torch.device,
+) -> Tensor:
+    """(count,) float64 log-probabilities of whole completions, nats; 0 for rows not in `micro`."""
+    sums = torch.zeros(count, dtype=torch.float64)
+    with torch.no_grad():
+        for number, piece in enumerate(even_out(micro), start=1):
+            piece = to_device(piece, device)
+            logprobs = model(piece, config.temperature).logprobs
+            if number <= len(micro):
+                sums += row_sums(logprobs, token_rows(piece), count)
+    return sums
+
+
 def even_out(micro: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
     """The same number on every rank, by repeating the last one: a rank that calls the sharded model
     less often than the others would leave them waiting for ever."""
     most: int = max(gather_object([len(micro)]))
-    return micro + micro[-1:] * (most - len(micro))
+    return micro + (micro or (FILLER,))[-1:] * (most - len(micro))
 
 
 def gather_scores(scores: Scores, rank: int) -> tuple[Scores, int]:
@@ -154,20 +181,58 @@ def coefficients(scores: Scores, config: TrainConfig) -> tuple[Tensor, AgroStats
     return policy_gradient_coefficients(*data, beta=config.beta, form=form), agro.stats
 
 
+def coefficient_sizes(scores: Scores, config: TrainConfig) -> dict[str, float]:
+    """Sizes of AGRO's two parts, at the scale of `coefficients`: the mean over groups of the sum of
+    |coefficient| over a group's completions, and the share of groups in which the likelihood-ratio
+    part, as weighted and capped, is the larger one.
+    """
+    both, stats = coefficients(scores, replace(config, algorithm="agro"))
+    plain = replace(config, algorithm="agro", lr_weight=0.0, lr_cap=False)
+    pathwise, _ = coefficients(scores, plain)
+    groups = scores.groups.unique(return_inverse=True)[1]
+    paths, ratios = (
+        torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, part.double())
+        for part in (pathwise.abs(), (both - pathwise).abs())
+    )
+    num_groups = max(1, int(stats.num_groups))
+    return {
+        "agro/coef_pathwise_abs": float(paths.sum()),
+        "agro/coef_lr_abs": float(ratios.sum()),
+        "agro/frac_groups_lr_dominates": int((ratios > paths).sum()) / num_groups,
+    }
+
+
+def frac_reward_zero_std(scores: Scores) -> float:
+    """Share of groups whose rewards are all equal. They still learn: towards the reference."""
+    groups = scores.groups.unique(return_inverse=True)[1]
+    count = int(groups.max()) + 1
+    highest, lowest = torch.full((2, count), math.nan, dtype=torch.float64)
+    finite = scores.rewards.isfinite()
+    index, values = groups[finite], scores.rewards[finite]
+    highest = highest.scatter_reduce(0, index, values, "amax", include_self=False)
+    lowest = lowest.scatter_reduce(0, index, values, "amin", include_self=False)
+    return float((highest == lowest).double().mean())
+
+
 def _metrics(
     scores: Scores, stats: AgroStats, config: TrainConfig, grad_norm: float, skipped: bool
 ) -> dict[str, float]:
     """Columns of metrics.jsonl that the update knows."""
+    log_ratio = scores.logprobs - scores.ref_logprobs
     return {
         "loss": float(stats.variance) / (2 * config.beta),
         "grad_norm": grad_norm,
         # Mean log(policy / reference), nats a completion: the KL where the policy did the sampling.
         # No exp(-l) - 1 + l: one token that the policy has all but given up would dwarf the rest.
         "kl": float(stats.log_ratio),
+        "kl_per_token": float(log_ratio.sum()) / int(scores.num_tokens),
         "entropy": float(scores.entropy) / int(scores.num_tokens),
         "agro/variance": float(stats.variance),
         "agro/kl_to_optimum": float(stats.kl_to_optimum),
         "agro/lr_dominance": float(stats.lr_dominance),
+        "agro/logratio_abs_max": float(log_ratio.abs().max()),
+        **coefficient_sizes(scores, config),
+        "frac_reward_zero_std": frac_reward_zero_std(scores),
         "groups": float(stats.num_groups),
         "short_groups": float(stats.num_short_groups),
         "dropped": float(stats.num_dropped),

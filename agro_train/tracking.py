@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from agro_train.data import read_jsonl, rollout_to_json
+from agro_train.data import read_jsonl
+from agro_train.recorded import rollout_to_json
 from agro_train.types import Rollout
 
 

@@ -1,18 +1,20 @@
 """The loop: prompts -> rollouts -> rewards -> batch -> one policy update a pass."""
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from agro_train import checkpoint
 from agro_train.batch import build_batch
-from agro_train.data import derive_seed, prompts_for_step
-from agro_train.evaluate import Evaluation, evaluate, mean_reward, summarise
+from agro_train.data import derive_seed, shuffled
+from agro_train.evaluate import Evaluation, evaluate, summarise
+from agro_train.metrics import describe
+from agro_train.mix import replayed_groups
 from agro_train.model import whole
 from agro_train.plots import plot_run
-from agro_train.rewards import score
+from agro_train.rewards import refuse_broken, score
 from agro_train.rollout import generate
 from agro_train.run import Run
 from agro_train.step import update
@@ -50,7 +52,8 @@ def train(run: Run) -> Path:
                 run.scheduler,
             )
             rollouts = gather_object(rollouts)
-            metrics = {**describe(rollouts), **stats.metrics}
+            metrics = {**describe(rollouts, step), **stats.metrics}
+            metrics["epoch"] = run.mix[step].first_fresh / len(run.prompts)
             metrics["time_s"] = time.perf_counter() - began
             metrics["tokens_per_s"] = metrics["tokens"] / metrics["time_s"]
             metrics["learning_rate"] = run.scheduler.get_last_lr()[0]
@@ -77,24 +80,21 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
     """This rank's rollouts with rewards, the number of each one's group within the step over all
     ranks, and which of them the policy sampled just now.
 
-    Of `prompts_per_step` groups the share `recorded_fraction` is recorded, the rest is generated.
+    The step's groups are numbered through: fresh ones, then replayed ones, then recorded ones.
     """
-    config = run.config
-    num_recorded = config.recorded_prompts_per_step
-    num_fresh = config.prompts_per_step - num_recorded
-    fresh_prompts = prompts_for_step(run.prompts, num_fresh, step, config.seed)
-    recorded_groups = prompts_for_step(run.recorded, num_recorded, step, config.seed)
+    config, mix = run.config, run.mix[step]
+    prompts = shuffled(run.prompts, mix.first_fresh, mix.fresh, config.seed)
     numbers = range(config.prompts_per_step)[run.share]
-    mine = [number for number in numbers if number < num_fresh]
+    mine = [number for number in numbers if number < mix.fresh]
     rollouts: list[Rollout] = []
-    if num_fresh:
+    if mix.fresh:
         rollouts = whole(
             run.policy,
             run.accelerator,
             lambda model: generate(
                 model,
                 run.tokenizer,
-                [fresh_prompts[number] for number in mine],
+                [prompts[number] for number in mine],
                 num_generations=config.num_generations,
                 temperature=config.temperature,
                 max_completion_length=config.max_completion_length,
@@ -104,28 +104,37 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
                 step=step,
             ),
         )
-        rollouts = score(rollouts, run.reward)
+        rollouts = score(rollouts, run.rewards)
+        if step == run.start:
+            refuse_broken(rollouts)
     # A prompt that comes twice in a step makes two groups: their numbers differ.
     groups = [number for number in mine for _ in range(config.num_generations)]
     on_policy = [True] * len(rollouts)
+    known = [*replayed(run, step), *recorded(run, step)]
     for number in numbers:
-        if number >= num_fresh:
-            recorded = recorded_groups[number - num_fresh]
-            rollouts += recorded
-            groups += [number] * len(recorded)
-            on_policy += [False] * len(recorded)
+        if number >= mix.fresh:
+            group = known[number - mix.fresh]
+            rollouts += group
+            groups += [number] * len(group)
+            on_policy += [False] * len(group)
     return rollouts, groups, on_policy
 
 
-def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Columns of metrics.jsonl that the completions alone tell."""
-    lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    return {
-        "reward": mean_reward(rollouts),
-        "length": sum(lengths) / len(lengths),
-        "truncated": sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts),
-        "tokens": float(sum(lengths)),
-    }
+def replayed(run: Run, step: int) -> list[list[Rollout]]:
+    """The step's groups from earlier steps. The main rank, which wrote them, reads them for all."""
+    if not run.mix[step].replayed:
+        return []
+    groups: list[Any] = [None]
+    if run.main:
+        groups = [replayed_groups(run.folder.path, run.mix, step, run.config)]
+    read: list[list[Rollout]] = broadcast_object_list(groups)[0]
+    return read
+
+
+def recorded(run: Run, step: int) -> list[tuple[Rollout, ...]]:
+    """The step's groups from recorded files."""
+    count = run.mix[step].recorded
+    return shuffled(run.recorded.groups, step * count, count, run.config.seed)
 
 
 def due(every: int, step: int) -> bool:
@@ -142,7 +151,7 @@ def run_evaluation(run: Run, step: int, display: Display) -> Evaluation | None:
         run.policy,
         run.accelerator,
         lambda model: evaluate(
-            model, run.tokenizer, mine, run.reward, run.config, run.end_tokens, step
+            model, run.tokenizer, mine, run.rewards, run.config, run.end_tokens, step
         ),
     )
     result = Evaluation(gather_object(result.greedy), gather_object(result.sampled))

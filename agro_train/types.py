@@ -23,6 +23,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 Finish = Literal["stop", "length"]
+Source = Literal["fresh", "recorded", "replayed"]
+Failure = Literal["timeout", "error"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Rollout:
     reward: float | None  # None or not finite: dropped from its group, and counted
     step: int | None = None  # the policy that generated it had taken this many steps; None: unknown
     temperature: float | None = None  # of the sampling; None: unknown
+    source: Source = "fresh"  # sampled in this step, from a recorded file, or from an earlier step
+    rewards: Mapping[str, float | None] = field(default_factory=dict)  # by function, unweighted
+    failure: Failure | None = None  # of a reward function; the reward is then 0 (math) or None
+    ref_logprob: float | None = None  # nats, summed over completion_ids; None: ask the reference
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -82,6 +88,7 @@ class TrainBatch:
     rewards: Tensor  # (B,) float64; NaN where there is none
     groups: Tensor  # (B,) int64 ids, the same numbering on all ranks
     on_policy: Tensor  # (B,) bool: sampled from the policy exactly as it is now
+    ref_logprobs: Tensor  # (B,) float64, nats: what is known already; NaN: ask the reference
 
 
 @dataclass(frozen=True)

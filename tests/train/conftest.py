@@ -1,9 +1,18 @@
-"""Each test is a process of its own as far as accelerate is concerned."""
+"""Each test is a process of its own as far as accelerate is concerned, and no test finds what
+another one, or a user, has left in the cache.
+"""
 
 from collections.abc import Iterator
 
 import pytest
 from accelerate.state import AcceleratorState
+
+
+@pytest.fixture(autouse=True, scope="session")
+def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -53,6 +53,14 @@ def test_dry_run_prints_a_file_that_resolves_to_itself(
         ("algorithm=ppo", "algorithm: expected one of agro, pg_"),
         ("dtype=float16", "dtype: expected one of float32, bfloat16, got 'float16'"),
         ("recorded_fraction=1.5", "recorded_fraction: expected 0 to 1, got 1.5"),
+        ("replay_fraction=-1", "replay_fraction: expected 0 to 1, got -1"),
+        ("replay_fraction=0.01", "replay_fraction: expected a share of one group or more"),
+        ("replay_max_staleness=0", "replay_max_staleness: expected at least 1, got 0"),
+        ("reward=[]", "reward: expected one or more functions, each once, got []"),
+        ("reward=[math,math]", "reward: expected one or more functions, each once"),
+        ("reward_weights=[1,2]", "reward_weights: expected 1 numbers, one for each function"),
+        ("reward_weights=.nan", "reward_weights: expected finite numbers, got [nan]"),
+        ("math_timeout_s=0", "math_timeout_s: expected a number above 0, got 0"),
         ("lr_baseline=2", "lr_baseline: expected auto or a number from 0 to 1, got '2'"),
         ("steps", "arguments: expected one configuration"),
     ],
@@ -72,12 +80,20 @@ def test_bad_setting_is_one_sentence_and_exit_status_2(
     [
         (["algorithm=pg_loo", "lr_weight=1"], "lr_weight"),
         (["recorded=[a.jsonl]", "lr_weight=1"], "lr_weight"),
+        (["recorded=[a.jsonl]", "recorded_fraction=0.6", "replay_fraction=0.5"], "replay_fraction"),
         (["attn_implementation=flash_attention_2"], "share_prompts"),
     ],
 )
 def test_combination_that_cannot_work_is_refused(settings: list[str], argument: str) -> None:
     with pytest.raises(ValueError, match=f"^{argument}.*expected .* got "):
         config.load(None, settings)
+
+
+def test_one_reward_may_stand_without_brackets() -> None:
+    assert config.load(None, ["reward=math"]).reward == ["math"]
+    several = config.load(None, ["reward=[math,my.module:function]", "reward_weights=[1,0.2]"])
+    assert several.reward == ["math", "my.module:function"] and several.reward_weights == [1, 0.2]
+    assert config.load(None, ["reward_weights=2"]).reward_weights == [2.0]
 
 
 def test_unknown_configuration_lists_the_shipped_ones() -> None:

@@ -7,9 +7,9 @@ from agro_train.plots import PANELS, Panel, _draw
 
 ROWS = [
     {"step": 0, "eval_reward": 0.1, "eval_accuracy": 0.2, "eval_length": 3.0},
-    {"step": 1, "reward": -0.5, "kl": -0.2, "entropy": 2.0, "length": 4.0},
-    {"step": 2, "reward": None, "kl": 0.4, "entropy": 1.0, "length": 5.0},
-    {"step": 3, "reward": 0.9, "kl": 0.6, "entropy": 0.5, "length": 4.5},
+    {"step": 1, "reward": -0.5, "kl": -0.2, "entropy": 2.0, "completions/mean_length": 4.0},
+    {"step": 2, "reward": None, "kl": 0.4, "entropy": 1.0, "completions/mean_length": 5.0},
+    {"step": 3, "reward": 0.9, "kl": 0.6, "entropy": 0.5, "completions/mean_length": 4.5},
 ]
 
 

@@ -96,7 +96,8 @@ def test_two_ranks_take_the_steps_of_one(
 @pytest.mark.parametrize("fsdp", ["false", "true"], ids=["replicated", "sharded"])
 def test_two_ranks_generate_evaluate_and_resume(fsdp: str, model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    launch(settings(folder, model, f"fsdp={fsdp}"))
+    # From the second step on the main rank reads one group of three from the run's own record.
+    launch(settings(folder, model, f"fsdp={fsdp}", "replay_fraction=0.34"))
     launch(["train", "--resume", str(folder), "steps=3"])
     rows = read_jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3]
@@ -104,6 +105,8 @@ def test_two_ranks_generate_evaluate_and_resume(fsdp: str, model: Path, tmp_path
     for step in (1, 2, 3):
         rollouts = read_jsonl(folder / "rollouts" / f"step-{step:06d}.jsonl")
         assert len(rollouts) == 9 and len({row["group"] for row in rollouts}) == 3
+        replayed = sum(row["source"] == "replayed" for row in rollouts)
+        assert replayed == (0 if step == 1 else 3)
     greedy = [
         r for r in read_jsonl(folder / "samples" / "step-000003.jsonl") if not r["temperature"]
     ]

@@ -1,5 +1,6 @@
 """The update: its gradient is AGRO's, however the batch was cut, and bad numbers do no harm."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 
 from agro_train.batch import build_batch
 from agro_train.config import TrainConfig
+from agro_train.model import Policy
 from agro_train.step import score_batch, update
 from agro_train.types import Rollout, TrainBatch
 from tests.train.models import ragged_rollouts, tiny_policy
@@ -155,6 +157,56 @@ def test_group_left_with_one_rollout_contributes_nothing_and_is_counted() -> Non
     ours, metrics = gradient(rollouts)
     assert metrics["short_groups"] == 1
     assert_equal(ours, autograd_gradient(rollouts[:3] + rollouts[5:], beta=0.3))
+
+
+def test_known_reference_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups whose reference log-probabilities are known: same gradient, no pass for them."""
+    rollouts = ragged_rollouts()
+    asked, metrics = gradient(rollouts)
+    policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
+    batch = ragged_batch(token_budget=1000)
+    scores, _ = score_batch(policy, reference, batch, batch.micro, CONFIG, torch.device("cpu"))
+    values = scores.ref_logprobs.tolist()
+    known = [
+        replace(r, ref_logprob=v if r.group != "g1" else None)
+        for r, v in zip(rollouts, values, strict=True)
+    ]
+    lengths = []
+    forward = Policy.forward
+    monkeypatch.setattr(
+        Policy,
+        "forward",
+        lambda self, micro, *a: (
+            lengths.append((id(self), len(micro.targets))) or forward(self, micro, *a)
+        ),
+    )
+    ours, again = gradient(known, token_budget=1)
+    assert_equal(ours, asked)
+    for key in metrics:
+        assert again[key] == pytest.approx(metrics[key], rel=1e-9, abs=1e-12), key
+    passes = Counter(model for model, _ in lengths)
+    assert sorted(passes.values()) == [2, 18]  # of nine completions two, and the policy twice all
+
+
+def test_metrics_of_the_coefficients_parts() -> None:
+    rollouts = ragged_rollouts()
+    _, plain = gradient(rollouts)
+    assert plain["agro/coef_lr_abs"] == plain["agro/frac_groups_lr_dominates"] == 0.0
+    assert plain["agro/coef_pathwise_abs"] > 0
+    for weight, dominated in ((0.01, 0.0), (1000.0, 1.0)):
+        _, mixed = gradient(rollouts, replace(CONFIG, lr_weight=weight, lr_baseline="0"))
+        assert mixed["agro/coef_pathwise_abs"] == pytest.approx(plain["agro/coef_pathwise_abs"])
+        assert mixed["agro/frac_groups_lr_dominates"] == dominated
+        assert mixed["agro/coef_lr_abs"] > 0
+    _, one = gradient(rollouts, replace(CONFIG, lr_weight=1.0, lr_baseline="0"))
+    _, two = gradient(rollouts, replace(CONFIG, lr_weight=2.0, lr_baseline="0"))
+    assert two["agro/coef_lr_abs"] == pytest.approx(2 * one["agro/coef_lr_abs"])
+
+
+def test_share_of_groups_with_equal_rewards() -> None:
+    rollouts = [replace(r, reward=1.0 if r.group == "g1" else r.reward) for r in ragged_rollouts()]
+    rollouts[0] = replace(rollouts[0], reward=None)
+    assert gradient(rollouts)[1]["frac_reward_zero_std"] == pytest.approx(1 / 3)
 
 
 def test_batch_without_a_valid_group_leaves_the_weights_untouched() -> None:

@@ -41,6 +41,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def from_base(finished: Path) -> list[str]:
+    """The finished run's model as it was warm-started, without doing it again."""
+    return [f"model={finished / 'base_model'}", "warm_start_steps=0"]
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The record without what a clock measured."""
     clocks = ("time_s", "eval_time_s", "tokens_per_s")
@@ -59,7 +64,7 @@ def test_run_leaves_everything_behind(finished: Path) -> None:
     rows = read_jsonl(finished / "metrics.jsonl")
     steps = [row for row in rows if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
-    for key in ("reward", "kl", "entropy", "loss", "grad_norm", "time_s", "length", "tokens_per_s"):
+    for key in ("reward", "kl", "entropy", "loss", "grad_norm", "time_s", "tokens_per_s", "epoch"):
         assert all(isinstance(row[key], float) for row in steps), key
     assert [row["step"] for row in rows if "eval_accuracy" in row] == [0, 2, 4]
     assert steps[0]["kl"] == 0.0
@@ -134,6 +139,91 @@ def test_prompt_that_comes_twice_in_a_step_makes_two_groups(finished: Path, tmp_
     assert train(tmp_path / "twice", *settings) == 0
     row = next(row for row in metrics(tmp_path / "twice") if "reward" in row)
     assert row["groups"] == 8
+
+
+@pytest.fixture(scope="module")
+def mixed_sources(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on all three kinds of groups: of four a step, one fresh, two replayed, one recorded."""
+    folder = tmp_path_factory.mktemp("runs") / "sources"
+    settings = [
+        *from_base(finished),
+        f"recorded=[{finished / 'rollouts' / 'step-000001.jsonl'}]",
+        "recorded_fraction=0.25",
+        "replay_fraction=0.5",
+        "replay_max_staleness=2",
+    ]
+    assert train(folder, *settings) == 0
+    return folder
+
+
+def test_groups_come_from_all_three_sources(mixed_sources: Path) -> None:
+    logs = sorted((mixed_sources / "rollouts").iterdir())
+    past: list[Any] = []
+    for step, log in enumerate(logs):
+        rows = read_jsonl(log)
+        sources = [row["source"] for row in rows]
+        replayed = min(2, len(past) // 4) * 4
+        assert sources == ["fresh"] * (12 - replayed) + ["replayed"] * replayed + ["recorded"] * 4
+        for row in rows:
+            if row["source"] == "replayed":
+                assert 1 <= step - row["step"] <= 2
+                assert {**row, "source": "fresh"} in past
+        past += [row for row in rows if row["source"] == "fresh"]
+    steps = [row for row in metrics(mixed_sources) if "reward" in row]
+    assert [row["sample/recorded"] for row in steps] == [0.25] * 4
+    assert [row["sample/replayed"] for row in steps] == [0.0, 0.5, 0.5, 0.5]
+    assert steps[0]["sample/staleness_mean"] == 0.0
+    assert all(row["sample/staleness_mean"] >= 2 / 3 for row in steps[1:])
+    assert [row["epoch"] for row in steps] == sorted(row["epoch"] for row in steps)
+
+
+def test_run_that_replays_resumes_bitwise(mixed_sources: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    shutil.copytree(mixed_sources, folder)
+    shutil.rmtree(folder / "checkpoint-4")
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(mixed_sources)
+    ours, theirs = weights(folder / "checkpoint-4"), weights(mixed_sources / "checkpoint-4")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_recorded_run_asks_the_reference_once(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The values on disk serve the next run, which takes the same steps without asking."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    log = finished / "rollouts" / "step-000001.jsonl"
+    settings = [f"recorded=[{log}]", "steps=2", "eval_every=0", "save_every=0"]
+    settings += from_base(finished)
+    assert train(tmp_path / "first", *settings) == 0
+    assert "log-probabilities of 16 rollouts computed" in capsys.readouterr().out
+    assert train(tmp_path / "second", *settings) == 0
+    assert "computed" not in capsys.readouterr().out
+    assert metrics(tmp_path / "second") == metrics(tmp_path / "first")
+    first, second = metrics(tmp_path / "first")
+    assert first["kl"] == pytest.approx(0.0, abs=1e-5) and abs(second["kl"]) > 1e-5
+
+
+def test_reward_that_always_fails_stops_the_run_before_its_first_step(
+    finished: Path, tmp_path: Path
+) -> None:
+    settings = ["reward=tests.train.models:broken_reward", "eval_every=0", *from_base(finished)]
+    with pytest.raises(ValueError, match="reward: expected rewards for the first step, got a fail"):
+        train(tmp_path / "broken", *settings)
+
+
+def test_reward_that_fails_now_and_then_costs_no_step(finished: Path, tmp_path: Path) -> None:
+    settings = ["reward=[tests.train.models:even_share,tests.train.models:flaky_reward]"]
+    settings += ["reward_weights=[1,0.5]", "eval_every=0", "save_every=0", *from_base(finished)]
+    assert train(tmp_path / "flaky", *settings) == 0
+    rows = metrics(tmp_path / "flaky")
+    assert [row["skipped"] for row in rows] == [0.0] * 4
+    assert 0 < sum(row["rewards/error_rate"] for row in rows) < 4
+    assert sum(row["dropped"] for row in rows) == sum(
+        16 * row["rewards/error_rate"] for row in rows
+    )
+    for row in rows:
+        assert row["rewards/flaky_reward/mean"] == 1.0 and row["rewards/even_share/mean"] > 0
 
 
 def test_policy_gradient_trains(tmp_path: Path) -> None:

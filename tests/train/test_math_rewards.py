@@ -1,0 +1,64 @@
+"""math-verify in killable processes: right on real answers, alive after answers that hang."""
+
+import time
+
+import pytest
+
+from agro_train import math_rewards
+from agro_train.config import TrainConfig
+from agro_train.math_rewards import check, math_reward, parseable
+from agro_train.rewards import load_rewards, score, with_readable_gold
+from agro_train.types import Prompt, Rollout
+from agro_train.workers import Workers
+
+HANGS = r"$\boxed{9^{9^{9^{9}}}}$"
+TIMEOUT = 5.0  # one pool for all tests, so that its workers start once
+
+
+def test_math_compares_final_answers_by_value() -> None:
+    completions = [
+        r"So the answer is $\boxed{\frac{1}{2}}$.",
+        r"The answer is $\boxed{0.5}$",
+        r"The answer is $\boxed{2}$",
+        "I do not know.",
+    ]
+    gold = [r"... $\boxed{\frac12}$"] * 4
+    assert math_reward(completions, solution=gold) == [1, 1, 0, 0]
+    assert math_reward(["It is 42."], answer=["6*7 = 42\n#### 42"]) == [1]
+    found = check(gold, completions, TIMEOUT)
+    assert found[0].answer == found[1].answer == "1/2" and found[3].answer is None
+
+
+def test_gold_answer_that_cannot_be_parsed_gives_none_and_its_prompt_is_left_out() -> None:
+    assert math_reward([r"$\boxed{2}$"], solution=["no answer here"]) == [None]
+    assert parseable(["2", "no answer here", r"\boxed{x^2}", "2"], TIMEOUT) == [1, 0, 1, 1]
+    prompts = [Prompt(str(i), "", (1,), {"answer": a}) for i, a in enumerate(["2", "nothing"])]
+    assert with_readable_gold(prompts, TrainConfig(reward=["math"])) == prompts[:1]
+    assert with_readable_gold(prompts, TrainConfig(reward=["number"])) == prompts
+
+
+def test_check_that_hangs_is_killed_counted_and_the_rest_goes_on() -> None:
+    rollouts = [
+        Rollout("g", "", (1,), text, (1,), "stop", None, columns={"answer": "7"})
+        for text in (r"$\boxed{7}$", HANGS, r"$\boxed{7.0}$", HANGS, "7")
+    ]
+    rewards = load_rewards(TrainConfig(reward=["math"], math_timeout_s=0.5))
+    began = time.monotonic()
+    scored = score(rollouts, rewards)
+    assert time.monotonic() - began < 60  # 9^9^9^9 alone would take for ever
+    assert [r.reward for r in scored] == [1.0, 0.0, 1.0, 0.0, 1.0]
+    assert [r.failure for r in scored] == [None, "timeout", None, "timeout", None]
+    assert [r.reward for r in score(rollouts[:1], rewards)] == [1.0]
+    math_rewards._pools.clear()  # ends the workers of this test's time limit
+
+
+@pytest.mark.parametrize("kind", ["prints", "dies"])
+def test_worker_may_print_and_may_die(kind: str) -> None:
+    workers = Workers("tests.train.worker_main", size=1, timeout_s=20.0)
+    jobs = ["a", kind, "b"]
+    assert workers.map(jobs) == ["a", None if kind == "dies" else kind, "b"]
+
+
+def test_worker_that_cannot_start_is_an_error_and_no_timeout() -> None:
+    with pytest.raises(RuntimeError, match="no.such.module: expected its process to start, got"):
+        Workers("no.such.module", size=1, timeout_s=1.0).map(["job"])

@@ -1,0 +1,41 @@
+"""Checks of a run before it begins."""
+
+import pytest
+from accelerate import Accelerator
+
+from agro_train.config import TrainConfig
+from agro_train.mix import plan
+from agro_train.run import check_context, check_ranks, readable
+from agro_train.types import Prompt
+
+PROMPTS = [Prompt("a", "1+2=", (3, 4, 5), {"answer": "3"}), Prompt("b", "1", (3,), {"answer": "1"})]
+
+
+def test_completions_must_fit_the_context() -> None:
+    config = TrainConfig(max_completion_length=20)
+    check_context(config, PROMPTS, 23)
+    check_context(config, PROMPTS, None)
+    with pytest.raises(ValueError, match="max_completion_length: expected at most 19, .* got 20"):
+        check_context(config, PROMPTS, 22)
+
+
+def test_gold_answers_of_which_none_can_be_read_are_refused() -> None:
+    hopeless = [Prompt("a", "why?", (3,), {"answer": "no answer here"})]
+    config = TrainConfig(reward=["math"])
+    assert readable(PROMPTS, config, Accelerator(cpu=True)) == PROMPTS
+    with pytest.raises(ValueError, match="data: expected gold answers .* got none in 1 prompts"):
+        readable(hopeless, config, Accelerator(cpu=True))
+
+
+def test_every_rank_needs_a_fresh_group_in_steps_that_have_any() -> None:
+    class TwoRanks:
+        num_processes = 2
+
+    settings = {"prompts_per_step": 4, "replay_max_staleness": 1, "steps": 3}
+    for fraction, enough in ((0.5, True), (0.75, False), (1.0, True)):
+        config = TrainConfig(replay_fraction=fraction, **settings)  # type: ignore[arg-type]
+        if enough:
+            check_ranks(config, TwoRanks(), 2, plan(config))  # type: ignore[arg-type]
+        else:
+            with pytest.raises(ValueError, match="fresh prompts in a step: .* got 1"):
+                check_ranks(config, TwoRanks(), 2, plan(config))  # type: ignore[arg-type]
