@@ -1,12 +1,13 @@
 """Tile sizes of the Triton kernels, a table per GPU architecture. Nothing is tuned at run time.
 
 Provenance of every row: compiled, not timed. Triton 3.8 compiled it for its architecture and
-`python -m benchmarks.compile_report` read the result back: no register is spilled, except where the
-row's comment says so.
+`python -m benchmarks.compile_report` read the result back (benchmarks/results/compile_report.csv):
+no register is spilled in any combination of options.
 
 A row decides the order in which a logit and a sum over the vocabulary are added up (block_v,
-block_d, max_splits). It depends on the architecture and the dtype and never on the number of
-tokens, so the result of a token does not depend on the batch it is in.
+block_d, max_splits). Which row a call gets depends on the architecture, the dtype, the hidden size,
+the layout of the weight and on whether there is a softcap, never on the number of tokens: the
+result of a token does not depend on the batch it is in.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ class TileConfig:
 
     group_n row blocks pass over the vocabulary together, for the L2 cache; results do not depend on
     it. The forward pass cuts the vocabulary into at most max_splits parts, a program each: enough
-    to fill a GPU with few tokens, few enough that merging them costs nothing.
+    to fill a GPU with a thousand tokens, few enough that merging them costs nothing.
+
+    descriptors: the operands are fetched through tensor descriptors (TMA), which takes hidden
+    states and a weight whose rows begin at multiples of 16 bytes.
     """
 
     block_n: int
@@ -28,10 +32,28 @@ class TileConfig:
     num_stages: int
     group_n: int = 16
     max_splits: int = 16
+    descriptors: bool = False
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory, in bytes, of the operands in flight, of itemsize bytes an element."""
         return (self.block_n + self.block_v) * self.block_d * itemsize * self.num_stages
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tile and the calls that it is for."""
+
+    tile: TileConfig
+    smallest_d: int = 1  # hidden sizes from here on
+    aligned: bool = False  # True: only for operands whose rows begin at multiples of 16 bytes
+    with_softcap: bool = True  # False: not for calls with a softcap
+
+    def serves(self, hidden_size: int, *, aligned: bool, softcap: bool) -> bool:
+        return (
+            hidden_size >= self.smallest_d
+            and (aligned or not (self.aligned or self.tile.descriptors))
+            and (self.with_softcap or not softcap)
+        )
 
 
 # Shared memory one program may use, in bytes. "other" is what every other GPU has at least.
@@ -44,48 +66,115 @@ SHARED_BYTES = {
     "other": 64 * 1024,
 }
 
-# kernel -> architecture -> bytes of an operand's element -> row.
 # fp32 operands are multiplied on the ordinary fp32 units, in full precision: there the accumulator
 # and both operands are in registers, and the same row serves every architecture.
-TILES: dict[str, dict[str, dict[int, TileConfig]]] = {
+FP32 = (Row(TileConfig(128, 64, 32, 8, 2)),)
+
+# Triton's interpreter, which runs the kernels on CPU tensors in the tests.
+INTERPRETER = (
+    Row(TileConfig(16, 32, 32, 1, 1, group_n=2, max_splits=2, descriptors=True)),
+    Row(TileConfig(16, 32, 32, 1, 1, group_n=2, max_splits=2)),
+)
+
+# kernel -> architecture -> bytes of an operand's element -> rows; a call gets the first that serves
+# it. Where D is large a tile of 128 x 256 pays: it fetches a quarter less for each product. Below,
+# two smaller programs share a multiprocessor, and the exponentials of one run beside the matrix
+# products of the other. Four warps leave a thread twice the registers of eight, and with a softcap,
+# where the logits stay beside their gradient, that is still too few.
+WIDE = 2049  # hidden sizes from here on are large
+TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
     "linear_logprobs_fwd": {
-        "sm80": {2: TileConfig(128, 128, 64, 8, 3), 4: TileConfig(128, 64, 32, 8, 2)},
-        "sm90": {2: TileConfig(256, 128, 64, 8, 3), 4: TileConfig(128, 64, 32, 8, 2)},
-        "sm100": {2: TileConfig(128, 128, 64, 8, 3), 4: TileConfig(128, 64, 32, 8, 2)},
-        "gfx942": {2: TileConfig(128, 128, 64, 8, 2), 4: TileConfig(128, 64, 32, 8, 2)},
-        "gfx950": {2: TileConfig(128, 128, 64, 8, 2), 4: TileConfig(128, 64, 32, 8, 2)},
-        "other": {2: TileConfig(128, 128, 32, 8, 3), 4: TileConfig(128, 64, 32, 8, 2)},
-        # Triton's interpreter, which runs the kernels on CPU tensors in the tests.
-        "interpreter": {
-            2: TileConfig(16, 32, 32, 1, 1, group_n=2, max_splits=2),
-            4: TileConfig(16, 32, 32, 1, 1, group_n=2, max_splits=2),
+        "sm80": {
+            2: (
+                Row(TileConfig(128, 128, 64, 8, 3), aligned=True),
+                Row(TileConfig(128, 128, 32, 8, 3)),
+            ),
+            4: FP32,
         },
+        "sm90": {
+            2: (
+                Row(TileConfig(128, 256, 64, 8, 4, descriptors=True), smallest_d=WIDE),
+                Row(
+                    TileConfig(128, 128, 64, 4, 3, max_splits=32, descriptors=True),
+                    with_softcap=False,
+                ),
+                Row(TileConfig(128, 128, 64, 8, 4, descriptors=True)),
+                Row(TileConfig(128, 128, 64, 8, 3)),
+            ),
+            4: FP32,
+        },
+        "sm100": {
+            2: (
+                Row(TileConfig(128, 128, 64, 4, 3, max_splits=32, descriptors=True)),
+                Row(TileConfig(128, 128, 64, 8, 3)),
+            ),
+            4: FP32,
+        },
+        "gfx942": {2: (Row(TileConfig(128, 128, 64, 8, 2)),), 4: FP32},
+        "gfx950": {
+            2: (
+                Row(TileConfig(128, 256, 64, 8, 2), aligned=True),
+                Row(TileConfig(128, 128, 64, 8, 2)),
+            ),
+            4: FP32,
+        },
+        "other": {2: (Row(TileConfig(128, 128, 32, 8, 3)),), 4: FP32},
+        "interpreter": {2: INTERPRETER, 4: INTERPRETER},
     },
     "linear_logprobs_bwd": {
-        # sm80 and other: 32 and 56 bytes spilled where softcap, entropy gradient and lse gradient
-        # come together. The rows of "other" were compiled for sm80 and gfx942.
-        "sm80": {2: TileConfig(128, 128, 64, 8, 3), 4: TileConfig(128, 64, 32, 8, 2)},
-        "sm90": {2: TileConfig(128, 128, 64, 8, 3), 4: TileConfig(128, 64, 32, 8, 2)},
-        "sm100": {2: TileConfig(128, 128, 64, 8, 3), 4: TileConfig(128, 64, 32, 8, 2)},
-        "gfx942": {2: TileConfig(128, 128, 64, 8, 2), 4: TileConfig(128, 64, 32, 8, 2)},
-        "gfx950": {2: TileConfig(128, 128, 64, 8, 2), 4: TileConfig(128, 64, 32, 8, 2)},
-        "other": {2: TileConfig(128, 128, 32, 8, 3), 4: TileConfig(128, 64, 32, 8, 2)},
-        "interpreter": {
-            2: TileConfig(16, 32, 32, 1, 1, group_n=2),
-            4: TileConfig(16, 32, 32, 1, 1, group_n=2),
+        "sm80": {2: (Row(TileConfig(128, 128, 64, 8, 3)),), 4: FP32},
+        "sm90": {
+            2: (
+                Row(
+                    TileConfig(128, 256, 64, 8, 4, descriptors=True),
+                    smallest_d=WIDE,
+                    with_softcap=False,
+                ),
+                Row(TileConfig(128, 128, 64, 4, 3, descriptors=True), with_softcap=False),
+                Row(TileConfig(128, 128, 64, 8, 3, descriptors=True)),
+                Row(TileConfig(128, 128, 64, 8, 3)),
+            ),
+            4: FP32,
         },
+        "sm100": {
+            2: (
+                Row(
+                    TileConfig(128, 256, 64, 8, 4, descriptors=True),
+                    smallest_d=WIDE,
+                    with_softcap=False,
+                ),
+                Row(TileConfig(128, 128, 64, 8, 3, descriptors=True)),
+                Row(TileConfig(128, 128, 64, 8, 3)),
+            ),
+            4: FP32,
+        },
+        "gfx942": {2: (Row(TileConfig(128, 128, 64, 8, 2)),), 4: FP32},
+        "gfx950": {2: (Row(TileConfig(128, 128, 64, 8, 2)),), 4: FP32},
+        "other": {2: (Row(TileConfig(128, 128, 32, 8, 3)),), 4: FP32},
+        "interpreter": {2: INTERPRETER, 4: INTERPRETER},
     },
 }
 
 
-def select(kernel: str, architecture: str, itemsize: int) -> TileConfig:
-    """The row of a kernel; an architecture without rows of its own gets those of "other".
+def select(
+    kernel: str,
+    architecture: str,
+    itemsize: int,
+    hidden_size: int,
+    *,
+    aligned: bool = True,
+    softcap: bool = False,
+) -> TileConfig:
+    """The tile of a kernel; an architecture without rows of its own gets those of "other".
 
     kernel: a key of TILES. architecture: "sm90", "gfx942", ... or "interpreter". itemsize: bytes of
-    an operand's element, 2 or 4.
+    an operand's element, 2 or 4. aligned: rows of hidden states and weight begin at multiples of 16
+    bytes. softcap: the call has one.
     """
-    rows = TILES[kernel]
-    return rows.get(architecture, rows["other"])[itemsize]
+    rows = TILES[kernel].get(architecture, TILES[kernel]["other"])[itemsize]
+    return next(
+        row.tile for row in rows if row.serves(hidden_size, aligned=aligned, softcap=softcap)
+    )
 
 
 def split_vocabulary(vocabulary: int, config: TileConfig) -> tuple[int, int]:

@@ -1,30 +1,47 @@
 """What the compiler makes of every Triton kernel, for GPUs that are not here.
 
-    python -m benchmarks.compile_report [--target sm_90 ...] [--csv PATH]
+    python -m benchmarks.compile_report [--target sm_90 ...] [--quick] [--csv PATH]
 
-Compiles each kernel with the tile sizes shipped for the target and prints one line a case:
-registers and spilled bytes of a thread, shared memory of a program, and how many of the
-instructions that make it fast the code holds: matrix products (wgmma, tcgen05, mma.sync, mfma),
-hardware exp2, asynchronous copies to shared memory (cp.async; TMA). No GPU is needed; nothing runs.
+The launchers are called with tensors that have shapes and no memory; what they would launch is
+compiled for the target, with its rows of configs.py. No GPU is needed and nothing runs. One line a
+case: registers and spilled bytes of a thread, shared memory of a program, how many programs a
+multiprocessor holds at once, and how many of the instructions that make a kernel fast its code has:
+matrix products (wgmma, tcgen05, mma.sync, mfma), hardware exp2, copies to shared memory that
+bypass the registers (cp.async, TMA).
 
-    target  case                               tile           regs spill  shared   matrix exp2 ...
-    sm_90   linear_logprobs_fwd entropy bf16   256x128x64 8 3  255     0  147456  8 wgmma  132 ...
+    target  case                             tile           loads      registers spilled_bytes ...
+    sm_90   linear_logprobs_fwd entropy bf16 128x256x64 8 4 descriptor 255       0             ...
 """
 
 import argparse
+import contextlib
 import csv
+import itertools
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import torch
 import triton
+from torch import Tensor
+from triton._utils import canonicalize_dtype
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from agro_kernels import configs
-from agro_kernels._triton import agro_loss, head_gradients, linear_logprobs
+from agro_kernels._triton import (
+    agro_loss,
+    head_gradients,
+    launch,
+    linear_logprobs,
+    selective_logprobs,
+)
+from agro_kernels._triton.head import Head
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,33 +57,70 @@ MATRIX_INSTRUCTIONS = {
     "gfx942": "v_mfma",
     "gfx950": "v_mfma",
 }
-
-# Optional arguments each case of a kernel leaves out (None at the launch).
-FWD_CASES = {
-    "logprobs": ("bias_ptr", "token_temperature_ptr", "softcap", "moment_ptr"),
-    "entropy": ("bias_ptr", "token_temperature_ptr", "softcap"),
-    "everything": (),
+# Shared memory of a multiprocessor, in bytes; on NVIDIA's each program also costs 1 KB of it.
+SHARED_BYTES = {
+    "sm_80": 164 * 1024,
+    "sm_90": 228 * 1024,
+    "sm_100": 228 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
 }
-BWD_CASES = {
-    "logprobs": ("bias_ptr", "token_temperature_ptr", "softcap", "dlse_ptr", "entropy_ptr",
-                 "dentropy_ptr", "logprobs_ptr"),
-    "weighted": ("bias_ptr", "token_temperature_ptr", "softcap", "dlse_ptr", "entropy_ptr",
-                 "dentropy_ptr"),
-    "entropy": ("bias_ptr", "token_temperature_ptr", "softcap", "dlse_ptr", "logprobs_ptr"),
-    "everything": (),
-}  # fmt: skip
+
+# The head's sizes: Llama 3's, and a vocabulary that no tile divides.
+NUM_TOKENS, VOCABULARY, RAGGED_VOCABULARY = 8192, 128256, 50257
+HIDDEN_SIZES = (4096, 2048)
+EXTRAS = frozenset({"bias", "token_temperature", "round_logits", "kept", "ragged"})
+EVERYTHING = EXTRAS | {"softcap"}
+# Name -> what the call has. "everything" comes without the softcap too, for which configs.py may
+# have another row, and first: of calls with the same tile --quick takes the first.
+FWD_CALLS = {
+    "everything": EVERYTHING | {"entropy"},
+    "all but softcap": EXTRAS | {"entropy"},
+    "logprobs": frozenset[str](),
+    "entropy": frozenset({"entropy"}),
+    "entropy ragged": frozenset({"entropy", "ragged"}),
+    "softcap": frozenset({"entropy", "softcap"}),
+    "kept": frozenset({"entropy", "kept"}),
+}
+BWD_CALLS = {
+    "everything": EVERYTHING | {"dlogprobs", "dlse", "dentropy"},
+    "all but softcap": EXTRAS | {"dlogprobs", "dlse", "dentropy"},
+    "logprobs": frozenset({"dlogprobs"}),
+    "entropy": frozenset({"dlogprobs", "dentropy"}),
+    "entropy ragged": frozenset({"dlogprobs", "dentropy", "ragged"}),
+    "weighted": frozenset({"dlogprobs", "logprobs"}),
+    "weighted ragged": frozenset({"dlogprobs", "logprobs", "ragged"}),
+    "weighted softcap": frozenset({"dlogprobs", "logprobs", "softcap"}),
+    "weighted kept": frozenset({"dlogprobs", "logprobs", "kept"}),
+    "weighted, all but softcap": EXTRAS | {"dlogprobs", "logprobs"},
+    "weighted, everything": EVERYTHING | {"dlogprobs", "logprobs"},
+}
+# The ones that --quick compiles: what needs most of a machine, and what the trainer calls.
+QUICK_CALLS = {"all but softcap", "everything", "weighted"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel with its arguments' types and constants, as one call would launch it."""
+    """One kernel with its arguments' types and constants, as one call launches it."""
 
     name: str
     kernel: triton.JITFunction
     signature: dict[str, str]
     constants: dict[str, object]
-    aligned: tuple[str, ...]  # arguments that are multiples of 16 (pointers: bytes)
-    config: configs.TileConfig | None  # None: the kernel has no tile of a product
+    aligned: frozenset[str]  # arguments that are multiples of 16 (pointers: bytes)
+    options: dict[str, int]  # num_warps, num_stages
+
+    @property
+    def tile(self) -> str:
+        if "BLOCK_D" not in self.constants:
+            return "-"
+        blocks = "x".join(str(self.constants[f"BLOCK_{letter}"]) for letter in "NVD")
+        return f"{blocks} {self.options['num_warps']} {self.options['num_stages']}"
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        constants = tuple(sorted((name, str(value)) for name, value in self.constants.items()))
+        return self.kernel.fn.__name__, tuple(self.signature.values()), constants, self.aligned
 
 
 @dataclass(frozen=True)
@@ -75,83 +129,158 @@ class Row:
 
     target: str
     case: str
-    tile: str
+    tile: str  # BLOCK_N x BLOCK_V x BLOCK_D, warps, stages
+    loads: str  # of the operands of the product: by descriptor (TMA) or by pointer
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    programs: int  # on a multiprocessor at once
     matrix: int
     exp2: int
     async_copies: int
     tma_copies: int
 
 
-def head_cases(target: str) -> list[Case]:
-    """The kernels of linear_logprobs with the rows of configs.py; fp32 in one variant each."""
-    cases = []
-    for name, kernel, variants in (
-        ("linear_logprobs_fwd", linear_logprobs.linear_logprobs_fwd_kernel, FWD_CASES),
-        ("linear_logprobs_bwd", head_gradients.linear_logprobs_bwd_kernel, BWD_CASES),
-    ):
-        for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-            config = configs.select(name, target.replace("_", ""), itemsize)
-            for variant, absent in variants.items():
-                if dtype == "fp32" and variant != "everything":
-                    continue
-                constants: dict[str, object] = dict.fromkeys(absent)
-                constants |= {
-                    "BLOCK_N": config.block_n,
-                    "BLOCK_V": config.block_v,
-                    "BLOCK_D": config.block_d,
-                    "GROUP_N": config.group_n,
-                    "EVEN_V": variant != "everything",
-                    "EVEN_D": True,
-                    "INPUT_PRECISION": "ieee",
-                    "INTERPRETED": False,
-                    "stride_hidden_d": 1,
-                    "stride_weight_d": 1,
-                }
-                cases.append(
-                    head_case(f"{name} {variant} {dtype}", kernel, constants, dtype, config)
-                )
-    constants = {"BLOCK_N": linear_logprobs.MERGE_BLOCK_N}
-    merge = linear_logprobs.linear_logprobs_fwd_merge_kernel
-    cases.append(head_case("linear_logprobs_fwd_merge", merge, constants, "bf16", None))
-    return cases
+# --- What is launched -----------------------------------------------------------------------------
 
 
-def head_case(
-    name: str,
-    kernel: triton.JITFunction,
-    constants: dict[str, object],
-    dtype: str,
-    config: configs.TileConfig | None,
-) -> Case:
-    in_dtype = ("hidden_ptr", "weight_ptr", "bias_ptr", "dlogits_ptr")
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument == "targets_ptr":
-            signature[argument] = "*i64"
-        elif argument.endswith("_ptr"):
-            signature[argument] = f"*{dtype if argument in in_dtype else 'fp32'}"
-        else:
-            signature[argument] = "fp32" if argument in ("temperature", "softcap") else "i32"
-    multiples = ("V", "D", "stride_hidden_n", "stride_weight_v", "stride_dlogits_n")
-    aligned = tuple(
-        argument
-        for argument, kind in signature.items()
-        if kind.startswith("*") or (argument in multiples and kind != "constexpr")
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self, kernel: triton.JITFunction) -> None:
+        self.kernel = kernel
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda **arguments: self.launches.append(arguments)
+
+
+@contextlib.contextmanager
+def recorded(target: str) -> Iterator[dict[str, Recorder]]:
+    """The head's kernels by name, while its launchers take a tensor without memory for a GPU's."""
+    recorders = {}
+    with contextlib.ExitStack() as stack:
+        for module in (linear_logprobs, head_gradients):
+            for name in (name for name in vars(module) if name.endswith("_kernel")):
+                recorders[name] = Recorder(getattr(module, name))
+                stack.enter_context(mock.patch.object(module, name, recorders[name]))
+        architecture = target.replace("_", "")
+        stack.enter_context(mock.patch.object(launch, "architecture", lambda _: architecture))
+        stack.enter_context(
+            mock.patch.object(head_gradients, "add_product", lambda *_, **keywords: None)
+        )
+        yield recorders
+
+
+def head_of(call: frozenset[str], dtype: torch.dtype, hidden_size: int, aligned: bool) -> Head:
+    n, v = NUM_TOKENS, RAGGED_VOCABULARY if "ragged" in call else VOCABULARY
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weight = empty(v, hidden_size + (0 if aligned else 1), dtype=dtype)[:, :hidden_size]
+    return Head(
+        index=None,
+        num_tokens=n,
+        hidden=empty(n, hidden_size, dtype=dtype),
+        weight=weight,
+        targets=empty(n, dtype=torch.int64),
+        bias=empty(v, dtype=dtype) if "bias" in call else None,
+        temperature=0.7,
+        token_temperature=empty(n) if "token_temperature" in call else None,
+        softcap=30.0 if "softcap" in call else 0.0,
+        ignore_index=-100,
+        round_logits=torch.bfloat16 if "round_logits" in call else None,
+        kept=empty(n, -(-v // 32), dtype=torch.int32) if "kept" in call else None,
     )
-    return Case(name, kernel, signature, constants, aligned, config)
 
 
-def loss_cases() -> list[Case]:
-    """The kernels of agro_loss, all options on."""
+def head_cases(target: str, quick: bool) -> list[Case]:
+    """The kernels of linear_logprobs: every row of configs.py, and every kind of call it is for."""
+    cases: dict[tuple[object, ...], Case] = {}
+
+    def add(name: str, recorder: Recorder) -> None:
+        for arguments in recorder.launches[:1]:  # later ones differ in numbers only
+            case = case_of(name, recorder.kernel, arguments)
+            same = (case.kernel, case.tile, "weighted" in name) if quick else case.identity
+            cases.setdefault(same, case)
+        recorder.launches.clear()
+
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    with recorded(target) as kernels:
+        for dtype, d, aligned in itertools.product(dtypes, HIDDEN_SIZES, (True, False)):
+            suffix = canonicalize_dtype(dtype) + ("" if aligned else " unaligned")
+            for name, call in FWD_CALLS.items():
+                if unwanted(name, suffix, quick):
+                    continue
+                linear_logprobs._statistics(head_of(call, dtype, d, aligned), "entropy" in call)
+                add(f"linear_logprobs_fwd {name} {suffix}", kernels["linear_logprobs_fwd_kernel"])
+                add("linear_logprobs_fwd_merge", kernels["linear_logprobs_fwd_merge_kernel"])
+            for name, call in BWD_CALLS.items():
+                if unwanted(name, suffix, quick):
+                    continue
+                head = head_of(call, dtype, d, aligned)
+                per_token = torch.empty(NUM_TOKENS, device="meta")
+                head_gradients.head_gradients(
+                    head,
+                    lse=per_token,
+                    output_mask=[True, True, False],
+                    **{
+                        argument: per_token if argument in call else None
+                        for argument in ("dlogprobs", "dlse", "dentropy", "logprobs")
+                    },
+                    entropy=per_token if "dentropy" in call else None,
+                )
+                add(f"linear_logprobs_bwd {name} {suffix}", kernels["linear_logprobs_bwd_kernel"])
+    return list(cases.values())
+
+
+def unwanted(call: str, suffix: str, quick: bool) -> bool:
+    """fp16 has the instructions of bf16, and fp32 one row: of both only what needs most."""
+    if quick and (call not in QUICK_CALLS or suffix not in ("bf16", "fp32")):
+        return True
+    return not suffix.startswith("bf16") and "everything" not in call
+
+
+def case_of(name: str, kernel: triton.JITFunction, arguments: dict[str, Any]) -> Case:
+    """A launch's arguments by type, specialised as Triton's JIT does it."""
+    options: dict[str, int] = {
+        key: arguments.pop(key) for key in ("num_warps", "num_stages") if key in arguments
+    }
+    signature: dict[str, str] = {}
+    constants: dict[str, object] = {}
+    aligned = set()
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        specialised = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, TensorDescriptor):
+            dtype, block = canonicalize_dtype(value.base.dtype), value.block_shape
+            signature[parameter.name] = f"tensordesc<{dtype}{list(block)}>".replace(" ", "")
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = f"*{canonicalize_dtype(value.dtype)}"
+            aligned.add(parameter.name)
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if specialised and value % 16 == 0:
+                aligned.add(parameter.name)
+    return Case(name, kernel, signature, constants, frozenset(aligned), options)
+
+
+def other_cases() -> list[Case]:
+    """The kernels of agro_loss, all options on, and of selective_logprobs."""
     return [
-        Case(name, kernel, signature, constants, aligned=(), config=None)
-        for name, kernel, signature, constants in agro_loss.compile_cases()
+        Case(name, kernel, signature, constants, frozenset(), {})
+        for module in (agro_loss, selective_logprobs)
+        for name, kernel, signature, constants in module.compile_cases()
     ]
+
+
+# --- What the compiler says of it -----------------------------------------------------------------
 
 
 def compile_case(case: Case, target: str) -> Row:
@@ -165,9 +294,7 @@ def compile_case(case: Case, target: str) -> Row:
             for argument in case.aligned
         },
     )
-    config = case.config
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages} if config else {}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    compiled = triton.compile(source, target=TARGETS[target], options=case.options)
     if "cubin" in compiled.asm:
         code = compiled.asm["ptx"]
         registers, spilled_bytes = cubin_usage(compiled.asm["cubin"])
@@ -178,22 +305,41 @@ def compile_case(case: Case, target: str) -> Row:
             for key in ("vgpr_count", "vgpr_spill_count")
         )
         spilled_bytes = 4 * spills
-    tile = "-"
-    if config:
-        tile = f"{config.block_n}x{config.block_v}x{config.block_d} w{config.num_warps}"
-        tile += f" s{config.num_stages}"
+    by_descriptor = any(kind.startswith("tensordesc") for kind in case.signature.values())
     return Row(
         target=target,
         case=case.name,
-        tile=tile,
+        tile=case.tile,
+        loads="descriptor" if by_descriptor else "pointer",
         registers=registers,
         spilled_bytes=spilled_bytes,
         shared_bytes=compiled.metadata.shared,
+        programs=programs_at_once(target, registers, compiled.metadata),
         matrix=code.count(MATRIX_INSTRUCTIONS[target]),
         exp2=code.count("ex2.approx") + code.count("v_exp_f32"),
-        async_copies=code.count("cp.async.cg") + code.count("cp.async.ca"),
+        async_copies=len(re.findall(r"cp\.async\.c[ag]|_load_\w+ .*\blds\b", code)),
         tma_copies=code.count("cp.async.bulk.tensor"),
     )
+
+
+def programs_at_once(target: str, registers: int, metadata: Any) -> int:
+    """Programs of a kernel that fit a multiprocessor (AMD: compute unit) together.
+
+    NVIDIA: 65536 registers, dealt to a warp of 32 threads in units of 256; 64 warps; on sm_100 512
+    columns of tensor memory. AMD: four SIMDs with 512 registers a lane, in units of 8, and 8 waves.
+    """
+    warps: int = metadata.num_warps
+    if target.startswith("gfx"):
+        waves = 4 * min(8, 512 // (-(-registers // 8) * 8))
+        programs = waves // warps
+        shared: int = metadata.shared
+    else:
+        programs = min(65536 // (-(-registers // 8) * 256), 64) // warps
+        shared = metadata.shared + 1024
+        tensor_memory = getattr(metadata, "tmem_size", 0) or 0
+        if tensor_memory:
+            programs = min(programs, 512 // tensor_memory)
+    return min(programs, SHARED_BYTES[target] // shared) if shared else programs
 
 
 def cubin_usage(cubin: bytes) -> tuple[int, int]:
@@ -214,22 +360,26 @@ def cubin_usage(cubin: bytes) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="only what needs most of a machine")
     parser.add_argument("--csv", type=Path, help="also write the table there")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     rows = []
     names = [field.name for field in fields(Row)]
-    widths = [7, 40, 17, *(max(len(name), 6) for name in names[3:])]
+    widths = [7, 50, 16, 10, *(max(len(name), 6) for name in names[4:])]
     print(" ".join(name.ljust(width) for name, width in zip(names, widths, strict=True)))
     for target in arguments.target:
-        for case in head_cases(target) + loss_cases():
+        cases = head_cases(target, arguments.quick)
+        if not arguments.quick or target == arguments.target[0]:
+            cases += other_cases()
+        for case in cases:
             rows.append(row := asdict(compile_case(case, target)))
             cells = zip(row.values(), widths, strict=True)
             print(" ".join(str(value).ljust(width) for value, width in cells), flush=True)
     if arguments.csv is not None:
         with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
+            writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 

@@ -1,8 +1,9 @@
 """Gradients of the head: the kernel that makes the gradient of the logits, and the GEMMs with it.
 
-Both linear_logprobs_bwd and weighted_logprob_sum_fwd end here. The vocabulary is cut into chunks;
-for each, one kernel recomputes the logits and writes their gradient, and the library's GEMMs give
-that chunk of dweight, rounded once, and a term of dhidden, which is summed in fp32.
+Both linear_logprobs_bwd and weighted_logprob_sum_fwd end here. The vocabulary is cut into chunks
+and, for many tokens, each of them into chunks of tokens. For each, one kernel recomputes the logits
+and writes their gradient, and the library's GEMMs give a term of that part of dweight, which is
+rounded once, and a term of dhidden. Both are summed in fp32.
 """
 
 import torch
@@ -10,12 +11,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agro_kernels._triton.launch import gemm_constants, select_config
-from agro_kernels._triton.primitives import BANNED, LOG2E, grouped_blocks, logits_tile
+from agro_kernels import configs
+from agro_kernels._triton.gemm import add_product
+from agro_kernels._triton.head import Head
+from agro_kernels._triton.launch import gemm_arguments, select_config
+from agro_kernels._triton.primitives import (
+    BANNED,
+    LOG2E,
+    grouped_blocks,
+    kept_tile,
+    logits_tile,
+    rounded,
+)
 
-# The gradient of the logits is made in vocabulary chunks of at most this many bytes, but never
-# less than one tile of columns. Larger is faster: each chunk reads and writes the fp32 dhidden.
+# The gradient of the logits is made in chunks of at most this many bytes, but never less than one
+# tile of columns. Larger is faster: each chunk of columns reads and writes the fp32 dhidden.
 DLOGITS_CHUNK_BYTES = 512 * 2**20
+
+# Tokens of a chunk. With 16-bit operands it leaves 8192 columns, as good a shape for the GEMM that
+# sums over columns as for the one that sums over tokens.
+TOKEN_CHUNK = 32768
+
+# Columns of a chunk at most, for the fp32 sum of its dweight: 512 MB too where D is 4096.
+COLUMN_CHUNK = 32768
 
 # Largest |gradient of a logprob| after the power-of-two scaling that keeps fp16 from underflowing;
 # the entropy's gradient is some ten times larger at most, and fp16 ends at 65504.
@@ -25,11 +43,12 @@ FP16_GRADIENT_PEAK = 256.0
 @triton.jit(do_not_specialize=["N", "start_chunk", "num_columns"])
 def linear_logprobs_bwd_kernel(
     # inputs
-    hidden_ptr,
-    weight_ptr,
+    hidden,
+    weight,
     bias_ptr,
     targets_ptr,
     token_temperature_ptr,
+    kept_ptr,
     lse_ptr,
     entropy_ptr,
     dlogprobs_ptr,
@@ -59,6 +78,8 @@ def linear_logprobs_bwd_kernel(
     GROUP_N: tl.constexpr,
     EVEN_V: tl.constexpr,
     EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    ROUND_LOGITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -68,8 +89,8 @@ def linear_logprobs_bwd_kernel(
 
         dz_v = dlogprob (1[v = y] - p_v) - dentropy p_v (z_v - lse + H) + dlse p_v
 
-    times 1 / temperature and the softcap's slope. Upstream gradients that are None cost nothing.
-    1 - p_y is formed in fp32 before any rounding. Writes dlogits (N, num_columns) for the columns
+    times 1 / temperature and the softcap's slope, all of it in fp32 and rounded once. Upstream
+    gradients that are None cost nothing. Writes dlogits (N, num_columns) for the columns
     from start_chunk on and, if asked, logprobs (N,) of the targets the chunk holds. Rows whose
     target is outside [0, V) become NaN, ignored rows 0.
     """
@@ -79,15 +100,15 @@ def linear_logprobs_bwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_v = tl.arange(0, BLOCK_V)
     mask_n = offs_n < N - start_n
-    # Rows and columns past the end repeat the last one, so no load of the main loop has a mask.
-    rows = tl.minimum(offs_n, (N - 1 - start_n).to(tl.int32))
-    columns = offs_v if EVEN_V else tl.minimum(offs_v, V - 1 - start_v)
+    rows = tl.minimum(offs_n, (N - 1 - start_n).to(tl.int32))  # past the end: the last one
     logits = logits_tile(
-        hidden_ptr=hidden_ptr + start_n * stride_hidden_n,
-        weight_ptr=weight_ptr + tl.cast(start_v, tl.int64) * stride_weight_v,
-        bias_ptr=None if bias_ptr is None else bias_ptr + start_v,
-        offs_n=rows,
-        offs_v=columns,
+        hidden=hidden,
+        weight=weight,
+        bias_ptr=bias_ptr,
+        start_n=start_n,
+        start_v=start_v,
+        N=N,
+        V=V,
         D=D,
         stride_hidden_n=stride_hidden_n,
         stride_hidden_d=stride_hidden_d,
@@ -97,10 +118,17 @@ def linear_logprobs_bwd_kernel(
         BLOCK_N=BLOCK_N,
         BLOCK_V=BLOCK_V,
         BLOCK_D=BLOCK_D,
+        EVEN_V=EVEN_V,
         EVEN_D=EVEN_D,
+        DESCRIPTORS=DESCRIPTORS,
+        ROUND_LOGITS=ROUND_LOGITS,
         INPUT_PRECISION=INPUT_PRECISION,
         INTERPRETED=INTERPRETED,
     )
+    allowed = logits
+    if kept_ptr is not None:
+        kept = kept_tile(kept_ptr, start_n, start_v, N, V, BLOCK_N, BLOCK_V)
+        allowed = tl.where(kept, logits, BANNED)  # the softcap's slope is that of logits
     targets = tl.load(targets_ptr + start_n + rows)
     lse = tl.load(lse_ptr + start_n + rows)
     inverse_temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
@@ -108,168 +136,173 @@ def linear_logprobs_bwd_kernel(
         inverse_temperature /= tl.load(token_temperature_ptr + start_n + rows)
     else:
         inverse_temperature /= temperature
-    log_p = logits * inverse_temperature[:, None] - lse[:, None]
-    p = tl.exp2(log_p * LOG2E)
-    target_column = targets - start_v
+    log_p = allowed * inverse_temperature[:, None] - lse[:, None]
+    # 32 bits: twice the registers would go into comparing every column with it.
+    in_tile = (targets >= start_v) & (targets < min(start_v + BLOCK_V, V))
+    target_column = tl.where(in_tile, targets - start_v, -1).to(tl.int32)
     is_target = offs_v[None, :] == target_column[:, None]
-
     if logprobs_ptr is not None:
-        in_tile = (target_column >= 0) & (target_column < min(BLOCK_V, V - start_v)) & mask_n
-        target_logit = tl.sum(tl.where(is_target, logits, 0.0), axis=1)
-        logprobs = target_logit * inverse_temperature - lse
-        logprobs = tl.where(target_logit <= BANNED, float("-inf"), logprobs)
-        tl.store(logprobs_ptr + start_n + offs_n, logprobs, mask=in_tile)
+        logprobs = tl.sum(tl.where(is_target, log_p, 0.0), axis=1)
+        banned = logprobs <= inverse_temperature * (0.5 * BANNED)
+        logprobs = tl.where(banned, float("-inf"), logprobs)
+        tl.store(logprobs_ptr + start_n + offs_n, logprobs, mask=in_tile & mask_n)
 
-    dlogits = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    # dz_v = p_v (of_p + of_log_p log_p_v) + at_target 1[v = y], one number a row each.
+    row_scale = tl.where((targets >= 0) & (targets < V), inverse_temperature, float("nan"))
+    at_target = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    of_p = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if dlogprobs_ptr is not None:
-        dlogprobs = tl.load(dlogprobs_ptr + start_n + rows)
-        dlogits += dlogprobs[:, None] * tl.where(is_target, 1.0 - p, -p)
+        at_target = tl.load(dlogprobs_ptr + start_n + rows) * row_scale
+        of_p -= at_target
     if dlse_ptr is not None:
-        dlse = tl.load(dlse_ptr + start_n + rows)
-        dlogits += dlse[:, None] * p
+        of_p += tl.load(dlse_ptr + start_n + rows) * row_scale
     if dentropy_ptr is not None:
-        dentropy = tl.load(dentropy_ptr + start_n + rows)
-        entropy = tl.load(entropy_ptr + start_n + rows)
-        dlogits -= dentropy[:, None] * p * (log_p + entropy[:, None])
-    in_vocabulary = (targets >= 0) & (targets < V)
-    row_scale = tl.where(in_vocabulary, inverse_temperature, float("nan"))
-    dlogits *= row_scale[:, None]
+        of_log_p = -tl.load(dentropy_ptr + start_n + rows) * row_scale
+        of_p += of_log_p * tl.load(entropy_ptr + start_n + rows)
+        dlogits = tl.exp2(log_p * LOG2E) * (of_p[:, None] + of_log_p[:, None] * log_p)
+    else:
+        dlogits = tl.exp2(log_p * LOG2E) * of_p[:, None]
+    if dlogprobs_ptr is not None:
+        dlogits = tl.where(is_target, dlogits + at_target[:, None], dlogits)
     if softcap is not None:
         capped = logits / softcap
         dlogits *= (1.0 - capped) * (1.0 + capped)  # the slope of tanh, 1 - tanh^2
     # A selection, not a product: an ignored row may hold NaN.
     counted = targets != ignore_index
     dlogits = tl.where(counted[:, None], dlogits, 0.0)
+    mask = mask_n[:, None] if EVEN_V else mask_n[:, None] & (offs_v[None, :] < V - start_v)
     tl.store(
         dlogits_ptr
-        + start_n * stride_dlogits_n
-        + i_v * BLOCK_V
-        + offs_n[:, None].to(tl.int64) * stride_dlogits_n
-        + offs_v[None, :],
-        dlogits.to(dlogits_ptr.dtype.element_ty),
-        mask=mask_n[:, None] & (offs_v[None, :] < V - start_v),
+        + (start_n * stride_dlogits_n + i_v * BLOCK_V)
+        + (offs_n[:, None] * stride_dlogits_n + offs_v[None, :]),
+        rounded(dlogits, dlogits_ptr.dtype.element_ty, INTERPRETED),
+        mask=mask,
     )
 
 
 def head_gradients(
+    head: Head,
     *,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
     lse: Tensor,
-    entropy: Tensor,
+    entropy: Tensor | None,
     output_mask: list[bool],
-    logprobs: Tensor | None,
+    logprobs: Tensor | None = None,
+    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_logprobs_bwd; also fills logprobs (N,), if given, from the recomputed logits."""
+    """linear_logprobs_bwd of the M rows of a Head; dhidden is (N, D).
+
+    The upstream gradients, lse, entropy: (M,) fp32, contiguous. Also fills logprobs (M,), if given,
+    from the recomputed logits.
+    """
+    hidden, weight = head.hidden, head.weight
     (N, D), V = hidden.shape, weight.shape[0]
     need_hidden, need_weight, need_bias = output_mask
-    dhidden = hidden.new_zeros((N, D) if need_hidden else 0, dtype=torch.float32)
-    dweight = weight.new_empty((V, D) if need_weight else 0)
-    dbias = weight.new_empty(V if need_bias else 0)
-    upstream = [g for g in (dlogprobs, dlse, dentropy) if g is not None]
+    dweight = weight.new_empty((V, D) if need_weight and weight_grad is None else 0)
+    dbias = weight.new_zeros(V if need_bias else 0, dtype=torch.float32)
+    upstream = [gradient for gradient in (dlogprobs, dlse, dentropy) if gradient is not None]
     if N == 0 or not upstream or not any(output_mask):
-        return dhidden.to(hidden.dtype), dweight.zero_(), dbias.zero_()
-
-    # Rows without an upstream gradient are left out like ignored ones. Their hidden may be NaN, and
-    # NaN * 0 would reach dweight through the library's GEMM, hence the copy without them.
-    live = targets != ignore_index
-    live &= torch.stack([gradient != 0 for gradient in upstream]).any(0)
-    targets = targets.where(live, ignore_index)
-    hidden_live = hidden.where(live[:, None], 0.0) if need_weight else hidden
+        dhidden = hidden.new_zeros((head.num_tokens, D) if need_hidden else 0)
+        return dhidden, dweight.zero_(), dbias.to(weight.dtype)
+    dhidden = hidden.new_empty((N, D) if need_hidden else 0, dtype=torch.float32)
     scale = None
     if hidden.dtype == torch.float16:
-        scale = _fp16_scale(upstream, live, temperature, token_temperature)
+        scale = _fp16_scale(upstream, head)
         dlogprobs, dlse, dentropy = (
             None if gradient is None else gradient * scale
             for gradient in (dlogprobs, dlse, dentropy)
         )
+    # A gradient of the weight that is fp32 already is summed where it lies, any other in a buffer.
+    weight_total = dweight if weight_grad is None else weight_grad
+    sum_in_place = weight_total.dtype == torch.float32 and scale is None
 
-    config = select_config("linear_logprobs_bwd", hidden)
-    widest = DLOGITS_CHUNK_BYTES // (N * hidden.element_size()) // config.block_v * config.block_v
-    chunk = min(max(widest, config.block_v), triton.cdiv(V, config.block_v) * config.block_v)
-    dlogits_buffer = hidden.new_empty(N, chunk)
-    arguments = dict(
-        hidden_ptr=hidden,
-        weight_ptr=weight,
-        bias_ptr=None if bias is None else bias.contiguous(),
-        targets_ptr=targets,
-        token_temperature_ptr=_contiguous(token_temperature),
-        lse_ptr=lse.contiguous(),
-        entropy_ptr=None if dentropy is None else entropy.contiguous(),
-        dlogprobs_ptr=_contiguous(dlogprobs),
-        dlse_ptr=_contiguous(dlse),
-        dentropy_ptr=_contiguous(dentropy),
-        dlogits_ptr=dlogits_buffer,
-        logprobs_ptr=logprobs,
-    )
+    config = select_config("linear_logprobs_bwd", head)
+    rows_per_chunk, columns_per_chunk = chunk_shape(N, V, hidden.element_size(), config)
+    dlogits_buffer = hidden.new_empty(rows_per_chunk, columns_per_chunk)
+    buffer_rows = columns_per_chunk if need_weight and not sum_in_place else 0
+    dweight_buffer = weight.new_empty(buffer_rows, D, dtype=torch.float32)
+    row_chunks = [slice(i, min(i + rows_per_chunk, N)) for i in range(0, N, rows_per_chunk)]
+    arguments = []
+    for rows in row_chunks:
+        upstream_and_outputs = dict(
+            dlogprobs_ptr=dlogprobs,
+            dlse_ptr=dlse,
+            dentropy_ptr=dentropy,
+            lse_ptr=lse,
+            entropy_ptr=entropy,
+            logprobs_ptr=logprobs,
+        )
+        arguments.append(
+            {
+                **{k: None if v is None else v[rows] for k, v in upstream_and_outputs.items()},
+                **gemm_arguments(config, head.part(rows)),
+            }
+        )
     with torch.cuda.device_of(hidden):
-        for start in range(0, V, chunk):
-            columns = min(chunk, V - start)
-            num_tiles = triton.cdiv(N, config.block_n) * triton.cdiv(columns, config.block_v)
-            linear_logprobs_bwd_kernel[(num_tiles,)](
-                **arguments,
-                N=N,
-                V=V,
-                D=D,
-                start_chunk=start,
-                num_columns=columns,
-                stride_hidden_n=hidden.stride(0),
-                stride_hidden_d=hidden.stride(1),
-                stride_weight_v=weight.stride(0),
-                stride_weight_d=weight.stride(1),
-                stride_dlogits_n=chunk,
-                temperature=temperature,
-                softcap=softcap if softcap > 0 else None,
-                ignore_index=ignore_index,
-                **gemm_constants(config, hidden, weight),
-            )
-            dlogits = dlogits_buffer[:, :columns]
-            if need_hidden:
-                dhidden += _mm_fp32(dlogits, weight[start : start + columns])
-            if need_weight:
-                product = _mm_fp32(dlogits.T, hidden_live)
-                dweight[start : start + columns] = product if scale is None else product / scale
-            if need_bias:
-                total = dlogits.sum(0, dtype=torch.float32)
-                dbias[start : start + columns] = total if scale is None else total / scale
+        for start_v in range(0, V, columns_per_chunk):
+            entries = slice(start_v, min(start_v + columns_per_chunk, V))
+            num_columns = entries.stop - start_v
+            chunk_total = (weight_total[entries] if sum_in_place else dweight_buffer)[:num_columns]
+            for rows, of_rows in zip(row_chunks, arguments, strict=True):
+                num_rows = rows.stop - rows.start
+                grid = triton.cdiv(num_rows, config.block_n) * triton.cdiv(
+                    num_columns, config.block_v
+                )
+                linear_logprobs_bwd_kernel[(grid,)](
+                    **of_rows,
+                    dlogits_ptr=dlogits_buffer,
+                    start_chunk=start_v,
+                    num_columns=num_columns,
+                    stride_dlogits_n=columns_per_chunk,
+                    ignore_index=head.ignore_index,
+                )
+                dlogits = dlogits_buffer[:num_rows, :num_columns]
+                if need_hidden:
+                    add_product(dhidden[rows], dlogits, weight[entries], keep=start_v > 0)
+                if need_weight:
+                    keep = rows.start > 0 or (sum_in_place and weight_grad is not None)
+                    add_product(chunk_total, dlogits.T, hidden[rows], keep=keep)
+                if need_bias:
+                    dbias[entries] += dlogits.sum(0, dtype=torch.float32)
+            if need_weight and not sum_in_place:
+                if scale is not None:
+                    chunk_total /= scale
+                if weight_grad is None:
+                    dweight[entries] = chunk_total
+                else:
+                    weight_grad[entries] += chunk_total
     if scale is not None:
         dhidden /= scale
-    return dhidden.to(hidden.dtype), dweight, dbias
+        dbias /= scale
+    dhidden = dhidden.to(hidden.dtype)
+    return head.put_back(dhidden) if need_hidden else dhidden, dweight, dbias.to(weight.dtype)
 
 
-def _fp16_scale(
-    upstream: list[Tensor], live: Tensor, temperature: float, token_temperature: Tensor | None
-) -> Tensor:
+def chunk_shape(
+    num_tokens: int, vocabulary: int, itemsize: int, config: configs.TileConfig
+) -> tuple[int, int]:
+    """(rows, columns) of the logits' gradient that are made at a time, both of whole tiles."""
+    num_chunks = triton.cdiv(num_tokens, TOKEN_CHUNK)
+    rows = triton.cdiv(num_tokens, num_chunks * config.block_n) * config.block_n
+    rows = min(rows, num_tokens)
+    columns = min(DLOGITS_CHUNK_BYTES // (rows * itemsize), COLUMN_CHUNK)
+    columns = max(columns // config.block_v, 1) * config.block_v
+    return rows, min(columns, triton.cdiv(vocabulary, config.block_v) * config.block_v)
+
+
+def _fp16_scale(upstream: list[Tensor], head: Head) -> Tensor:
     """The power of two, 0-d fp32 on the device, that lifts the largest gradient to the fp16 peak.
 
     A coefficient divided by the number of tokens is below fp16's smallest number soon; scaling by a
     power of two and back is exact. NaN and inf do not count.
     """
     largest = torch.stack([gradient.abs() for gradient in upstream]).amax(0)
-    largest = largest / (temperature if token_temperature is None else token_temperature)
-    largest = largest.where(live & largest.isfinite(), 0.0).amax().clamp_min(1e-30)
+    temperatures = head.token_temperature
+    largest = largest / (head.temperature if temperatures is None else temperatures)
+    counted = (head.targets != head.ignore_index) & largest.isfinite()
+    largest = largest.where(counted, 0.0).amax().clamp_min(1e-30)
     ratio = FP16_GRADIENT_PEAK / largest
     mantissa, _ = torch.frexp(ratio)
     return ratio / mantissa
-
-
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with an fp32 result: no rounding between the sum and whoever adds to it."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b)
-    if a.is_cuda and torch.version.hip is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())  # no out_dtype on CPU, and not everywhere on ROCm
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()

@@ -1,13 +1,14 @@
-"""Shared by the launches of the head kernels: which row of configs.py, and what follows from it."""
+"""Shared by the launches of the two GEMM kernels: the row of configs.py, what follows from it."""
 
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from agro_kernels import configs
+from agro_kernels._triton.head import Head
 
-
-def select_config(kernel: str, hidden: Tensor) -> configs.TileConfig:
-    return configs.select(kernel, architecture(hidden.device), hidden.element_size())
+ROUNDED = {None: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def architecture(device: torch.device) -> str:
@@ -20,15 +21,75 @@ def architecture(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
-def gemm_constants(config: configs.TileConfig, hidden: Tensor, weight: Tensor) -> dict[str, object]:
-    """The keyword arguments that the two GEMM kernels' launches share."""
+def select_config(kernel: str, head: Head) -> configs.TileConfig:
+    """The row of configs.py for a call. Nothing here depends on how many rows there are."""
+    hidden = head.hidden
+    return configs.select(
+        kernel,
+        architecture(hidden.device),
+        hidden.element_size(),
+        hidden.shape[1],
+        aligned=takes_aligned_rows(head),
+        softcap=head.softcap > 0,
+    )
+
+
+def takes_aligned_rows(head: Head) -> bool:
+    """Whether the operands' rows can begin at multiples of 16 bytes, as tensor descriptors want it.
+
+    Of the weight that is asked; hidden states that do not comply are copied by gemm_arguments, so
+    that a token's result does not depend on where its hidden states lie.
+    """
+    D, itemsize = head.hidden.shape[1], head.hidden.element_size()
+    return D * itemsize % 16 == 0 and has_aligned_rows(head.weight)
+
+
+def has_aligned_rows(matrix: Tensor) -> bool:
+    """Whether the rows of a matrix are dense and begin at multiples of 16 bytes."""
+    row_stride, column_stride = matrix.stride()
+    return (
+        column_stride == 1
+        and row_stride >= matrix.shape[1]
+        and row_stride * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
+def gemm_arguments(config: configs.TileConfig, head: Head) -> dict[str, object]:
+    """The keyword arguments that the launches of the two GEMM kernels share."""
+    hidden, weight = head.hidden, head.weight
+    (N, D), V = hidden.shape, weight.shape[0]
+    if takes_aligned_rows(head) and not has_aligned_rows(hidden):
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    operands: dict[str, object] = dict(hidden=hidden, weight=weight)
+    if config.descriptors:
+        operands = dict(
+            hidden=TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d]),
+            weight=TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d]),
+        )
     return dict(
+        **operands,
+        bias_ptr=head.bias,
+        targets_ptr=head.targets,
+        token_temperature_ptr=head.token_temperature,
+        kept_ptr=head.kept,
+        N=N,
+        V=V,
+        D=D,
+        stride_hidden_n=hidden.stride(0),
+        stride_hidden_d=hidden.stride(1),
+        stride_weight_v=weight.stride(0),
+        stride_weight_d=weight.stride(1),
+        temperature=head.temperature,
+        softcap=head.softcap if head.softcap > 0 else None,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         BLOCK_D=config.block_d,
         GROUP_N=config.group_n,
-        EVEN_V=weight.shape[0] % config.block_v == 0,
-        EVEN_D=weight.shape[1] % config.block_d == 0,
+        EVEN_V=V % config.block_v == 0,
+        EVEN_D=D % config.block_d == 0,
+        DESCRIPTORS=config.descriptors,
+        ROUND_LOGITS=ROUNDED[head.round_logits],
         # Triton's default would round fp32 operands to tf32; bf16 and fp16 ones are not affected.
         INPUT_PRECISION="ieee",
         INTERPRETED=hidden.device.type == "cpu",

@@ -1,6 +1,6 @@
 """hidden, weight, targets -> logprobs, lse, entropy and their gradients, without the (N, V) logits.
 
-    z = cap(hidden @ weight.T + bias) / temperature     cap(x) = softcap * tanh(x / softcap)
+    z = cap(round(hidden @ weight.T + bias)) / temperature   cap(x) = softcap * tanh(x / softcap)
     lse = log sum_v exp(z_v)     logprob = z_y - lse     entropy = lse - sum_v p_v z_v
 
 Forward: one GEMM kernel keeps each tile of logits in registers and reduces it on the spot; a
@@ -13,9 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from agro_kernels import configs
+from agro_kernels._triton.head import Head, counted_head
 from agro_kernels._triton.head_gradients import head_gradients
-from agro_kernels._triton.launch import gemm_constants, select_config
-from agro_kernels._triton.primitives import BANNED, LN2, LOG2E, grouped_blocks, logits_tile
+from agro_kernels._triton.launch import gemm_arguments, select_config
+from agro_kernels._triton.primitives import (
+    BANNED,
+    LN2,
+    LOG2E,
+    grouped_blocks,
+    kept_tile,
+    logits_tile,
+)
 
 MERGE_BLOCK_N = 128  # rows of one program that merges splits; without influence on results
 
@@ -23,11 +31,12 @@ MERGE_BLOCK_N = 128  # rows of one program that merges splits; without influence
 @triton.jit(do_not_specialize=["N"])
 def linear_logprobs_fwd_kernel(
     # inputs
-    hidden_ptr,
-    weight_ptr,
+    hidden,
+    weight,
     bias_ptr,
     targets_ptr,
     token_temperature_ptr,
+    kept_ptr,
     # outputs
     max_ptr,
     sum_ptr,
@@ -52,6 +61,8 @@ def linear_logprobs_fwd_kernel(
     GROUP_N: tl.constexpr,
     EVEN_V: tl.constexpr,
     EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    ROUND_LOGITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -70,8 +81,7 @@ def linear_logprobs_fwd_kernel(
     start_n = i_n.to(tl.int64) * BLOCK_N
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N - start_n
-    # Rows and columns past the end repeat the last one, so no load of the main loop has a mask.
-    rows = tl.minimum(offs_n, (N - 1 - start_n).to(tl.int32))
+    rows = tl.minimum(offs_n, (N - 1 - start_n).to(tl.int32))  # past the end: the last one
     targets = tl.load(targets_ptr + start_n + rows)
     k = tl.full((BLOCK_N,), LOG2E, tl.float32)
     if token_temperature_ptr is not None:
@@ -85,13 +95,14 @@ def linear_logprobs_fwd_kernel(
     start_split = i_split * tiles_per_split * BLOCK_V
     for start_v in range(start_split, min(start_split + tiles_per_split * BLOCK_V, V), BLOCK_V):
         offs_v = tl.arange(0, BLOCK_V)
-        columns = offs_v if EVEN_V else tl.minimum(offs_v, V - 1 - start_v)
         logits = logits_tile(
-            hidden_ptr=hidden_ptr + start_n * stride_hidden_n,
-            weight_ptr=weight_ptr + tl.cast(start_v, tl.int64) * stride_weight_v,
-            bias_ptr=None if bias_ptr is None else bias_ptr + start_v,
-            offs_n=rows,
-            offs_v=columns,
+            hidden=hidden,
+            weight=weight,
+            bias_ptr=bias_ptr,
+            start_n=start_n,
+            start_v=start_v,
+            N=N,
+            V=V,
             D=D,
             stride_hidden_n=stride_hidden_n,
             stride_hidden_d=stride_hidden_d,
@@ -101,16 +112,22 @@ def linear_logprobs_fwd_kernel(
             BLOCK_N=BLOCK_N,
             BLOCK_V=BLOCK_V,
             BLOCK_D=BLOCK_D,
+            EVEN_V=EVEN_V,
             EVEN_D=EVEN_D,
+            DESCRIPTORS=DESCRIPTORS,
+            ROUND_LOGITS=ROUND_LOGITS,
             INPUT_PRECISION=INPUT_PRECISION,
             INTERPRETED=INTERPRETED,
         )
+        # After the transform: tanh would turn a column without a token into a logit of -softcap.
         if not EVEN_V:
-            # After the transform: tanh would turn a padding column into a logit of -softcap.
             logits = tl.where(offs_v[None, :] < V - start_v, logits, BANNED)
-        target_column = targets - start_v
-        in_tile = (target_column >= 0) & (target_column < min(BLOCK_V, V - start_v)) & mask_n
+        if kept_ptr is not None:
+            kept = kept_tile(kept_ptr, start_n, start_v, N, V, BLOCK_N, BLOCK_V)
+            logits = tl.where(kept, logits, BANNED)
+        in_tile = (targets >= start_v) & (targets < min(start_v + BLOCK_V, V)) & mask_n
         if tl.max(in_tile.to(tl.int32), axis=0) > 0:
+            target_column = tl.where(in_tile, targets - start_v, -1).to(tl.int32)
             is_target = offs_v[None, :] == target_column[:, None]
             target_logit = tl.sum(tl.where(is_target, logits, 0.0), axis=1)
             tl.store(target_logit_ptr + start_n + offs_n, target_logit, mask=in_tile)
@@ -203,64 +220,63 @@ def linear_logprobs_fwd(
     token_temperature: Tensor | None,
     softcap: float,
     ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,) fp32 in nats; entropy is (0,) unless asked for.
 
     hidden (N, D) and weight (V, D): bf16, fp16 or fp32, any strides; targets (N,) int32 or int64;
-    token_temperature (N,) fp32 or None; softcap 0.0 for none. A target outside [0, V) that is not
-    ignore_index gives a logprob of NaN: looking at it here would stall the device.
+    token_temperature (N,) fp32 or None; softcap 0.0 for none; kept (N, ceil(V / 32)) int32, one bit
+    a token, or None. A target outside [0, V) that is not ignore_index gives a logprob of NaN:
+    looking at it here would stall the device.
     """
-    (N, D), V = hidden.shape, weight.shape[0]
+    head = counted_head(
+        targets != ignore_index, hidden, weight, targets, bias, temperature, token_temperature,
+        softcap, ignore_index, round_logits, kept,
+    )  # fmt: skip
+    logprobs, lse, entropy = _statistics(head, with_entropy)
+    if with_entropy:
+        entropy = head.put_back(entropy)
+    return head.put_back(logprobs), head.put_back(lse), entropy
+
+
+def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """linear_logprobs_fwd of the rows of a Head."""
+    hidden = head.hidden
+    N, V = hidden.shape[0], head.weight.shape[0]
     logprobs, lse = hidden.new_empty((2, N), dtype=torch.float32)
     entropy = hidden.new_empty(N if with_entropy else 0, dtype=torch.float32)
     if N == 0:
         return logprobs, lse, entropy
-    config = select_config("linear_logprobs_fwd", hidden)
+    config = select_config("linear_logprobs_fwd", head)
     tiles_per_split, num_splits = configs.split_vocabulary(V, config)
     partials = hidden.new_empty((3 if with_entropy else 2, num_splits, N), dtype=torch.float32)
-    # A target outside the vocabulary is met by no program: its logit, and logprob, stay NaN.
-    target_logit = hidden.new_full((N,), float("nan"), dtype=torch.float32)
-    targets = targets.contiguous()
-    token_temperature = None if token_temperature is None else token_temperature.contiguous()
+    statistics = dict(
+        max_ptr=partials[0],
+        sum_ptr=partials[1],
+        moment_ptr=partials[2] if with_entropy else None,
+        # A target outside the vocabulary is met by no program: its logit, and logprob, stay NaN.
+        target_logit_ptr=hidden.new_full((N,), float("nan"), dtype=torch.float32),
+    )
     with torch.cuda.device_of(hidden):
         linear_logprobs_fwd_kernel[(triton.cdiv(N, config.block_n) * num_splits,)](
-            hidden_ptr=hidden,
-            weight_ptr=weight,
-            bias_ptr=None if bias is None else bias.contiguous(),
-            targets_ptr=targets,
-            token_temperature_ptr=token_temperature,
-            max_ptr=partials[0],
-            sum_ptr=partials[1],
-            moment_ptr=partials[2] if with_entropy else None,
-            target_logit_ptr=target_logit,
-            N=N,
-            V=V,
-            D=D,
+            **statistics,
             tiles_per_split=tiles_per_split,
             num_splits=num_splits,
-            stride_hidden_n=hidden.stride(0),
-            stride_hidden_d=hidden.stride(1),
-            stride_weight_v=weight.stride(0),
-            stride_weight_d=weight.stride(1),
-            temperature=temperature,
-            softcap=softcap if softcap > 0 else None,
-            **gemm_constants(config, hidden, weight),
+            **gemm_arguments(config, head),
         )
         linear_logprobs_fwd_merge_kernel[(triton.cdiv(N, MERGE_BLOCK_N),)](
-            max_ptr=partials[0],
-            sum_ptr=partials[1],
-            moment_ptr=partials[2] if with_entropy else None,
-            target_logit_ptr=target_logit,
-            targets_ptr=targets,
-            token_temperature_ptr=token_temperature,
+            **statistics,
+            targets_ptr=head.targets,
+            token_temperature_ptr=head.token_temperature,
             logprobs_ptr=logprobs,
             lse_ptr=lse,
             entropy_ptr=entropy if with_entropy else None,
             N=N,
             num_splits=num_splits,
-            temperature=temperature,
-            ignore_index=ignore_index,
+            temperature=head.temperature,
+            ignore_index=head.ignore_index,
             BLOCK_N=MERGE_BLOCK_N,
             num_warps=4,
         )
@@ -279,31 +295,36 @@ def linear_logprobs_bwd(
     token_temperature: Tensor | None,
     softcap: float,
     ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
     lse: Tensor,
     entropy: Tensor,
     output_mask: list[bool],
+    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden (N, D), dweight (V, D), dbias (V,)); (0,) for each that output_mask leaves out.
 
     dlogprobs, dlse, dentropy: (N,) fp32 upstream gradients, None where there is none. lse (N,) and,
-    if dentropy is given, entropy (N,) are the forward's. The rest is linear_logprobs_fwd's.
+    if dentropy is given, entropy (N,) are the forward's. With weight_grad (V, D) fp32 the gradient
+    of weight is added to it and dweight is (0,). The rest is linear_logprobs_fwd's.
     """
+    live = torch.zeros_like(targets, dtype=torch.bool)
+    for gradient in (dlogprobs, dlse, dentropy):
+        if gradient is not None:
+            live |= gradient != 0
+    head = counted_head(
+        live & (targets != ignore_index), hidden, weight, targets, bias, temperature,
+        token_temperature, softcap, ignore_index, round_logits, kept,
+    )  # fmt: skip
     return head_gradients(
-        dlogprobs=dlogprobs,
-        dlse=dlse,
-        dentropy=dentropy,
-        hidden=hidden,
-        weight=weight,
-        targets=targets,
-        bias=bias,
-        temperature=temperature,
-        token_temperature=token_temperature,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        lse=lse,
-        entropy=entropy,
+        head,
+        dlogprobs=None if dlogprobs is None else head.take(dlogprobs),
+        dlse=None if dlse is None else head.take(dlse),
+        dentropy=None if dentropy is None else head.take(dentropy),
+        lse=head.take(lse),
+        entropy=None if dentropy is None else head.take(entropy),
         output_mask=output_mask,
-        logprobs=None,
+        weight_grad=weight_grad,
     )
 
 
@@ -318,6 +339,8 @@ def weighted_logprob_sum_fwd(
     token_temperature: Tensor | None,
     softcap: float,
     ignore_index: int,
+    round_logits: torch.dtype | None,
+    kept: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(total, dhidden, dweight, dbias): sum_t coefficients_t * logprob_t, 0-d fp32, its gradients.
@@ -325,32 +348,27 @@ def weighted_logprob_sum_fwd(
     coefficients (N,) fp32; a row whose coefficient is 0 is an ignored row. With lse (N,) from an
     earlier pass over the same hidden the logits are computed once (3 GEMMs), else twice (4).
     """
-    targets = targets.where(coefficients != 0, ignore_index)
+    head = counted_head(
+        (targets != ignore_index) & (coefficients != 0), hidden, weight, targets, bias, temperature,
+        token_temperature, softcap, ignore_index, round_logits, kept,
+    )  # fmt: skip
+    coefficients = head.take(coefficients)
+    logprobs_of_bwd = None
     if lse is None or not any(output_mask):
-        logprobs, lse, _ = linear_logprobs_fwd(
-            hidden, weight, targets, bias, temperature, token_temperature, softcap, ignore_index,
-            with_entropy=False,
-        )  # fmt: skip
-        logprobs_of_bwd = None
+        logprobs, lse, _ = _statistics(head, with_entropy=False)
     else:
+        lse = head.take(lse)
         # A target outside the vocabulary is in no chunk: its logprob, and the total, stay NaN.
         logprobs = logprobs_of_bwd = torch.full_like(lse, float("nan"))
     gradients = head_gradients(
+        head,
         dlogprobs=coefficients,
         dlse=None,
         dentropy=None,
-        hidden=hidden,
-        weight=weight,
-        targets=targets,
-        bias=bias,
-        temperature=temperature,
-        token_temperature=token_temperature,
-        softcap=softcap,
-        ignore_index=ignore_index,
         lse=lse,
-        entropy=lse,
+        entropy=None,
         output_mask=output_mask,
         logprobs=logprobs_of_bwd,
     )
-    terms = torch.where(targets != ignore_index, coefficients.double() * logprobs, 0.0)
+    terms = torch.where(head.targets != ignore_index, coefficients.double() * logprobs, 0.0)
     return terms.sum().float(), *gradients

@@ -45,14 +45,27 @@ def tanh(x):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x, fp32, to the nearest number of a dtype, ties to even; of that dtype."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        # Triton's interpreter cuts the lower bits off. What is left of them here are zeros.
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def logits_tile(
     # inputs
-    hidden_ptr,
-    weight_ptr,
+    hidden,
+    weight,
     bias_ptr,
-    offs_n,
-    offs_v,
+    start_n,
+    start_v,
     # sizes and strides
+    N,
+    V,
     D,
     stride_hidden_n,
     stride_hidden_d,
@@ -63,39 +76,97 @@ def logits_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
     EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    ROUND_LOGITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """softcap * tanh((hidden @ weight.T + bias) / softcap) of one tile, (BLOCK_N, BLOCK_V) fp32.
+    """softcap * tanh(round(hidden @ weight.T + bias) / softcap), (BLOCK_N, BLOCK_V) fp32.
 
-    The pointers are already those of the tile's first row (hidden) and first token (weight, bias),
-    so that the offsets inside the tile fit int32. offs_n (BLOCK_N,) and offs_v (BLOCK_V,) must be
-    in range: no row or column of the main loop is masked. bias_ptr and softcap may be None. A bias
-    of -inf gives BANNED, or -softcap if there is one.
+    The tile begins at row start_n (int64) and token start_v. With DESCRIPTORS hidden and weight are
+    tensor descriptors with blocks (BLOCK_N, BLOCK_D) and (BLOCK_V, BLOCK_D), else pointers. Rows
+    and columns past the end hold numbers without meaning. bias_ptr, softcap and ROUND_LOGITS (a
+    16-bit dtype) may be None. A bias of -inf gives BANNED, or -softcap if there is one.
     """
-    offs_d = tl.arange(0, BLOCK_D)
-    hidden_ptrs = hidden_ptr + offs_n[:, None] * stride_hidden_n + offs_d[None, :] * stride_hidden_d
-    weight_ptrs = weight_ptr + offs_v[None, :] * stride_weight_v + offs_d[:, None] * stride_weight_d
+    offs_v = tl.arange(0, BLOCK_V)
+    # Columns past the end repeat the last one, as rows do below: no load of the main loop is masked
+    # for them.
+    columns = offs_v if EVEN_V else tl.minimum(offs_v, V - 1 - start_v)
     logits = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    for start_d in range(0, D, BLOCK_D):
-        if EVEN_D:
-            hidden = tl.load(hidden_ptrs)
-            weight = tl.load(weight_ptrs)
-        else:
-            mask_d = offs_d < D - start_d
-            hidden = tl.load(hidden_ptrs, mask=mask_d[None, :], other=0.0)
-            weight = tl.load(weight_ptrs, mask=mask_d[:, None], other=0.0)
-        if INTERPRETED:
-            # Triton's interpreter would multiply the bit patterns of bf16 operands.
-            hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
-        logits = tl.dot(hidden, weight, logits, input_precision=INPUT_PRECISION)
-        hidden_ptrs += BLOCK_D * stride_hidden_d
-        weight_ptrs += BLOCK_D * stride_weight_d
+    if DESCRIPTORS:
+        row = start_n.to(tl.int32)
+        for start_d in range(0, D, BLOCK_D):
+            hidden_tile = hidden.load([row, start_d])
+            weight_tile = weight.load([start_v, start_d]).T
+            if INTERPRETED:
+                # Triton's interpreter would multiply the bit patterns of bf16 operands.
+                hidden_tile, weight_tile = hidden_tile.to(tl.float32), weight_tile.to(tl.float32)
+            logits = tl.dot(hidden_tile, weight_tile, logits, input_precision=INPUT_PRECISION)
+    else:
+        offs_d = tl.arange(0, BLOCK_D)
+        rows = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - start_n).to(tl.int32))
+        # The tile's corner in int64; the offsets inside the tile fit int32.
+        hidden_ptrs = (
+            hidden
+            + start_n * stride_hidden_n
+            + (rows[:, None] * stride_hidden_n + offs_d[None, :] * stride_hidden_d)
+        )
+        weight_ptrs = (
+            weight
+            + tl.cast(start_v, tl.int64) * stride_weight_v
+            + (columns[None, :] * stride_weight_v + offs_d[:, None] * stride_weight_d)
+        )
+        for start_d in range(0, D, BLOCK_D):
+            if EVEN_D:
+                hidden_tile = tl.load(hidden_ptrs)
+                weight_tile = tl.load(weight_ptrs)
+            else:
+                mask_d = offs_d < D - start_d
+                hidden_tile = tl.load(hidden_ptrs, mask=mask_d[None, :], other=0.0)
+                weight_tile = tl.load(weight_ptrs, mask=mask_d[:, None], other=0.0)
+            if INTERPRETED:
+                hidden_tile, weight_tile = hidden_tile.to(tl.float32), weight_tile.to(tl.float32)
+            logits = tl.dot(hidden_tile, weight_tile, logits, input_precision=INPUT_PRECISION)
+            hidden_ptrs += BLOCK_D * stride_hidden_d
+            weight_ptrs += BLOCK_D * stride_weight_d
     if bias_ptr is not None:
-        logits += tl.load(bias_ptr + offs_v)[None, :].to(tl.float32)
+        logits += tl.load(bias_ptr + start_v + columns)[None, :].to(tl.float32)
+    if ROUND_LOGITS is not None:
+        logits = rounded(logits, ROUND_LOGITS, INTERPRETED).to(tl.float32)
     if softcap is not None:
         logits = softcap * tanh(logits / softcap)
     elif bias_ptr is not None:
         logits = tl.where(logits < BANNED, BANNED, logits)  # keeps NaN, unlike a maximum
     return logits
+
+
+@triton.jit
+def kept_tile(
+    # inputs
+    kept_ptr,
+    start_n,
+    start_v,
+    # sizes and strides
+    N,
+    V,
+    # constants
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Which tokens of a tile the sampler kept, (BLOCK_N, BLOCK_V) bool.
+
+    kept (N, ceil(V / 32)) int32: bit v % 32 of word v // 32 is token v. start_v and BLOCK_V are
+    multiples of 32.
+    """
+    num_words = tl.cdiv(V, 32)
+    rows = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - start_n).to(tl.int32))
+    offs_word = start_v // 32 + tl.arange(0, BLOCK_V // 32)
+    words = tl.load(
+        kept_ptr + start_n * num_words + (rows[:, None] * num_words + offs_word[None, :]),
+        mask=(offs_word < num_words)[None, :],
+        other=0,
+    )
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, (BLOCK_N, BLOCK_V)) != 0

@@ -1,5 +1,6 @@
 """The Triton kernels of the AGRO ops against the torch path: interpreted, or run on a GPU."""
 
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 
+from agro_kernels import reference
 from agro_kernels._torch import agro_loss as torch_path
 from agro_kernels._triton import agro_loss as kernels
 from agro_kernels.agro_loss import agro_coefficients, agro_loss
@@ -65,6 +67,112 @@ def test_loss_matches_torch_path(name: str, prepare) -> None:
     arguments = (*batch.tokens, *batch.op_options(name))
     ours = kernels.agro_loss_fwd(*on_device(arguments))
     assert_same(ours, torch_path.agro_loss_fwd(*arguments))
+
+
+LR_OPTIONS = [
+    {"lr_weight": weight, "lr_cap": cap, "lr_baseline": baseline, "on_policy": on_policy}
+    for weight, cap, baseline, on_policy in itertools.product(
+        (1.0, 0.3), (False, True), (None, 0.0, 0.4), (None, "some", "none")
+    )
+]
+DENOMINATORS = itertools.cycle([(None, 1.0), (0.0, 2.5), (7.0, 0.5)])  # num_groups, scale
+
+
+@pytest.mark.parametrize("prepare", [lambda batch: batch, spoiled], ids=["valid", "invalid-rows"])
+def test_combinations_of_options_match_the_reference(
+    prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in {"BLOCK_T": 16, "BLOCK_I": 32, "BLOCK_J": 32, "BLOCK_B": 32}.items():
+        monkeypatch.setattr(kernels, name, size)  # one program each: half the time
+    batch = prepare(Batch())
+    rows = {"some": batch.on_policy, "none": torch.zeros_like(batch.on_policy), None: None}
+    weighted = [{"importance_weights": weights} for weights in (batch.weights, 0 * batch.weights)]
+    for given, (num_groups, scale) in zip([*weighted, *LR_OPTIONS], DENOMINATORS, strict=False):
+        named = {"lr_weight": 0.0, "lr_cap": False, "on_policy": None, "lr_baseline": None}
+        named |= {"importance_weights": None, "num_groups": num_groups, "scale": scale} | given
+        named["on_policy"] = rows[named["on_policy"]]
+        count = None if num_groups is None else torch.tensor(num_groups, dtype=torch.float64)
+        positional = (BETA, *{**named, "num_groups": count}.values())
+        loss, coefficients = kernels.agro_loss_fwd(*on_device((*batch.tokens, *positional)))
+        exact = (
+            reference.agro_loss(*batch.tokens, beta=BETA, **named).detach(),
+            reference.agro_coefficients(*batch.sums, beta=BETA, **named),
+        )
+        assert_same((loss, coefficients), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_groups_of_any_integer_type(dtype: torch.dtype) -> None:
+    batch = Batch()
+    rewards, logprobs, ref_logprobs, groups = batch.sums
+    names = groups.unique(return_inverse=True)[1]
+    names = (names * 37 % 120 + torch.iinfo(dtype).max - 120).to(dtype)  # the last ids of the type
+    positional = batch.op_options("capped")
+    ours = kernels.agro_coefficients(
+        *on_device((rewards, logprobs, ref_logprobs, names, *positional))
+    )
+    assert_same(ours, torch_path.agro_coefficients(*batch.sums, *positional))
+
+
+def test_groups_spread_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of one to more than a block of rows, the members far apart, ids beyond 32 bits."""
+    monkeypatch.setattr(kernels, "BLOCK_I", 16)
+    monkeypatch.setattr(kernels, "BLOCK_J", 16)
+    generator = torch.Generator().manual_seed(5)
+    num_rows = 75
+    groups = (torch.rand(num_rows, generator=generator) ** 3 * 30).long() * 10**12 - 7
+    sums = torch.randn(3, num_rows, generator=generator, dtype=torch.float64)
+    on_policy = torch.rand(num_rows, generator=generator) < 0.5
+    arguments = (*sums, groups, BETA, 1.0, True, on_policy, None, None, None, 1.0)
+    ours = kernels.agro_coefficients(*on_device(arguments))
+    assert_same(ours, torch_path.agro_coefficients(*arguments))
+    counts = groups.unique(return_counts=True)[1]
+    assert counts.min() == 1 and counts.max() > 16
+
+
+def test_log_ratios_are_formed_token_by_token() -> None:
+    """Two sums of millions of nats differ by a thousandth: their difference would have lost it."""
+    logprobs = torch.full((6,), -1e9, dtype=torch.float64)
+    ref_logprobs = logprobs - 1e-3 * torch.tensor([1.0, 1, 1, 2, 2, 2], dtype=torch.float64)
+    rewards, groups = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    arguments = (logprobs, ref_logprobs, rewards, groups, torch.tensor([0, 3, 6]))
+    positional = (1.0, 0.0, False, None, None, None, None, 1.0)
+    _, ours = kernels.agro_loss_fwd(*on_device((*arguments, *positional)))
+    first, second = (logprobs - ref_logprobs).view(2, 3).sum(1)
+    exact = torch.stack([first - second, second - first]) / 2
+    torch.testing.assert_close(ours.cpu(), exact, rtol=1e-12, atol=0.0)
+
+
+def test_launchers_look_at_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device item(), tolist(), nonzero(), bool() and cpu() all raise."""
+    launched = []
+
+    class Launch:
+        def __init__(self, kernel) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(**arguments) -> None:
+                assert set(arguments) == set(self.kernel.arg_names)
+                launched.append(self.kernel.fn.__name__)
+
+            return launch
+
+    for _, kernel, _, _ in kernels.compile_cases():
+        monkeypatch.setattr(kernels, kernel.fn.__name__, Launch(kernel))
+    batch = Batch()
+
+    def on_meta(*values) -> tuple:
+        return tuple(v.to("meta") if isinstance(v, Tensor) else v for v in values)
+
+    for name in OPTIONS:
+        kernels.agro_coefficients(*on_meta(*batch.sums, *batch.op_options(name)))
+        _, coefficients = kernels.agro_loss_fwd(*on_meta(*batch.tokens, *batch.op_options(name)))
+        dloss, cu_seqlens = on_meta(torch.tensor(1.0), batch.cu_seqlens)
+        kernels.agro_loss_bwd(dloss, coefficients, cu_seqlens, 41, torch.float32)
+    assert len(set(launched)) == 4
+    with pytest.raises(RuntimeError):  # so the device does what it is trusted with
+        dloss.item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,17 +1,22 @@
 """The Triton head kernels against float64: by Triton's interpreter, or on a GPU where there is one.
 
 The interpreter's tiles are 16 x 32 x 32 and the gradient's chunks are made tiny below, so that
-these shapes have several row blocks, splits, tiles, chunks and steps over D, all with a tail.
+these shapes have several row blocks, splits, tiles, chunks of both kinds and steps over D, all with
+a tail.
 """
 
+import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from agro_kernels import reference
-from agro_kernels._triton import head_gradients
+import agro_kernels  # noqa: F401  (registers pack_kept_ids)
+from agro_kernels import configs, reference
+from agro_kernels._triton import gemm, head_gradients, launch
+from agro_kernels._triton import head as heads
 from agro_kernels._triton import linear_logprobs as kernels
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
@@ -25,6 +30,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
 
 
 def dtype_id(dtype: torch.dtype) -> str:
@@ -33,34 +40,61 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_gradients, "DLOGITS_CHUNK_BYTES", 2700)  # 21 rows of 32 fp32 columns
+    monkeypatch.setattr(head_gradients, "DLOGITS_CHUNK_BYTES", 2100)  # 16 rows of 32 fp32 columns
+    monkeypatch.setattr(head_gradients, "TOKEN_CHUNK", 16)
 
 
 def token_temperatures(n: int) -> Tensor:
     return torch.linspace(0.5, 1.5, n, device=DEVICE)
 
 
-def options_of(name: str, n: int) -> dict[str, Any]:
-    """Keyword arguments of the reference; the inputs' own options are in INPUTS."""
-    return {
+def kept_sets(targets: Tensor, v: int) -> Tensor:
+    """(N, 9) ids to keep, the targets among them; some padding, every fifth row all padding."""
+    n = targets.shape[0]
+    ids = torch.randint(0, v, (n, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ids[:, 3] = targets.clamp_min(0)
+    ids[1::3, 4:] = -1
+    ids[::5] = -1
+    return ids
+
+
+OPTIONS = ["plain", "temperature", "token_temperature", "softcap", "rounded", "kept", "everything"]
+
+
+def case(
+    options: str, shape: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[HeadInputs, dict[str, Any]]:
+    """Inputs, and the keyword arguments of the reference."""
+    n, _, v = shape
+    everything = options == "everything"
+    inputs = head_inputs(*shape, dtype=dtype, device=DEVICE, bias=everything, ignored=everything)
+    if options in ("rounded", "everything"):
+        # Exact products and sums: logits that differ in their last bit may round apart.
+        inputs.hidden.mul_(4.0).round_().div_(4.0)
+        inputs.weight.mul_(16.0).round_().div_(16.0)
+        if inputs.bias is not None:
+            inputs.bias.mul_(8.0).round_().div_(8.0)
+    kept_ids = kept_sets(inputs.targets, v)
+    keywords = {
         "plain": {},
         "temperature": {"temperature": 0.7},
         "token_temperature": {"temperature": token_temperatures(n)},
         "softcap": {"softcap": 2.0},
-        "everything": {"temperature": token_temperatures(n), "softcap": 5.0},
-    }[name]
+        "rounded": {"round_logits": "fp16", "temperature": 0.7},
+        "kept": {"kept_ids": kept_ids},
+        "everything": {
+            "temperature": token_temperatures(n),
+            "softcap": 5.0,
+            "round_logits": "bf16",
+            "kept_ids": kept_ids,
+        },
+    }
+    return inputs, keywords[options]
 
 
-OPTIONS = ["plain", "temperature", "token_temperature", "softcap", "everything"]
-
-
-def make_inputs(options: str, shape: tuple[int, int, int], dtype: torch.dtype) -> HeadInputs:
-    everything = options == "everything"
-    return head_inputs(*shape, dtype=dtype, device=DEVICE, bias=everything, ignored=everything)
-
-
-def op_arguments(options: dict[str, Any]) -> dict[str, Any]:
+def op_arguments(options: dict[str, Any], vocabulary: int = ODD[2]) -> dict[str, Any]:
     """The options of the public functions as the arguments of the ops."""
+    kept_ids = options.get("kept_ids")
     temperature = options.get("temperature", 1.0)
     is_tensor = isinstance(temperature, Tensor)
     return {
@@ -68,6 +102,8 @@ def op_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "token_temperature": temperature if is_tensor else None,
         "softcap": options.get("softcap", 0.0),
         "ignore_index": options.get("ignore_index", -100),
+        "round_logits": reference.ROUNDED_LOGITS.get(options.get("round_logits", "")),
+        "kept": None if kept_ids is None else torch.ops.agro.pack_kept_ids(kept_ids, vocabulary),
     }
 
 
@@ -75,7 +111,7 @@ def forward(inputs: HeadInputs, options: dict[str, Any]) -> tuple[Tensor, Tensor
     """(logprobs, lse, entropy) of the kernels."""
     return kernels.linear_logprobs_fwd(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias,
-        **op_arguments(options), with_entropy=True,
+        **op_arguments(options, inputs.weight.shape[0]), with_entropy=True,
     )  # fmt: skip
 
 
@@ -84,12 +120,15 @@ def backward(
     upstream: tuple[Tensor | None, Tensor | None, Tensor | None],
     options: dict[str, Any],
     output_mask: list[bool] = ALL,
+    weight_grad: Tensor | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) of the kernels for upstream (dlogprobs, dlse, dentropy)."""
-    _, lse, entropy = forward(inputs, options)
+    lse, entropy = forward(inputs, options)[1:] if statistics is None else statistics
     return kernels.linear_logprobs_bwd(
         *upstream, inputs.hidden, inputs.weight, inputs.targets, inputs.bias,
-        **op_arguments(options), lse=lse, entropy=entropy, output_mask=output_mask,
+        **op_arguments(options, inputs.weight.shape[0]), lse=lse, entropy=entropy,
+        output_mask=output_mask, weight_grad=weight_grad,
     )  # fmt: skip
 
 
@@ -102,6 +141,11 @@ def truth_forward(inputs: HeadInputs, options: dict[str, Any]) -> tuple[Tensor, 
 
 
 def plain_forward(inputs: HeadInputs, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    if "round_logits" in options or "kept_ids" in options:  # strictly: fp32 logits in every dtype
+        logprobs, entropy, lse = reference.linear_logprobs_with_stats(
+            inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **options
+        )
+        return logprobs, lse, entropy
     return plain_linear_logprobs(
         inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias, **options
     )
@@ -172,18 +216,55 @@ def check_backward(
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_forward_matches_float64(dtype: torch.dtype, options: str) -> None:
-    check_forward(make_inputs(options, ODD, dtype), options_of(options, ODD[0]))
+    check_forward(*case(options, ODD, dtype))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_backward_matches_float64(dtype: torch.dtype, options: str) -> None:
-    check_backward(make_inputs(options, ODD, dtype), options_of(options, ODD[0]))
+    check_backward(*case(options, ODD, dtype))
+
+
+def misaligned(matrix: Tensor) -> Tensor:
+    """The same numbers, beginning one element after a multiple of 16 bytes."""
+    storage = matrix.new_empty(matrix.numel() + 1)
+    return storage[1:].view_as(matrix).copy_(matrix)
+
+
+def loads_by_descriptor(inputs: HeadInputs) -> bool:
+    head = heads.counted_head(
+        inputs.targets != -100, inputs.hidden, inputs.weight, inputs.targets, None,
+        **{"temperature": 1.0, "token_temperature": None, "softcap": 0.0, "ignore_index": -100,
+           "round_logits": None, "kept": None},
+    )  # fmt: skip
+    return launch.select_config("linear_logprobs_fwd", head).descriptors
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_operands_without_a_descriptor_match_float64(dtype: torch.dtype) -> None:
+    inputs, options = case("everything", ODD, dtype)
+    if DEVICE == "cpu":
+        assert loads_by_descriptor(inputs)
+    inputs = replace(inputs, weight=misaligned(inputs.weight))
+    assert not loads_by_descriptor(inputs)
+    check_forward(inputs, options)
+    check_backward(inputs, options)
+
+
+def test_the_layout_of_hidden_does_not_change_a_result() -> None:
+    inputs = head_inputs(*ODD, device=DEVICE, dtype=torch.bfloat16)
+    before = forward(inputs, {})
+    for hidden in (misaligned(inputs.hidden), inputs.hidden.T.contiguous().T):
+        assert not launch.has_aligned_rows(hidden)
+        for result, expected in zip(
+            forward(replace(inputs, hidden=hidden), {}), before, strict=True
+        ):
+            assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("shape", [(32, 32, 64), (37, 40, 131), (1, 40, 75), (2, 1, 3), (17, 7, 1)])
 def test_shapes(shape: tuple[int, int, int]) -> None:
-    inputs = make_inputs("plain", shape, torch.float32)
+    inputs = head_inputs(*shape, device=DEVICE)
     check_forward(inputs, {})
     check_backward(inputs, {})
 
@@ -192,9 +273,9 @@ def test_shapes(shape: tuple[int, int, int]) -> None:
     "given", [(True, False, False), (False, True, False), (False, False, True)]
 )
 def test_backward_of_one_upstream_gradient(given: tuple[bool, bool, bool]) -> None:
-    inputs = make_inputs("everything", ODD, torch.float32)
+    inputs, options = case("everything", ODD, torch.float32)
     dlogprobs, dlse, dentropy = (inputs.coefficients if asked else None for asked in given)
-    check_backward(inputs, options_of("everything", ODD[0]), (dlogprobs, dlse, dentropy))
+    check_backward(inputs, options, (dlogprobs, dlse, dentropy))
 
 
 @pytest.mark.gpu
@@ -204,10 +285,11 @@ def test_backward_of_one_upstream_gradient(given: tuple[bool, bool, bool]) -> No
 def test_on_a_gpu_at_the_size_of_its_tiles(
     dtype: torch.dtype, options: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head_gradients, "DLOGITS_CHUNK_BYTES", 1000 * 4096 * 4)  # a few chunks
-    shape = (1000, 520, 10007)
-    check_forward(make_inputs(options, shape, dtype), options_of(options, shape[0]))
-    check_backward(make_inputs(options, shape, dtype), options_of(options, shape[0]))
+    monkeypatch.setattr(head_gradients, "DLOGITS_CHUNK_BYTES", 512 * 4096 * 4)  # a few chunks
+    monkeypatch.setattr(head_gradients, "TOKEN_CHUNK", 512)
+    for shape in ((1000, 520, 10007), (200, 4096, 5000)):  # a row of configs.py each
+        check_forward(*case(options, shape, dtype))
+        check_backward(*case(options, shape, dtype))
 
 
 # --- Hard values ----------------------------------------------------------------------------------
@@ -260,6 +342,25 @@ def test_banned_tokens(softcap: float | None) -> None:
         assert forward(inputs, options)[0][1:3].tolist() == [float("-inf")] * 2
     check_forward(inputs, options)
     check_backward(inputs, options)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_targets_outside_the_kept_set(softcap: float | None) -> None:
+    inputs = head_inputs(*ODD, device=DEVICE)
+    options = {} if softcap is None else {"softcap": softcap}
+    options["kept_ids"] = (inputs.targets[:, None] + torch.arange(1, 6, device=DEVICE)) % ODD[2]
+    options["kept_ids"][::4, 2] = inputs.targets[::4]
+    options["kept_ids"][3] = -1
+    logprobs, lse, _ = forward(inputs, options)
+    outside = (options["kept_ids"] != inputs.targets[:, None]).all(1)
+    outside[3] = False
+    assert outside.any() and (logprobs[outside] == float("-inf")).all()
+    assert logprobs[~outside].isfinite().all()
+    check_forward(inputs, options)
+    check_backward(inputs, options)
+    for given_lse in (lse, None):
+        total, *_ = weighted(replace(inputs, coefficients=outside.float()), given_lse, options)
+        assert total == float("-inf")
 
 
 def test_a_row_without_allowed_tokens_is_nan() -> None:
@@ -337,6 +438,124 @@ def test_rows_without_upstream_gradient_give_zeros_whatever_they_hold() -> None:
     assert (dhidden[::2] == 0).all() and dhidden.isfinite().all() and dweight.isfinite().all()
 
 
+def test_rows_that_do_not_count_cost_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = head_inputs(*ODD, device=DEVICE, ignored=True)
+    inputs.coefficients[::2] = 0
+    counted = int((inputs.targets != -100).sum())
+    live = int(((inputs.targets != -100) & (inputs.coefficients != 0)).sum())
+    assert live < counted < ODD[0]
+    rows: list[int] = []
+    arguments_of = launch.gemm_arguments
+
+    def recorded(config: configs.TileConfig, head: heads.Head) -> dict[str, object]:
+        rows.append(head.hidden.shape[0])
+        return arguments_of(config, head)
+
+    for module in (kernels, head_gradients):
+        monkeypatch.setattr(module, "gemm_arguments", recorded)
+    _, lse, entropy = forward(inputs, {})
+    assert sum(rows) == counted
+    for work in (
+        lambda: backward(inputs, (inputs.coefficients, None, None), {}, statistics=(lse, entropy)),
+        lambda: weighted(inputs, lse, {}),
+    ):
+        rows.clear()
+        work()
+        assert sum(rows) == live
+
+
+def test_results_of_counted_rows_are_those_without_the_others() -> None:
+    inputs = head_inputs(*ODD, device=DEVICE, ignored=True, dtype=torch.bfloat16)
+    counted = inputs.targets != -100
+    alone = HeadInputs(
+        inputs.hidden[counted], inputs.weight, inputs.targets[counted], None,
+        inputs.coefficients[counted],
+    )  # fmt: skip
+    ours = *forward(inputs, {}), backward(inputs, (inputs.coefficients,) * 3, {})[0]
+    expected = *forward(alone, {}), backward(alone, (alone.coefficients,) * 3, {})[0]
+    for result, expectation in zip(ours, expected, strict=True):
+        assert torch.equal(result[counted], expectation)
+
+
+def test_rows_are_masked_where_waiting_for_their_number_is_impossible(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs, options = case("everything", ODD, torch.float16)
+    inputs.coefficients[::2] = 0
+    inputs.hidden[::2] = float("nan")
+    upstream = (inputs.coefficients,) * 3
+    lse, entropy = forward(inputs, options)[1:]
+
+    def results() -> tuple[Tensor, ...]:
+        return (
+            *(result[1::2] for result in forward(inputs, options)),
+            *backward(inputs, upstream, options, statistics=(lse, entropy)),
+            *weighted(inputs, lse, options),
+        )
+
+    gathered = results()
+    monkeypatch.setattr(heads, "waiting_is_possible", lambda device: False)
+    monkeypatch.setattr(Tensor, "nonzero", None)
+    truth_dtype = torch.float64
+    for result, expected in zip(results(), gathered, strict=True):
+        # The library's GEMMs sum over another number of rows.
+        assert_close_to_truth(result, expected.to(truth_dtype), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA or ROCm device")
+def test_inside_a_cuda_graph() -> None:
+    inputs = head_inputs(*ODD, device=DEVICE, ignored=True)
+    expected = weighted(inputs, None, {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = weighted(inputs, None, {})
+    graph.replay()
+    for result, expectation in zip(results, expected, strict=True):
+        assert_close_to_truth(result, expectation.double(), expectation)
+
+
+# --- weight_grad ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_weight_grad_is_added_to(dtype: torch.dtype, options: str) -> None:
+    inputs, keywords = case(options, ODD, dtype)
+    _, d, v = ODD
+    before = torch.randn(v, d, device=DEVICE)
+    total = before.clone()
+    upstream = (inputs.coefficients, None, 0.5 * inputs.coefficients)
+    ours = backward(inputs, upstream, keywords, weight_grad=total)
+    expected = backward(inputs, upstream, keywords)
+    assert ours[1].shape == (0,)
+    assert torch.equal(ours[0], expected[0]) and torch.equal(ours[2], expected[2])
+    truth = autograd_backward(truth_forward, in_float64(inputs), upstream, keywords)[1]
+    plain = autograd_backward(plain_forward, inputs, upstream, keywords)[1]
+    assert_close_to_truth(total, before.double() + truth, before + plain)
+
+
+def test_weight_grad_of_fp16_is_unscaled() -> None:
+    inputs = head_inputs(*ODD, device=DEVICE, dtype=torch.float16)
+    upstream = (inputs.coefficients, None, None)
+    truth = autograd_backward(truth_forward, in_float64(inputs), upstream, {})[1]
+    plain = autograd_backward(plain_forward, inputs, upstream, {})[1]
+    total = torch.zeros(ODD[2], ODD[1], device=DEVICE)
+    tiny = (inputs.coefficients * 2.0**-16, None, None)
+    backward(inputs, tiny, {}, [False, True, False], weight_grad=total)
+    assert_close_to_truth(total * 2.0**16, truth, plain)
+
+
+def test_weight_grad_of_a_frozen_weight_stays() -> None:
+    inputs = head_inputs(*ODD, device=DEVICE)
+    total = torch.ones(ODD[2], ODD[1], device=DEVICE)
+    upstream = (inputs.coefficients, None, None)
+    backward(inputs, upstream, {}, [True, False, False], weight_grad=total)
+    assert (total == 1).all()
+    backward(inputs, (None, None, None), {}, weight_grad=total)
+    assert (total == 1).all()
+
+
 # --- Weighted sum ---------------------------------------------------------------------------------
 
 
@@ -345,7 +564,7 @@ def weighted(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return kernels.weighted_logprob_sum_fwd(
         inputs.hidden, inputs.weight, inputs.targets, inputs.coefficients, lse, inputs.bias,
-        **op_arguments(options), output_mask=output_mask,
+        **op_arguments(options, inputs.weight.shape[0]), output_mask=output_mask,
     )  # fmt: skip
 
 
@@ -355,7 +574,7 @@ def weighted(
 def test_weighted_sum_matches_float64(
     dtype: torch.dtype, options: str, with_lse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs, keywords = make_inputs(options, ODD, dtype), options_of(options, ODD[0])
+    inputs, keywords = case(options, ODD, dtype)
     inputs.coefficients[5] = 0
     lse = None
     if with_lse:
@@ -417,40 +636,77 @@ def test_no_product_for_a_gradient_nobody_asked_for(
     inputs = head_inputs(*ODD, device=DEVICE)
     everything = backward(inputs, (inputs.coefficients, None, None), {}, [True, True, False])
     products: list[torch.Size] = []
-    mm_fp32 = head_gradients._mm_fp32
 
-    def counted(a: Tensor, b: Tensor) -> Tensor:
+    def counted(total: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
         products.append(a.shape)
-        return mm_fp32(a, b)
+        gemm.add_product(total, a, b, keep=keep)
 
-    monkeypatch.setattr(head_gradients, "_mm_fp32", counted)
+    monkeypatch.setattr(head_gradients, "add_product", counted)
     ours = backward(inputs, (inputs.coefficients, None, None), {}, output_mask)
-    chunks = -(-ODD[2] // 32) if DEVICE == "cpu" else len(products)
+    chunks = -(-ODD[2] // 32) * -(-ODD[0] // 16) if DEVICE == "cpu" else len(products)
     assert len(products) == (chunks if any(output_mask) else 0)
     for our, whole, asked in zip(ours, everything, output_mask, strict=True):
         assert torch.equal(our, whole) if asked else our.shape == (0,)
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 1000, 8192, 32768, 40000, 131072, 1000003])
+def test_chunks_are_within_their_limits(
+    tokens: int, itemsize: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    config = configs.select("linear_logprobs_bwd", "sm90", itemsize, 4096)
+    rows, columns = head_gradients.chunk_shape(tokens, 128256, itemsize, config)
+    assert columns <= head_gradients.COLUMN_CHUNK
+    assert rows * columns * itemsize <= head_gradients.DLOGITS_CHUNK_BYTES
+    assert columns % config.block_v == 0
+    assert rows == tokens or rows % config.block_n == 0
+    assert rows <= head_gradients.TOKEN_CHUNK
+    # Few and large products: no chunk is narrow, and the last one of the tokens is not either.
+    assert columns * itemsize >= 16384
+    assert tokens % rows == 0 or tokens % rows > rows // 2
+
+
 def test_a_row_does_not_depend_on_the_batch_it_is_in() -> None:
-    inputs = make_inputs("everything", ODD, torch.bfloat16)
-    temperatures = token_temperatures(ODD[0])
-    whole = forward(inputs, {"temperature": temperatures})
-    for rows in ([20], [18, 2, 5, 20], list(range(3, 21))):
+    inputs, options = case("everything", ODD, torch.bfloat16)
+    whole = forward(inputs, options)
+    for rows in ([20], [18, 2, 5, 20], list(range(3, 21)), [0, *range(21), 7]):
         part = HeadInputs(
             inputs.hidden[rows], inputs.weight, inputs.targets[rows], inputs.bias,
             inputs.coefficients[rows],
         )  # fmt: skip
-        for result, expected in zip(
-            forward(part, {"temperature": temperatures[rows]}), whole, strict=True
-        ):
+        of_part = {
+            name: value[rows] if isinstance(value, Tensor) else value
+            for name, value in options.items()
+        }
+        for result, expected in zip(forward(part, of_part), whole, strict=True):
             assert torch.equal(result, expected[rows])
 
 
+def test_a_worker_thread_gets_the_same_result() -> None:
+    inputs = head_inputs(*ODD, device=DEVICE)
+    upstream = (inputs.coefficients, None, None)
+    results: list[tuple[Tensor, ...]] = []
+    work = threading.Thread(
+        target=lambda: results.append((*forward(inputs, {}), *backward(inputs, upstream, {})))
+    )
+    work.start()
+    work.join()
+    expected = *forward(inputs, {}), *backward(inputs, upstream, {})
+    for result, expectation in zip(results[0], expected, strict=True):
+        assert torch.equal(result, expectation)
+
+
 def test_repeat_is_bitwise_equal() -> None:
-    inputs = make_inputs("everything", ODD, torch.bfloat16)
-    upstream = (inputs.coefficients,) * 3
-    first = *forward(inputs, {}), *backward(inputs, upstream, {}), *weighted(inputs, None, {})
-    second = *forward(inputs, {}), *backward(inputs, upstream, {}), *weighted(inputs, None, {})
+    inputs, options = case("everything", ODD, torch.bfloat16)
+    first, second = (
+        (
+            *forward(inputs, options),
+            *backward(inputs, (inputs.coefficients,) * 3, options),
+            *weighted(inputs, None, options),
+        )
+        for _ in range(2)
+    )
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one, two)
 
@@ -466,9 +722,11 @@ def test_strides_and_target_dtype_do_not_matter() -> None:
         torch.empty(n, 2, device=DEVICE)[:, 0].copy_(inputs.coefficients),
     )
     assert not strided.hidden.is_contiguous() and not strided.weight.is_contiguous()
-    for result, expected in zip(forward(strided, {}), forward(inputs, {}), strict=True):
-        assert torch.equal(result, expected)
+    check_forward(strided, {})
     check_backward(strided, {})
+    as_given = replace(strided, weight=inputs.weight)
+    for result, expected in zip(forward(as_given, {}), forward(inputs, {}), strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_no_tokens() -> None:

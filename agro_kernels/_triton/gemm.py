@@ -1,0 +1,53 @@
+"""The library's matrix product, added to an fp32 matrix without a rounding in between."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
+    """total = a @ b, plus what total holds already if `keep`.
+
+    total (M, N) fp32; a (M, K) and b (K, N) in one dtype, any strides.
+    """
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=int(keep), out=total)
+    else:
+        _add_product_of(a.dtype, a.device)(total, a, b, keep)
+
+
+@functools.cache
+def _add_product_of(
+    dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
+    """The first of three ways that this torch offers for 16-bit operands on this device.
+
+    Which builds have a GEMM with an fp32 result differs between CUDA, ROCm and versions of torch
+    and is written nowhere, so the GEMM itself is asked, once, with a small product.
+    """
+    operand = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    for way in (_in_the_gemm, _after_the_gemm):
+        try:
+            way(total, operand, operand, True)
+        except RuntimeError:  # how torch says that it has no such kernel
+            continue
+        return way
+    return _in_fp32
+
+
+def _in_the_gemm(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    torch.addmm(total, a, b, out_dtype=torch.float32, beta=int(keep), out=total)
+
+
+def _after_the_gemm(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    if keep:
+        total += torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+
+
+def _in_fp32(total: Tensor, a: Tensor, b: Tensor, keep: bool) -> None:
+    torch.addmm(total, a.float(), b.float(), beta=int(keep), out=total)
