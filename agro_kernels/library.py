@@ -338,7 +338,9 @@ library.define(
 )
 for _name in ("selective_logprobs_fwd", "selective_logprobs_bwd"):
     _everywhere = getattr(torch_selective_logprobs, _name)
+    _cuda = _triton_if_possible(_name, "selective_logprobs", torch_selective_logprobs)
     library.impl(_name, _without_autocast(_everywhere), "CompositeExplicitAutograd")
+    library.impl(_name, _without_autocast(_cuda), "CUDA")
 
 
 def _selective_logprobs_fwd_fake(
