@@ -8,7 +8,6 @@ namespace {
 
 constexpr int64_t kPanelsOfChunk = kChunk / kLanes;
 constexpr int64_t kPanelsOfSlice = kSlice / kLanes;
-constexpr int64_t kAny = INT64_MAX;
 
 static_assert(kBlock % kTileRows == 0 && kColumns % kTileRows == 0, "blocks are whole tiles");
 static_assert(kChunk % kLanes == 0 && kSlice % kLanes == 0, "chunks are whole panels");
@@ -23,7 +22,7 @@ inline Block block_of(const Problem& problem, int64_t index) {
   return {v0, min_of(kBlock, problem.head->v - v0)};
 }
 
-// --- Products -------------------------------------------------------------------------------------
+// --- Products ------------------------------------------------------------------------------------
 
 // The products of a single small panel straight from weight: its rows are read once, so a copy
 // would not pay. The sums are those of `block_products`, term by term.
@@ -45,10 +44,11 @@ inline void few_products(const Problem& problem, const Scratch& scratch, Block b
 }
 
 // logits[panel][v][lane] = sum over D, for `panels` panels from `panel0`.
-// `next_v0`: the block that comes after this one, or -1; its rows are fetched ahead.
-template <class In, class Sum>
+// next_v0: the block that comes after this one, or -1; its rows are fetched ahead.
+// finish(i) is called when panel i is complete: the epilogue finds it in the cache.
+template <class In, class Sum, class Finish>
 inline void block_products(const Problem& problem, const Scratch& scratch, Block block,
-                           int64_t next_v0, int64_t panel0, int64_t panels) {
+                           int64_t next_v0, int64_t panel0, int64_t panels, Finish finish) {
   const agro_head& head = *problem.head;
   const int64_t depth = max_of(1, ceil_div(head.d, Sum::kUnit));
   const int64_t unit_bytes = Sum::kUnit * sizeof(typename In::Element);
@@ -58,7 +58,10 @@ inline void block_products(const Problem& problem, const Scratch& scratch, Block
                         head.d % Sum::kUnit == 0;
   const int64_t first_v = in_place ? block.rows / kTileRows * kTileRows : 0;
   if (in_place) few_products<In, Sum>(problem, scratch, block);
-  if (first_v == block.rows) return;
+  if (first_v == block.rows) {
+    finish(0);
+    return;
+  }
   const int64_t piece = piece_of(depth, kDepth, 1), tiles = ceil_div(block.rows, kTileRows);
   for (int64_t k0 = 0; k0 < depth; k0 += piece) {
     const int64_t k = min_of(piece, depth - k0);
@@ -81,6 +84,7 @@ inline void block_products(const Problem& problem, const Scratch& scratch, Block
             reinterpret_cast<const char*>(scratch.weight_rows + v * (kDepth + kPad)), 0, b, k,
             scratch.logits + (i * kBlock + first_v + v) * kLanes, k0 > 0);
       }
+      if (last) finish(i);
     }
   }
 }
@@ -163,7 +167,7 @@ inline void dweight_product(const Backward& job, const Scratch& scratch, Block b
   }
 }
 
-// --- A block, start to end ------------------------------------------------------------------------
+// --- A block, start to end -----------------------------------------------------------------------
 
 template <class In>
 inline void widen_bias(const agro_head& head, Block block, float* out) {
@@ -175,22 +179,21 @@ inline void widen_bias(const agro_head& head, Block block, float* out) {
   }
 }
 
+// One panel's statistics over a block, merged into those of the span.
 template <bool CAP, bool ENTROPY>
-inline void chunk_statistics(const Forward& job, const Scratch& scratch, Block block,
-                             Statistics span, bool first) {
-  for (int64_t panel = 0; panel < job.panels; ++panel) {
-    const int64_t token = panel * kLanes, live = job.tokens - token;
-    float* z = scratch.logits + panel * kBlock * kLanes;
-    float of_block[3][kLanes];
-    const Statistics a = {span.m + token, span.s + token, span.e + token};
-    const Statistics b = first ? a : Statistics{of_block[0], of_block[1], of_block[2]};
-    panel_statistics<CAP, ENTROPY>(z, block.rows, scratch.bias, job.head->softcap,
-                                   job.inverse_temperature + token, live, b);
-    if (!first) merge_panel<ENTROPY>(a, b, live);
-    for (int64_t lane = 0; lane < min_of(live, kLanes); ++lane) {
-      const int64_t v = job.targets[token + lane] - block.v0;
-      if (v >= 0 && v < block.rows) job.target_logits[token + lane] = z[v * kLanes + lane];
-    }
+void finish_statistics(const Forward& job, const Scratch& scratch, Block block, Statistics span,
+                       bool first, int64_t panel) {
+  const int64_t token = panel * kLanes, live = job.tokens - token;
+  float* z = scratch.logits + panel * kBlock * kLanes;
+  float of_block[3][kLanes];
+  const Statistics a = {span.m + token, span.s + token, span.e + token};
+  const Statistics b = first ? a : Statistics{of_block[0], of_block[1], of_block[2]};
+  panel_statistics<CAP, ENTROPY>(z, block.rows, scratch.bias, job.head->softcap,
+                                 job.inverse_temperature + token, live, b);
+  if (!first) merge_panel<ENTROPY>(a, b, live);
+  for (int64_t lane = 0; lane < min_of(live, kLanes); ++lane) {
+    const int64_t v = job.targets[token + lane] - block.v0;
+    if (v >= 0 && v < block.rows) job.target_logits[token + lane] = z[v * kLanes + lane];
   }
 }
 
@@ -200,19 +203,19 @@ void forward_span(const Forward& job, const Scratch& scratch, int64_t span) {
   const int64_t blocks = ceil_div(job.head->v, kBlock), padded = job.panels * kLanes;
   float* m = job.statistics + span * 3 * padded;
   const Statistics of_span = {m, m + padded, m + 2 * padded};
+  const auto finish = job.head->softcap > 0.0f
+                          ? (job.with_entropy ? finish_statistics<true, true>
+                                              : finish_statistics<true, false>)
+                          : (job.with_entropy ? finish_statistics<false, true>
+                                              : finish_statistics<false, false>);
   for (int64_t index = span * kSpan; index < min_of((span + 1) * kSpan, blocks); ++index) {
     const Block block = block_of(job, index);
     const bool first = index == span * kSpan;
     const int64_t next = index + 1 < blocks ? (index + 1) * kBlock : -1;
     widen_bias<In>(*job.head, block, scratch.bias);
-    block_products<In, Sum>(job, scratch, block, next, 0, job.panels);
-    if (job.head->softcap > 0.0f) {
-      (job.with_entropy ? chunk_statistics<true, true> : chunk_statistics<true, false>)(
-          job, scratch, block, of_span, first);
-    } else {
-      (job.with_entropy ? chunk_statistics<false, true> : chunk_statistics<false, false>)(
-          job, scratch, block, of_span, first);
-    }
+    block_products<In, Sum>(job, scratch, block, next, 0, job.panels, [&](int64_t panel) {
+      finish(job, scratch, block, of_span, first, panel);
+    });
   }
 }
 
@@ -259,23 +262,23 @@ struct Rounded<Pairs> {
 };
 #endif
 
+// Turns the logits of panel `panel0 + i` into their gradients, in the form the products need.
 template <class Sum, bool CAP, bool ENTROPY>
-inline void chunk_gradient(const Backward& job, const Scratch& scratch, Block block,
-                           int64_t panel0, int64_t panels) {
-  for (int64_t i = 0; i < panels; ++i) {
-    const int64_t token = (panel0 + i) * kLanes;
-    float* x = scratch.logits + i * kBlock * kLanes;
-    panel_gradient<CAP, ENTROPY>(x, block.rows, scratch.bias, job.head->softcap,
-                                 upstream_of(job, token), job.tokens - token, job.targets + token,
-                                 block.v0, job.logprobs == nullptr ? nullptr : job.logprobs + token);
-    if (job.dbias != nullptr) {
-      for (int64_t at = 0; at < block.rows * kLanes; at += kWidth) {
-        store(scratch.dbias_lanes + at, add(load(scratch.dbias_lanes + at), load(x + at)));
-      }
+void finish_gradient(const Backward& job, const Scratch& scratch, Block block, int64_t panel0,
+                     int64_t i) {
+  const int64_t token = (panel0 + i) * kLanes;
+  float* x = scratch.logits + i * kBlock * kLanes;
+  float* logprobs = job.logprobs == nullptr ? nullptr : job.logprobs + token;
+  panel_gradient<CAP, ENTROPY>(x, block.rows, scratch.bias, job.head->softcap,
+                               upstream_of(job, token), job.tokens - token, job.targets + token,
+                               block.v0, logprobs);
+  if (job.dbias != nullptr) {
+    for (int64_t at = 0; at < block.rows * kLanes; at += kWidth) {
+      store(scratch.dbias_lanes + at, add(load(scratch.dbias_lanes + at), load(x + at)));
     }
-    if (scratch.gradient_rows != nullptr) {
-      Rounded<Sum>::panel(x, block.rows, scratch.gradient_rows + i * kBlock * kLanes / Sum::kUnit);
-    }
+  }
+  if (scratch.gradient_rows != nullptr) {
+    Rounded<Sum>::panel(x, block.rows, scratch.gradient_rows + i * kBlock * kLanes / Sum::kUnit);
   }
 }
 
@@ -295,20 +298,19 @@ void backward_block(const Backward& job, const Scratch& scratch, int64_t index, 
                     float* dhidden_panels, bool first) {
   const Block block = block_of(job, index);
   widen_bias<In>(*job.head, block, scratch.bias);
+  const auto finish = job.head->softcap > 0.0f
+                          ? (job.with_entropy ? finish_gradient<Sum, true, true>
+                                              : finish_gradient<Sum, true, false>)
+                          : (job.with_entropy ? finish_gradient<Sum, false, true>
+                                              : finish_gradient<Sum, false, false>);
   if (job.dbias != nullptr) memset(scratch.dbias_lanes, 0, kBlock * kLanes * sizeof(float));
   for (int64_t panel0 = 0; panel0 < job.panels; panel0 += kPanelsOfChunk) {
     const int64_t panels = min_of(kPanelsOfChunk, job.panels - panel0);
     const bool last = panel0 + panels == job.panels;
-    block_products<In, Sum>(job, scratch, block,
-                            last ? (next_index < 0 ? -1 : next_index * kBlock) : -1, panel0,
-                            panels);
-    if (job.head->softcap > 0.0f) {
-      (job.with_entropy ? chunk_gradient<Sum, true, true> : chunk_gradient<Sum, true, false>)(
-          job, scratch, block, panel0, panels);
-    } else {
-      (job.with_entropy ? chunk_gradient<Sum, false, true> : chunk_gradient<Sum, false, false>)(
-          job, scratch, block, panel0, panels);
-    }
+    const int64_t next = last && next_index >= 0 ? next_index * kBlock : -1;
+    block_products<In, Sum>(job, scratch, block, next, panel0, panels, [&](int64_t i) {
+      finish(job, scratch, block, panel0, i);
+    });
     if (dhidden_panels != nullptr) {
       dhidden_product<In, Sum>(job, scratch, block, panel0, panels, dhidden_panels, first);
     }
@@ -342,9 +344,8 @@ void dhidden_result(const Backward& job, int64_t panel_begin, int64_t panel_end)
         for (int64_t lane = 0; lane < kLanes; ++lane) tile[lane][d] = sum[lane];
       }
       for (int64_t lane = 0; lane < live; ++lane) {
-        typename In::Element* row =
-            static_cast<typename In::Element*>(job.dhidden) + job.rows[panel * kLanes + lane] * head.d;
-        narrow<In>(tile[lane], columns, row + d0, false);
+        const int64_t at = job.rows[panel * kLanes + lane] * head.d + d0;
+        narrow<In>(tile[lane], columns, static_cast<typename In::Element*>(job.dhidden) + at, false);
       }
     }
   }
@@ -358,7 +359,7 @@ void pack_hidden(const Problem& problem, int64_t panel_begin, int64_t panel_end)
   }
 }
 
-// --- The table ------------------------------------------------------------------------------------
+// --- The table -----------------------------------------------------------------------------------
 
 template <Vec (*f)(Vec)>
 void of_each(const float* x, float* y, int64_t n) {

@@ -23,7 +23,7 @@ inline Vec capped(Vec x, float softcap) {  // tanh(x / softcap); the caller mult
   return CAP ? vector_tanh(div(x, broadcast(softcap))) : x;
 }
 
-// --- Forward --------------------------------------------------------------------------------------
+// --- Forward -------------------------------------------------------------------------------------
 
 // Three rows of `padded` numbers: largest logit m, sum e^(z-m), sum e^(z-m)(z-m).
 struct Statistics {
@@ -81,7 +81,7 @@ inline void merge_panel(Statistics a, Statistics b, int64_t live) {
   }
 }
 
-// --- Backward -------------------------------------------------------------------------------------
+// --- Backward ------------------------------------------------------------------------------------
 
 // The coefficients of a panel's lanes; see Backward.
 struct Upstream {
@@ -138,7 +138,7 @@ inline void panel_gradient(float* x, int64_t rows, const float* bias, float soft
       Vec gradient = of_p;
       if (ENTROPY) gradient = sub(of_p, mul(of_entropy, add(log_p, entropy)));
       gradient = mul(gradient, p);
-      if (CAP) gradient = mul(gradient, sub(broadcast(1.0f), mul(t, t)));
+      if (CAP) gradient = mul(gradient, fma(sub(zero(), t), t, broadcast(1.0f)));
       store(x + v * kLanes + j, gradient);
     }
   }

@@ -35,7 +35,7 @@ struct Problem {
 
 struct Forward : Problem {
   bool with_entropy;
-  float* statistics;     // [spans][3][panels * lanes]: largest logit m, sum e^(z-m), sum e^(z-m)(z-m)
+  float* statistics;  // [spans][3][panels * lanes]: largest logit m, sum e^(z-m), sum e^(z-m)(z-m)
   float* target_logits;  // (panels * lanes,), NaN until found
   float* logprobs;       // (N,), outputs
   float* lse;

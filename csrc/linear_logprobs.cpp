@@ -70,7 +70,8 @@ struct Packed {
     }
   }
 
-  void describe(Problem& problem, const agro_head& head, const int64_t* rows, int64_t tokens) const {
+  void describe(Problem& problem, const agro_head& head, const int64_t* rows,
+                int64_t tokens) const {
     problem.head = &head;
     problem.tokens = tokens;
     problem.panels = panels;

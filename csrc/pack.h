@@ -200,7 +200,7 @@ inline void pack_weight_columns(const agro_head& head, int64_t v0, int64_t rows,
   }
 }
 
-// --- Fetching ahead -------------------------------------------------------------------------------
+// --- Fetching ahead ------------------------------------------------------------------------------
 
 // Bring one of `shares` shares of some memory into the second-level cache. The hardware follows a
 // stream by itself, but every piece of a product starts a new one.

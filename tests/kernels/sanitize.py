@@ -17,27 +17,32 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+FLAGS = "-O0 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
-def address_sanitizer() -> str | None:
-    """The compiler's libasan, a shared library; None where it has none."""
-    try:
-        found = subprocess.run(
-            [*compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True
-        ).stdout.strip()
-    except FileNotFoundError:
-        return None
-    return found if os.path.isabs(found) else None  # not found: the name comes back as it was
+def preloaded() -> str | None:
+    """The compiler's libasan and libstdc++, for LD_PRELOAD; None where it has no libasan.
+
+    libasan looks for the functions of libstdc++ that it wraps when it starts, before Python has
+    loaded it.
+    """
+    found = []
+    for name in ("libasan.so", "libstdc++.so.6"):
+        try:
+            command = [*compiler(), f"-print-file-name={name}"]
+            found.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+        except FileNotFoundError:
+            return None
+    return " ".join(found) if os.path.isabs(found[0]) else None  # the bare name: there is none
 
 
 def run(cases: int, seed: int) -> subprocess.CompletedProcess[str]:
     """The fuzzing process, ended; its output is in stdout."""
-    preload = address_sanitizer()
+    preload = preloaded()
     if preload is None:
         raise SystemExit("the compiler has no libasan.so: install it, or set CXX to g++")
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,9 @@
 """Loading of the native library: which one is accepted, which instruction set, and what is said."""
 
-import os
+import platform
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,8 @@ from tests.numerics import head_inputs
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+OTHER_MACHINES = "avx2" if platform.machine() in ("aarch64", "arm64") else "neon"
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +120,6 @@ def test_named_instruction_set_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("needs the native library")
     available = library.agro_available_isas().decode().split(",")
     assert available[-1] == "scalar"
-    assert library.agro_isa().decode() == available[0]
     for name in available:
         native.load.cache_clear()
         monkeypatch.setenv("AGRO_CPU_ISA", name)
@@ -127,15 +127,7 @@ def test_named_instruction_set_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         assert library.agro_isa().decode() == name
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "avx1024",
-        "AVX2",
-        "scalar,avx2",
-        "neon" if sys.platform == "linux" and os.uname().machine == "x86_64" else "avx2",
-    ],
-)
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "scalar,avx2", OTHER_MACHINES])
 def test_instruction_set_that_cannot_run_is_an_error(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
