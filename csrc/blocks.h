@@ -344,8 +344,9 @@ void dhidden_result(const Backward& job, int64_t panel_begin, int64_t panel_end)
         for (int64_t lane = 0; lane < kLanes; ++lane) tile[lane][d] = sum[lane];
       }
       for (int64_t lane = 0; lane < live; ++lane) {
-        const int64_t at = job.rows[panel * kLanes + lane] * head.d + d0;
-        narrow<In>(tile[lane], columns, static_cast<typename In::Element*>(job.dhidden) + at, false);
+        const int64_t row = job.rows[panel * kLanes + lane];
+        typename In::Element* out = static_cast<typename In::Element*>(job.dhidden) + row * head.d;
+        narrow<In>(tile[lane], columns, out + d0, false);
       }
     }
   }

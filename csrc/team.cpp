@@ -1,5 +1,6 @@
 #include "team.h"
 
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -12,8 +13,8 @@ void run_team(int32_t threads, const std::function<void(int32_t, int32_t)>& work
   int32_t started = 1;
   try {
     for (; started < threads; ++started) others.emplace_back(work, started, threads);
-  } catch (const std::system_error&) {
-    // No thread to be had: the loop below serves.
+  } catch (const std::system_error&) {  // no thread to be had: the loop below serves
+  } catch (const std::bad_alloc&) {     // nor memory for one
   }
   work(0, threads);
   for (int32_t thread = started; thread < threads; ++thread) work(thread, threads);
