@@ -276,7 +276,8 @@ def linear_agro_loss(
 
     Args:
         hidden: (N, D), weight: (V, D), targets: (N,), bias, temperature, softcap, ignore_index,
-            round_logits, kept_ids, weight_grad: as for `linear_logprobs`. hidden[t] is the state that predicts targets[t].
+            round_logits, kept_ids, weight_grad: as for `linear_logprobs`. hidden[t] is the state
+            that predicts targets[t].
         ref_logprobs: (N,). Must be 0.0 where targets == ignore_index, as `linear_logprobs` makes
         it. rewards, groups, cu_seqlens and the other options: as for `agro_loss`.
 

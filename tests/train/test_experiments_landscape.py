@@ -61,11 +61,15 @@ def test_success_rates_part_at_the_rule_in_training() -> None:
 
 @pytest.mark.parametrize("name", list(landscape.SPEED_LABELS))
 def test_updates_needed_are_the_fewest_over_the_steps(name: str) -> None:
-    bandits = tabular.gaussian_bandits([0], num_arms=5, beta=1.0, reward_sd=0.5)
-    (needed,) = landscape.updates_needed(name, bandits, limit=1_000)
-    assert needed is not None and needed > 1
-    assert landscape.updates_needed(name, bandits, limit=needed) == [needed]
-    assert landscape.updates_needed(name, bandits, limit=needed - 1) == [None]
+    def needed(seeds: list[int], limit: int) -> list[int | None]:
+        bandits = tabular.gaussian_bandits(seeds, num_arms=5, beta=1.0, reward_sd=0.5)
+        return landscape.updates_needed(name, bandits, limit)
+
+    (count,) = needed([0], 1_000)
+    assert count is not None and count > 1
+    assert needed([0], count) == [count]
+    assert needed([0], count - 1) == [None]
+    assert needed([0, 1, 2], 1_000) == [count, *needed([1], 1_000), *needed([2], 1_000)]
 
 
 def test_quick_run_holds_and_writes_everything(
