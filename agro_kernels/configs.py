@@ -106,7 +106,7 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
         "sm100": {
             2: (
                 Row(TileConfig(128, 128, 64, 4, 3, max_splits=32, descriptors=True)),
-                Row(TileConfig(128, 128, 64, 8, 3)),
+                Row(TileConfig(128, 128, 32, 8, 3)),
             ),
             4: FP32,
         },

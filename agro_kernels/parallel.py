@@ -42,7 +42,6 @@ from agro_kernels.linear_logprobs import (
     split_temperature,
 )
 from agro_kernels.reference import ROUNDED_LOGITS
-from agro_kernels.weight_grad import refuse_under_compile
 
 # What ignored targets become on a shard. Not the caller's ignore_index, which may be any number, a
 # local row's too.
@@ -313,6 +312,11 @@ def _apply(
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), the first two in the shape of targets, entropy too if asked for."""
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "agro_kernels.parallel: expected a call outside torch.compile, got one inside; its "
+            "collectives are not traced: leave this call out with torch.compiler.disable"
+        )
     _refuse_dtensor(hidden=hidden, weight=weight, bias=bias, weight_grad=weight_grad)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature, softcap, ignore_index)
@@ -325,7 +329,6 @@ def _apply(
             f"{shards.rank}, got {weight.shape[0]}; use VocabularyShards.of(weight)"
         )
     check_target_values(targets, shards.vocabulary, ignore_index)
-    refuse_under_compile()
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     call = _Call(
         shards,
@@ -334,7 +337,7 @@ def _apply(
         *split_temperature(temperature),
         softcap or 0.0,
         None if round_logits is None else ROUNDED_LOGITS[round_logits],
-        None if kept_ids is None else _kept_bits(kept_ids.flatten(0, -2), shards),
+        None if kept_ids is None else _kept_bits(kept_ids.reshape(-1, kept_ids.shape[-1]), shards),
         with_entropy,
         None if lse is None else lse.reshape(-1).to(dtype),
         weight_grad,

@@ -621,6 +621,15 @@ def test_on_several_processes(outcomes: list[Outcome], name: str, ranks: int) ->
         assert not failure, f"rank {rank} of {ranks}: {failure}"
 
 
+def test_inside_compile_the_error_says_so() -> None:
+    torch._dynamo.reset()
+    inputs = head_inputs(N, D, V)
+    shards = VocabularyShards((V,), 0)
+    compiled = torch.compile(parallel.linear_logprobs, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="expected a call outside torch.compile"):
+        compiled(inputs.hidden, inputs.weight, inputs.targets, shards)
+
+
 def test_without_a_process_group_the_error_says_so() -> None:
     with pytest.raises(ValueError, match=re.escape("torch.distributed.init_process_group first")):
         VocabularyShards.of(torch.zeros(2, 3))
