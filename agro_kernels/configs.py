@@ -80,7 +80,8 @@ INTERPRETER = (
 # it. Where D is large a tile of 128 x 256 pays: it fetches a quarter less for each product. Below,
 # two smaller programs share a multiprocessor, and the exponentials of one run beside the matrix
 # products of the other. Four warps leave a thread twice the registers of eight, and with a softcap,
-# where the logits stay beside their gradient, that is still too few.
+# where the logits stay beside their gradient, that is still too few. Operands that are not aligned
+# pass through the registers on their way to shared memory: hence the smaller last rows.
 WIDE = 2049  # hidden sizes from here on are large
 TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
     "linear_logprobs_fwd": {

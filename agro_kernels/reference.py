@@ -36,7 +36,7 @@ def logits_of(
     if round_logits is not None:
         rounded = logits.detach().to(ROUNDED_LOGITS[round_logits]).to(dtype)
         # A logit of -inf is rounded already, and -inf - -inf is NaN.
-        logits = (logits + (rounded - logits.detach())).where(rounded.isfinite(), logits)
+        logits = (logits + (rounded - logits.detach())).where(logits.isfinite(), logits)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if isinstance(temperature, Tensor):
