@@ -14,6 +14,8 @@ constexpr float kLowestMax = -1e30f;
 // exp(-1000) is 0. Banned tokens (logit -inf) are lifted to it where a product with their
 // probability follows: 0 * -1000 is 0, 0 * -inf is NaN.
 constexpr float kNothing = -1000.0f;
+// How many probabilities are summed before their sum joins the others; see panel_statistics.
+constexpr int64_t kTermsFromZero = 16;
 
 // The vectors of a panel's lanes that hold tokens.
 inline int64_t live_vectors(int64_t live) { return ceil_div(min_of(live, kLanes), kWidth); }
@@ -44,13 +46,20 @@ inline void panel_statistics(float* z, int64_t rows, const float* bias, float so
       store(z + v * kLanes + j, logit);
       m = larger(logit, m);
     }
+    // Few terms are summed from zero before they meet the sum of all: beside the 1 of a likely
+    // token the tiny terms of the others would be rounded away one by one.
     Vec s = zero(), e = zero();
-    for (int64_t v = 0; v < rows; ++v) {
-      Vec shifted = sub(load(z + v * kLanes + j), m);
-      if (ENTROPY) shifted = larger(broadcast(kNothing), shifted);
-      const Vec p = vector_exp(shifted);
-      s = add(s, p);
-      if (ENTROPY) e = fma(p, shifted, e);
+    for (int64_t v0 = 0; v0 < rows; v0 += kTermsFromZero) {
+      Vec s_few = zero(), e_few = zero();
+      for (int64_t v = v0; v < min_of(v0 + kTermsFromZero, rows); ++v) {
+        Vec shifted = sub(load(z + v * kLanes + j), m);
+        if (ENTROPY) shifted = larger(broadcast(kNothing), shifted);
+        const Vec p = vector_exp(shifted);
+        s_few = add(s_few, p);
+        if (ENTROPY) e_few = fma(p, shifted, e_few);
+      }
+      s = add(s, s_few);
+      if (ENTROPY) e = add(e, e_few);
     }
     store(out.m + j, m);
     store(out.s + j, s);
