@@ -62,7 +62,8 @@ def linear_logprobs(
             are cast to its dtype, as by F.linear.
         targets: (...) int32 or int64 in [0, V), or ignore_index. Any other value is a ValueError on
             the CPU; on a GPU, where looking would stall the device, its logprob is NaN.
-        bias: (V,) added to the logits, same dtype as hidden. -inf bans a token.
+        bias: (V,) added to the logits, same dtype as hidden. -inf bans a token (with a softcap it
+            makes its logit -softcap).
         temperature: float, or a tensor of the shape of targets; > 0. It must be the sampler's,
             otherwise the log-ratio to the sampling policy is biased. No gradient flows to it.
         softcap: cap of the logits before the temperature (Gemma 2's final_logit_softcapping).
@@ -74,8 +75,9 @@ def linear_logprobs(
             token; -1 is padding. The distribution is renormalised over them. A row of padding keeps
             all; a target outside its set has logprob -inf. Costs V / 8 bytes a token.
         weight_grad: (V, D) fp32 (float64 of float64). The weight's gradient is added to it in the
-            backward pass, unrounded, and weight.grad is left alone: Megatron's main_grad. Not
-            inside torch.compile.
+            backward pass, the sum never rounded below fp32, and weight.grad is left alone:
+            Megatron's main_grad. (Of bf16 and fp16 inputs the gradient of each logit is rounded to
+            their dtype before the products.) Not inside torch.compile.
 
     Returns:
         logprobs: (...) fp32 (float64 for float64), nats. Exactly 0.0, with exactly zero gradient,
