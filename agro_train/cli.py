@@ -3,7 +3,7 @@
 import argparse
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from agro_train import config as configuration
@@ -92,6 +92,7 @@ def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
     if dry_run:
         print(config.to_yaml(), end="")
         return 0
+    from agro_train.rewards import BrokenReward
     from agro_train.run import setup  # imports transformers, which a dry run does not need
     from agro_train.train import train
 
@@ -99,12 +100,17 @@ def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
         run = setup(config, resume=resume is not None)
     except ValueError as error:
         return _refuse(error)
-    train(run)  # what goes wrong from here on deserves its traceback
+    status = 0
+    try:
+        train(run)  # what else goes wrong from here on deserves its traceback
+    except BrokenReward as error:
+        status = _refuse(error)
+        run.accelerator.end_training()
     # The wrapped models are cycles that hold the process group. Collected here its threads are
     # joined; left to the interpreter's end they are sometimes found running, which aborts.
     del run
     gc.collect()
-    return 0
+    return status
 
 
 def _rollout(settings: Sequence[str], output: str | None, prompts: int | None) -> int:
@@ -115,9 +121,11 @@ def _rollout(settings: Sequence[str], output: str | None, prompts: int | None) -
         path = Path(output) if output else Path(config.output_dir) / "recorded.jsonl"
         from agro_train.commands import record  # imports transformers
 
-        written = record(config, path, prompts)
+        written, left_out = record(config, path, prompts)
     except ValueError as error:
         return _refuse(error)
+    if any(left_out.values()):
+        print(f"prompts left out: {_reasons(left_out)}")
     print(f"{path}: {written} completions; train on them with recorded=[{path}]")
     return 0
 
@@ -142,13 +150,22 @@ def _score(source: Path, settings: Sequence[str], output: str | None) -> int:
     return 0
 
 
+def _reasons(left_out: Mapping[str, int]) -> str:
+    return (
+        f"{left_out['too_long']} as too long, "
+        f"{left_out['unreadable_gold']} as their gold answer cannot be parsed"
+    )
+
+
 def _eval(model: str, settings: Sequence[str]) -> int:
     from agro_train.commands import evaluate_model
 
     try:
-        folder, found = evaluate_model(model, settings)
+        folder, found, left_out = evaluate_model(model, settings)
     except ValueError as error:
         return _refuse(error)
+    if any(left_out.values()):
+        print(f"held-out prompts left out: {_reasons(left_out)}")
     print("95 % intervals: bootstrap over the prompts")
     for name, estimate in found.items():
         print(f"{name:>9}  {estimate.value:.3f}  [{estimate.low:.3f}, {estimate.high:.3f}]")

@@ -28,6 +28,8 @@ from agro_train.types import Prompt, Rollout
 SCORE_KEYS = ("reward", "reward_weights", "reward_timeout_s", "math_timeout_s")
 SCORED_AT_ONCE = 256  # rows, and the rest of the last one's group
 
+Scorable = tuple[tuple[int, Row], Rollout]  # a line's number, the line, and what a reward sees
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -40,6 +42,8 @@ class Sampler:
     step: int | None  # optimiser steps the weights have taken; None: not a run's checkpoint
     prompts: list[Prompt]
     held_out: list[Prompt]
+    left_out: dict[str, int]  # training prompts, by reason
+    left_out_held: dict[str, int]  # held-out prompts, by reason
 
 
 def load_sampler(config: TrainConfig) -> Sampler:
@@ -50,7 +54,7 @@ def load_sampler(config: TrainConfig) -> Sampler:
         tokenizer, model, _ = load_base(config, None)
     else:
         tokenizer, model = load_tokenizer(source), load_model(source, config)
-    prompts, held_out, _ = load_prompts(
+    prompts, held_out, too_long = load_prompts(
         config.data,
         config.eval_data,
         config.eval_prompts,
@@ -64,21 +68,30 @@ def load_sampler(config: TrainConfig) -> Sampler:
         check_columns(spec, [*prompts, *held_out])
     context = getattr(model.config, "max_position_embeddings", None)
     check_context(config, [*prompts, *held_out], context)
+    good, good_held = (with_readable_gold(part, config) for part in (prompts, held_out))
+    left_out, left_out_held = (
+        {"too_long": long, "unreadable_gold": len(before) - len(after)}
+        for long, before, after in zip(
+            too_long, (prompts, held_out), (good, good_held), strict=True
+        )
+    )
     return Sampler(
         config=config,
         source=source,
         model=model.to("cuda" if torch.cuda.is_available() else "cpu"),
         tokenizer=tokenizer,
         step=step,
-        prompts=with_readable_gold(prompts, config),
-        held_out=with_readable_gold(held_out, config),
+        prompts=good,
+        held_out=good_held,
+        left_out=left_out,
+        left_out_held=left_out_held,
     )
 
 
 def find_model(name: str) -> tuple[str, int | None]:
     """What to load for `name`, and the steps it has taken if it is a run or its checkpoint."""
     path = Path(name)
-    if (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file():
+    if _is_run(path):
         if not checkpoint.checkpoints(path):
             raise ValueError(
                 f"model: expected a run with a checkpoint, got {name!r}; there is none in it "
@@ -90,20 +103,30 @@ def find_model(name: str) -> tuple[str, int | None]:
     return name, None
 
 
-def record(config: TrainConfig, output: Path, count: int | None) -> int:
+def _is_run(path: Path) -> bool:
+    """A folder may have a config.yaml of anything's; metrics only a run's has."""
+    return (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
+
+
+def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, dict[str, int]]:
     """Writes num_generations scored completions of `count` (None: all) training prompts to
-    `output`, lines that `recorded=` takes. Returns how many.
+    `output`, lines that `recorded=` takes. Returns how many, and the prompts left out by reason.
 
     The file appears when it is complete.
     """
-    check_free(output)
+    check_free(output, "output")
     rewards = load_rewards(config)
     sampler = load_sampler(config)
     prompts = sampler.prompts[:count]
+    if not prompts:
+        raise ValueError(
+            f"data: expected gold answers that math-verify can parse, got none in {config.data}; "
+            "choose another reward, or mend the column of answers"
+        )
     partial = output.with_name(f".partial-{output.name}")
     output.parent.mkdir(parents=True, exist_ok=True)
     written = 0
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:
         for start in range(0, len(prompts), config.prompts_per_step):
             rollouts = generate(
                 sampler.model,
@@ -121,28 +144,34 @@ def record(config: TrainConfig, output: Path, count: int | None) -> int:
                 file.write(rollout_to_json(rollout) + "\n")
                 written += 1
     os.replace(partial, output)
-    return written
+    return written, sampler.left_out
 
 
 def score_file(source: Path, config: TrainConfig, output: Path) -> dict[str, float]:
-    """Copies a file of rollouts with new rewards; all its other columns stay. Returns the number of
-    rows, their mean reward and how many have none.
+    """Copies a file of rollouts with new rewards and failures; all its other columns stay. Returns
+    the number of rows, their mean reward and how many have none.
+
+    Every row is checked before the first is scored, and the file appears when it is complete.
     """
-    check_free(output)
+    check_free(output, "output")
     rewards = load_rewards(config)
     rows = numbered_rows(source)
+    rollouts = [_scorable(row, f"{source}, line {number}") for number, row in rows]
+    for spec in config.reward:
+        check_columns(spec, [Prompt(r.group, r.prompt, (), r.columns) for r in rollouts])
     partial = output.with_name(f".partial-{output.name}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     values: list[float | None] = []
-    with partial.open("w") as file:
-        for chunk in _chunks(rows):
-            rollouts = [_scorable(row, f"{source}, line {number}") for number, row in chunk]
-            for spec in config.reward:
-                check_columns(spec, [Prompt(r.group, r.prompt, (), r.columns) for r in rollouts])
-            for (_, row), scored in zip(chunk, score(rollouts, rewards), strict=True):
-                new = {"reward": scored.reward, "rewards": dict(scored.rewards)}
-                file.write(json.dumps({**row, **new}, ensure_ascii=False) + "\n")
-                values.append(scored.reward)
-    os.replace(partial, output)
+    try:
+        with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:
+            for chunk in _chunks(list(zip(rows, rollouts, strict=True))):
+                results = score([rollout for _, rollout in chunk], rewards)
+                for ((_, row), _), scored in zip(chunk, results, strict=True):
+                    file.write(_scored_line(row, scored) + "\n")
+                    values.append(scored.reward)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
     there = [value for value in values if value is not None]
     return {
         "rows": len(values),
@@ -151,24 +180,42 @@ def score_file(source: Path, config: TrainConfig, output: Path) -> dict[str, flo
     }
 
 
-def evaluate_model(name: str, settings: Sequence[str]) -> tuple[Path, dict[str, Estimate]]:
+def _scored_line(row: Row, scored: Rollout) -> str:
+    new = {"reward": scored.reward, "rewards": dict(scored.rewards), "failure": scored.failure}
+    return json.dumps({**row, **new}, ensure_ascii=False, default=str)
+
+
+def evaluate_model(
+    name: str, settings: Sequence[str]
+) -> tuple[Path, dict[str, Estimate], dict[str, int]]:
     """Evaluates a run's newest checkpoint, one of its checkpoints, or any model, on the held-out
     prompts of its configuration with `settings` over it.
 
     Writes results.json, samples.jsonl (every completion) and config.yaml to the folder it returns:
-    `output_dir` where it is among the settings, else RUN/evaluations/CHECKPOINT for a run.
+    `output_dir` where it is among the settings, else RUN/evaluations/CHECKPOINT for a run and
+    evaluations/MODEL for any other model. Returns the estimates and, by reason, how many held-out
+    prompts were left out, too.
     """
-    source, _ = find_model(name)
-    run = next((p for p in (Path(name), Path(name).parent) if (p / "config.yaml").is_file()), None)
+    source, step = find_model(name)
+    run = Path(name) if _is_run(Path(name)) else None
+    if run is None and step is not None and _is_run(Path(name).parent):
+        run = Path(name).parent
     config = configuration.load(
         None if run is None else run / "config.yaml", [*settings, f"model={source}"]
     )
-    folder = Path(config.output_dir)
-    if run is not None and not any(s.startswith("output_dir=") for s in settings):
-        folder = run / "evaluations" / Path(source).name
-    check_free(folder)
+    folder = (run or Path()) / "evaluations" / Path(source).resolve().name
+    if any(setting.startswith("output_dir=") for setting in settings):
+        folder = Path(config.output_dir)
+    check_free(folder, "output_dir")
     rewards = load_rewards(config)
     sampler = load_sampler(config)
+    if not sampler.held_out and any(sampler.left_out_held.values()):
+        raise ValueError(
+            f"eval_prompts: expected held-out prompts to evaluate on, got none but "
+            f"{sampler.left_out_held['too_long']} that are too long and "
+            f"{sampler.left_out_held['unreadable_gold']} whose gold answer cannot be parsed; raise "
+            "max_prompt_length or mend the answers"
+        )
     if not sampler.held_out:
         raise ValueError(
             f"eval_prompts: expected held-out prompts to evaluate on, got none in {config.data}; "
@@ -185,7 +232,7 @@ def evaluate_model(name: str, settings: Sequence[str]) -> tuple[Path, dict[str, 
     )
     found = estimates(result, config)
     _write_evaluation(folder, sampler, result, found)
-    return folder, found
+    return folder, found, sampler.left_out_held
 
 
 def _write_evaluation(
@@ -193,25 +240,29 @@ def _write_evaluation(
 ) -> None:
     folder.mkdir(parents=True)
     samples = [*result.greedy, *result.sampled]
-    (folder / "samples.jsonl").write_text("".join(rollout_to_json(r) + "\n" for r in samples))
+    lines = "".join(rollout_to_json(r) + "\n" for r in samples)
+    (folder / "samples.jsonl").write_text(lines, encoding="utf-8", errors="surrogatepass")
     (folder / "config.yaml").write_text(sampler.config.to_yaml())
     results = {
         "model": sampler.source,
         "step": sampler.step,
         "prompts": len(result.greedy),
+        "left_out": sampler.left_out_held,
         "generations": sampler.config.eval_generations,
         "temperature": sampler.config.temperature,
         "truncated_rate": share(samples, lambda r: r.finish == "length"),
         "timeout_rate": share(samples, lambda r: r.failure == "timeout"),
+        "error_rate": share(samples, lambda r: r.failure == "error"),
         **{name: asdict(estimate) for name, estimate in found.items()},
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
-def check_free(path: Path) -> None:
+def check_free(path: Path, key: str) -> None:
+    """Raises ValueError, naming the setting, where something is at `path`."""
     if path.exists():
         raise ValueError(
-            f"output: expected a new name, got {str(path)!r}, which exists; choose another"
+            f"{key}: expected a new name, got {str(path)!r}, which exists; choose another"
         )
 
 
@@ -240,16 +291,16 @@ def _group(row: Row) -> str:
     return str(row.get("group") or row.get("prompt") or row.get("prompt_ids"))
 
 
-def _chunks(rows: Sequence[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+def _chunks(rows: Sequence[Scorable]) -> Iterator[list[Scorable]]:
     """SCORED_AT_ONCE rows at a time and the rest of the last one's group: a function may compare
     the completions of one prompt."""
     rest = iter(rows)
-    held: list[tuple[int, Row]] = []
+    held: list[Scorable] = []
     while chunk := held + list(islice(rest, SCORED_AT_ONCE - len(held))):
         held = []
-        for numbered in rest:
-            if _group(numbered[1]) != _group(chunk[-1][1]):
-                held = [numbered]
+        for row in rest:
+            if row[1].group != chunk[-1][1].group:
+                held = [row]
                 break
-            chunk.append(numbered)
+            chunk.append(row)
         yield chunk

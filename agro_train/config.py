@@ -61,7 +61,9 @@ class TrainConfig:
     # Rewards: number | math | module:function, or several, [math,module:function].
     reward: list[str] = field(default_factory=lambda: ["number"])
     reward_weights: list[float] = field(default_factory=list)  # one a function; empty: 1 each
-    reward_timeout_s: float = 300.0  # for one call of a function of your own
+    # For one call of a function of your own. Three late ones end a step's scoring; keep them below
+    # the 10 minutes that the other ranks wait for this one, torch's limit for a collective.
+    reward_timeout_s: float = 90.0
     math_timeout_s: float = 5.0  # for checking one completion against the gold answer
 
     # Algorithm.

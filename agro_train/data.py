@@ -108,8 +108,8 @@ def _hub_rows(source: str, split: Split) -> list[Row]:
 
 def load_prompts(
     data: str, eval_data: str, eval_prompts: int, tokenizer: Any, template: str, max_length: int
-) -> tuple[list[Prompt], list[Prompt], int]:
-    """Training prompts, held-out prompts, and how many were left out for their length.
+) -> tuple[list[Prompt], list[Prompt], tuple[int, int]]:
+    """Training prompts, held-out prompts, and how many of each were left out for their length.
 
     Without `eval_data` a task uses its own held-out split; of a file or hub dataset a fixed
     pseudo-random choice of `eval_prompts` rows (at most half) is held out of training.
@@ -125,18 +125,18 @@ def load_prompts(
         held_out = [rows[i] for i in sorted(held)]
         rows = [row for i, row in enumerate(rows) if i not in held]
     kept: list[list[Prompt]] = []
-    dropped = 0
+    dropped: list[int] = []
     for part in (rows, held_out):
         prompts = [render(row, tokenizer, template) for row in part]
         kept.append([prompt for prompt in prompts if len(prompt.ids) <= max_length])
-        dropped += len(prompts) - len(kept[-1])
+        dropped.append(len(prompts) - len(kept[-1]))
     if not kept[0]:
         raise ValueError(
             f"max_prompt_length: expected a limit that keeps some prompts, got {max_length}; "
             f"all {len(rows)} training prompts are longer"
         )
     order = torch.randperm(len(kept[1]), generator=torch.Generator().manual_seed(1)).tolist()
-    return kept[0], [kept[1][i] for i in order[:eval_prompts]], dropped
+    return kept[0], [kept[1][i] for i in order[:eval_prompts]], (dropped[0], dropped[1])
 
 
 def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> Prompt:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from itertools import combinations
 from math import comb
 
 import torch
@@ -26,20 +27,22 @@ def majority_at_k(
 ) -> float:
     """Probability that the most frequent answer of k completions is correct.
 
-    Averaged over `draws` choices of k of the n completions (all of them where k = n). An answer of
-    None does not vote; answers with equally many votes are as likely as each other; without any
-    vote the prompt is failed. Equal answers are correct together: the share of correct ones counts.
+    The mean over all choices of k of the n completions, or over `draws` random ones where there are
+    more. An answer of None does not vote; answers with equally many votes are as likely as each
+    other; without any vote the prompt is failed. Equal answers are correct together: the share of
+    correct ones counts.
     """
     n = len(answers)
     if not 1 <= k <= n:
         raise ValueError(f"k: expected 1 to the {n} completions of a prompt, got {k}")
-    if k == n:
-        return _majority(answers, correct)
-    picks = torch.rand(draws, n, generator=generator, dtype=torch.float64).argsort(1)[:, :k]
-    votes = [
-        _majority([answers[i] for i in pick], [correct[i] for i in pick]) for pick in picks.tolist()
-    ]
-    return sum(votes) / draws
+    picks: list[Sequence[int]] = []
+    if comb(n, k) <= draws:
+        picks.extend(combinations(range(n), k))
+    else:
+        order = torch.rand(draws, n, generator=generator, dtype=torch.float64).argsort(1)
+        picks.extend(order[:, :k].tolist())
+    votes = [_majority([answers[i] for i in pick], [correct[i] for i in pick]) for pick in picks]
+    return sum(votes) / len(votes)
 
 
 def _majority(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> float:

@@ -29,7 +29,9 @@ def gold_text(columns: Mapping[str, Any]) -> str | None:
 
 
 def check(golds: Sequence[str], completions: Sequence[str], timeout_s: float) -> list[Check]:
-    """Compares each completion's final answer with the gold one, by value."""
+    """Compares each completion's final answer with the gold one, by value, in at most `timeout_s`
+    seconds for each.
+    """
     jobs = [{"gold": g, "completion": c} for g, c in zip(golds, completions, strict=True)]
     return [
         Check(reward=0.0, timed_out=True)
@@ -47,22 +49,6 @@ def parseable(golds: Sequence[str], timeout_s: float) -> list[bool]:
         gold: one is not None and one["gold"] for gold, one in zip(distinct, found, strict=True)
     }
     return [good[gold] for gold in golds]
-
-
-def math_reward(
-    completions: Sequence[str], timeout_s: float = 5.0, **columns: Any
-) -> list[float | None]:
-    """1.0 where math-verify finds the completion's final answer equal to the gold one, else 0.0.
-
-    A check that takes longer than `timeout_s` is killed and counts as 0.0. A gold answer that
-    cannot be parsed gives None: the prompt says nothing about the completion.
-    """
-    rows: list[dict[str, Any]] = [
-        {name: columns[name][i] for name in ("solution", "answer") if name in columns}
-        for i in range(len(completions))
-    ]
-    golds = [gold_text(row) or "" for row in rows]
-    return [found.reward for found in check(golds, completions, timeout_s)]
 
 
 def _pool(timeout_s: float) -> Workers:

@@ -18,13 +18,14 @@ MEMORY = 4 << 30  # bytes of address space: a huge integer ends in MemoryError, 
 
 
 def main(timeout_s: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's, whose end ends this one
     # Whatever the libraries print must not get between the lines of results.
     results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)  # math-verify warns that its own timeouts are off
-    import math_verify  # noqa: F401  (before the clock of the first job runs)
-
+    # Before the clock of the first job runs: imports, and what the first parse builds.
+    work({"gold": "1", "completion": r"$\boxed{1}$"})
     results.write("ready\n")
     results.flush()
     for line in sys.stdin:
@@ -51,17 +52,23 @@ def work(job: dict[str, str]) -> dict[str, Any]:
     try:
         answer = parse(job["completion"], parsing_timeout=None)
         equal = bool(verify(gold, answer, timeout_seconds=None))
-        spelling = spell(answer[0]) if answer else None
     except Exception:  # any of sympy's, MemoryError too: the completion made it, not the run
         return {"gold": True, "equal": False, "answer": None}
+    try:
+        spelling = spell(answer[0]) if answer else None
+    except Exception:  # the same; an answer that cannot be spelled has no vote, and may be right
+        spelling = None
     return {"gold": True, "equal": equal, "answer": spelling}
 
 
 def spell(answer: Any) -> str:
-    """A text for the answer; decimals as fractions, so that 0.5 and \\frac{1}{2} are one vote."""
-    from sympy import nsimplify  # type: ignore[import-untyped]
+    """A text for the answer; decimals and percentages as fractions, so that 0.5, 50\\% and
+    \\frac{1}{2} are one vote."""
+    from sympy import Expr, UnevaluatedExpr, nsimplify  # type: ignore[import-untyped]
 
-    return str(nsimplify(answer, rational=True) if getattr(answer, "is_Float", False) else answer)
+    if not isinstance(answer, Expr):
+        return str(answer)
+    return str(nsimplify(answer.replace(UnevaluatedExpr, lambda held: held), rational=True))
 
 
 @lru_cache(maxsize=1024)

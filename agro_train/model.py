@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 from collections.abc import Callable
@@ -245,6 +246,21 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def identity(model: PreTrainedModel) -> str:
+    """Identifies what the model computes: its configuration and every weight and buffer, whole.
+
+    Slower than `fingerprint`, by about a second a gigabyte of weights.
+    """
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def set_matmul_precision(choice: str) -> str:

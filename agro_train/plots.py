@@ -73,5 +73,5 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_ylabel(label)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 1:
+    if len(curves) > 1 and axes.lines:  # before the first step, or without rewards, there is none
         axes.legend(frameon=False)

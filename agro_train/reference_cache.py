@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +44,9 @@ def with_ref_logprobs(
     """The same rollouts with `ref_logprob` in the groups numbered in `used`.
 
     Every rank must call it. The main one alone reads and writes the cache, whose entries are keyed
-    by the reference's fingerprint and precision, the temperature and the file's hash. A cache that
-    cannot be read is computed again, and `say` is told.
+    by the reference's identity (`reference_id`, which only the main rank needs) and precision, the
+    temperature and the file's hash. A cache that cannot be read is computed again, and `say` is
+    told.
     """
     wanted = {sequence(rollout) for number in used for rollout in recorded.groups[number]}
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
@@ -107,13 +109,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agro" / "reference"
 
 
+def check_cache_folder() -> None:
+    """Raises ValueError if nothing could be kept, which is better known before it is computed."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"XDG_CACHE_HOME: expected a folder that can be written, got {str(folder)!r}: "
+            f"{error.strerror}; set it to another"
+        ) from error
+
+
 def key(file: RecordedFile, reference_id: str, config: TrainConfig) -> str:
     """Everything the values depend on. Text that is tokenised or rendered anew shows in the ids."""
     ids = hashlib.sha256()
     for rollout in file.rollouts:
         ids.update(repr((rollout.prompt_ids, rollout.completion_ids)).encode())
-    precision = (config.dtype, config.mixed_precision, config.temperature)
-    parts = (reference_id, precision, file.sha256, ids.hexdigest())
+    products = torch.get_float32_matmul_precision()
+    precision = (config.dtype, config.mixed_precision, products)
+    parts = (reference_id, precision, config.temperature, file.sha256, ids.hexdigest())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from agro_train.config import TrainConfig
-from agro_train.math_rewards import check, gold_text, math_reward, parseable
+from agro_train.math_rewards import check, gold_text, parseable
 from agro_train.types import Failure, Prompt, Rollout
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -53,7 +53,7 @@ def _digits(integer: str) -> str:
     return re.sub(r"^(-?)0+(?=\d)", r"\1", integer)
 
 
-BUILT_IN: dict[str, RewardFunction] = {"number": number_reward, "math": math_reward}
+BUILT_IN: dict[str, RewardFunction] = {"number": number_reward}  # and math: `math_outcomes`
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ def math_outcomes(rollouts: Sequence[Rollout], timeout_s: float) -> list[Outcome
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """A built-in reward by name, or the user's own as `module:function`."""
+    """A reward that is a function: built in, by name, or the user's own as `module:function`."""
     if spec in BUILT_IN:
         return BUILT_IN[spec]
     module_name, _, function_name = spec.partition(":")
     if not function_name:
-        raise ValueError(f"reward: expected {', '.join(BUILT_IN)} or module:function, got {spec!r}")
+        raise ValueError(f"reward: expected number, math or module:function, got {spec!r}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -178,11 +178,15 @@ def _weighted_sum(rewards: Rewards, outcomes: Sequence[Outcome]) -> float | None
     return sum(opinions) if opinions else None
 
 
+class BrokenReward(ValueError):
+    """No completion of a run's first step could be scored."""
+
+
 def refuse_broken(rollouts: Sequence[Rollout]) -> None:
-    """Raises ValueError if no completion at all could be scored: at a run's start, a function that
-    always fails is a mistake to mend, and nothing is lost by stopping."""
+    """Raises BrokenReward if no completion at all could be scored: at a run's start, a function
+    that always fails is a mistake to mend, and nothing is lost by stopping."""
     if rollouts and all(r.failure is not None and r.reward is None for r in rollouts):
-        raise ValueError(
+        raise BrokenReward(
             f"reward: expected rewards for the first step, got a failure ({rollouts[0].failure}) "
             f"for all {len(rollouts)} completions; the warning above shows it"
         )
@@ -202,7 +206,7 @@ class Guarded:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
         outcomes = self._attempt(rollouts, explain=True)
-        prompts = [list(rows) for _, rows in groupby(rollouts, key=lambda r: r.prompt_ids)]
+        prompts = [list(rows) for _, rows in groupby(rollouts, key=_prompt)]
         if isinstance(outcomes, list):
             return outcomes
         if len(prompts) == 1:
@@ -232,10 +236,15 @@ class Guarded:
             if explain:
                 logger.warning("reward: %s took longer than %g s", self.spec, self.timeout_s)
             return "timeout"
-        except Exception as error:  # the user's code: whatever it raises must not end the run
+        except (Exception, SystemExit) as error:  # the user's code must not end the run
             if explain:
                 logger.warning("reward: %s failed: %r", self.spec, error, exc_info=True)
             return "error"
+
+
+def _prompt(rollout: Rollout) -> tuple[str, tuple[int, ...]]:
+    """What rollouts of one prompt share; rows of a file may have text and no ids."""
+    return rollout.group, rollout.prompt_ids
 
 
 def call(function: RewardFunction, rollouts: Sequence[Rollout]) -> Sequence[float | None]:

@@ -21,6 +21,7 @@ from agro_train.model import (
     Policy,
     end_tokens,
     fingerprint,
+    identity,
     load_model,
     load_tokenizer,
     prepare,
@@ -28,7 +29,7 @@ from agro_train.model import (
     shard,
 )
 from agro_train.recorded import Recorded, load_recorded
-from agro_train.reference_cache import with_ref_logprobs
+from agro_train.reference_cache import check_cache_folder, with_ref_logprobs
 from agro_train.rewards import Rewards, check_columns, load_rewards, with_readable_gold
 from agro_train.tasks import TASKS
 from agro_train.tracking import RunFolder
@@ -84,6 +85,8 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available()
     )
+    if config.recorded and accelerator.is_main_process:
+        check_cache_folder()
     precision = set_matmul_precision(config.matmul_precision)
     transformers_logging.disable_progress_bar()  # the run has one of its own
 
@@ -125,6 +128,8 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
 
     # Copied now, for sharding takes the model's own apart; any other model can be loaded again.
     warm_weights = {} if warm_loss is None else copy.deepcopy(base.state_dict())
+    reads_cache = config.recorded and accelerator.is_main_process
+    reference_id = identity(base) if reads_cache else ""
     policy, reference = spread(trained, base, config, accelerator)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
@@ -143,7 +148,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         visits = range(len(recorded.groups))
         used = set(shuffled(visits, 0, config.steps * per_step, config.seed))
         recorded = with_ref_logprobs(
-            recorded, used, reference, base_model, config, accelerator, accelerator.print
+            recorded, used, reference, reference_id, config, accelerator, accelerator.print
         )
     accelerator.wait_for_everyone()  # no rank creates the folder while another checks it
     if accelerator.is_main_process:
@@ -156,7 +161,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
                 tokenizer.save_pretrained(folder.path / "base_model")
     summary = (
         f"{config.model}: {weights / 1e6:.1f} M weights, {len(prompts)} prompts, "
-        f"{len(held_out)} held out, {too_long} left out as too long, "
+        f"{len(held_out)} held out, {sum(too_long)} left out as too long, "
     )
     if unreadable:
         summary += f"{unreadable} left out as their gold answer cannot be parsed, "

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -27,14 +28,24 @@ class RunFolder:
         self.config = path / "config.yaml"
 
     def check_unused(self) -> None:
-        """Raises ValueError if a run is already there."""
-        if self.config.exists() or self.metrics.exists():
+        """Raises ValueError if a run is already there.
+
+        What a run leaves that ended before its first step cannot be resumed and is no record of
+        anything: such a folder may be used again.
+        """
+        logs = self.path / "rollouts"  # made by `create`: without it config.yaml is not a run's
+        stepped = any(logs.glob("step-*.jsonl")) or any(self.path.glob("checkpoint-*"))
+        if (self.config.exists() or self.metrics.exists()) and (stepped or not logs.is_dir()):
             raise ValueError(
                 f"output_dir: expected a folder without a run, got {str(self.path)!r}, which has "
                 f"one; choose another, or continue it with --resume {self.path}"
             )
 
     def create(self, config_yaml: str) -> None:
+        """Makes the folder, without what a run left there that ended before its first step."""
+        for pattern in ("metrics.jsonl", "samples/step-*.jsonl", "plots/*.png"):
+            for leftover in self.path.glob(pattern):
+                leftover.unlink()
         for folder in (self.path, self.path / "rollouts", self.path / "samples"):
             folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(config_yaml)
@@ -49,14 +60,16 @@ class RunFolder:
             kept = [line for line in rows if json.loads(line)["step"] <= step]
             self._replace(self.metrics, "".join(kept))
         for log in [*self.path.glob("rollouts/*.jsonl"), *self.path.glob("samples/*.jsonl")]:
-            if int(log.stem.rpartition("-")[2]) > step:
+            # Other names are not the run's own: `agro score` writes step-N.scored.jsonl here.
+            found = re.fullmatch(r"step-(\d+)", log.stem)
+            if found and int(found[1]) > step:
                 log.unlink()
 
     @staticmethod
     def _replace(path: Path, text: str) -> None:
         """The whole text or the old file, whatever happens in between."""
         partial = path.with_name(f".partial-{path.name}")
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="surrogatepass")
         os.replace(partial, path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -68,7 +81,7 @@ class RunFolder:
     def log_rollouts(self, kind: str, step: int, rollouts: Sequence[Rollout]) -> None:
         """Writes rollouts/step-N.jsonl or samples/step-N.jsonl, each a dataset for `recorded`."""
         lines = "".join(rollout_to_json(rollout) + "\n" for rollout in rollouts)
-        (self.path / kind / f"step-{step:06d}.jsonl").write_text(lines)
+        self._replace(self.path / kind / f"step-{step:06d}.jsonl", lines)
 
     def read_samples(self, step: int) -> list[dict[str, object]]:
         path = self.path / "samples" / f"step-{step:06d}.jsonl"

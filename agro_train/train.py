@@ -106,7 +106,8 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
         )
         rollouts = score(rollouts, run.rewards)
         if step == run.start:
-            refuse_broken(rollouts)
+            # All ranks' at once: one that stopped alone would leave the others waiting.
+            refuse_broken(gather_object(rollouts))
     # A prompt that comes twice in a step makes two groups: their numbers differ.
     groups = [number for number in mine for _ in range(config.num_generations)]
     on_policy = [True] * len(rollouts)

@@ -50,9 +50,14 @@ class Workers:
                         self._end(worker)
                 while len(self._workers) < min(self.size, len(jobs)):
                     self._workers.append(self._start())
-                for worker in self._workers:
+                for worker in list(self._workers):
                     if waiting and worker.started and worker.job is None:
-                        self._give(worker, waiting.popleft(), jobs)
+                        job = waiting.popleft()
+                        if not self._give(worker, job, jobs):
+                            waiting.appendleft(job)
+                            self._end(worker)
+                if not any(w.job is not None or not w.started for w in self._workers):
+                    continue  # they all died while idle: others are started
                 for worker, line in self._lines():
                     if line is None:
                         self._end(worker)
@@ -78,15 +83,17 @@ class Workers:
         )
         return _Worker(process, deadline=time.monotonic() + START_S)
 
-    def _give(self, worker: _Worker, job: int, jobs: Sequence[Any]) -> None:
-        worker.job = job
-        worker.deadline = time.monotonic() + self.timeout_s
+    def _give(self, worker: _Worker, job: int, jobs: Sequence[Any]) -> bool:
+        """Whether the worker took the job; one that died while idle does not."""
         assert worker.process.stdin is not None
         try:
             worker.process.stdin.write(json.dumps(jobs[job]).encode() + b"\n")
             worker.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died while idle; the end of its output says so again, where it is handled
+            return False
+        worker.job = job
+        worker.deadline = time.monotonic() + self.timeout_s
+        return True
 
     def _lines(self) -> list[tuple[_Worker, bytes | None]]:
         """Waits for the next whole line, end or deadline of workers that are doing something."""
@@ -109,13 +116,18 @@ class Workers:
 
     def _end(self, worker: _Worker) -> None:
         self._workers.remove(worker)
-        status = worker.process.poll()
+        status = None
+        if not worker.started:
+            try:  # its output ends a moment before the process does
+                status = worker.process.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                pass
         _kill(worker)
         if not worker.started:
             how = f"within {START_S:g} s" if status is None else f"(exit status {status})"
-            raise RuntimeError(
-                f"{self.module}: expected its process to start, got none {how}; is math-verify "
-                "installed?"
+            raise ValueError(
+                f"{self.module}: expected its process to start, got none {how}; install what it "
+                "needs: pip install math-verify"
             )
 
 

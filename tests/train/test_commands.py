@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from statistics import fmean
 
@@ -96,6 +98,57 @@ def test_score_takes_gold_answers_from_columns_of_their_own(tmp_path: Path) -> N
     assert [row["reward"] for row in read_jsonl(tmp_path / "o.jsonl")] == [1.0, 0.0]
 
 
+def test_score_takes_what_json_has_no_word_for_and_replaces_failures(tmp_path: Path) -> None:
+    row = {"completion": "3", "answer": "3", "failure": "error", "day": date(2024, 1, 2)}
+    parquet.write_table(Table.from_pylist([row]), tmp_path / "r.parquet")
+    output = tmp_path / "new" / "o.jsonl"
+    path = str(tmp_path / "r.parquet")
+    assert main(["score", path, "reward=number", f"--output={output}"]) == 0
+    (found,) = read_jsonl(output)
+    assert found["failure"] is None and found["day"] == "2024-01-02" and found["reward"] == 1.0
+
+
+def test_score_that_is_cut_off_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> list[Rollout]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "score", interrupt)
+    (tmp_path / "r.jsonl").write_text('{"completion": "3", "answer": "3"}\n')
+    with pytest.raises(KeyboardInterrupt):
+        main(["score", str(tmp_path / "r.jsonl"), "reward=number"])
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+def test_eval_of_a_model_takes_no_config_and_no_folder_of_a_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the model is a config.yaml of something else; one held-out prompt is too long."""
+    shutil.copytree(run / "base_model", tmp_path / "model")
+    (tmp_path / "config.yaml").write_text("seed: 5\nnot: a run's\n")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": text, "answer": "3"} for text in ("1+2=", "2+1=", "1" * 40 + "=")]
+    Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["eval_data=held.jsonl", "max_prompt_length=30", "eval_generations=0"]
+    assert main(["eval", "model", *settings]) == 0
+    assert "held-out prompts left out: 1 as too long, 0 as" in capsys.readouterr().out
+    results = json.loads(Path("evaluations/model/results.json").read_text())
+    assert results["prompts"] == 2 and results["left_out"]["too_long"] == 1
+
+
+def test_rollout_without_a_readable_gold_answer_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "1+2=", "answer": "no answer here"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    output = tmp_path / "out.jsonl"
+    arguments = [f"model={run / 'base_model'}", *SMALL, f"data={tmp_path / 'p.jsonl'}"]
+    message = refusal(["rollout", *arguments, "reward=math", f"--output={output}"], capsys)
+    assert "data: expected gold answers that math-verify can parse, got none" in message
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -115,10 +168,10 @@ def test_bad_score_is_refused(
 
 def test_chunks_keep_groups_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "SCORED_AT_ONCE", 4)
-    rows = list(enumerate([{"group": g} for g in "aaabbbccddddddde"]))
+    rows = [((i, {}), scored(g, "", None)) for i, g in enumerate("aaabbbccddddddde")]
     found = list(_chunks(rows))
     assert [row for chunk in found for row in chunk] == rows
-    assert ["".join(row["group"] for _, row in chunk) for chunk in found] == [
+    assert ["".join(row.group for _, row in chunk) for chunk in found] == [
         "aaabbb",
         "ccddddddd",
         "e",
@@ -142,7 +195,9 @@ def test_eval_of_a_run_writes_estimates_and_samples(
     sampled = [row["reward"] for row in samples if row["temperature"]]
     assert 0 < fmean(sampled) < 1
     assert results["pass@1"]["value"] == pytest.approx(fmean(sampled))
-    assert "output: expected a new name" in refusal(["eval", str(run)], capsys)
+    assert "output_dir: expected a new name" in refusal(["eval", str(run)], capsys)
+    assert results["left_out"] == {"too_long": 0, "unreadable_gold": 0}
+    assert results["error_rate"] == 0.0 and "left out" not in printed
     # The same numbers again, for a checkpoint by its own name.
     again = tmp_path / "again"
     assert main(["eval", str(run / "checkpoint-2"), f"output_dir={again}"]) == 0

@@ -4,9 +4,10 @@ import time
 
 import pytest
 
-from agro_train import math_rewards
+from agro_train import math_rewards, math_worker
 from agro_train.config import TrainConfig
-from agro_train.math_rewards import check, math_reward, parseable
+from agro_train.math_rewards import check, gold_text, parseable
+from agro_train.math_worker import work
 from agro_train.rewards import load_rewards, score, with_readable_gold
 from agro_train.types import Prompt, Rollout
 from agro_train.workers import Workers
@@ -21,16 +22,27 @@ def test_math_compares_final_answers_by_value() -> None:
         r"The answer is $\boxed{0.5}$",
         r"The answer is $\boxed{2}$",
         "I do not know.",
+        r"The answer is $\boxed{50\%}$",
+        "So it is 1/2",
     ]
-    gold = [r"... $\boxed{\frac12}$"] * 4
-    assert math_reward(completions, solution=gold) == [1, 1, 0, 0]
-    assert math_reward(["It is 42."], answer=["6*7 = 42\n#### 42"]) == [1]
-    found = check(gold, completions, TIMEOUT)
-    assert found[0].answer == found[1].answer == "1/2" and found[3].answer is None
+    gold = gold_text({"solution": r"... $\boxed{\frac12}$", "answer": "3"}) or ""
+    found = check([gold] * 6, completions, TIMEOUT)
+    assert [one.reward for one in found] == [1, 1, 0, 0, 1, 1]
+    assert [one.answer for one in found] == ["1/2", "1/2", "2", None, "1/2", "1/2"]
+    text = gold_text({"answer": "6*7 = 42\n#### 42"}) or ""
+    assert [one.reward for one in check([text], ["It is 42."], TIMEOUT)] == [1]
+
+
+def test_right_answer_that_cannot_be_spelled_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(answer: object) -> str:
+        raise ValueError(answer)
+
+    monkeypatch.setattr(math_worker, "spell", fails)
+    assert work({"gold": "2", "completion": "2"}) == {"gold": True, "equal": True, "answer": None}
 
 
 def test_gold_answer_that_cannot_be_parsed_gives_none_and_its_prompt_is_left_out() -> None:
-    assert math_reward([r"$\boxed{2}$"], solution=["no answer here"]) == [None]
+    assert check(["no answer here"], [r"$\boxed{2}$"], TIMEOUT)[0].reward is None
     assert parseable(["2", "no answer here", r"\boxed{x^2}", "2"], TIMEOUT) == [1, 0, 1, 1]
     prompts = [Prompt(str(i), "", (1,), {"answer": a}) for i, a in enumerate(["2", "nothing"])]
     assert with_readable_gold(prompts, TrainConfig(reward=["math"])) == prompts[:1]
@@ -59,6 +71,19 @@ def test_worker_may_print_and_may_die(kind: str) -> None:
     assert workers.map(jobs) == ["a", None if kind == "dies" else kind, "b"]
 
 
+def test_job_that_a_dead_worker_cannot_take_is_done_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers = Workers("tests.train.worker_main", size=1, timeout_s=20.0)
+    assert workers.map(["a"]) == ["a"]
+    dead = workers._workers[0].process
+    dead.kill()
+    dead.wait()
+    monkeypatch.setattr(dead, "poll", lambda: None)  # as if it died just after it was asked
+    assert workers.map(["b"]) == ["b"]
+
+
 def test_worker_that_cannot_start_is_an_error_and_no_timeout() -> None:
-    with pytest.raises(RuntimeError, match="no.such.module: expected its process to start, got"):
+    message = r"no.such.module: expected its process to start, got none \(exit status 1\)"
+    with pytest.raises(ValueError, match=message):
         Workers("no.such.module", size=1, timeout_s=1.0).map(["job"])

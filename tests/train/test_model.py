@@ -11,7 +11,7 @@ from agro_train import model as models
 from agro_train.batch import pack
 from agro_train.cli import main
 from agro_train.data import read_jsonl
-from agro_train.model import Policy, fingerprint, set_matmul_precision
+from agro_train.model import Policy, fingerprint, identity, set_matmul_precision
 from tests.train.models import ragged_rollouts, tiny_policy
 
 SMALL = {
@@ -49,6 +49,15 @@ def test_scaled_logits_are_refused() -> None:
 def test_fingerprint_tells_weights_apart() -> None:
     one, same, other = (tiny_policy(seed).model for seed in (0, 0, 1))
     assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+
+
+def test_identity_is_of_every_weight_and_of_the_configuration() -> None:
+    one, same, weight, rope = (tiny_policy().model for _ in range(4))
+    next(weight.parameters()).data.flatten()[1] += 1e-3  # which the sampled fingerprint passes over
+    rope.config.rope_parameters["rope_theta"] *= 2
+    same.config._name_or_path = "elsewhere"
+    assert identity(one) == identity(same)
+    assert len({identity(model) for model in (one, weight, rope)}) == 3
 
 
 def test_medium_precision_is_for_cpus_where_it_stays_float32(

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from agro_train.config import TrainConfig
 from agro_train.model import Policy
 from agro_train.recorded import Recorded, RecordedFile
-from agro_train.reference_cache import cache_folder, with_ref_logprobs
+from agro_train.reference_cache import cache_folder, check_cache_folder, with_ref_logprobs
 from agro_train.types import MicroBatch, Rollout
 from tests.train.models import ragged_rollouts, tiny_policy
 
@@ -92,6 +92,26 @@ def test_another_reference_temperature_or_file_is_asked_anew(
     data = recorded(rollouts, str(change.pop("sha256", "a")))
     fill(data, reference, {0, 1, 2}, **change)  # type: ignore[arg-type]
     assert reference.targets == 2 * asked
+
+
+def test_other_precision_of_products_is_asked_anew(reference: Counting) -> None:
+    fill(recorded(ragged_rollouts()), reference, {0, 1, 2})
+    asked, before = reference.targets, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if before == "highest" else "highest")
+    try:
+        fill(recorded(ragged_rollouts()), reference, {0, 1, 2})
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert reference.targets == 2 * asked
+
+
+def test_cache_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="XDG_CACHE_HOME: expected a folder .* set it to another"):
+        check_cache_folder()
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.5, 1.0])

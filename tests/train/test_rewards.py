@@ -140,6 +140,17 @@ def test_prompt_on_which_a_function_fails_is_left_out_and_counted(
     refuse_broken(scored)
 
 
+def test_prompts_without_ids_are_told_apart_by_their_group() -> None:
+    def raises_for_b(completions: list[str], **_: object) -> list[float]:
+        if "b" in completions:
+            raise SystemExit("no server")  # which would end a run, too
+        return [1.0] * len(completions)
+
+    rollouts = [replace(rollout(g, [], [1]), completion=g) for g in "aabb"]
+    scored = score(rollouts, guarded(raises_for_b))
+    assert [r.reward for r in scored] == [1.0, 1.0, None, None]
+
+
 def test_function_that_always_hangs_is_given_up_after_three_calls() -> None:
     calls = []
 

@@ -3,6 +3,8 @@
 import json
 import shutil
 from dataclasses import replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from agro_train import config as configuration
 from agro_train.cli import main
 from agro_train.data import read_jsonl
-from agro_train.tracking import Display
+from agro_train.tracking import Display, RunFolder
 from tests.train.models import rollout
 
 QUICK = [
@@ -205,11 +207,44 @@ def test_recorded_run_asks_the_reference_once(
 
 
 def test_reward_that_always_fails_stops_the_run_before_its_first_step(
-    finished: Path, tmp_path: Path
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["reward=tests.train.models:broken_reward", "eval_every=0", *from_base(finished)]
-    with pytest.raises(ValueError, match="reward: expected rewards for the first step, got a fail"):
-        train(tmp_path / "broken", *settings)
+    """One sentence, and the folder takes the run whose reward is mended."""
+    folder = tmp_path / "broken"
+    settings = ["steps=1", *from_base(finished)]
+    assert train(folder, *settings, "reward=tests.train.models:broken_reward") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("agro: reward: expected rewards for the first step, got a failure")
+    assert metrics(folder) and list(folder.glob("samples/*"))  # of the evaluation before the step
+    assert train(folder, *settings, "eval_every=0") == 0
+    assert [row["step"] for row in metrics(folder)] == [1]
+    assert not list(folder.glob("samples/*"))
+
+
+def test_folder_with_a_config_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    with pytest.raises(ValueError, match="output_dir: expected a folder without a run"):
+        RunFolder(tmp_path).check_unused()
+
+
+def test_rewind_leaves_scored_logs_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create("")
+    for name in ("step-000001", "step-000002", "step-000002.scored"):
+        (tmp_path / "rollouts" / f"{name}.jsonl").write_text("")
+    folder.rewind(1, "")
+    left = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert left == ["step-000001.jsonl", "step-000002.scored.jsonl"]
+
+
+def test_log_takes_columns_json_has_no_word_for_and_broken_text(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create("")
+    columns = {"day": date(2024, 1, 2), "price": Decimal("1.5"), "raw": b"x", "text": "\ud83d"}
+    folder.log_rollouts("rollouts", 1, [replace(rollout("g", [1], [2]), columns=columns)])
+    (row,) = read_jsonl(tmp_path / "rollouts" / "step-000001.jsonl")
+    assert row["columns"] == {"day": "2024-01-02", "price": "1.5", "raw": "b'x'", "text": "\ud83d"}
+    assert len(list((tmp_path / "rollouts").iterdir())) == 1
 
 
 def test_reward_that_fails_now_and_then_costs_no_step(finished: Path, tmp_path: Path) -> None:
