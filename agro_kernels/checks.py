@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from agro_kernels.reference import ROUNDED_LOGITS
+
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -156,8 +158,21 @@ def check_ignore_index(ignore_index: int) -> None:
         )
 
 
+def check_head_options(
+    targets: Tensor,
+    weight: Tensor,
+    round_logits: str | None,
+    kept_ids: Tensor | None,
+    weight_grad: Tensor | None,
+) -> None:
+    """The rest of what the head ops share, after `check_head` has passed."""
+    check_kept_ids(kept_ids, targets)
+    check_round_logits(round_logits)
+    check_weight_grad(weight_grad, weight)
+
+
 def check_round_logits(round_logits: str | None) -> None:
-    if round_logits is not None and round_logits not in ("bf16", "fp16"):
+    if round_logits is not None and round_logits not in ROUNDED_LOGITS:
         raise ValueError(
             f'round_logits: expected "bf16", "fp16" or None, got {round_logits!r}; pass the dtype '
             "that the sampling engine keeps its logits in"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import agro_kernels.library  # noqa: F401  (registers the ops)
-from agro_kernels.checks import check_head, check_kept_ids, check_round_logits, check_weight_grad
+from agro_kernels.checks import check_head, check_head_options
 from agro_kernels.reference import ROUNDED_LOGITS
 from agro_kernels.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
@@ -185,9 +185,7 @@ def _apply(
     """(logprobs, lse, entropy), the first two in the shape of targets, entropy too if asked for."""
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature, softcap, ignore_index)
-    check_kept_ids(kept_ids, targets)
-    check_round_logits(round_logits)
-    check_weight_grad(weight_grad, weight)
+    check_head_options(targets, weight, round_logits, kept_ids, weight_grad)
     arguments = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

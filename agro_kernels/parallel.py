@@ -28,11 +28,9 @@ from agro_kernels.checks import (
     FLOATING,
     check_constant,
     check_head,
-    check_kept_ids,
-    check_round_logits,
+    check_head_options,
     check_target_values,
     check_tensor,
-    check_weight_grad,
 )
 from agro_kernels.linear_logprobs import (
     IGNORE_INDEX,
@@ -320,9 +318,7 @@ def _apply(
     _refuse_dtensor(hidden=hidden, weight=weight, bias=bias, weight_grad=weight_grad)
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature, softcap, ignore_index)
-    check_kept_ids(kept_ids, targets)
-    check_round_logits(round_logits)
-    check_weight_grad(weight_grad, weight)
+    check_head_options(targets, weight, round_logits, kept_ids, weight_grad)
     if weight.shape[0] != shards.sizes[shards.rank]:
         raise ValueError(
             f"weight: expected {shards.sizes[shards.rank]} rows, as shards.sizes says of rank "

@@ -4,13 +4,7 @@ import torch
 from torch import Tensor
 
 import agro_kernels.library  # noqa: F401  (registers the ops)
-from agro_kernels.checks import (
-    check_constant,
-    check_head,
-    check_kept_ids,
-    check_round_logits,
-    check_weight_grad,
-)
+from agro_kernels.checks import check_constant, check_head, check_head_options
 from agro_kernels.linear_logprobs import (
     IGNORE_INDEX,
     cast_for_autocast,
@@ -65,12 +59,10 @@ def weighted_logprob_sum(
     """
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature, softcap, ignore_index)
+    check_head_options(targets, weight, round_logits, kept_ids, weight_grad)
     check_constant("coefficients", coefficients, targets)
     if lse is not None:
         check_constant("lse", lse, targets)
-    check_kept_ids(kept_ids, targets)
-    check_round_logits(round_logits)
-    check_weight_grad(weight_grad, weight)
     sums_dtype = torch.promote_types(hidden.dtype, torch.float32)
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     coefficients = coefficients.reshape(-1).to(sums_dtype)
