@@ -98,17 +98,10 @@ library.define(
     f"linear_logprobs_bwd_accumulate({_BACKWARD_ARGUMENTS}, Tensor(a!) weight_grad) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
-library.define(
-    "weighted_logprob_sum_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor coefficients, "
-    "Tensor? lse, Tensor? bias, float temperature, Tensor? token_temperature, float softcap, "
-    "int ignore_index, ScalarType? round_logits, Tensor? kept, bool[] output_mask) "
-    "-> (Tensor total, Tensor dhidden, Tensor dweight, Tensor dbias)"
-)
 for _name, _function in (
     ("linear_logprobs_fwd", "linear_logprobs_fwd"),
     ("linear_logprobs_bwd", "linear_logprobs_bwd"),
     ("linear_logprobs_bwd_accumulate", "linear_logprobs_bwd"),
-    ("weighted_logprob_sum_fwd", "weighted_logprob_sum_fwd"),
 ):
     _everywhere = getattr(torch_linear_logprobs, _function)
     _cpu = getattr(cpu_linear_logprobs, _function)
@@ -177,30 +170,6 @@ torch.library.register_fake(
 )
 
 
-def _weighted_logprob_sum_fwd_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    coefficients: Tensor,
-    lse: Tensor | None,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = hidden.new_empty((), dtype=_results_dtype(hidden))
-    return total, *_empty_gradients(hidden, weight, output_mask)
-
-
-torch.library.register_fake(
-    "agro::weighted_logprob_sum_fwd", _weighted_logprob_sum_fwd_fake, lib=library
-)
-
-
 def _empty_gradients(
     hidden: Tensor, weight: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,18 +182,31 @@ def _empty_gradients(
 
 
 def _linear_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, lse, entropy = output
+    _save(ctx, inputs, lse, entropy)
+
+
+def _target_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    lse = inputs[-1]
+    _save(ctx, inputs, lse, lse.new_empty(0))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], lse: Tensor, entropy: Tensor) -> None:
     hidden, weight, targets, bias, temperature, token_temperature, softcap, *others = inputs
     ignore_index, round_logits, kept, _ = others
-    _, lse, entropy = output
     ctx.save_for_backward(hidden, weight, targets, bias, token_temperature, kept, lse, entropy)
     ctx.options = temperature, softcap, ignore_index, round_logits
     ctx.set_materialize_grads(False)
 
 
 @once_differentiable
-def _linear_logprobs_backward(
-    ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
+def _logprobs_backward(
+    ctx: Any,
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None = None,
+    dentropy: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of both ops: a given lse is what the inputs make it, not a constant."""
     hidden, weight, targets, bias, token_temperature, kept, lse, entropy = ctx.saved_tensors
     temperature, softcap, ignore_index, round_logits = ctx.options
     if entropy.shape != lse.shape:
@@ -260,7 +242,7 @@ def _linear_logprobs_backward(
 
 torch.library.register_autograd(
     "agro::linear_logprobs_fwd",
-    _linear_logprobs_backward,
+    _logprobs_backward,
     setup_context=_linear_logprobs_save,
     lib=library,
 )
@@ -293,36 +275,10 @@ def _target_logprobs_fake(hidden: Tensor, *others: Any) -> Tensor:
 
 
 torch.library.register_fake("agro::target_logprobs", _target_logprobs_fake, lib=library)
-
-# --- weighted_logprob_sum -------------------------------------------------------------------------
-
-
-def _weighted_logprob_sum_save(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-) -> None:
-    _, *gradients = output
-    ctx.output_mask = inputs[-1]
-    ctx.save_for_backward(*gradients)
-    ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)
-
-
-@once_differentiable
-def _weighted_logprob_sum_backward(
-    ctx: Any, dtotal: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    # A new tensor each time: the saved gradients stay as they are for a second backward pass.
-    dhidden, dweight, dbias = (
-        dtotal * gradient if asked and dtotal is not None else None
-        for gradient, asked in zip(ctx.saved_tensors, ctx.output_mask, strict=True)
-    )
-    return dhidden, dweight, None, None, None, dbias, *[None] * 7
-
-
 torch.library.register_autograd(
-    "agro::weighted_logprob_sum_fwd",
-    _weighted_logprob_sum_backward,
-    setup_context=_weighted_logprob_sum_save,
+    "agro::target_logprobs",
+    _logprobs_backward,
+    setup_context=_target_logprobs_save,
     lib=library,
 )
 

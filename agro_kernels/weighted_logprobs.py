@@ -1,4 +1,4 @@
-"""sum_t c_t * logprob_t for coefficients known in advance: gradients without a second head pass."""
+"""sum_t c_t * logprob_t for coefficients known in advance: no head pass but the gradients' own."""
 
 import torch
 from torch import Tensor
@@ -30,15 +30,16 @@ def weighted_logprob_sum(
     kept_ids: Tensor | None = None,
     weight_grad: Tensor | None = None,
 ) -> Tensor:
-    """Sum over tokens of coefficients times log-probabilities, the gradients made on the way.
+    """Sum over tokens of coefficients times log-probabilities: 3 matrix products with lse, else 4.
 
     Same result as
 
         (coefficients * linear_logprobs(hidden, weight, targets, ...)).sum()
 
-    When the coefficients do not depend on this pass, the gradient of each tile of logits is known
-    as soon as the tile is: the head costs 3 matrix products of 2 N D V operations with lse and 4
-    without it, and the backward pass only scales what is already there.
+    Coefficients that are known come from an earlier pass, and so can lse: then the forward pass
+    needs each token's target logit alone, 2 N D operations, and the backward pass makes the logits
+    once again and the gradients from them, 3 products of 2 N D V. Nothing of the size of weight
+    waits between the two.
 
     Args:
         hidden, weight, targets, bias, temperature, softcap, ignore_index: as linear_logprobs.
@@ -48,14 +49,10 @@ def weighted_logprob_sum(
             differences in hidden since then shift the result by as much as they shift lse; a weight
             that has been updated since then makes it wrong.
         round_logits, kept_ids: as linear_logprobs.
-        weight_grad: (V, D) as linear_logprobs. The products then wait for the backward pass, which
-            adds to it; their number is the same.
+        weight_grad: (V, D) as linear_logprobs.
 
     Returns:
         0-d fp32 (float64 for float64). 0.0, with zero gradients, of no tokens.
-
-    The gradients wait for the backward pass in the dtypes of their tensors. In fp16, multiply the
-    coefficients by the loss scale, not the result: gradients that underflowed cannot be scaled.
     """
     hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
     check_head(hidden, weight, targets, bias, temperature, softcap, ignore_index)
@@ -64,10 +61,12 @@ def weighted_logprob_sum(
     if lse is not None:
         check_constant("lse", lse, targets)
     sums_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     coefficients = coefficients.reshape(-1).to(sums_dtype)
-    lse = None if lse is None else lse.reshape(-1).to(sums_dtype)
-    options = (
+    counted = (coefficients != 0) & (targets.reshape(-1) != ignore_index)
+    arguments = (
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        targets.reshape(-1).where(counted, ignore_index),
         bias,
         *split_temperature(temperature),
         softcap or 0.0,
@@ -75,26 +74,14 @@ def weighted_logprob_sum(
         None if round_logits is None else ROUNDED_LOGITS[round_logits],
         kept_bits(kept_ids, weight),
     )
+    lse = None if lse is None else lse.reshape(-1).to(sums_dtype)
     if weight_grad is not None:
         refuse_under_compile()
-        targets = targets.where(coefficients != 0, ignore_index)
-        logprobs, _, _ = AccumulatingLogprobs.apply(
-            weight_grad, hidden, weight, targets, *options, False, lse
-        )
-        total: Tensor = (coefficients * logprobs).where(targets != ignore_index, 0.0).sum()
-        return total
-    differentiable = torch.is_grad_enabled()
-    results: tuple[Tensor, ...] = torch.ops.agro.weighted_logprob_sum_fwd(
-        hidden,
-        weight,
-        targets,
-        coefficients,
-        lse,
-        *options,
-        [
-            differentiable and hidden.requires_grad,
-            differentiable and weight.requires_grad,
-            differentiable and bias is not None and bias.requires_grad,
-        ],
-    )
-    return results[0]
+        logprobs, _, _ = AccumulatingLogprobs.apply(weight_grad, *arguments, False, lse)
+    elif lse is None:
+        logprobs, _, _ = torch.ops.agro.linear_logprobs_fwd(*arguments, False)
+    else:
+        logprobs = torch.ops.agro.target_logprobs(*arguments, lse)
+    # Where a row does not count its coefficient may be anything, NaN too.
+    total: Tensor = (coefficients.where(counted, 0.0) * logprobs).sum()
+    return total

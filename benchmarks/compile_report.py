@@ -85,18 +85,17 @@ FWD_CALLS = {
 BWD_CALLS = {
     "everything": EVERYTHING | {"dlogprobs", "dlse", "dentropy"},
     "all but softcap": EXTRAS | {"dlogprobs", "dlse", "dentropy"},
-    "logprobs": frozenset({"dlogprobs"}),
     "entropy": frozenset({"dlogprobs", "dentropy"}),
     "entropy ragged": frozenset({"dlogprobs", "dentropy", "ragged"}),
-    "weighted": frozenset({"dlogprobs", "logprobs"}),
-    "weighted ragged": frozenset({"dlogprobs", "logprobs", "ragged"}),
-    "weighted softcap": frozenset({"dlogprobs", "logprobs", "softcap"}),
-    "weighted kept": frozenset({"dlogprobs", "logprobs", "kept"}),
-    "weighted, all but softcap": EXTRAS | {"dlogprobs", "logprobs"},
-    "weighted, everything": EVERYTHING | {"dlogprobs", "logprobs"},
+    "dlogprobs": frozenset({"dlogprobs"}),
+    "dlogprobs ragged": frozenset({"dlogprobs", "ragged"}),
+    "dlogprobs softcap": frozenset({"dlogprobs", "softcap"}),
+    "dlogprobs kept": frozenset({"dlogprobs", "kept"}),
+    "dlogprobs, all but softcap": EXTRAS | {"dlogprobs"},
+    "dlogprobs, everything": EVERYTHING | {"dlogprobs"},
 }
 # The ones that --quick compiles: what needs most of a machine, and what the trainer calls.
-QUICK_CALLS = {"all but softcap", "everything", "weighted"}
+QUICK_CALLS = {"all but softcap", "everything", "dlogprobs"}
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def head_cases(target: str, quick: bool) -> list[Case]:
     def add(name: str, recorder: Recorder) -> None:
         for arguments in recorder.launches[:1]:  # later ones differ in numbers only
             case = case_of(name, recorder.kernel, arguments)
-            same = (case.kernel, case.tile, "weighted" in name) if quick else case.identity
+            same = (case.kernel, case.tile, "dlogprobs" in name) if quick else case.identity
             cases.setdefault(same, case)
         recorder.launches.clear()
 
@@ -227,7 +226,7 @@ def head_cases(target: str, quick: bool) -> list[Case]:
                     output_mask=[True, True, False],
                     **{
                         argument: per_token if argument in call else None
-                        for argument in ("dlogprobs", "dlse", "dentropy", "logprobs")
+                        for argument in ("dlogprobs", "dlse", "dentropy")
                     },
                     entropy=per_token if "dentropy" in call else None,
                 )

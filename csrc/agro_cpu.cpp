@@ -106,21 +106,6 @@ int32_t agro_linear_logprobs_bwd(const float* dlogprobs, const float* dlse, cons
   return AGRO_OK;
 }
 
-int32_t agro_weighted_logprob_sum_fwd(const agro_head* head, const float* coefficients,
-                                      const float* lse, float* logprobs, void* dhidden,
-                                      void* dweight, void* dbias, float* weight_grad) {
-  if (!agro::is_valid(head)) return AGRO_BAD_ARGUMENT;
-  if (head->n > 0 && (coefficients == nullptr || logprobs == nullptr)) return AGRO_BAD_ARGUMENT;
-  if (dweight != nullptr && weight_grad != nullptr) return AGRO_BAD_ARGUMENT;
-  try {
-    agro::weighted_logprob_sum_fwd(agro::in_use(), *head, coefficients, lse, logprobs, dhidden,
-                                   dweight, dbias, weight_grad);
-  } catch (const std::bad_alloc&) {
-    return AGRO_OUT_OF_MEMORY;
-  }
-  return AGRO_OK;
-}
-
 int32_t agro_interface_version(void) { return AGRO_INTERFACE_VERSION; }
 
 const char* agro_available_isas(void) {

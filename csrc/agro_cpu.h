@@ -9,9 +9,8 @@
  * Layouts: every matrix is row-major with a contiguous last dimension; outputs are contiguous.
  * Numbers: logprob, lse and entropy are fp32, in nats. Sums are fp32 and logits are never rounded
  * to a narrower type; every element of a result is rounded once to the type it is stored in.
- * A row counts if its target is not ignore_index (and, in agro_weighted_logprob_sum_fwd, its
- * coefficient is not 0). The rows of hidden and token_temperature that do not count are never read,
- * and their results are exactly 0.
+ * A row counts if its target is not ignore_index. The rows of hidden and token_temperature that do
+ * not count are never read, and their results are exactly 0.
  * A token with logit -inf (bias -inf) has probability 0. A row whose every logit is -inf has
  * lse -inf, logprob NaN and entropy NaN.
  *
@@ -37,7 +36,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a signature, a struct or a meaning in this file. */
-#define AGRO_INTERFACE_VERSION 1
+#define AGRO_INTERFACE_VERSION 2
 
 /* Values of agro_head.dtype. */
 #define AGRO_FLOAT32 0
@@ -89,16 +88,6 @@ AGRO_API int32_t agro_linear_logprobs_bwd(const float* dlogprobs, const float* d
                                           const float* dentropy, const agro_head* head,
                                           const float* lse, const float* entropy, void* dhidden,
                                           void* dweight, void* dbias, float* weight_grad);
-
-/* sum_t coefficients_t * logprob_t and its gradients, with coefficients known in advance.
- *
- * coefficients: (N,); lse: (N,) from an earlier forward, or NULL: computed here first.
- * logprobs: (N,), written, 0 in rows that do not count; the caller forms the sum.
- * dhidden, dweight, dbias, weight_grad: as in agro_linear_logprobs_bwd, for upstream 1.
- */
-AGRO_API int32_t agro_weighted_logprob_sum_fwd(const agro_head* head, const float* coefficients,
-                                               const float* lse, float* logprobs, void* dhidden,
-                                               void* dweight, void* dbias, float* weight_grad);
 
 /* AGRO_INTERFACE_VERSION of the built library. */
 AGRO_API int32_t agro_interface_version(void);

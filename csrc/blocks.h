@@ -268,10 +268,9 @@ void finish_gradient(const Backward& job, const Scratch& scratch, Block block, i
                      int64_t i) {
   const int64_t token = (panel0 + i) * kLanes;
   float* x = scratch.logits + i * kBlock * kLanes;
-  float* logprobs = job.logprobs == nullptr ? nullptr : job.logprobs + token;
   panel_gradient<CAP, ENTROPY>(x, block.rows, scratch.bias, job.head->softcap,
                                upstream_of(job, token), job.tokens - token, job.targets + token,
-                               block.v0, logprobs);
+                               block.v0);
   if (job.dbias != nullptr) {
     for (int64_t at = 0; at < block.rows * kLanes; at += kWidth) {
       store(scratch.dbias_lanes + at, add(load(scratch.dbias_lanes + at), load(x + at)));

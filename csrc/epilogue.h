@@ -106,12 +106,11 @@ inline Upstream upstream_of(const Backward& job, int64_t token) {
 // The gradient of one product x = hidden @ weight.T whose token is the row's target.
 // 1 - p comes from expm1: subtracting a p near 1 would lose its digits.
 template <bool CAP, bool ENTROPY>
-inline float target_gradient(float x, float softcap, Upstream up, int64_t lane, float* logprob) {
+inline float target_gradient(float x, float softcap, Upstream up, int64_t lane) {
   float t[kWidth];
   store(t, capped<CAP>(broadcast(x), softcap));
   const float factor = up.inverse_temperature[lane] * (CAP ? softcap : 1.0f);
   const float log_p = t[0] * factor - up.lse[lane];
-  if (logprob != nullptr) *logprob = log_p;
   const float p = expf(log_p);
   float gradient = up.at_target[lane] * -expm1f(log_p) + up.of_lse[lane] * p;
   if (ENTROPY) {
@@ -122,17 +121,16 @@ inline float target_gradient(float x, float softcap, Upstream up, int64_t lane, 
 }
 
 // Turns the products x of a panel, [rows][kLanes], into their gradients, in fp32.
-// targets and logprobs belong to the panel's lanes; v0 is the vocabulary entry of row 0.
+// targets belong to the panel's lanes; v0 is the vocabulary entry of row 0.
 template <bool CAP, bool ENTROPY>
 inline void panel_gradient(float* x, int64_t rows, const float* bias, float softcap, Upstream up,
-                           int64_t live, const int64_t* targets, int64_t v0, float* logprobs) {
+                           int64_t live, const int64_t* targets, int64_t v0) {
   float at_target[kLanes];
   for (int64_t lane = 0; lane < min_of(live, kLanes); ++lane) {
     const int64_t v = targets[lane] - v0;
     if (v < 0 || v >= rows) continue;
     at_target[lane] =
-        target_gradient<CAP, ENTROPY>(x[v * kLanes + lane] + bias[v], softcap, up, lane,
-                                      logprobs == nullptr ? nullptr : logprobs + lane);
+        target_gradient<CAP, ENTROPY>(x[v * kLanes + lane] + bias[v], softcap, up, lane);
   }
   for (int64_t j = 0; j < live_vectors(live) * kWidth; j += kWidth) {
     const Vec slope = load(up.inverse_temperature + j);

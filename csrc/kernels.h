@@ -52,7 +52,6 @@ struct Backward : Problem {
   const float* of_p;        // dlse - dlogprob
   const float* of_lse;      // dlse
   const float* of_entropy;  // dentropy
-  float* logprobs;          // (panels * lanes,), NaN until found; NULL if not wanted
   void* dhidden;            // outputs
   void* dweight;
   void* dbias;

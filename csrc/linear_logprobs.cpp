@@ -19,14 +19,11 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t element_bytes(const agro_head& head) { return head.dtype == AGRO_FLOAT32 ? 4 : 2; }
 
-// The rows that count. coefficients: NULL, or (N,); a row with coefficient 0 does not count.
-std::vector<int64_t> counted_rows(const agro_head& head, const float* coefficients) {
+std::vector<int64_t> counted_rows(const agro_head& head) {
   std::vector<int64_t> rows;
   rows.reserve(head.n);
   for (int64_t row = 0; row < head.n; ++row) {
-    if (head.targets[row] == head.ignore_index) continue;
-    if (coefficients != nullptr && coefficients[row] == 0.0f) continue;
-    rows.push_back(row);
+    if (head.targets[row] != head.ignore_index) rows.push_back(row);
   }
   return rows;
 }
@@ -173,8 +170,14 @@ void forward_chunk(const Kernels& kernels, const agro_head& head, const int64_t*
   });
 }
 
-void forward_rows(const Kernels& kernels, const agro_head& head, const std::vector<int64_t>& rows,
-                  float* logprobs, float* lse, float* entropy) {
+}  // namespace
+
+void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* logprobs, float* lse,
+                         float* entropy) {
+  const std::vector<int64_t> rows = counted_rows(head);
+  for (float* result : {logprobs, lse, entropy}) {
+    if (result != nullptr) clear_other_rows(head, rows, result, sizeof(float));
+  }
   const int64_t counted = static_cast<int64_t>(rows.size());
   for (int64_t begin = 0; begin < counted; begin += kChunk) {
     forward_chunk(kernels, head, rows.data() + begin, std::min(kChunk, counted - begin), logprobs,
@@ -182,34 +185,28 @@ void forward_rows(const Kernels& kernels, const agro_head& head, const std::vect
   }
 }
 
-struct Outputs {
-  void* dhidden;
-  void* dweight;
-  void* dbias;
-  float* weight_grad;
-};
-
-// The gradients of the counted rows. Each upstream is (N,) or NULL; logprobs is (N,) or NULL.
-void backward_rows(const Kernels& kernels, const float* dlogprobs, const float* dlse,
-                   const float* dentropy, const agro_head& head, const std::vector<int64_t>& rows,
-                   const float* lse, const float* entropy, float* logprobs, const Outputs& out) {
+void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
+                         const float* dentropy, const agro_head& head, const float* lse,
+                         const float* entropy, void* dhidden, void* dweight, void* dbias,
+                         float* weight_grad) {
+  const std::vector<int64_t> rows = counted_rows(head);
   const int64_t tokens = static_cast<int64_t>(rows.size());
-  if (out.dhidden != nullptr) {
-    clear_other_rows(head, rows, out.dhidden, head.d * element_bytes(head));
+  if (dhidden != nullptr) {
+    clear_other_rows(head, rows, dhidden, head.d * element_bytes(head));
   }
   if (tokens == 0) {
-    if (out.dweight != nullptr) std::memset(out.dweight, 0, head.v * head.d * element_bytes(head));
-    if (out.dbias != nullptr) std::memset(out.dbias, 0, head.v * element_bytes(head));
+    if (dweight != nullptr) std::memset(dweight, 0, head.v * head.d * element_bytes(head));
+    if (dbias != nullptr) std::memset(dbias, 0, head.v * element_bytes(head));
     return;
   }
   const Wanted wanted = {
-      out.dhidden != nullptr && head.d > 0,
-      (out.dweight != nullptr || out.weight_grad != nullptr) && head.d > 0,
-      out.dbias != nullptr};
-  if (!wanted.dhidden && !wanted.dweight && !wanted.dbias && logprobs == nullptr) return;
+      dhidden != nullptr && head.d > 0,
+      (dweight != nullptr || weight_grad != nullptr) && head.d > 0,
+      dbias != nullptr};
+  if (!wanted.dhidden && !wanted.dweight && !wanted.dbias) return;
 
   const Packed packed(kernels, head, rows.data(), tokens, wanted.dweight);
-  std::vector<float> of_rows(6 * packed.padded, 0.0f), found(packed.padded, kNotFound);
+  std::vector<float> of_rows(6 * packed.padded, 0.0f);
   float* const upstream = of_rows.data();
   for (int64_t token = 0; token < tokens; ++token) {
     const int64_t row = rows[token];
@@ -233,11 +230,10 @@ void backward_rows(const Kernels& kernels, const float* dlogprobs, const float* 
   job.of_p = upstream + 3 * packed.padded;
   job.of_lse = upstream + 4 * packed.padded;
   job.of_entropy = upstream + 5 * packed.padded;
-  job.logprobs = logprobs == nullptr ? nullptr : found.data();
-  job.dhidden = out.dhidden;
-  job.dweight = out.dweight;
-  job.dbias = out.dbias;
-  job.weight_grad = out.weight_grad;
+  job.dhidden = dhidden;
+  job.dweight = dweight;
+  job.dbias = dbias;
+  job.weight_grad = weight_grad;
 
   const int64_t blocks = ceil_div(head.v, kBlock);
   const int32_t threads = useful_threads(head, tokens, blocks);
@@ -269,43 +265,6 @@ void backward_rows(const Kernels& kernels, const float* dlogprobs, const float* 
       kernels.dhidden_result[head.dtype](job, share.begin, share.end);
     });
   }
-  if (logprobs != nullptr) {
-    for (int64_t token = 0; token < tokens; ++token) logprobs[rows[token]] = found[token];
-  }
-}
-
-}  // namespace
-
-void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* logprobs, float* lse,
-                         float* entropy) {
-  const std::vector<int64_t> rows = counted_rows(head, nullptr);
-  for (float* result : {logprobs, lse, entropy}) {
-    if (result != nullptr) clear_other_rows(head, rows, result, sizeof(float));
-  }
-  forward_rows(kernels, head, rows, logprobs, lse, entropy);
-}
-
-void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
-                         const float* dentropy, const agro_head& head, const float* lse,
-                         const float* entropy, void* dhidden, void* dweight, void* dbias,
-                         float* weight_grad) {
-  backward_rows(kernels, dlogprobs, dlse, dentropy, head, counted_rows(head, nullptr), lse, entropy,
-                nullptr, {dhidden, dweight, dbias, weight_grad});
-}
-
-void weighted_logprob_sum_fwd(const Kernels& kernels, const agro_head& head,
-                              const float* coefficients, const float* lse, float* logprobs,
-                              void* dhidden, void* dweight, void* dbias, float* weight_grad) {
-  const std::vector<int64_t> rows = counted_rows(head, coefficients);
-  clear_other_rows(head, rows, logprobs, sizeof(float));
-  std::vector<float> own_lse;
-  if (lse == nullptr) {
-    own_lse.resize(head.n);
-    forward_rows(kernels, head, rows, logprobs, own_lse.data(), nullptr);
-  }
-  backward_rows(kernels, coefficients, nullptr, nullptr, head, rows,
-                lse == nullptr ? own_lse.data() : lse, nullptr, lse == nullptr ? nullptr : logprobs,
-                {dhidden, dweight, dbias, weight_grad});
 }
 
 }  // namespace agro

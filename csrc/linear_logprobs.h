@@ -1,4 +1,4 @@
-// The three ops of agro_cpu.h on a given instruction set. Arguments are as described there and
+// The ops of agro_cpu.h on a given instruction set. Arguments are as described there and
 // already checked. Memory that cannot be allocated is a std::bad_alloc.
 #ifndef AGRO_LINEAR_LOGPROBS_H
 #define AGRO_LINEAR_LOGPROBS_H
@@ -14,10 +14,6 @@ void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const f
                          const float* dentropy, const agro_head& head, const float* lse,
                          const float* entropy, void* dhidden, void* dweight, void* dbias,
                          float* weight_grad);
-
-void weighted_logprob_sum_fwd(const Kernels& kernels, const agro_head& head,
-                              const float* coefficients, const float* lse, float* logprobs,
-                              void* dhidden, void* dweight, void* dbias, float* weight_grad);
 
 }  // namespace agro
 

@@ -1,4 +1,4 @@
-"""linear_logprobs and weighted_logprob_sum on the native kernels of csrc.
+"""linear_logprobs on the native kernels of csrc.
 
 float64, logits rounded on purpose and restricted vocabularies belong to the blocked torch path, and
 so does everything where the library is not built; the rest is handed to the library as pointers.
@@ -177,59 +177,6 @@ def linear_logprobs_bwd(
     )
     native.check_status(status, "linear_logprobs, backward")
     return gradients.results()
-
-
-def weighted_logprob_sum_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    coefficients: Tensor,
-    lse: Tensor | None,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, dhidden, dweight, dbias), the gradients of total for upstream 1.
-
-    With lse the logits are computed once and total comes from the same tiles; without it a pass for
-    lse goes first. Rows with coefficient 0 are dropped like ignored ones.
-    """
-    options = bias, temperature, token_temperature, softcap, ignore_index
-    library = _library(hidden, round_logits, kept)
-    if library is None:
-        return blocked.weighted_logprob_sum_fwd(
-            hidden,
-            weight,
-            targets,
-            coefficients,
-            lse,
-            *options,
-            round_logits,
-            kept,
-            output_mask,
-        )
-    check_target_values(targets, weight.shape[0], ignore_index)
-    check_token_temperature_values(token_temperature, targets, ignore_index)
-    # Where a target is ignored the coefficient may be anything, NaN too.
-    coefficients = coefficients.float().masked_fill(targets == ignore_index, 0.0).contiguous()
-    lse = _floats(lse)
-    logprobs = torch.empty_like(coefficients)
-    gradients = _Gradients(hidden, weight, output_mask, None)
-    head = _Head(hidden, weight, targets, *options)
-    status = library.agro_weighted_logprob_sum_fwd(
-        head.pointer,
-        coefficients.data_ptr(),
-        _pointer(lse),
-        logprobs.data_ptr(),
-        *gradients.pointers,
-    )
-    native.check_status(status, "weighted_logprob_sum")
-    return (coefficients * logprobs).sum(), *gradients.results()
 
 
 class _Gradients:

@@ -13,7 +13,7 @@ from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 # The interface that this file describes: csrc/agro_cpu.h, AGRO_INTERFACE_VERSION.
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
 
 # What the functions return.
@@ -47,7 +47,6 @@ _HEAD = ctypes.POINTER(Head)
 _SIGNATURES = {
     "agro_linear_logprobs_fwd": (c_int32, [_HEAD, *[c_void_p] * 3]),
     "agro_linear_logprobs_bwd": (c_int32, [*[c_void_p] * 3, _HEAD, *[c_void_p] * 6]),
-    "agro_weighted_logprob_sum_fwd": (c_int32, [_HEAD, *[c_void_p] * 7]),
     "agro_available_isas": (c_char_p, []),
     "agro_isa": (c_char_p, []),
     "agro_set_isa": (c_int32, [c_char_p]),

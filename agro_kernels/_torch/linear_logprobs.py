@@ -1,4 +1,4 @@
-"""linear_logprobs and weighted_logprob_sum in blocked plain torch, on any device and in any dtype.
+"""linear_logprobs in blocked plain torch, on any device and in any dtype.
 
 The logits exist one tile at a time: TOKEN_CHUNK rows by VOCAB_BLOCK columns, fp32. The vocabulary
 is the outer loop, so a block of the weight is upcast once and its gradient is written once. Blocks
@@ -252,7 +252,7 @@ def linear_logprobs_bwd(
         round_logits,
         kept,
     )
-    dhidden, dweight, dbias, _ = _gradients(
+    dhidden, dweight, dbias = _gradients(
         head,
         None if dlogprobs is None else head.take(dlogprobs),
         None if dlse is None else head.take(dlse),
@@ -280,12 +280,11 @@ def _gradients(
     lse: Tensor,
     entropy: Tensor | None,
     output_mask: list[bool],
-    with_logprobs: bool = False,
     weight_grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dhidden fp32, dweight, dbias, logprobs) from logits computed again.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden fp32, dweight, dbias) from logits computed again.
 
-    The upstream gradients, lse and entropy are (M,) or None; logprobs nobody asked for are NaN.
+    The upstream gradients, lse and entropy are (M,) or None.
 
     With l_v = z_v - lse and p_v = exp(l_v):
     dz_v = dlogprob (1[v=y] - p_v) - dentropy p_v (l_v + entropy) + dlse p_v, times dz/dx for the
@@ -298,9 +297,8 @@ def _gradients(
     dbias = head.hidden.new_zeros(weight.shape[0] if need_bias else 0)
     if m == 0:
         dweight.zero_()  # no tile is going to write it
-    logprobs = torch.full_like(lse, torch.nan)
-    if not (any(output_mask) or with_logprobs):
-        return dhidden, dweight, dbias, logprobs
+    if not any(output_mask):
+        return dhidden, dweight, dbias
     # Without a softcap dz/dx is 1 / temperature, one number a row: it goes into the upstream.
     inverse = 1.0 / head.temperature
     inverse = inverse.squeeze(1) if isinstance(inverse, Tensor) else inverse
@@ -318,9 +316,6 @@ def _gradients(
             z.masked_fill_(tile.excluded, -torch.inf)
         log_p = z.sub_(lse[rows].unsqueeze(1))
         log_p_y = log_p.gather(1, tile.column).squeeze(1)
-        logprobs[rows] = log_p_y.where(tile.in_block, logprobs[rows])
-        if not any(output_mask):
-            continue
         # 1 - p_y from expm1: subtracting a p_y near 1 would lose its digits.
         dz_y = at_target[rows] * -log_p_y.expm1()
         p_y_factor = of_p[rows] + at_target[rows]
@@ -350,56 +345,7 @@ def _gradients(
                 block.copy_(sums)
         if need_bias:
             dbias[tile.entries] += dz.sum(0)
-    return dhidden, dweight, dbias.to(weight.dtype), logprobs
-
-
-# --- Coefficients known in advance ----------------------------------------------------------------
-
-
-def weighted_logprob_sum_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    coefficients: Tensor,
-    lse: Tensor | None,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(total, dhidden, dweight, dbias), the gradients of total for upstream 1.
-
-    With lse the logits are computed once and total comes from the same tiles; without it a pass for
-    lse goes first. Rows with coefficient 0 are dropped like ignored ones.
-    """
-    check_target_values(targets, weight.shape[0], ignore_index)
-    check_token_temperature_values(token_temperature, targets, ignore_index)
-    head = _head(
-        (targets != ignore_index) & (coefficients != 0),
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        token_temperature,
-        softcap,
-        round_logits,
-        kept,
-    )
-    if lse is None:
-        logprobs, lse_counted, _ = _statistics(head, with_entropy=False)
-    else:
-        logprobs, lse_counted = None, head.take(lse)
-    upstream = head.take(coefficients)
-    dhidden, dweight, dbias, from_lse = _gradients(
-        head, upstream, None, None, lse_counted, None, output_mask, with_logprobs=lse is not None
-    )
-    total = (upstream * (from_lse if logprobs is None else logprobs)).sum()
-    return total, _as_given(head, dhidden, hidden), dweight, dbias
+    return dhidden, dweight, dbias.to(weight.dtype)
 
 
 # --- Log-probs where lse is known -----------------------------------------------------------------

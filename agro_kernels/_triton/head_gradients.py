@@ -1,9 +1,8 @@
 """Gradients of the head: the kernel that makes the gradient of the logits, and the GEMMs with it.
 
-Both linear_logprobs_bwd and weighted_logprob_sum_fwd end here. The vocabulary is cut into chunks
-and, for many tokens, each of them into chunks of tokens. For each, one kernel recomputes the logits
-and writes their gradient, and the library's GEMMs give a term of that part of dweight, which is
-rounded once, and a term of dhidden. Both are summed in fp32.
+The vocabulary is cut into chunks and, for many tokens, each of them into chunks of tokens. For
+each, one kernel recomputes the logits and writes their gradient, and the library's GEMMs give a
+term of that part of dweight, which is rounded once, and a term of dhidden, both summed in fp32.
 """
 
 import torch
@@ -56,7 +55,6 @@ def linear_logprobs_bwd_kernel(
     dentropy_ptr,
     # outputs
     dlogits_ptr,
-    logprobs_ptr,
     # sizes and strides
     N,
     V,
@@ -91,8 +89,7 @@ def linear_logprobs_bwd_kernel(
 
     times 1 / temperature and the softcap's slope, all of it in fp32 and rounded once. Upstream
     gradients that are None cost nothing. Writes dlogits (N, num_columns) for the columns
-    from start_chunk on and, if asked, logprobs (N,) of the targets the chunk holds. Rows whose
-    target is outside [0, V) become NaN, ignored rows 0.
+    from start_chunk on. Rows whose target is outside [0, V) become NaN, ignored rows 0.
     """
     i_n, i_v = grouped_blocks(tl.cdiv(N, BLOCK_N), tl.cdiv(num_columns, BLOCK_V), GROUP_N)
     start_n = i_n.to(tl.int64) * BLOCK_N
@@ -141,11 +138,6 @@ def linear_logprobs_bwd_kernel(
     in_tile = (targets >= start_v) & (targets < min(start_v + BLOCK_V, V))
     target_column = tl.where(in_tile, targets - start_v, -1).to(tl.int32)
     is_target = offs_v[None, :] == target_column[:, None]
-    if logprobs_ptr is not None:
-        logprobs = tl.sum(tl.where(is_target, log_p, 0.0), axis=1)
-        banned = logprobs <= inverse_temperature * (0.5 * BANNED)
-        logprobs = tl.where(banned, float("-inf"), logprobs)
-        tl.store(logprobs_ptr + start_n + offs_n, logprobs, mask=in_tile & mask_n)
 
     # dz_v = p_v (of_p + of_log_p log_p_v) + at_target 1[v = y], one number a row each.
     row_scale = tl.where((targets >= 0) & (targets < V), inverse_temperature, float("nan"))
@@ -189,13 +181,11 @@ def head_gradients(
     lse: Tensor,
     entropy: Tensor | None,
     output_mask: list[bool],
-    logprobs: Tensor | None = None,
     weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """linear_logprobs_bwd of the M rows of a Head; dhidden is (N, D).
 
-    The upstream gradients, lse, entropy: (M,) fp32, contiguous. Also fills logprobs (M,), if given,
-    from the recomputed logits.
+    The upstream gradients, lse, entropy: (M,) fp32, contiguous.
     """
     hidden, weight = head.hidden, head.weight
     (N, D), V = hidden.shape, weight.shape[0]
@@ -226,17 +216,16 @@ def head_gradients(
     row_chunks = [slice(i, min(i + rows_per_chunk, N)) for i in range(0, N, rows_per_chunk)]
     arguments = []
     for rows in row_chunks:
-        upstream_and_outputs = dict(
+        of_tokens = dict(
             dlogprobs_ptr=dlogprobs,
             dlse_ptr=dlse,
             dentropy_ptr=dentropy,
             lse_ptr=lse,
             entropy_ptr=entropy,
-            logprobs_ptr=logprobs,
         )
         arguments.append(
             {
-                **{k: None if v is None else v[rows] for k, v in upstream_and_outputs.items()},
+                **{k: None if v is None else v[rows] for k, v in of_tokens.items()},
                 **gemm_arguments(config, head.part(rows)),
             }
         )

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from agro_kernels import reference
+from agro_kernels import reference, weighted_logprob_sum
 from agro_kernels._cpu import linear_logprobs as cpu
 from agro_kernels._cpu import native
 from tests.numerics import assert_close_to_truth, plain_linear_logprobs
@@ -223,14 +223,33 @@ def by_native(case: Case) -> tuple[list[Tensor], list[Tensor], Tensor]:
             gradients = gradients[0], weight_grad, gradients[2]
         else:
             assert torch.equal(weight_grad, case.weight_grad)
-    total, *known = cpu.weighted_logprob_sum_fwd(
-        *tensors,
-        case.coefficients,
-        lse if case.with_lse else None,
-        *options,
-        case.output_mask,
-    )
+    total, known = known_form(case, lse)
     return [logprobs, lse, entropy, *gradients], known, total
+
+
+def known_form(case: Case, lse: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """weighted_logprob_sum and its gradients of hidden, weight, bias; (0,) if not asked for."""
+    leaves = [
+        None if t is None else t.detach().requires_grad_(asked)
+        for t, asked in zip((case.hidden, case.weight, case.bias), case.output_mask, strict=True)
+    ]
+    hidden, weight, bias = leaves
+    total = weighted_logprob_sum(
+        hidden,
+        weight,
+        case.targets,
+        case.coefficients,
+        lse=lse if case.with_lse else None,
+        bias=bias,
+        temperature=case.temperature if case.token_temperature is None else case.token_temperature,
+        softcap=case.softcap or None,
+        ignore_index=case.ignore_index,
+    )
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    found = iter(torch.autograd.grad(total, wanted) if wanted else ())
+    empty = total.detach().new_empty(0)
+    known = [next(found) if leaf is not None and leaf.requires_grad else empty for leaf in leaves]
+    return total.detach(), known
 
 
 def check(case: Case) -> None:

@@ -63,21 +63,12 @@ def linear_logprobs_bwd_accumulate_calls(dtype: torch.dtype) -> Iterator[tuple[A
         yield *arguments, torch.ones(33, 8, dtype=results_dtype(dtype))
 
 
-def weighted_logprob_sum_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for kind, with_lse in (("few", True), ("all", True), ("all", False)):
-        hidden, weight, targets, bias = head(dtype, leaves=True)
-        rest = (bias, *options(9, 33, kind))
-        with torch.no_grad():
-            lse = OPS.linear_logprobs_fwd(hidden, weight, targets, *rest, False)[1]
-        coefficients = torch.linspace(-1.0, 1.0, 9, dtype=results_dtype(dtype))
-        mask = [True, True, True]
-        yield hidden, weight, targets, coefficients, lse if with_lse else None, *rest, mask
-
-
 def target_logprobs_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for kind in ("few", "all"):
-        arguments = (*head(dtype), *options(9, 33, kind))
-        yield *arguments, OPS.linear_logprobs_fwd(*arguments, False)[1]
+        arguments = (*head(dtype, leaves=True), *options(9, 33, kind))
+        with torch.no_grad():
+            lse = OPS.linear_logprobs_fwd(*arguments, False)[1]
+        yield *arguments, lse
 
 
 def pack_kept_ids_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -135,7 +126,6 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "selective_logprobs_bwd": selective_logprobs_bwd_calls,
     "selective_logprobs_fwd": selective_logprobs_fwd_calls,
     "target_logprobs": target_logprobs_calls,
-    "weighted_logprob_sum_fwd": weighted_logprob_sum_fwd_calls,
 }
 # Pack bits and pick one logit a token: a handful of elementwise torch operations on any device.
 WITHOUT_A_CUDA_KERNEL = {"pack_kept_ids", "target_logprobs"}

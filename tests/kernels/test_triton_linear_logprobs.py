@@ -351,16 +351,13 @@ def test_targets_outside_the_kept_set(softcap: float | None) -> None:
     options["kept_ids"] = (inputs.targets[:, None] + torch.arange(1, 6, device=DEVICE)) % ODD[2]
     options["kept_ids"][::4, 2] = inputs.targets[::4]
     options["kept_ids"][3] = -1
-    logprobs, lse, _ = forward(inputs, options)
+    logprobs, _, _ = forward(inputs, options)
     outside = (options["kept_ids"] != inputs.targets[:, None]).all(1)
     outside[3] = False
     assert outside.any() and (logprobs[outside] == float("-inf")).all()
     assert logprobs[~outside].isfinite().all()
     check_forward(inputs, options)
     check_backward(inputs, options)
-    for given_lse in (lse, None):
-        total, *_ = weighted(replace(inputs, coefficients=outside.float()), given_lse, options)
-        assert total == float("-inf")
 
 
 def test_a_row_without_allowed_tokens_is_nan() -> None:
@@ -385,7 +382,7 @@ def test_nan_in_a_counted_row_stays_in_it() -> None:
 @pytest.mark.parametrize("target", [75, -1, 2**31])
 def test_target_outside_the_vocabulary_gives_nan(target: int) -> None:
     inputs = head_inputs(*ODD, device=DEVICE)
-    before, lse, _ = forward(inputs, {})
+    before, _, _ = forward(inputs, {})
     inputs.targets[4] = target
     logprobs, _, _ = forward(inputs, {})
     assert logprobs[4].isnan()
@@ -394,8 +391,6 @@ def test_target_outside_the_vocabulary_gives_nan(target: int) -> None:
     upstream = (inputs.coefficients, None, None)
     dhidden, _, _ = backward(inputs, upstream, {}, [True, False, False])
     assert dhidden[4].isnan().all() and int(dhidden.isnan().any(1).sum()) == 1
-    for given_lse in (lse, None):
-        assert weighted(inputs, given_lse, {})[0].isnan()
 
 
 # --- Ignored rows ---------------------------------------------------------------------------------
@@ -455,13 +450,9 @@ def test_rows_that_do_not_count_cost_no_work(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(module, "gemm_arguments", recorded)
     _, lse, entropy = forward(inputs, {})
     assert sum(rows) == counted
-    for work in (
-        lambda: backward(inputs, (inputs.coefficients, None, None), {}, statistics=(lse, entropy)),
-        lambda: weighted(inputs, lse, {}),
-    ):
-        rows.clear()
-        work()
-        assert sum(rows) == live
+    rows.clear()
+    backward(inputs, (inputs.coefficients, None, None), {}, statistics=(lse, entropy))
+    assert sum(rows) == live
 
 
 def test_results_of_counted_rows_are_those_without_the_others() -> None:
@@ -490,7 +481,6 @@ def test_rows_are_masked_where_waiting_for_their_number_is_impossible(
         return (
             *(result[1::2] for result in forward(inputs, options)),
             *backward(inputs, upstream, options, statistics=(lse, entropy)),
-            *weighted(inputs, lse, options),
         )
 
     gathered = results()
@@ -506,10 +496,16 @@ def test_rows_are_masked_where_waiting_for_their_number_is_impossible(
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA or ROCm device")
 def test_inside_a_cuda_graph() -> None:
     inputs = head_inputs(*ODD, device=DEVICE, ignored=True)
-    expected = weighted(inputs, None, {})
+    upstream = (inputs.coefficients, None, None)
+
+    def work() -> tuple[Tensor, ...]:
+        logprobs, lse, entropy = forward(inputs, {})
+        return logprobs, *backward(inputs, upstream, {}, statistics=(lse, entropy))
+
+    expected = work()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = weighted(inputs, None, {})
+        results = work()
     graph.replay()
     for result, expectation in zip(results, expected, strict=True):
         assert_close_to_truth(result, expectation.double(), expectation)
@@ -554,64 +550,6 @@ def test_weight_grad_of_a_frozen_weight_stays() -> None:
     assert (total == 1).all()
     backward(inputs, (None, None, None), {}, weight_grad=total)
     assert (total == 1).all()
-
-
-# --- Weighted sum ---------------------------------------------------------------------------------
-
-
-def weighted(
-    inputs: HeadInputs, lse: Tensor | None, options: dict[str, Any], output_mask: list[bool] = ALL
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return kernels.weighted_logprob_sum_fwd(
-        inputs.hidden, inputs.weight, inputs.targets, inputs.coefficients, lse, inputs.bias,
-        **op_arguments(options, inputs.weight.shape[0]), output_mask=output_mask,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("options", ["plain", "everything"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("with_lse", [True, False], ids=["3-gemms", "4-gemms"])
-def test_weighted_sum_matches_float64(
-    dtype: torch.dtype, options: str, with_lse: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs, keywords = case(options, ODD, dtype)
-    inputs.coefficients[5] = 0
-    lse = None
-    if with_lse:
-        lse = forward(inputs, keywords)[1]
-        monkeypatch.delattr(kernels, "linear_logprobs_fwd_kernel")  # must not be needed
-    total, *ours = weighted(inputs, lse, keywords, [True, True, inputs.bias is not None])
-    upstream = (inputs.coefficients, None, None)
-    truth = autograd_backward(truth_forward, in_float64(inputs), upstream, keywords)
-    plain = autograd_backward(plain_forward, inputs, upstream, keywords)
-    for name, our, true, pl in zip(("dhidden", "dweight", "dbias"), ours, truth, plain):  # noqa: B905
-        assert_close_to_truth(our, true, pl, name)
-    assert total.dtype == torch.float32 and total.shape == ()
-    assert_close_to_truth(
-        total,
-        (truth_forward(inputs, keywords)[0] * inputs.coefficients.double()).sum(),
-        (plain_forward(inputs, keywords)[0] * inputs.coefficients).sum(),
-        "total",
-    )
-
-
-def test_weighted_sum_leaves_out_rows_with_coefficient_zero() -> None:
-    inputs = head_inputs(*ODD, device=DEVICE)
-    inputs.coefficients[::2] = 0
-    inputs.hidden[::2] = float("nan")
-    lse = forward(inputs, {})[1]
-    for given_lse in (lse, None):
-        total, dhidden, dweight, _ = weighted(inputs, given_lse, {}, [True, True, False])
-        assert total.isfinite() and dweight.isfinite().all()
-        assert (dhidden[::2] == 0).all() and dhidden.isfinite().all()
-
-
-def test_weighted_sum_without_gradients() -> None:
-    inputs = head_inputs(*ODD, device=DEVICE)
-    lse = forward(inputs, {})[1]
-    total, *gradients = weighted(inputs, lse, {}, [False, False, False])
-    assert [gradient.shape for gradient in gradients] == [(0,)] * 3
-    assert torch.equal(total, weighted(inputs, None, {}, ALL)[0])
 
 
 def test_fp16_gradients_do_not_underflow() -> None:
@@ -703,7 +641,6 @@ def test_repeat_is_bitwise_equal() -> None:
         (
             *forward(inputs, options),
             *backward(inputs, (inputs.coefficients,) * 3, options),
-            *weighted(inputs, None, options),
         )
         for _ in range(2)
     )
@@ -737,7 +674,6 @@ def test_no_tokens() -> None:
     assert dhidden.shape == (0, 40)
     assert dweight.shape == (75, 40) and (dweight == 0).all()
     assert dbias.shape == (75,) and (dbias == 0).all()
-    assert weighted(inputs, None, {})[0] == 0
 
 
 def test_entropy_is_empty_unless_asked_for() -> None:

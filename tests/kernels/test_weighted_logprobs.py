@@ -203,7 +203,7 @@ class _Products(TorchDispatchMode):
         ("hidden", True, 2),
         ("weight", True, 2),
         ("weight", False, 3),
-        ("hidden weight", True, 1),
+        ("hidden weight", True, 0),
         ("hidden weight", False, 1),
     ],
 )
@@ -233,6 +233,30 @@ def test_without_grad_mode_no_gradient_is_computed() -> None:
         )
     assert counter.count == 1
     assert not total.requires_grad
+
+
+def test_nothing_of_the_size_of_weight_waits_for_the_backward_pass() -> None:
+    inputs = head_inputs(16, 8, 64)
+    hidden, weight = inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
+    lse = linear_logprobs_with_stats(hidden, weight, inputs.targets).lse.detach()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        weighted_logprob_sum(hidden, weight, inputs.targets, inputs.coefficients, lse=lse)
+    large = [t for t in saved if t.numel() >= weight.numel()]
+    assert large and all(t.data_ptr() == weight.data_ptr() for t in large)
+
+
+@pytest.mark.parametrize("with_lse", [False, True], ids=["4-products", "3-products"])
+def test_a_target_outside_the_kept_set_makes_the_sum_infinite(with_lse: bool) -> None:
+    inputs = head_inputs(16, 8, 64)
+    tensors = inputs.hidden, inputs.weight, inputs.targets
+    kept = (inputs.targets[:, None] + torch.arange(1, 6)) % 64
+    kept[1:] = -1  # all but the first row keep everything
+    lse = linear_logprobs_with_stats(*tensors, kept_ids=kept).lse if with_lse else None
+    total = weighted_logprob_sum(*tensors, inputs.coefficients.abs(), lse=lse, kept_ids=kept)
+    assert total == -torch.inf
+    inputs.coefficients[0] = 0.0
+    assert weighted_logprob_sum(*tensors, inputs.coefficients, lse=lse, kept_ids=kept).isfinite()
 
 
 def test_backward_twice_gives_the_same() -> None:
