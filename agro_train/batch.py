@@ -53,7 +53,7 @@ def pack(
             packing, shared = _Packing(), False
         if not shared:
             packing.add_prompt(rollout.prompt_ids)
-        packing.add_completion(row, rollout.completion_ids)
+        packing.add_completion(row, rollout)
     if packing.rows:
         done.append(packing.close())
     return tuple(done)
@@ -73,6 +73,7 @@ class _Packing:
     parents: list[int] = field(default_factory=list)
     predictors: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
     cu_inputs: list[int] = field(default_factory=list)
     cu_seqlens: list[int] = field(default_factory=lambda: [0])
     rows: list[int] = field(default_factory=list)
@@ -86,14 +87,15 @@ class _Packing:
         self.prompt_segment = self._add_segment(ids, first_position=0, parent=None)
         self.last_prompt_token = len(self.input_ids) - 1
 
-    def add_completion(self, row: int, ids: tuple[int, ...]) -> None:
+    def add_completion(self, row: int, rollout: Rollout) -> None:
         """The shift: the prompt's last token predicts ids[0], ids[j] predicts ids[j + 1], and
         ids[-1] is predicted but never read.
         """
-        start = len(self.input_ids)
+        ids, start = rollout.completion_ids, len(self.input_ids)
         self._add_segment(ids[:-1], first_position=len(self.prompt_ids), parent=self.prompt_segment)
         self.predictors += [self.last_prompt_token, *range(start, len(self.input_ids))]
         self.targets += ids
+        self.sampling_logprobs += rollout.sampling_logprobs or [float("nan")] * len(ids)
         self.cu_seqlens.append(len(self.targets))
         self.rows.append(row)
 
@@ -114,6 +116,7 @@ class _Packing:
             cu_inputs=torch.tensor([*self.cu_inputs, len(self.input_ids)], dtype=torch.int32),
             predictors=torch.tensor(self.predictors),
             targets=torch.tensor(self.targets),
+            sampling_logprobs=torch.tensor(self.sampling_logprobs),
             cu_seqlens=torch.tensor(self.cu_seqlens, dtype=torch.int32),
             rows=torch.tensor(self.rows),
         )

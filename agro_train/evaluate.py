@@ -5,17 +5,15 @@ A completion passes if the first reward function gives it 1.0 or more.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from agro_train.config import TrainConfig
 from agro_train.data import derive_seed
 from agro_train.estimators import bootstrap_interval, majority_at_k, pass_at_k
 from agro_train.math_rewards import check, gold_text
 from agro_train.rewards import Rewards, last_integer, score
-from agro_train.rollout import generate
+from agro_train.rollout import Engine
 from agro_train.types import Prompt, Rollout
 
 
@@ -35,29 +33,28 @@ class Estimate:
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: Any,
+    engine: Engine,
     prompts: Sequence[Prompt],
+    numbers: Sequence[int],
     rewards: Rewards,
     config: TrainConfig,
-    end_tokens: set[int],
     step: int | None,
 ) -> Evaluation:
-    """Scored completions of the prompts. Every evaluation of a run samples with the same seed."""
+    """Scored completions of the prompts. Every evaluation of a run samples with the same seeds.
+
+    Args:
+        numbers: of each prompt among all held-out ones, of which this rank may have a share.
+        step: how many steps the policy has taken.
+    """
     groups: list[list[Rollout]] = []
     for num_generations, temperature in ((1, 0.0), (config.eval_generations, config.temperature)):
         rollouts: list[Rollout] = []
         if num_generations:
-            rollouts = generate(
-                model,
-                tokenizer,
+            rollouts = engine.complete(
                 prompts,
+                seeds=[derive_seed(config.seed, "evaluate", number) for number in numbers],
                 num_generations=num_generations,
                 temperature=temperature,
-                max_completion_length=config.max_completion_length,
-                batch_size=config.generation_batch_size,
-                end_tokens=end_tokens,
-                seed=derive_seed(config.seed, "evaluate"),
                 step=step,
             )
         groups.append(score(rollouts, rewards) if rollouts else [])

@@ -54,11 +54,12 @@ class Recorded:
 
 def rollout_to_json(rollout: Rollout) -> str:
     """One line of a rollout log. Without the reference's log-probability: the line does not say
-    whose it is, and another run has another reference. What JSON has no word for (a date or a
-    decimal in a parquet column) is written as text.
+    whose it is, and another run has another reference. Without the sampler's: they are for the
+    step's metrics. What JSON has no word for (a date or a decimal in a parquet column) is written
+    as text.
     """
     row = {name: getattr(rollout, name) for name in rollout.__dataclass_fields__}
-    del row["ref_logprob"]
+    del row["ref_logprob"], row["sampling_logprobs"]
     return json.dumps(row, ensure_ascii=False, default=str)
 
 

@@ -54,6 +54,8 @@ class Rollout:
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # by function, unweighted
     failure: Failure | None = None  # of a reward function; the reward is then 0 (math) or None
     ref_logprob: float | None = None  # nats, summed over completion_ids; None: ask the reference
+    # Nats, of each of completion_ids, from an engine with kernels of its own; None: not known.
+    sampling_logprobs: tuple[float, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -70,6 +72,7 @@ class MicroBatch:
     cu_inputs: Tensor  # (sequences + 1,) int32, boundaries in input_ids; for varlen attention
     predictors: Tensor  # (n,) int64: which of the L hidden states predicts targets[i]
     targets: Tensor  # (n,) int64: completion tokens only
+    sampling_logprobs: Tensor  # (n,) float32, nats: of the engine that sampled them; NaN: unknown
     cu_seqlens: Tensor  # (S + 1,) int32: completion boundaries in targets
     rows: Tensor  # (S,) int64: the completion's row in TrainBatch
 
@@ -97,3 +100,4 @@ class StepStats:
 
     metrics: Mapping[str, float]
     skipped: bool  # no gradient, or one that is not finite: the weights are untouched
+    weights: tuple[float, ...]  # |coefficient| of every rank's completions, one after another

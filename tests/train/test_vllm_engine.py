@@ -1,0 +1,245 @@
+"""What the vLLM engine does around vLLM: weights go out, are seen to have arrived, and whatever
+answers wrongly, or not at all, ends in one sentence. vLLM's place is taken by a model of the same
+shape with weights of its own; vLLM itself is in tests/train/vllm.
+"""
+
+import json
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from agro_train import tiny, vllm_rollout
+from agro_train.batch import pack
+from agro_train.config import TrainConfig
+from agro_train.data import render
+from agro_train.rollout import BrokenEngine, generate
+from agro_train.types import Prompt
+from agro_train.vllm_client import Answer, Request, Server, serve_command
+from agro_train.vllm_rollout import VllmEngine, files, start
+from tests.train.models import tiny_policy
+
+TOKENIZER = tiny.build_tokenizer()
+PROMPTS = [render({"prompt": text}, TOKENIZER, "{prompt}") for text in ("1+2=", "45+678=")]
+CONFIG = TrainConfig(max_completion_length=6)
+ASK: dict[str, Any] = {"seeds": [3, 4], "num_generations": 3, "temperature": 1.3}
+
+
+class OtherModel:
+    """Answers as vLLM does, from other weights than the policy's until it is sent those."""
+
+    def __init__(self) -> None:
+        self.policy = tiny_policy(seed=9, dtype=torch.float32)
+        self.asked: list[Request] = []
+        self.loads = 0
+        self.left_out: str | None = None  # a weight that gets lost on its way
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        self.asked += requests
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Request) -> Answer:
+        (rollout,) = generate(
+            self.policy.model,
+            TOKENIZER,
+            [Prompt("", "", request.prompt_ids, {})],
+            seeds=[request.parameters["seed"]],
+            num_generations=1,
+            temperature=request.parameters["temperature"],
+            max_completion_length=request.parameters["max_tokens"],
+            batch_size=1,
+            end_tokens=set(request.parameters["stop_token_ids"]) or {99},
+        )
+        temperature = request.parameters["temperature"] or 1.0
+        read: tuple[float, ...] = ()
+        if "prompt_logprobs" in request.parameters:
+            ids = request.prompt_ids
+            read = logprobs_of(self.policy, ids[:1], ids[1:], 1.0)
+        ours = logprobs_of(self.policy, rollout.prompt_ids, rollout.completion_ids, temperature)
+        return Answer(rollout.completion_ids, ours, read)
+
+    def load(self, files: Iterable[Path]) -> None:
+        self.loads += 1
+        mine = dict(self.policy.model.named_parameters())
+        for path in files:
+            for name, weight in load_file(path).items():
+                if name != self.left_out:
+                    mine[name].data.copy_(weight)
+
+
+def logprobs_of(
+    policy: Any, prompt: tuple[int, ...], completion: tuple[int, ...], temperature: float
+) -> tuple[float, ...]:
+    rollout = vllm_rollout.cut(
+        Prompt("", "", prompt, {}), list(completion), TOKENIZER, set(), temperature, None
+    )
+    (micro,) = pack([rollout], token_budget=1, share_prompts=False)
+    with torch.no_grad():
+        return tuple(policy(micro, temperature).logprobs.tolist())
+
+
+@pytest.fixture
+def engine() -> VllmEngine:
+    policy = tiny_policy(seed=0, dtype=torch.float32)
+    accelerator = Accelerator(cpu=True)
+    ends = {TOKENIZER.eos_token_id}
+    return VllmEngine(OtherModel(), policy, accelerator, TOKENIZER, ends, CONFIG)
+
+
+def take_a_step(engine: VllmEngine, size: float = 0.05) -> None:
+    for parameter in engine.policy.parameters():
+        parameter.data += size * torch.randn_like(parameter)
+
+
+def test_completions_come_from_the_policy_as_it_is(engine: VllmEngine) -> None:
+    for step in range(2):
+        rollouts = engine.complete(PROMPTS, **ASK, step=step)
+        assert [r.group for r in rollouts] == [p.group for p in PROMPTS for _ in range(3)]
+        for r in rollouts:
+            expected = logprobs_of(engine.policy, r.prompt_ids, r.completion_ids, 1.3)
+            assert r.sampling_logprobs == pytest.approx(expected, abs=1e-5)
+            assert r.step == step and r.temperature == 1.3
+        take_a_step(engine)
+    again = engine.complete(PROMPTS, **ASK, step=1)
+    assert [r.completion_ids for r in again] == [r.completion_ids for r in rollouts]
+    assert engine.client.loads == 2  # once a step, not once a request
+
+
+def test_every_completion_has_a_seed_of_its_own_and_no_sampling_default_applies(
+    engine: VllmEngine,
+) -> None:
+    engine.complete(PROMPTS, **ASK, step=0)
+    engine.complete(PROMPTS[1:], **{**ASK, "seeds": [4]}, step=0)
+    sampled = [r.parameters for r in engine.client.asked if r.parameters["temperature"]]
+    seeds = [parameters["seed"] for parameters in sampled]
+    assert len(set(seeds[:6])) == 6 and seeds[6:] == seeds[3:6]  # of the prompt, not of the batch
+    for parameters in sampled:
+        assert parameters["top_p"] == 1.0 and parameters["top_k"] == 0 == parameters["min_p"]
+        assert parameters["stop_token_ids"] == [TOKENIZER.eos_token_id]
+        assert parameters["ignore_eos"] and parameters["max_tokens"] == 6
+
+
+@pytest.mark.parametrize("size", [0.05, 1e-6], ids=["large", "within the noise"])
+def test_update_that_does_not_arrive_is_noticed(
+    size: float, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.complete(PROMPTS, **ASK, step=0)
+    take_a_step(engine, size)
+    monkeypatch.setattr(engine.client, "load", list)  # reads the files, and forgets them
+    with pytest.raises(BrokenEngine, match="vllm: expected the policy's .* got the same ones as"):
+        engine.complete(PROMPTS, **ASK, step=1)
+
+
+def test_update_of_which_a_part_is_lost_is_noticed(engine: VllmEngine) -> None:
+    engine.complete(PROMPTS, **ASK, step=0)
+    take_a_step(engine)
+    engine.client.left_out = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(BrokenEngine, match=r"got others by 0\.\d+ nats; the weights did not"):
+        engine.complete(PROMPTS, **ASK, step=1)
+
+
+def test_weights_that_cannot_be_written_are_one_sentence(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_rollout, "weights_folder", lambda _: Path("/dev/full"))
+    with pytest.raises(BrokenEngine, match="vllm: expected to write weights .* /dev/full, got"):
+        engine.complete(PROMPTS, **ASK, step=0)
+
+
+def test_step_that_changes_nothing_is_no_failure(engine: VllmEngine) -> None:
+    for step in range(2):
+        engine.complete(PROMPTS, **ASK, step=step)
+
+
+def test_weights_go_out_in_files_of_limited_size(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = engine.policy.model
+    monkeypatch.setattr(vllm_rollout, "FILE_BYTES", 200_000)
+    arrived: dict[str, torch.Tensor] = {}
+    count = 0
+    for path in files(iter(model.named_parameters()), tmp_path):
+        count += 1
+        arrived |= {name: weight.clone() for name, weight in load_file(path).items()}
+        assert list(tmp_path.iterdir()) == [path]
+    assert count > 2 and not list(tmp_path.iterdir())
+    assert all(torch.equal(arrived[name], p) for name, p in model.named_parameters())
+    assert arrived.keys() == dict(model.named_parameters()).keys()
+
+
+def test_colocated_engine_wants_one_process() -> None:
+    class TwoRanks:
+        num_processes = 2
+
+    config = replace(CONFIG, use_vllm=True)
+    with pytest.raises(ValueError, match="vllm_mode: expected server with more than one process"):
+        start(config, tiny_policy(), TwoRanks(), TOKENIZER, {1}, 8)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A server that answers one request of tokens and breaks down at the next."""
+
+    requests = 0
+
+    def do_GET(self) -> None:
+        self.answer({"data": [{"max_model_len": 20}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/init_weight_transfer_engine":
+            self.answer({})
+        elif self.path == "/inference/v1/generate" and Handler.requests == 0:
+            Handler.requests += 1
+            self.answer({"choices": [{"token_ids": [1]}]})
+        elif self.path == "/inference/v1/generate":
+            self.connection.close()
+        else:
+            self.send_error(404)
+
+    def answer(self, body: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def finish(self) -> None:
+        if not self.connection._closed:  # type: ignore[attr-defined]
+            super().finish()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_servers_failures_are_one_sentence_each(address: str) -> None:
+    server = Server(address, 5.0)
+    server.check(20)
+    with pytest.raises(ValueError, match="expected a server that reads 21 tokens, .* reads 20"):
+        server.check(21)
+    with pytest.raises(BrokenEngine, match="start_weight_update to work, got status 404"):
+        server.load([])
+    with pytest.raises(BrokenEngine, match="vllm: expected an answer from .* --resume"):
+        server.ask([Request((1, 2), {})])
+    with pytest.raises(ValueError, match="expected a vLLM server at .* got no answer within 0.1 s"):
+        Server("http://127.0.0.1:9", 0.1).check(1)
+
+
+def test_server_is_started_for_this_machine_only_and_ready_for_weights() -> None:
+    command, environment = serve_command("folder", ["--port", "8001"])
+    assert command[3:5] == ["--model", "folder"] and command[-2:] == ["--port", "8001"]
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"
