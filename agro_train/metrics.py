@@ -7,15 +7,18 @@ from statistics import fmean, stdev
 from agro_train.types import Rollout
 
 
-def describe(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
+def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -> dict[str, float]:
     """Columns of metrics.jsonl that the completions alone tell. Where TRL has a name, it is TRL's.
 
     `sample/staleness_*`: optimiser steps between the policy that sampled a completion and the one
-    that learns from it, over this run's own (fresh and replayed) completions.
+    that learns from it, over this run's own (fresh and replayed) completions; `effective` is the
+    mean by each one's share of the gradient, its |coefficient| in `weights`.
     """
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     ended = [len(rollout.completion_ids) for rollout in rollouts if rollout.finish == "stop"]
-    own = [step - r.step for r in rollouts if r.source != "recorded" and r.step is not None]
+    ages = [None if r.source == "recorded" or r.step is None else step - r.step for r in rollouts]
+    own = [age for age in ages if age is not None]
+    moved = [(age, w) for age, w in zip(ages, weights, strict=True) if age is not None and w > 0]
     metrics = {
         "reward": mean_of([r.reward for r in rollouts]),
         "reward_std": spread_of([r.reward for r in rollouts]),
@@ -25,12 +28,17 @@ def describe(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/mean_terminated_length": fmean(ended) if ended else math.nan,
+        "completions/min_terminated_length": float(min(ended)) if ended else math.nan,
+        "completions/max_terminated_length": float(max(ended)) if ended else math.nan,
         "completions/clipped_ratio": share(rollouts, lambda r: r.finish == "length"),
         "tokens": float(sum(lengths)),
         "sample/recorded": share(rollouts, lambda r: r.source == "recorded"),
         "sample/replayed": share(rollouts, lambda r: r.source == "replayed"),
         "sample/staleness_mean": fmean(own) if own else math.nan,
         "sample/staleness_max": float(max(own)) if own else math.nan,
+        "sample/staleness_effective": (
+            sum(age * w for age, w in moved) / sum(w for _, w in moved) if moved else math.nan
+        ),
     }
     for name in sorted({name for rollout in rollouts for name in rollout.rewards}):
         values = [r.rewards.get(name) for r in rollouts]

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from agro_kernels import linear_logprobs_with_stats, weighted_logprob_sum
+from agro_train.adapter import base_of, with_adapter_merged
 from agro_train.config import TrainConfig
 from agro_train.types import MicroBatch
 
@@ -106,11 +107,12 @@ class Policy(nn.Module):
 def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
     """Shards weights, gradients and with them the optimiser over the ranks, layer by layer (FSDP2).
 
-    Gradients are summed in float32, and the root's inputs stay as they are: coefficients and lse
-    must not become bfloat16.
+    Gradients are summed in float32 or better, and the root's inputs stay as they are: coefficients
+    and lse must not become bfloat16.
     """
     param_dtype = torch.bfloat16 if mixed_precision == "bf16" else None
-    policy_of_layers = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    reduce_dtype = torch.promote_types(policy.model.dtype, torch.float32)
+    policy_of_layers = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for layer in policy.model.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy_of_layers)
     root = replace(policy_of_layers, cast_forward_inputs=False)
@@ -154,7 +156,10 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
-    """A causal LM in the configured dtype, prepared for training."""
+    """A causal LM in the configured dtype, prepared for training; an adapter's folder gives its
+    base model with the adapter merged into it."""
+    if (base := base_of(Path(source))) is not None:
+        return with_adapter_merged(load_model(base, config), Path(source))
     name, gguf = _resolve(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -187,7 +192,10 @@ def prepare(model: PreTrainedModel, config: TrainConfig) -> None:
         bos_token_id=model.generation_config.bos_token_id,
     )
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.19 has it by the older name, of which later ones warn.
+        older = not hasattr(model, "activation_checkpointing_enable")
+        name = "gradient_checkpointing_enable" if older else "activation_checkpointing_enable"
+        getattr(model, name)({"use_reentrant": False})
     model.eval()
 
 

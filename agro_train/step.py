@@ -10,7 +10,7 @@
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,9 @@ class Scores:
     on_policy: Tensor  # (B,) bool
     entropy: Tensor  # 0-d float64, nats: sum over tokens
     num_tokens: Tensor  # 0-d int64
+    # (tokens,) float64, nats: how far the policy's log-probability of each token is from that of
+    # the engine that sampled it, where the engine told
+    mismatch: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
 
 def update(
@@ -71,6 +74,8 @@ def update(
             per_token = torch.zeros_like(per_token)
         with accelerator.no_sync(policy) if number < len(micro) else nullcontext():
             accelerator.backward(policy(piece, config.temperature, per_token, piece_lse))
+    reached = any(parameter.grad is not None for parameter in policy.parameters())
+    assert reached or not micro, "no weight received a gradient"
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
     skipped = int(stats.num_groups) == 0 or not math.isfinite(grad_norm)
     if not skipped:
@@ -78,7 +83,11 @@ def update(
         scheduler.step()
     optimizer.zero_grad(set_to_none=True)
     policy.eval()
-    return StepStats(skipped=skipped, metrics=_metrics(everyone, stats, config, grad_norm, skipped))
+    return StepStats(
+        skipped=skipped,
+        metrics=measure(everyone, stats, config, grad_norm, skipped),
+        weights=tuple(weights.abs().tolist()),
+    )
 
 
 def score_batch(
@@ -96,6 +105,7 @@ def score_batch(
     """
     logprobs = torch.zeros(len(batch.rewards), dtype=torch.float64)
     entropy, num_tokens, lse = 0.0, 0, []
+    mismatch = [torch.zeros(0, dtype=torch.float64)]
     with torch.no_grad():
         for number, piece in enumerate(micro, start=1):
             piece = to_device(piece, device)
@@ -106,6 +116,8 @@ def score_batch(
             logprobs += row_sums(ours.logprobs, token_rows(piece), len(logprobs))
             entropy += float(ours.entropy.double().sum())
             num_tokens += len(piece.targets)
+            apart = (ours.logprobs - piece.sampling_logprobs).abs().double().cpu()
+            mismatch.append(apart[piece.sampling_logprobs.cpu().isfinite()])
     unknown = tuple(piece for piece in batch.micro if batch.ref_logprobs[piece.rows].isnan().any())
     asked = sequence_logprobs(reference, unknown, len(logprobs), config, device)
     ref_logprobs = torch.where(batch.ref_logprobs.isnan(), asked, batch.ref_logprobs)
@@ -117,6 +129,7 @@ def score_batch(
         on_policy=batch.on_policy,
         entropy=torch.tensor(entropy, dtype=torch.float64),
         num_tokens=torch.tensor(num_tokens),
+        mismatch=torch.cat(mismatch),
     )
     return scores, lse
 
@@ -214,11 +227,15 @@ def frac_reward_zero_std(scores: Scores) -> float:
     return float((highest == lowest).double().mean())
 
 
-def _metrics(
+def measure(
     scores: Scores, stats: AgroStats, config: TrainConfig, grad_norm: float, skipped: bool
 ) -> dict[str, float]:
     """Columns of metrics.jsonl that the update knows."""
     log_ratio = scores.logprobs - scores.ref_logprobs
+    mismatch = {}
+    if len(scores.mismatch):
+        mismatch["sampling/sampling_logp_difference/mean"] = float(scores.mismatch.mean())
+        mismatch["sampling/sampling_logp_difference/max"] = float(scores.mismatch.max())
     return {
         "loss": float(stats.variance) / (2 * config.beta),
         "grad_norm": grad_norm,
@@ -227,6 +244,7 @@ def _metrics(
         "kl": float(stats.log_ratio),
         "kl_per_token": float(log_ratio.sum()) / int(scores.num_tokens),
         "entropy": float(scores.entropy) / int(scores.num_tokens),
+        "agro/regularised_reward": float(stats.reward) - config.beta * float(stats.log_ratio),
         "agro/variance": float(stats.variance),
         "agro/kl_to_optimum": float(stats.kl_to_optimum),
         "agro/lr_dominance": float(stats.lr_dominance),
@@ -237,6 +255,7 @@ def _metrics(
         "short_groups": float(stats.num_short_groups),
         "dropped": float(stats.num_dropped),
         "skipped": float(skipped),
+        **mismatch,
     }
 
 

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agro_train import model as models
 from agro_train.batch import pack
@@ -38,6 +41,40 @@ def test_softcapped_head_gives_the_models_own_distribution(temperature: float) -
     torch.testing.assert_close(ours.logprobs, logprobs)
     entropy = -(expected.exp() * expected).sum(-1)
     torch.testing.assert_close(ours.entropy, entropy)
+
+
+def test_flash_attention_is_told_where_sequences_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what its variable-length kernel computes in its place, a sequence at a time."""
+
+    def varlen(
+        _module: Any,
+        query: torch.Tensor,  # (1, heads, L, D / heads)
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        assert attention_mask is None
+        bounds = kwargs["cu_seq_lens_q"]
+        assert bounds.dtype == torch.int32 and torch.equal(bounds, kwargs["cu_seq_lens_k"])
+        lengths = bounds.diff().tolist()
+        assert kwargs["max_length_q"] == kwargs["max_length_k"] == max(lengths)
+        calls.append(lengths)
+        copies = query.shape[1] // key.shape[1]
+        whole = (query, *(part.repeat_interleave(copies, 1) for part in (key, value)))
+        alone = zip(*(part.split(lengths, dim=2) for part in whole), strict=True)
+        scale = kwargs["scaling"]
+        outputs = [scaled_dot_product_attention(*a, is_causal=True, scale=scale) for a in alone]
+        return torch.cat(outputs, 2).transpose(1, 2), None
+
+    calls: list[list[int]] = []
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", varlen)
+    policy, other = tiny_policy(), tiny_policy()
+    other.model.config._attn_implementation = "flash_attention_2"
+    (micro,) = pack(ragged_rollouts(), token_budget=1000, share_prompts=False)
+    expected, found = policy(micro).logprobs, other(micro).logprobs
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert len(calls) == policy.model.config.num_hidden_layers and len(calls[0]) == 9
 
 
 def test_scaled_logits_are_refused() -> None:

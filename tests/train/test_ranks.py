@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from agro_train.cli import main
@@ -93,11 +94,18 @@ def test_two_ranks_take_the_steps_of_one(
     assert moved > 0.1 and apart < 1e-3 * moved
 
 
-@pytest.mark.parametrize("fsdp", ["false", "true"], ids=["replicated", "sharded"])
-def test_two_ranks_generate_evaluate_and_resume(fsdp: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "spread",
+    [["fsdp=false"], ["fsdp=true"], ["fsdp=true", "use_peft=true"]],
+    ids=["replicated", "sharded", "sharded-adapter"],
+)
+def test_two_ranks_generate_evaluate_and_resume(
+    spread: list[str], model: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     # From the second step on the main rank reads one group of three from the run's own record.
-    launch(settings(folder, model, f"fsdp={fsdp}", "replay_fraction=0.34"))
+    more = ["replay_fraction=0.34", "lr_scheduler_type=constant"]
+    launch(settings(folder, model, *spread, *more))
     launch(["train", "--resume", str(folder), "steps=3"])
     rows = read_jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3]
@@ -111,3 +119,11 @@ def test_two_ranks_generate_evaluate_and_resume(fsdp: str, model: Path, tmp_path
         r for r in read_jsonl(folder / "samples" / "step-000003.jsonl") if not r["temperature"]
     ]
     assert len({row["group"] for row in greedy}) == 5
+    if "use_peft=true" in spread:
+        one, three = (
+            load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors")
+            for step in (2, 3)
+        )
+        assert one.keys() == three.keys() and len(one) == 2 * 7 * 2
+        assert all(weight.any() for weight in three.values())
+        assert any(not torch.equal(one[name], three[name]) for name in one)

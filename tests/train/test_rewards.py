@@ -136,7 +136,7 @@ def test_prompt_on_which_a_function_fails_is_left_out_and_counted(
     assert [r.reward for r in scored] == [2.0] * 3 + [None] * 3 + [2.0] * 3
     assert [r.failure for r in scored] == [None] * 3 + [failure] * 3 + [None] * 3
     assert message in caplog.text and "1 of 3 prompts stay without rewards" in caplog.text
-    assert describe(scored, 0)[f"rewards/{failure}_rate"] == pytest.approx(1 / 3)
+    assert describe(scored, 0, [1.0] * 9)[f"rewards/{failure}_rate"] == pytest.approx(1 / 3)
     refuse_broken(scored)
 
 
@@ -177,7 +177,9 @@ def test_metrics_of_the_completions() -> None:
     rows = [replace(r, step=2, rewards={"f": r.reward}) for r in ragged_rollouts()]
     rows[0] = replace(rows[0], source="recorded", step=99, finish="length")
     rows[1] = replace(rows[1], source="replayed", step=1)
-    found = describe(rows, 4)
+    # The recorded row's age is unknown, whatever its share; the last one moves nothing.
+    found = describe(rows, 4, [5.0, 4.0, *[1.0] * 6, 0.0])
+    assert found["sample/staleness_effective"] == pytest.approx((4 * 3 + 6 * 2) / (4 + 6))
     assert found["sample/staleness_mean"] == pytest.approx((7 * 2 + 3) / 8)
     assert found["sample/staleness_max"] == 3
     assert found["sample/recorded"] == found["sample/replayed"] == pytest.approx(1 / 9)
@@ -185,6 +187,8 @@ def test_metrics_of_the_completions() -> None:
     lengths = torch.tensor([float(len(r.completion_ids)) for r in rows])
     assert found["completions/mean_length"] == pytest.approx(float(lengths.mean()))
     assert found["completions/mean_terminated_length"] == pytest.approx(float(lengths[1:].mean()))
+    assert found["completions/min_terminated_length"] == float(lengths[1:].min())
+    assert found["completions/max_terminated_length"] == float(lengths[1:].max())
     rewards = torch.tensor([r.reward or 0.0 for r in rows])
     assert found["reward_std"] == found["rewards/f/std"] == pytest.approx(float(rewards.std()))
 

@@ -1,11 +1,12 @@
 """Checks of a run before it begins."""
 
 import pytest
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 
 from agro_train.config import TrainConfig
 from agro_train.mix import plan
-from agro_train.run import check_context, check_ranks, readable
+from agro_train.run import check_context, check_launch, check_ranks, readable
 from agro_train.types import Prompt
 
 PROMPTS = [Prompt("a", "1+2=", (3, 4, 5), {"answer": "3"}), Prompt("b", "1", (3,), {"answer": "1"})]
@@ -25,6 +26,26 @@ def test_gold_answers_of_which_none_can_be_read_are_refused() -> None:
     assert readable(PROMPTS, config, Accelerator(cpu=True)) == PROMPTS
     with pytest.raises(ValueError, match="data: expected gold answers .* got none in 1 prompts"):
         readable(hopeless, config, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps 1, got 4"),
+        ("ACCELERATE_USE_FSDP", "true", "expected distributed_type MULTI_GPU .* got FSDP"),
+    ],
+)
+def test_launchers_that_would_change_the_gradient_are_refused(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_launch(Accelerator(cpu=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv(variable, value)
+    accelerator = Accelerator(cpu=True)
+    if variable == "ACCELERATE_USE_FSDP":  # which accelerate heeds on several devices only
+        accelerator.state.distributed_type = DistributedType.FSDP
+    with pytest.raises(ValueError, match=message):
+        check_launch(accelerator)
 
 
 def test_every_rank_needs_a_fresh_group_in_steps_that_have_any() -> None:

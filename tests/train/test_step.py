@@ -1,116 +1,26 @@
-"""The update: its gradient is AGRO's, however the batch was cut, and bad numbers do no harm."""
+"""The update: which algorithm it is, what it measures, and that bad numbers do no harm."""
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from agro_train.batch import build_batch
-from agro_train.config import TrainConfig
-from agro_train.model import Policy
-from agro_train.step import score_batch, update
-from agro_train.types import Rollout, TrainBatch
+from agro_train.model import Policy, unwrap
+from agro_train.run import spread
+from agro_train.step import Scores, coefficients, measure, score_batch, update
+from tests.train.gradients import (
+    CONFIG,
+    assert_equal,
+    gradient,
+    gradient_of,
+    padded_gradient,
+    ragged_batch,
+    run_update,
+)
 from tests.train.models import ragged_rollouts, tiny_policy
-
-CONFIG = TrainConfig(beta=0.3, max_grad_norm=1e9)
-
-
-def numbers(rollouts: list[Rollout]) -> list[int]:
-    """Groups by prompt, numbered."""
-    names = sorted({r.group for r in rollouts})
-    return [names.index(r.group) for r in rollouts]
-
-
-def ragged_batch(token_budget: int) -> TrainBatch:
-    rollouts = ragged_rollouts()
-    return build_batch(
-        rollouts, numbers(rollouts), [True] * 9, token_budget=token_budget, share_prompts=True
-    )
-
-
-def gradient(
-    rollouts: list[Rollout],
-    config: TrainConfig = CONFIG,
-    *,
-    token_budget: int = 30,
-    share_prompts: bool = True,
-    on_policy: bool = True,
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The gradient an update applies, read off an SGD step with learning rate 1, and its
-    metrics.
-    """
-    policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
-    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    batch = build_batch(
-        rollouts,
-        numbers(rollouts),
-        [on_policy] * len(rollouts),
-        token_budget=token_budget,
-        share_prompts=share_prompts,
-    )
-    stats = run_update(policy, reference, batch, config)
-    return {n: before[n] - p.detach() for n, p in policy.named_parameters()}, dict(stats.metrics)
-
-
-def run_update(policy: Any, reference: Any, batch: Any, config: TrainConfig) -> Any:
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return update(policy, reference, batch, config, Accelerator(cpu=True), optimizer, scheduler)
-
-
-def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    scale = max(float(g.abs().max()) for g in theirs.values())
-    assert scale > 1e-3, "a test of zeros tests nothing"
-    for name, expected in theirs.items():
-        torch.testing.assert_close(ours[name], expected, rtol=0, atol=1e-12 * scale)
-
-
-def autograd_gradient(rollouts: list[Rollout], beta: float) -> dict[str, torch.Tensor]:
-    """Var(R) / 2 / beta over each group, averaged, differentiated through plain full-softmax
-    logits.
-    """
-    policy, reference = tiny_policy(seed=0), tiny_policy(seed=1)
-    groups: dict[str, list[torch.Tensor]] = {}
-    for r in rollouts:
-        ids = torch.tensor([*r.prompt_ids, *r.completion_ids])
-        sums = []
-        for model in (policy.model, reference.model):
-            logprobs = model(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)
-            sums.append(logprobs.gather(-1, ids[1:, None])[len(r.prompt_ids) - 1 :].sum())
-        assert r.reward is not None
-        groups.setdefault(r.group, []).append(r.reward - beta * (sums[0] - sums[1].detach()))
-    loss = torch.stack([0.5 * torch.stack(R).var() for R in groups.values()]).mean() / beta
-    loss.backward()
-    return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
-
-
-def test_gradient_is_that_of_half_the_variance_over_beta() -> None:
-    ours, metrics = gradient(ragged_rollouts())
-    assert_equal(ours, autograd_gradient(ragged_rollouts(), beta=0.3))
-    assert metrics["groups"] == 3
-
-
-@pytest.mark.parametrize("share_prompts", [True, False])
-@pytest.mark.parametrize("token_budget", [1, 9, 1000])
-@pytest.mark.parametrize("lr_weight", [0.0, 0.7])
-def test_gradient_does_not_depend_on_packing(
-    token_budget: int, share_prompts: bool, lr_weight: float
-) -> None:
-    config = replace(CONFIG, lr_weight=lr_weight)
-    whole, _ = gradient(ragged_rollouts(), config)
-    cut, _ = gradient(
-        ragged_rollouts(), config, token_budget=token_budget, share_prompts=share_prompts
-    )
-    assert_equal(cut, whole)
-
-
-def test_gradient_does_not_depend_on_the_order_of_rollouts() -> None:
-    whole, _ = gradient(ragged_rollouts())
-    shuffled = [ragged_rollouts()[i] for i in (4, 0, 8, 2, 6, 1, 3, 7, 5)]
-    assert_equal(gradient(shuffled)[0], whole)
 
 
 def test_likelihood_ratio_term_is_for_on_policy_rollouts_only() -> None:
@@ -126,29 +36,12 @@ def test_policy_gradient_on_the_full_regularised_reward_is_agro_at_the_same_scal
     assert_equal(gradient(ragged_rollouts(), replace(CONFIG, algorithm="pg_loo"))[0], agro)
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
-    plain, _ = gradient(ragged_rollouts())
-    policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
-    policy.model.activation_checkpointing_enable({"use_reentrant": False})
-    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    batch = ragged_batch(token_budget=30)
-    run_update(policy, reference, batch, replace(CONFIG, gradient_checkpointing=True))
-    assert_equal({n: before[n] - p.detach() for n, p in policy.named_parameters()}, plain)
-
-
-def test_log_ratio_of_equal_weights_is_exactly_zero() -> None:
-    policy, reference = tiny_policy(dtype=torch.float32), tiny_policy(dtype=torch.float32)
-    batch = ragged_batch(token_budget=20)
-    scores, _ = score_batch(policy, reference, batch, batch.micro, CONFIG, torch.device("cpu"))
-    assert torch.equal(scores.logprobs, scores.ref_logprobs)
-
-
 def test_rollout_without_reward_is_dropped_from_its_group_and_counted() -> None:
     rollouts = ragged_rollouts()
     rollouts[0] = replace(rollouts[0], reward=None)
     ours, metrics = gradient(rollouts)
     assert metrics["dropped"] == 1
-    assert_equal(ours, autograd_gradient(rollouts[1:], beta=0.3))
+    assert_equal(ours, padded_gradient(rollouts[1:], beta=0.3))
 
 
 def test_group_left_with_one_rollout_contributes_nothing_and_is_counted() -> None:
@@ -156,7 +49,7 @@ def test_group_left_with_one_rollout_contributes_nothing_and_is_counted() -> Non
     rollouts[3] = replace(rollouts[3], reward=None)  # its group has two
     ours, metrics = gradient(rollouts)
     assert metrics["short_groups"] == 1
-    assert_equal(ours, autograd_gradient(rollouts[:3] + rollouts[5:], beta=0.3))
+    assert_equal(ours, padded_gradient(rollouts[:3] + rollouts[5:], beta=0.3))
 
 
 def test_known_reference_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +96,44 @@ def test_metrics_of_the_coefficients_parts() -> None:
     assert two["agro/coef_lr_abs"] == pytest.approx(2 * one["agro/coef_lr_abs"])
 
 
+def test_metrics_are_those_computed_by_hand() -> None:
+    """beta = 1/2; R = 3/4, 1/4 in one group and 1, 1, -3/2 in the other, which has mean 1/6."""
+    scores = Scores(
+        rewards=torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0], dtype=torch.float64),
+        logprobs=torch.tensor([-3.5, -2.0, -5.5, -4.0, -1.0], dtype=torch.float64),
+        ref_logprobs=torch.tensor([-4.0, -2.0, -5.0, -4.0, -4.0], dtype=torch.float64),
+        groups=torch.tensor([7, 3, 7, 3, 3]),
+        on_policy=torch.ones(5, dtype=torch.bool),
+        entropy=torch.tensor(15.0, dtype=torch.float64),
+        num_tokens=torch.tensor(10),
+    )
+    config = replace(CONFIG, beta=0.5, lr_weight=1.0, lr_baseline="0")
+    _, stats = coefficients(scores, config)
+    variance = (1 / 8 + 75 / 36) / 2
+    expected = {
+        "loss": variance / 2 / 0.5,
+        "grad_norm": 2.0,
+        "kl": 3 / 5,
+        "kl_per_token": 3 / 10,
+        "entropy": 15 / 10,
+        "agro/regularised_reward": (3 / 4 + 1 / 4 + 1 + 1 - 3 / 2) / 5,
+        "agro/variance": variance,
+        "agro/kl_to_optimum": variance / 2 / 0.5**2,
+        "agro/lr_dominance": (5 / 3) / (2 * 0.5),
+        "agro/logratio_abs_max": 3.0,
+        # |d| / (n - 1), and n d^2 / (2 (n - 1)^2) / beta, summed over a group
+        "agro/coef_pathwise_abs": (1 / 2 + 20 / 6 / 2) / 2,
+        "agro/coef_lr_abs": (2 * 2 / 2 / 16 / 0.5 + 3 / 8 * 150 / 36 / 0.5) / 2,
+        "agro/frac_groups_lr_dominates": 1 / 2,
+        "frac_reward_zero_std": 0.0,
+        "groups": 2.0,
+        "short_groups": 0.0,
+        "dropped": 0.0,
+        "skipped": 0.0,
+    }
+    assert measure(scores, stats, config, 2.0, False) == pytest.approx(expected, rel=1e-12)
+
+
 def test_share_of_groups_with_equal_rewards() -> None:
     rollouts = [replace(r, reward=1.0 if r.group == "g1" else r.reward) for r in ragged_rollouts()]
     rollouts[0] = replace(rollouts[0], reward=None)
@@ -235,3 +166,35 @@ def test_gradient_that_is_not_finite_leaves_the_weights_untouched() -> None:
     for name, parameter in policy.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast_computes_in_bfloat16_around_float32_masters(checkpointing: bool) -> None:
+    """Weights, their gradients and the scores stay float32; the products do not."""
+    trained, base = (tiny_policy(dtype=torch.float32).model for _ in range(2))
+    if checkpointing:
+        trained.activation_checkpointing_enable({"use_reentrant": False})
+    config = replace(CONFIG, mixed_precision="bf16", gradient_checkpointing=checkpointing)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    policy, reference = spread(trained, base, config, accelerator)
+    seen = {}
+    layer = unwrap(policy).model.model.layers[0]
+    layer.mlp.register_forward_hook(lambda _, __, out: seen.update(product=out.dtype))
+    for parameter in policy.parameters():
+        parameter.register_hook(lambda grad: seen.update(grad=grad.dtype))
+    batch = ragged_batch(token_budget=30)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    before = [p.detach().clone() for p in policy.parameters()]
+    stats = update(policy, reference, batch, config, accelerator, optimizer, scheduler)
+    assert seen == {"product": torch.bfloat16, "grad": torch.float32}
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    # Equal weights through the same kernels: no log-ratio, whatever the precision.
+    assert stats.metrics["agro/logratio_abs_max"] == 0.0 and not stats.skipped
+    # A step of 1e-5 of weights around 1 would be lost in bfloat16.
+    moved = [not torch.equal(p, b) for p, b in zip(policy.parameters(), before, strict=True)]
+    assert all(moved)
+    exact, _ = gradient_of(tiny_policy(), tiny_policy().requires_grad_(False), batch)
+    assert stats.metrics["grad_norm"] == pytest.approx(
+        float(sum(g.square().sum() for g in exact.values())) ** 0.5, rel=0.03
+    )
