@@ -20,7 +20,7 @@ from agro_train.metrics import share
 from agro_train.model import end_tokens, load_model, load_tokenizer, set_matmul_precision
 from agro_train.recorded import rollout_to_json
 from agro_train.rewards import check_columns, load_rewards, score, with_readable_gold
-from agro_train.rollout import generate
+from agro_train.rollout import TransformersEngine
 from agro_train.run import check_context, load_base
 from agro_train.tasks import Row
 from agro_train.types import Prompt, Rollout
@@ -44,6 +44,13 @@ class Sampler:
     held_out: list[Prompt]
     left_out: dict[str, int]  # training prompts, by reason
     left_out_held: dict[str, int]  # held-out prompts, by reason
+
+    def engine(self) -> TransformersEngine:
+        """transformers', whatever sampled in the run."""
+        ends = end_tokens(self.model, self.tokenizer)
+        return TransformersEngine(
+            lambda function: function(self.model), self.tokenizer, ends, self.config
+        )
 
 
 def load_sampler(config: TrainConfig) -> Sampler:
@@ -92,12 +99,13 @@ def find_model(name: str) -> tuple[str, int | None]:
     """What to load for `name`, and the steps it has taken if it is a run or its checkpoint."""
     path = Path(name)
     if _is_run(path):
-        if not checkpoint.checkpoints(path):
+        newest = checkpoint.newest(path, print)
+        if newest is None:
             raise ValueError(
                 f"model: expected a run with a checkpoint, got {name!r}; there is none in it "
                 "(save_every sets how often one is written)"
             )
-        path = checkpoint.checkpoints(path)[-1]
+        path = newest
     if (path / checkpoint.STATE).is_file():
         return str(path), checkpoint.read_state(path).step
     return name, None
@@ -128,16 +136,12 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
     written = 0
     with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:
         for start in range(0, len(prompts), config.prompts_per_step):
-            rollouts = generate(
-                sampler.model,
-                sampler.tokenizer,
-                prompts[start : start + config.prompts_per_step],
+            chosen = range(len(prompts))[start : start + config.prompts_per_step]
+            rollouts = sampler.engine().complete(
+                [prompts[number] for number in chosen],
+                seeds=[derive_seed(config.seed, "record", number) for number in chosen],
                 num_generations=config.num_generations,
                 temperature=config.temperature,
-                max_completion_length=config.max_completion_length,
-                batch_size=config.generation_batch_size,
-                end_tokens=end_tokens(sampler.model, sampler.tokenizer),
-                seed=derive_seed(config.seed, "record", start),
                 step=sampler.step,
             )
             for rollout in score(rollouts, rewards):
@@ -222,12 +226,11 @@ def evaluate_model(
             "give eval_prompts=N or eval_data=FILE"
         )
     result = evaluate(
-        sampler.model,
-        sampler.tokenizer,
+        sampler.engine(),
         sampler.held_out,
+        range(len(sampler.held_out)),
         rewards,
         config,
-        end_tokens(sampler.model, sampler.tokenizer),
         sampler.step,
     )
     found = estimates(result, config)

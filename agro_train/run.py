@@ -1,21 +1,25 @@
 """A run: everything the loop needs, loaded and checked before the output folder is touched."""
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, get_scheduler
 from transformers.utils import logging as transformers_logging
 
-from agro_train import checkpoint, tiny
+from agro_train import checkpoint, durable, tiny
+from agro_train.adapter import AdapterOff, add_adapter
 from agro_train.config import TrainConfig
 from agro_train.data import derive_seed, load_prompts, shuffled
+from agro_train.environment import record_start
 from agro_train.mix import Mix, plan
 from agro_train.model import (
     Policy,
@@ -27,11 +31,14 @@ from agro_train.model import (
     prepare,
     set_matmul_precision,
     shard,
+    whole,
 )
 from agro_train.recorded import Recorded, load_recorded
 from agro_train.reference_cache import check_cache_folder, with_ref_logprobs
 from agro_train.rewards import Rewards, check_columns, load_rewards, with_readable_gold
+from agro_train.rollout import Engine, TransformersEngine
 from agro_train.tasks import TASKS
+from agro_train.trackers import check_trackers, start_trackers
 from agro_train.tracking import RunFolder
 from agro_train.types import Prompt
 
@@ -46,7 +53,7 @@ class Run:
     policy: torch.nn.Module
     reference: torch.nn.Module
     tokenizer: Any
-    end_tokens: set[int]
+    engine: Engine
     optimizer: torch.optim.Optimizer
     scheduler: Any
     prompts: list[Prompt]
@@ -62,6 +69,13 @@ class Run:
     def main(self) -> bool:
         return bool(self.accelerator.is_main_process)
 
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A row of metrics.jsonl, and the same numbers to the trackers, which take finite ones."""
+        if self.main:
+            self.folder.log(step, metrics)
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            self.accelerator.log(finite, step=step)
+
     @property
     def share(self) -> slice:
         """Which items of a list this rank works on."""
@@ -73,24 +87,29 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     folder = RunFolder(Path(config.output_dir))
     if not resume:
         folder.check_unused()
-    newest = checkpoint.latest(folder.path) if resume else None
+    check_trackers(config.report_to)
+    rewards = load_rewards(config)
+    mix = plan(config)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=not torch.cuda.is_available(),
+        log_with=config.report_to or None,
+        project_dir=folder.path / "tensorboard",
+    )
+    check_launch(accelerator)
+    newest = newest_checkpoint(folder.path, accelerator) if resume else None
     state = checkpoint.read_state(newest) if newest is not None else None
     if state is not None and state.step >= config.steps:
         raise ValueError(
             f"steps: expected more than the {state.step} that {folder.path} has already taken, got "
             f"{config.steps}; add steps=N to go on"
         )
-    rewards = load_rewards(config)
-    mix = plan(config)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, cpu=not torch.cuda.is_available()
-    )
     if config.recorded and accelerator.is_main_process:
         check_cache_folder()
     precision = set_matmul_precision(config.matmul_precision)
     transformers_logging.disable_progress_bar()  # the run has one of its own
 
-    tokenizer, base, warm_loss = load_base(config, folder.path if resume else None)
+    tokenizer, base, warm_loss = load_base(config, folder.path if newest is not None else None)
     base_model = fingerprint(base)
     if state is not None and state.base_model != base_model:
         raise ValueError(
@@ -122,17 +141,22 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     prompts, held_out = (readable(part, config, accelerator) for part in (prompts, held_out))
     unreadable = num_loaded - len(prompts) - len(held_out)
     check_ranks(config, accelerator, len(held_out), mix)
-    trained = copy.deepcopy(base) if newest is None else load_model(str(newest), config)
-    weights = sum(parameter.numel() for parameter in trained.parameters())
-    ends = end_tokens(trained, tokenizer)
-
-    # Copied now, for sharding takes the model's own apart; any other model can be loaded again.
-    warm_weights = {} if warm_loss is None else copy.deepcopy(base.state_dict())
+    ends = end_tokens(base, tokenizer)
+    # Copied now, before an adapter or sharding changes it; any other model can be loaded again.
+    warm_model = None if warm_loss is None else copy.deepcopy(base)
     reads_cache = config.recorded and accelerator.is_main_process
     reference_id = identity(base) if reads_cache else ""
+    if config.use_peft:
+        trained = base
+        add_adapter(trained, config, newest)
+    else:
+        trained = copy.deepcopy(base) if newest is None else load_model(str(newest), config)
+    weights = sum(parameter.numel() for parameter in trained.parameters())
     policy, reference = spread(trained, base, config, accelerator)
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    assert trainable, "no weight of the policy is trainable"
     optimizer = torch.optim.AdamW(
-        policy.parameters(),
+        trainable,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
@@ -143,6 +167,14 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     )
     if newest is not None:
         checkpoint.load_optimizer(newest, policy, optimizer, scheduler)
+    engine: Engine
+    if config.use_vllm:
+        from agro_train.vllm_rollout import start  # without vLLM there is nothing to import
+
+        longest = max(len(prompt.ids) for prompt in [*prompts, *held_out])
+        engine = start(config, policy, accelerator, tokenizer, ends, longest)
+    else:
+        engine = TransformersEngine(partial(whole, policy, accelerator), tokenizer, ends, config)
     if config.recorded:
         per_step = config.recorded_prompts_per_step
         visits = range(len(recorded.groups))
@@ -150,18 +182,25 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         recorded = with_ref_logprobs(
             recorded, used, reference, reference_id, config, accelerator, accelerator.print
         )
+    taken = 0 if state is None else state.step
     accelerator.wait_for_everyone()  # no rank creates the folder while another checks it
     if accelerator.is_main_process:
         if state is not None:
+            checkpoint.set_aside(folder.path, state.step)
             folder.rewind(state.step, config.to_yaml())
         else:
             folder.create(config.to_yaml())
-            if warm_loss is not None:
-                base.save_pretrained(folder.path / "base_model", state_dict=warm_weights)
+            if warm_model is not None:
+                warm_model.save_pretrained(folder.path / "base_model")
                 tokenizer.save_pretrained(folder.path / "base_model")
-    summary = (
-        f"{config.model}: {weights / 1e6:.1f} M weights, {len(prompts)} prompts, "
-        f"{len(held_out)} held out, {sum(too_long)} left out as too long, "
+                durable.sync_tree(folder.path / "base_model")
+        run_id = record_start(folder.path, taken, accelerator, resumed=resume)
+        start_trackers(accelerator, config, folder.path, run_id, taken)
+    summary = f"{config.model}: {weights / 1e6:.1f} M weights, "
+    if config.use_peft:
+        summary += f"{sum(p.numel() for p in trainable) / 1e6:.2f} M of them trained, "
+    summary += (
+        f"{len(prompts)} prompts, {len(held_out)} held out, {sum(too_long)} left out as too long, "
     )
     if unreadable:
         summary += f"{unreadable} left out as their gold answer cannot be parsed, "
@@ -181,7 +220,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         policy=policy,
         reference=reference,
         tokenizer=tokenizer,
-        end_tokens=ends,
+        engine=engine,
         optimizer=optimizer,
         scheduler=scheduler,
         prompts=prompts,
@@ -190,9 +229,28 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         mix=mix,
         rewards=rewards,
         base_model=base_model,
-        start=0 if state is None else state.step,
+        start=taken,
         summary=summary,
     )
+
+
+def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
+    """Where a resumed run goes on; None for one that has to start again, for it was ended before
+    its first checkpoint. The main rank reads the files for all.
+    """
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [checkpoint.newest(folder, accelerator.print)]
+        except ValueError as error:
+            found = [error]
+        if found == [None]:
+            accelerator.print(f"{folder}: no checkpoint was written yet; starting again at step 0")
+    (newest,) = broadcast_object_list(found)
+    if isinstance(newest, ValueError):
+        raise newest
+    path: Path | None = newest
+    return path
 
 
 def readable(prompts: list[Prompt], config: TrainConfig, accelerator: Accelerator) -> list[Prompt]:
@@ -217,6 +275,21 @@ def check_context(config: TrainConfig, prompts: Sequence[Prompt], context: int |
             f"max_completion_length: expected at most {context - longest}, what the longest prompt "
             f"of {longest} tokens leaves of the model's {context}, got "
             f"{config.max_completion_length}; lower it or max_prompt_length"
+        )
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raises ValueError for what a launcher's configuration would silently do to the gradient."""
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"accelerate launch: expected distributed_type MULTI_GPU or MULTI_CPU, got {kind}; the "
+            "trainer shards by itself, with fsdp=true"
+        )
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        raise ValueError(
+            f"accelerate launch: expected gradient_accumulation_steps 1, got {steps}; token_budget "
+            "cuts a step into micro-batches, of any number"
         )
 
 
@@ -268,15 +341,24 @@ def load_base(
 def spread(
     trained: PreTrainedModel, base: PreTrainedModel, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Policy and frozen reference on their devices: sharded, replicated, or just there."""
-    policy, reference = Policy(trained), Policy(base).requires_grad_(False)
+    """Policy and frozen reference on their devices: sharded, replicated, or just there.
+
+    With an adapter they are the same weights.
+    """
+    modules = [Policy(trained)]
+    if not config.use_peft:
+        modules.append(Policy(base).requires_grad_(False))
     if config.fsdp:
-        kind = accelerator.device.type
-        mesh = init_device_mesh(kind, (accelerator.num_processes,))
-        for module in (policy, reference):
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for module in modules:
             module.to(accelerator.device)
             shard(module, config.mixed_precision, mesh)
-        return policy, reference
-    # The reference has no gradients to average.
-    reference = accelerator.prepare_model(reference, evaluation_mode=True)
-    return accelerator.prepare_model(policy), reference
+    else:  # what has no gradients has none to average
+        modules = [
+            accelerator.prepare_model(
+                module, evaluation_mode=not any(p.requires_grad for p in module.parameters())
+            )
+            for module in modules
+        ]
+    policy = modules[0]
+    return policy, AdapterOff(policy) if config.use_peft else modules[1]

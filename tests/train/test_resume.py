@@ -1,0 +1,369 @@
+"""A run that is killed at any moment, and goes on, ends as if nothing had happened.
+
+    python -m tests.train.test_resume --kills 40
+
+kills runs that often, half of the time after a random while, half at a random write to the disk,
+and compares every run that comes to its end with one that was left alone.
+
+The runs are processes of their own, forked from one that has imported what they need: that takes
+several times as long as a run.
+"""
+
+import argparse
+import errno
+import json
+import os
+import random
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agro_train import checkpoint
+from agro_train.data import read_jsonl
+
+ROOT = Path(__file__).parents[2]
+STEPS = 5
+KILLED = -signal.SIGKILL
+WRITES = 90  # to its folder: a whole run makes about 140, one that goes on fewer
+CLOCKS = ("time_s", "eval_time_s", "tokens_per_s", "memory_gb")
+
+# The schedule changes at every step, and the replayed groups come from the run's own record.
+SETTINGS = [
+    "warm_start_steps=2",
+    "reward=tests.train.models:even_share",
+    f"steps={STEPS}",
+    "prompts_per_step=4",
+    "num_generations=3",
+    "replay_fraction=0.5",
+    "max_completion_length=6",
+    "learning_rate=0.01",
+    "lr_scheduler_type=cosine",
+    "warmup_steps=1",
+    "eval_every=3",
+    "eval_prompts=3",
+    "eval_generations=1",
+    "save_every=2",
+    "save_total_limit=1",
+]
+
+# Moments of a run, each a kind of write and the end of the name that it is about to reach.
+MOMENTS = [
+    ("open", "/.partial-config.yaml"),  # before there is a run
+    ("open", "/base_model/tokenizer_config.json"),  # before there is the reference
+    ("open", "/samples/.partial-step-000000.jsonl"),  # in the first evaluation
+    ("open", "/rollouts/.partial-step-000002.jsonl"),  # before the first checkpoint
+    ("os.remove", "/rollouts/step-000001.jsonl"),  # while it starts again
+    ("open", "/.partial-checkpoint-2/optimizer.pt"),  # while the first checkpoint is written
+    ("os.rename", "/.partial-checkpoint-2"),  # when it has everything but its name
+    ("open", "/samples/.partial-step-000003.jsonl"),  # in an evaluation
+    ("os.remove", "/rollouts/step-000003.jsonl"),  # while the record is rewound
+    ("open", "/.partial-checkpoint-4/trainer_state.json"),  # while the second one is written
+    ("os.rename", "/checkpoint-2"),  # before the one before it goes
+    ("os.rename", "/.partial-metrics.jsonl"),  # while the record is rewound
+    ("open", "/metrics.jsonl"),  # in the next step
+    ("os.rename", "/.partial-checkpoint-5"),  # at the end
+]
+
+
+class Server:
+    """Starts runs and says how they ended: the forks of one warmed process, one at a time."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.train.test_resume", "--serve"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, folder: Path, *settings: str, kill_after: float | None = None, **job: Any) -> int:
+        """The exit status of `agro train`, new in the folder or going on there.
+
+        Args:
+            kill_after: seconds until the run's process group is killed.
+            job: draw: whether it draws its curves, which takes longer than all the rest. kill_at: a
+                number n or a moment; the run kills itself at the n-th write to its folder, or at
+                that one. file_size: bytes that no file of the run may exceed.
+        """
+        resumed = (folder / "config.yaml").is_file()
+        arguments = ["--resume", str(folder)] if resumed else [f"output_dir={folder}", *settings]
+        job |= {"arguments": ["train", *arguments], "folder": str(folder)}
+        assert self.process.stdin and self.process.stdout, "both are pipes"
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        if kill_after is not None:
+            select.select([self.process.stdout], [], [], kill_after)
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it had come to its end
+        return os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        assert self.process.stdin and self.process.stdout, "both are pipes"
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def serve() -> None:
+    """Forks a run for every line of standard input, and prints its process id and how it ended."""
+    import agro_train.train  # noqa: F401  what a run needs, once for all of them
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            be_a_run(json.loads(line))
+        os.setpgid(pid, pid)
+        print(pid, flush=True)
+        print(os.waitpid(pid, 0)[1], flush=True)
+
+
+def be_a_run(job: dict[str, Any]) -> None:
+    import agro_train.train
+    from agro_train.cli import main
+
+    os.setpgid(0, 0)
+    if not job.get("draw"):
+        for name in ("plot_run", "write_report"):
+            setattr(agro_train.train, name, lambda folder: None)
+    log = os.open(f"{job['folder']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    if (file_size := job.get("file_size")) is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
+    if (kill_at := job.get("kill_at")) is not None:
+        kill_at_write(job["folder"], kill_at)
+    status = 1
+    try:
+        status = main(job["arguments"])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def kill_at_write(folder: str, at: int | list[str]) -> None:
+    """Kills this process at its n-th write to the folder, or at one of a kind and name."""
+    writes = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal writes
+        if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"):
+            return
+        path = str(arguments[0])
+        if not path.startswith(folder) or (event == "open" and arguments[1] == "r"):
+            return
+        writes += 1
+        if writes == at or (isinstance(at, list) and event == at[0] and path.endswith(at[1])):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """Everything that a run leaves for good, without what a clock or a gauge measured."""
+    rows = read_jsonl(folder / "metrics.jsonl")
+    last = folder / f"checkpoint-{STEPS}"
+    files = [
+        *folder.glob("rollouts/*"),
+        *folder.glob("samples/*"),
+        # Not the tokenizer's configuration, in which transformers notes where it was loaded from.
+        *(last / name for name in ("model.safetensors", "config.json")),
+        folder / "base_model" / "model.safetensors",
+    ]
+    assert checkpoint.damage(last) is None
+    return {
+        "optimizer and schedule": plain(torch.load(last / "optimizer.pt", weights_only=True)),
+        "metrics": [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows],
+        **{str(path.relative_to(folder)): path.read_bytes() for path in files},
+    }
+
+
+def plain(saved: Any) -> Any:
+    """The same with every tensor as its bytes; whether a pair is a tuple or a list is all one."""
+    if isinstance(saved, dict):
+        return {key: plain(value) for key, value in saved.items()}
+    if isinstance(saved, list | tuple):
+        return [plain(value) for value in saved]
+    return saved.numpy().tobytes() if isinstance(saved, torch.Tensor) else saved
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    ours, theirs = record(folder), record(whole)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name] == theirs[name], (
+            f"{name} of {folder} differs from the uninterrupted run's"
+        )
+
+
+def complete(folder: Path) -> bool:
+    return (folder / f"checkpoint-{STEPS}").is_dir()
+
+
+def said(folder: Path) -> str:
+    return folder.with_name(f"{folder.name}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run that is left alone, and how many seconds it takes."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    began = time.monotonic()
+    assert server.run(folder, *SETTINGS) == 0, said(folder)
+    return folder, time.monotonic() - began
+
+
+def test_run_killed_at_every_kind_of_moment_ends_the_same(
+    server: Server, whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    for moment in MOMENTS:
+        status = server.run(folder, *SETTINGS, kill_at=moment)
+        assert status == KILLED, f"{moment} was never reached:\n{said(folder)}"
+    assert server.run(folder, *SETTINGS) == 0, said(folder)
+    assert_same(folder, whole[0])
+    assert not list(folder.rglob(".partial-*"))
+
+
+def test_run_killed_at_random_moments_ends_the_same(
+    server: Server, whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    rng = random.Random(20)  # its kills are spread over the run
+    kills = kill_until_complete(server, folder, whole[1], rng, most=8)
+    assert kills
+    assert_same(folder, whole[0])
+
+
+def kill_until_complete(
+    server: Server,
+    folder: Path,
+    seconds: float,
+    rng: random.Random,
+    *,
+    most: int,
+    draw: bool = False,
+) -> list[str]:
+    """Starts a run again and again, kills it `most` times, and says what was there each time."""
+    kills: list[str] = []
+    while not complete(folder):
+        how: dict[str, Any] = {"draw": draw}
+        if len(kills) < most and rng.random() < 0.5:
+            how["kill_after"] = rng.uniform(0.0, seconds)
+        elif len(kills) < most:
+            how["kill_at"] = rng.randint(1, WRITES)
+        status = server.run(folder, *SETTINGS, **how)
+        assert status in (0, KILLED), said(folder)
+        if status == KILLED:
+            kills.append(whereabouts(folder))
+    return kills
+
+
+def whereabouts(folder: Path) -> str:
+    if not (folder / "config.yaml").is_file():
+        return "before the folder was made"
+    if any(folder.glob(".partial-checkpoint-*")):
+        return "while a checkpoint was written or deleted"
+    if not checkpoint.checkpoints(folder):
+        return "before the first checkpoint"
+    return "after it was complete" if complete(folder) else "between checkpoints"
+
+
+def test_run_goes_on_from_the_checkpoint_before_a_truncated_one(
+    server: Server, whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    settings = [*SETTINGS, "save_total_limit=2"]
+    assert server.run(folder, *settings, kill_at=("os.rename", "/.partial-checkpoint-5")) == KILLED
+    damaged = folder / "checkpoint-4" / "optimizer.pt"
+    os.truncate(damaged, damaged.stat().st_size - 1)
+    assert server.run(folder) == 0, said(folder)
+    warning = " ".join(said(folder).split())
+    assert "refused as damaged: checkpoint-4, where optimizer.pt has " in warning
+    assert "checkpoint-2 is used" in warning
+    assert_same(folder, whole[0])
+
+
+def test_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(
+    server: Server, whole: tuple[Path, float], tmp_path: Path
+) -> None:
+    """The system's limit on the size of a file stands for a disk without room."""
+    folder = tmp_path / "run"
+    fails(server, folder, (whole[0] / "config.yaml").stat().st_size - 1, "start again")
+    assert not (folder / "config.yaml").exists()
+    at_step_3 = ("open", "/rollouts/.partial-step-000003.jsonl")
+    assert server.run(folder, *SETTINGS, kill_at=at_step_3) == KILLED
+    for name in (
+        "rollouts/step-000003.jsonl",
+        "checkpoint-5/model.safetensors",
+        "checkpoint-5/optimizer.pt",
+    ):
+        fails(server, folder, (whole[0] / name).stat().st_size - 1, f"go on with --resume {folder}")
+        assert checkpoint.damage(folder / "checkpoint-2") is None
+        assert not list(folder.rglob(".partial-*"))
+    assert server.run(folder, *SETTINGS) == 0, said(folder)
+    assert_same(folder, whole[0])
+
+
+def fails(server: Server, folder: Path, file_size: int, advice: str) -> None:
+    assert server.run(folder, *SETTINGS, file_size=file_size) == 2, said(folder)
+    last = said(folder).splitlines()[-1]
+    assert last.startswith("agro: output_dir: expected room to write to ")
+    assert os.strerror(errno.EFBIG) in last and last.endswith(advice)
+    assert "Traceback" not in said(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve()
+    server, rng = Server(), random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        began = time.monotonic()
+        alone = Path(name) / "whole"
+        assert server.run(alone, *SETTINGS, draw=True) == 0, said(alone)
+        seconds = time.monotonic() - began
+        kills: list[str] = []
+        runs = 0
+        while len(kills) < options.kills:
+            folder = Path(name) / f"run-{runs}"
+            left = options.kills - len(kills)
+            kills += kill_until_complete(server, folder, seconds, rng, most=left, draw=True)
+            assert_same(folder, alone)
+            runs += 1
+    server.close()
+    print(f"{len(kills)} kills in {runs} runs, each of which ended bitwise as the one left alone:")
+    for where, count in Counter(kills).most_common():
+        print(f"{count:5}  {where}")
+
+
+if __name__ == "__main__":
+    main()
