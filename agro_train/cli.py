@@ -2,6 +2,8 @@
 
 import argparse
 import gc
+import importlib.util
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,16 @@ SCORE = "Score a file's completions: reward=NAME or reward=[NAME,...], reward_we
 EVAL = (
     "pass@1, pass@k and maj@k on held-out prompts. A run's own configuration is used, with "
     "key=value settings over it."
+)
+PLOT = (
+    "Draw the curves of a run, or of several against each other. Runs whose configurations differ "
+    "in nothing but seed and names are one curve, with a band from the lowest to the highest."
+)
+REPORT = "Write one HTML page about a run that needs no other file. A finished run has one already."
+SERVE = (
+    "Start vLLM's own server, set up to take the weights of runs with use_vllm=true "
+    "vllm_mode=server. MODEL is a folder or hub id of the run's model; options of vllm serve may "
+    "follow it (--port, --dtype, --max-model-len, --tensor-parallel-size)."
 )
 REPRODUCE = (
     "Run one of the paper's experiments, write its tables and plots to output_dir (default: "
@@ -57,8 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     eval_command.add_argument("model", metavar="RUN_OR_CHECKPOINT")
     eval_command.add_argument("settings", nargs="*", metavar="key=value")
-    plot_command = commands.add_parser("plot", help="draw a run's curves again")
-    plot_command.add_argument("run", help="output folder of a run")
+    plot_command = commands.add_parser("plot", help="draw and compare runs", description=PLOT)
+    plot_command.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
+    plot_command.add_argument("--output", metavar="DIR", help="default: ./plots; RUN/plots for one")
+    report_command = commands.add_parser(
+        "report", help="write a run's page: curves, configuration, completions", description=REPORT
+    )
+    report_command.add_argument("run", metavar="RUN", help="output folder of a run")
+    report_command.add_argument("--output", metavar="FILE", help="default: RUN/report.html")
+    serve_command = commands.add_parser(
+        "serve", help="start a vLLM server that a run samples from", description=SERVE
+    )
+    serve_command.add_argument("model", metavar="MODEL")
+    serve_command.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTIONS")
     reproduce_command = commands.add_parser(
         "reproduce", help="run an experiment of the paper", description=REPRODUCE
     )
@@ -73,8 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.settings += late
     if options.command == "reproduce":
         return _reproduce(options.figure, options.settings, options.quick)
+    if options.command == "serve":
+        return _serve(options.model, options.options)
     if options.command == "plot":
-        return _plot(Path(options.run))
+        return _plot([Path(run) for run in options.runs], options.output)
+    if options.command == "report":
+        return _report(Path(options.run), options.output)
     if options.command == "rollout":
         return _rollout(options.settings, options.output, options.prompts)
     if options.command == "score":
@@ -93,6 +120,7 @@ def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
         print(config.to_yaml(), end="")
         return 0
     from agro_train.rewards import BrokenReward
+    from agro_train.rollout import BrokenEngine
     from agro_train.run import setup  # imports transformers, which a dry run does not need
     from agro_train.train import train
 
@@ -100,17 +128,36 @@ def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
         run = setup(config, resume=resume is not None)
     except ValueError as error:
         return _refuse(error)
+    except Exception as error:
+        return _refuse(_full_disk(error, config.output_dir))
     status = 0
     try:
-        train(run)  # what else goes wrong from here on deserves its traceback
-    except BrokenReward as error:
+        train(run)
+    except (BrokenReward, BrokenEngine) as error:
         status = _refuse(error)
+        run.accelerator.end_training()
+    except Exception as error:
+        status = _refuse(_full_disk(error, config.output_dir))
         run.accelerator.end_training()
     # The wrapped models are cycles that hold the process group. Collected here its threads are
     # joined; left to the interpreter's end they are sometimes found running, which aborts.
     del run
     gc.collect()
     return status
+
+
+def _full_disk(error: Exception, folder: str) -> ValueError:
+    """The sentence for a disk that takes no more. Any other error deserves its traceback."""
+    from agro_train.durable import no_room
+
+    reason = no_room(error)
+    if reason is None:
+        raise error
+    started = (Path(folder) / "config.yaml").is_file()
+    return ValueError(
+        f"output_dir: expected room to write to {folder!r}, got {reason!r}; what was saved before "
+        f"is whole: make room and {f'go on with --resume {folder}' if started else 'start again'}"
+    )
 
 
 def _rollout(settings: Sequence[str], output: str | None, prompts: int | None) -> int:
@@ -173,6 +220,17 @@ def _eval(model: str, settings: Sequence[str]) -> int:
     return 0
 
 
+def _serve(model: str, options: Sequence[str]) -> int:
+    if importlib.util.find_spec("vllm") is None:
+        return _refuse(
+            ValueError("serve: expected the package vllm, got none; pip install 'agro[vllm]'")
+        )
+    from agro_train.vllm_client import serve_command
+
+    command, environment = serve_command(model, options)
+    os.execve(command[0], command, environment)
+
+
 def _reproduce(figure: str, settings: Sequence[str], quick: bool) -> int:
     output_dir = f"runs/{figure}"
     try:
@@ -207,16 +265,39 @@ def _refuse(error: ValueError) -> int:
     return 2
 
 
-def _plot(run: Path) -> int:
-    if not (run / "metrics.jsonl").is_file():
-        return _refuse(
-            ValueError(f"plot: expected the folder of a run, got {str(run)!r}; it has no metrics")
-        )
-    from agro_train.plots import plot_run
+def _plot(runs: Sequence[Path], output: str | None) -> int:
+    from agro_train.plots import plot_comparison, plot_run
 
-    for path in plot_run(run):
+    try:
+        for run in runs:
+            _check_run(run, "plot")
+        if len(runs) == 1 and output is None:
+            written = plot_run(runs[0])
+        else:
+            written = plot_comparison(runs, Path(output or "plots"))
+    except ValueError as error:
+        return _refuse(error)
+    for path in written:
         print(path)
     return 0
+
+
+def _report(run: Path, output: str | None) -> int:
+    from agro_train.report import write_report
+
+    try:
+        _check_run(run, "report")
+        print(write_report(run, Path(output) if output else None))
+    except ValueError as error:
+        return _refuse(error)
+    return 0
+
+
+def _check_run(run: Path, command: str) -> None:
+    if not (run / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"{command}: expected the folder of a run, got {str(run)!r}; it has no metrics"
+        )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ ALGORITHMS = (
     *(f"pg_{form}" for form in POLICY_GRADIENT_FORMS if form not in FORMS_WITH_SAMPLER),
 )
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
 # What may be changed when a run is resumed; the optimiser's settings come from its checkpoint.
 RESUMABLE = (
     "steps",
@@ -32,6 +34,12 @@ RESUMABLE = (
     "eval_generations",
     "save_every",
     "save_total_limit",
+    "vllm_server_base_url",
+    "vllm_server_timeout",
+    "vllm_weights_dir",
+    "vllm_gpu_memory_utilization",
+    "samples_every",
+    "report_to",
 )
 
 
@@ -47,6 +55,10 @@ class TrainConfig:
     attn_implementation: str = "sdpa"  # sdpa | eager | flash_attention_2
     gradient_checkpointing: bool = False
     fsdp: bool = False  # shard weights, gradients and optimiser over the ranks (FSDP2)
+    use_peft: bool = False  # train a LoRA adapter; the model itself, frozen, is the reference
+    lora_r: int = 16  # rank of the adapter
+    lora_alpha: int = 32  # the adapter's share is multiplied by lora_alpha / lora_r
+    lora_target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # or q_proj, ...
     warm_start_steps: int = 0  # model=tiny only: supervised steps before the first checkpoint
 
     # Data. "tiny-arithmetic" | "arithmetic" (made on the spot), a .jsonl file, or a hub dataset id.
@@ -83,6 +95,16 @@ class TrainConfig:
     token_budget: int = 1024  # tokens per micro-batch
     share_prompts: bool = True  # pack a prompt once for its completions; not with flash attention
 
+    # vLLM in place of transformers' generate, in a process beside this one or as a server.
+    use_vllm: bool = False
+    vllm_mode: str = "colocate"  # colocate | server, which `agro serve MODEL` starts
+    vllm_server_base_url: str = "http://127.0.0.1:8000"
+    vllm_server_timeout: float = 240.0  # seconds to wait for the server, or for one of its answers
+    vllm_weights_dir: str = ""  # server: folder both see; empty: memory, or output_dir if it is far
+    vllm_gpu_memory_utilization: float = 0.3  # colocate: vLLM's share of the GPU
+    vllm_max_model_length: int = 0  # colocate: tokens; 0: the longest prompt and completion
+    vllm_tensor_parallel_size: int = 1  # colocate: GPUs that share the model
+
     # Optimiser: AdamW.
     learning_rate: float = 1e-5
     lr_scheduler_type: str = "constant_with_warmup"  # or constant, linear, cosine
@@ -104,6 +126,12 @@ class TrainConfig:
     save_total_limit: int = 2  # checkpoints kept
     matmul_precision: str = "auto"  # float32 products: auto | highest | high | medium
 
+    # What people look at, besides metrics.jsonl and report.html.
+    samples_every: int = 10  # steps: tables of completions on a terminal; 0: never
+    report_to: list[str] = field(default_factory=list)  # tensorboard | wandb | trackio, or several
+    project: str = "agro"  # the trackers' name for what belongs together
+    run_name: str = ""  # the trackers' name for the run; empty: that of output_dir's last folder
+
     def check(self) -> None:
         """Raises ValueError, in one sentence, for what cannot work."""
         choices = {
@@ -113,6 +141,7 @@ class TrainConfig:
             "algorithm": ALGORITHMS,
             "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
             "matmul_precision": ("auto", "highest", "high", "medium"),
+            "vllm_mode": ("colocate", "server"),
         }
         for key, allowed in choices.items():
             if (got := getattr(self, key)) not in allowed:
@@ -136,12 +165,17 @@ class TrainConfig:
             "generation_batch_size": 1,
             "token_budget": 1,
             "save_total_limit": 1,
+            "lora_r": 1,
+            "lora_alpha": 1,
             "warm_start_steps": 0,
             "warmup_steps": 0,
             "eval_every": 0,
             "eval_prompts": 0,
             "eval_generations": 0,
             "save_every": 0,
+            "samples_every": 0,
+            "vllm_max_model_length": 0,
+            "vllm_tensor_parallel_size": 1,
             "lr_weight": 0,
             "weight_decay": 0,
             "replay_max_staleness": 1,
@@ -156,6 +190,8 @@ class TrainConfig:
             "max_grad_norm",
             "reward_timeout_s",
             "math_timeout_s",
+            "vllm_server_timeout",
+            "vllm_gpu_memory_utilization",
         ):
             if not (got := getattr(self, key)) > 0:
                 raise ValueError(f"{key}: expected a number above 0, got {got}")
@@ -164,8 +200,11 @@ class TrainConfig:
                 f"num_generations: expected at least 2, got {self.num_generations}; "
                 "a group of one has no variance to learn from"
             )
+        self._check_adapter()
         self._check_shares()
         self._check_rewards()
+        self._check_trackers()
+        self._check_vllm()
         self.variance_baseline()
         if self.algorithm != "agro" and (self.lr_weight or self.lr_cap):
             raise ValueError(
@@ -181,6 +220,18 @@ class TrainConfig:
             raise ValueError(
                 "share_prompts: expected false with attn_implementation=flash_attention_2, "
                 "got true; its variable-length kernels know no shared prefix"
+            )
+
+    def _check_adapter(self) -> None:
+        if not self.lora_target_modules:
+            raise ValueError(
+                "lora_target_modules: expected all-linear or names of linear layers, got none"
+            )
+        if self.use_peft and self.fsdp and self.dtype != "float32":
+            raise ValueError(
+                f"dtype: expected float32 with use_peft and fsdp, got {self.dtype}; a shard holds "
+                "weights of one dtype, and the adapter's are float32 (mixed_precision=bf16 "
+                "computes in bfloat16 all the same)"
             )
 
     def _check_shares(self) -> None:
@@ -216,6 +267,27 @@ class TrainConfig:
             )
         if not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"reward_weights: expected finite numbers, got {weights}")
+
+    def _check_trackers(self) -> None:
+        names = self.report_to
+        if set(names) - set(TRACKERS) or len(set(names)) < len(names):
+            raise ValueError(
+                f"report_to: expected {', '.join(TRACKERS)}, each at most once, got {names}"
+            )
+        if not self.project or "/" in self.project:
+            raise ValueError(f"project: expected a name without slashes, got {self.project!r}")
+
+    def _check_vllm(self) -> None:
+        if not self.vllm_server_base_url.startswith(("http://", "https://")):
+            raise ValueError(
+                "vllm_server_base_url: expected http://HOST:PORT, got "
+                f"{self.vllm_server_base_url!r}"
+            )
+        if self.vllm_gpu_memory_utilization > 1:
+            raise ValueError(
+                "vllm_gpu_memory_utilization: expected a share of at most 1, got "
+                f"{self.vllm_gpu_memory_utilization}"
+            )
 
     @property
     def offline(self) -> bool:
@@ -281,8 +353,8 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
         if not OmegaConf.is_dict(given):
             raise ValueError(f"config: expected keys and values in {source}, got a list")
         changes = OmegaConf.from_dotlist(list(overrides))
-        for settings in (given, changes):  # one function or weight may stand without its brackets
-            for key in ("reward", "reward_weights"):
+        for settings in (given, changes):  # a single one may stand without its brackets
+            for key in ("reward", "reward_weights", "report_to", "lora_target_modules"):
                 if key in settings and not OmegaConf.is_list(settings[key]):
                     settings[key] = [settings[key]]
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), given, changes)

@@ -12,13 +12,13 @@ from agro_train.data import derive_seed, shuffled
 from agro_train.evaluate import Evaluation, evaluate, summarise
 from agro_train.metrics import describe
 from agro_train.mix import replayed_groups
-from agro_train.model import whole
 from agro_train.plots import plot_run
+from agro_train.report import write_report
 from agro_train.rewards import refuse_broken, score
-from agro_train.rollout import generate
+from agro_train.rollout import BrokenEngine
 from agro_train.run import Run
 from agro_train.step import update
-from agro_train.tracking import Display
+from agro_train.tracking import Display, peak_memory_gb
 from agro_train.types import Rollout
 
 
@@ -29,48 +29,60 @@ def train(run: Run) -> Path:
     a run that was never interrupted.
     """
     config = run.config
-    with Display(run.start, config.steps, quiet=not run.main) as display:
+    with Display(
+        run.start, config.steps, samples_every=config.samples_every, quiet=not run.main
+    ) as display:
         display.say(run.summary)
         evaluation = run_evaluation(run, 0, display) if run.start == 0 else None
-        for step in range(run.start, config.steps):
-            began = time.perf_counter()
-            rollouts, groups, on_policy = collect(run, step)
-            batch = build_batch(
-                rollouts,
-                groups,
-                on_policy,
-                token_budget=config.token_budget,
-                share_prompts=config.share_prompts,
-            )
-            stats = update(
-                run.policy,
-                run.reference,
-                batch,
-                config,
-                run.accelerator,
-                run.optimizer,
-                run.scheduler,
-            )
-            rollouts = gather_object(rollouts)
-            metrics = {**describe(rollouts, step), **stats.metrics}
-            metrics["epoch"] = run.mix[step].first_fresh / len(run.prompts)
-            metrics["time_s"] = time.perf_counter() - began
-            metrics["tokens_per_s"] = metrics["tokens"] / metrics["time_s"]
-            metrics["learning_rate"] = run.scheduler.get_last_lr()[0]
-            if run.main:
-                run.folder.log_rollouts("rollouts", step + 1, rollouts)
-                run.folder.log(step + 1, metrics)
-            display.step(step + 1, metrics)
-            last = step + 1 == config.steps
-            if last or due(config.eval_every, step + 1):
-                evaluation = run_evaluation(run, step + 1, display)
-            if last or due(config.save_every, step + 1):
-                save(run, step + 1)
+        taken = saved = run.start
+        try:
+            for step in range(run.start, config.steps):
+                began = time.perf_counter()
+                rollouts, groups, on_policy = collect(run, step)
+                batch = build_batch(
+                    rollouts,
+                    groups,
+                    on_policy,
+                    token_budget=config.token_budget,
+                    share_prompts=config.share_prompts,
+                )
+                stats = update(
+                    run.policy,
+                    run.reference,
+                    batch,
+                    config,
+                    run.accelerator,
+                    run.optimizer,
+                    run.scheduler,
+                )
+                rollouts = gather_object(rollouts)
+                metrics = {**describe(rollouts, step, stats.weights), **stats.metrics}
+                metrics["epoch"] = run.mix[step].first_fresh / len(run.prompts)
+                metrics["time_s"] = time.perf_counter() - began
+                metrics["tokens_per_s"] = metrics["tokens"] / metrics["time_s"]
+                metrics["memory_gb"] = max(gather_object([peak_memory_gb(run.accelerator.device)]))
+                metrics["learning_rate"] = run.scheduler.get_last_lr()[0]
+                if run.main:
+                    run.folder.log_rollouts("rollouts", step + 1, rollouts)
+                run.log(step + 1, metrics)
+                display.step(step + 1, metrics, rollouts)
+                taken = step + 1
+                last = step + 1 == config.steps
+                if last or due(config.eval_every, step + 1):
+                    evaluation = run_evaluation(run, step + 1, display)
+                if last or due(config.save_every, step + 1):
+                    save(run, step + 1)
+                    saved = taken
+        except BrokenEngine:
+            if taken > saved:  # what was learned is not lost with the engine
+                save(run, taken)
+            raise
         if run.main:
             plot_run(run.folder.path)
+            write_report(run.folder.path)
             if evaluation is not None:
                 display.before_and_after(run.folder.read_samples(0), evaluation.greedy)
-        display.say(f"Everything is in {run.folder.path}: start with plots/overview.png")
+        display.say(f"Everything is in {run.folder.path}: start with report.html")
     run.accelerator.wait_for_everyone()  # while the main rank plots, the others stay
     run.accelerator.end_training()
     return run.folder.path
@@ -88,21 +100,12 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
     mine = [number for number in numbers if number < mix.fresh]
     rollouts: list[Rollout] = []
     if mix.fresh:
-        rollouts = whole(
-            run.policy,
-            run.accelerator,
-            lambda model: generate(
-                model,
-                run.tokenizer,
-                [prompts[number] for number in mine],
-                num_generations=config.num_generations,
-                temperature=config.temperature,
-                max_completion_length=config.max_completion_length,
-                batch_size=config.generation_batch_size,
-                end_tokens=run.end_tokens,
-                seed=derive_seed(config.seed, "generate", step, run.accelerator.process_index),
-                step=step,
-            ),
+        rollouts = run.engine.complete(
+            [prompts[number] for number in mine],
+            seeds=[derive_seed(config.seed, "generate", step, number) for number in mine],
+            num_generations=config.num_generations,
+            temperature=config.temperature,
+            step=step,
         )
         rollouts = score(rollouts, run.rewards)
         if step == run.start:
@@ -147,19 +150,14 @@ def run_evaluation(run: Run, step: int, display: Display) -> Evaluation | None:
     if not run.held_out or not run.config.eval_every:
         return None
     began = time.perf_counter()
+    numbers = range(len(run.held_out))[run.share]
     mine = run.held_out[run.share]
-    result = whole(
-        run.policy,
-        run.accelerator,
-        lambda model: evaluate(
-            model, run.tokenizer, mine, run.rewards, run.config, run.end_tokens, step
-        ),
-    )
+    result = evaluate(run.engine, mine, numbers, run.rewards, run.config, step)
     result = Evaluation(gather_object(result.greedy), gather_object(result.sampled))
     metrics = summarise(result)
     if run.main:
         run.folder.log_rollouts("samples", step, result.greedy + result.sampled)
-        run.folder.log(step, {**metrics, "eval_time_s": time.perf_counter() - began})
+        run.log(step, {**metrics, "eval_time_s": time.perf_counter() - began})
         plot_run(run.folder.path)
     display.evaluation(step, metrics)
     return result

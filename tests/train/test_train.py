@@ -49,8 +49,8 @@ def from_base(finished: Path) -> list[str]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The record without what a clock measured."""
-    clocks = ("time_s", "eval_time_s", "tokens_per_s")
+    """The record without what a clock, or the machine's memory, measured."""
+    clocks = ("time_s", "eval_time_s", "tokens_per_s", "memory_gb")
     rows = read_jsonl(folder / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in clocks} for row in rows]
 

@@ -1,0 +1,98 @@
+"""Where a run ran: software, machine, command and commit, in its folder's environment.json."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import uuid
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+PACKAGES = ("agro", "torch", "transformers", "accelerate", "triton")
+
+
+def record_start(folder: Path, step: int, accelerator: Accelerator, *, resumed: bool) -> str:
+    """Writes environment.json, one object for every start of the run: its first, and each time it
+    was resumed. Returns the run's id, which it keeps for life.
+    """
+    path = folder / "environment.json"
+    before = read_starts(folder) if resumed else []
+    run_id = before[0]["run_id"] if before else uuid.uuid4().hex
+    starts = [*before, {"run_id": run_id, "step": step, **describe_environment(accelerator)}]
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(json.dumps(starts, indent=2) + "\n", encoding="utf-8", errors="replace")
+    os.replace(partial, path)
+    return str(run_id)
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """What `record_start` has written, oldest first; none for a folder that has no such file."""
+    path = folder / "environment.json"
+    starts: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return starts
+
+
+def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What may explain a difference between two runs of one configuration."""
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        **{name: _version(name) for name in PACKAGES},
+        "git_commit": git_commit(Path(__file__).with_name("__init__.py")),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(accelerator.device) if cuda else None,
+        "processes": accelerator.num_processes,
+    }
+
+
+def git_commit(file: Path) -> str | None:
+    """The commit of the repository that tracks the file, with "+" if its files have changed since;
+    None where no repository does or git is not installed.
+    """
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(
+                ["git", "--no-optional-locks", "-C", str(file.parent), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10.0,
+            )
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    # An installed package may lie in an environment inside somebody else's repository.
+    if ask("ls-files", "--error-unmatch", file.name) is None:
+        return None
+    commit = ask("rev-parse", "HEAD")
+    changed = ask("status", "--porcelain", "--untracked-files=no")
+    return None if commit is None else commit + ("+" if changed else "")
+
+
+def cpu_name() -> str:
+    """As the kernel says it, or as Python does where there is no /proc/cpuinfo."""
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
