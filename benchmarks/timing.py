@@ -91,7 +91,7 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     reset_peak()
     before = resident_bytes()
     function()
-    return _status_bytes("VmHWM") - before
+    return high_water_bytes() - before
 
 
 def reset_peak() -> None:
@@ -103,6 +103,11 @@ def reset_peak() -> None:
 def resident_bytes() -> int:
     """Memory of this process in RAM now, in bytes."""
     return _status_bytes("VmRSS")
+
+
+def high_water_bytes() -> int:
+    """The most memory of this process in RAM since `reset_peak`, in bytes."""
+    return _status_bytes("VmHWM")
 
 
 def _status_bytes(field: str) -> int:
@@ -121,7 +126,7 @@ def machine_facts(device: str = "cpu") -> dict[str, str]:
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version_or("triton", "none"),
+        "triton": version_or("triton", "none"),
         "threads": str(torch.get_num_threads()),
         "cpu": cpu_model(),
         "cpu_features": " ".join(cpu_features()),
@@ -201,7 +206,7 @@ def _cpuinfo() -> dict[str, str]:
     return {name.strip(): value.strip() for name, value in pairs}
 
 
-def _version_or(package: str, otherwise: str) -> str:
+def version_or(package: str, otherwise: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

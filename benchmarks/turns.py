@@ -149,7 +149,7 @@ def _stop_if_slow(measured: Measured, call_s: float, max_call_s: float) -> None:
         measured.times_s = [call_s]
 
 
-def _find_errors(connection: Connection, job: Job, _: float) -> None:
+def _find_errors(connection: Connection, job: Job) -> None:
     """Sends the Errors of a provider on a small shape, or why there are none."""
     torch.set_num_threads(job.threads)
     torch.set_float32_matmul_precision(job.precision)
@@ -170,27 +170,27 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def _main(target: Any, connection: Connection, job: Job, max_call_s: float, log: str) -> None:
+def _main(target: Any, connection: Connection, arguments: tuple[Any, ...], log: str) -> None:
     """The process: its output goes to a file, which is shown if it dies."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    target(connection, job, max_call_s)
+    target(connection, *arguments)
 
 
 # --- Outside --------------------------------------------------------------------------------------
 
 
-class _Turn:
-    """One process and the pipe to it."""
+class Turn:
+    """One process, running target(connection, *arguments), and the pipe to it."""
 
-    def __init__(self, target: Any, job: Job, max_call_s: float, log: Path):
+    def __init__(self, log: Path, target: Any, *arguments: Any):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.log = log
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
-            target=_main, args=(target, theirs, job, max_call_s, str(log))
+            target=_main, args=(target, theirs, arguments, str(log))
         )
         self.process.start()
         theirs.close()
@@ -224,7 +224,7 @@ def in_turn(
     with tempfile.TemporaryDirectory() as folder:
         turns, found = [], []
         for index, job in enumerate(jobs):
-            turn = _Turn(_measure, job, max_call_s, Path(folder) / f"{index}.log")
+            turn = Turn(Path(folder) / f"{index}.log", _measure, job, max_call_s)
             answer = turn.receive()  # one warms up at a time
             measured = answer if isinstance(answer, Measured) else Measured(job, status=answer)
             turns.append(turn)
@@ -243,21 +243,21 @@ def in_turn(
         for turn, measured in zip(turns, found, strict=True):
             turn.close()
             if measured.status.startswith(("failed", "died")):
-                say(f"--- output of {measured.job.label()}:\n{_tail(turn.log)}")
+                say(f"--- output of {measured.job.label()}:\n{tail(turn.log)}")
     return found
 
 
 def find_errors(job: Job, *, say: Any = print) -> correctness.Errors | str:
     """The errors of a provider on the accuracy shape; a sentence if there are none."""
     with tempfile.TemporaryDirectory() as folder:
-        turn = _Turn(_find_errors, job, 0.0, Path(folder) / "log")
+        turn = Turn(Path(folder) / "log", _find_errors, job)
         answer: correctness.Errors | str = turn.receive()
         turn.close()
         if isinstance(answer, str):
-            say(f"--- output of {job.label()}:\n{_tail(turn.log)}")
+            say(f"--- output of {job.label()}:\n{tail(turn.log)}")
     return answer
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     return "\n".join(lines[-20:])
