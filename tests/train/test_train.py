@@ -307,7 +307,8 @@ def test_resume_without_a_run_or_a_checkpoint_is_refused(
 ) -> None:
     assert "has no config.yaml" in refusal(["train", "--resume", str(tmp_path)], capsys)
     shutil.copytree(finished, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoint-*"))
-    assert "with a checkpoint" in refusal(["train", "--resume", str(tmp_path / "bare")], capsys)
+    refused = refusal(["train", "--resume", str(tmp_path / "bare")], capsys)
+    assert "there is none left in it" in refused
 
 
 def test_resume_refuses_what_the_checkpoint_decides(
