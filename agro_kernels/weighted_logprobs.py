@@ -47,7 +47,9 @@ def weighted_logprob_sum(
             whatever they hold. For a loss to be minimised, negative raises the probability.
         lse: (...) from linear_logprobs_with_stats on the same hidden, weight and options. Rounding
             differences in hidden since then shift the result by as much as they shift lse; a weight
-            that has been updated since then makes it wrong.
+            that has been updated since then makes it wrong. (The target's logit is summed in
+            another order than in the pass for lse: with round_logits one in some 10^5 comes out as
+            the neighbouring number of that dtype.)
         round_logits, kept_ids: as linear_logprobs.
         weight_grad: (V, D) as linear_logprobs.
 

@@ -52,9 +52,9 @@ class Policy(nn.Module):
         lse: Tensor | None = None,
     ) -> Any:
         """Without coefficients: log-probability, entropy and lse of each target, fp32 (n,).
-        With coefficients (n,): the 0-d sum of coefficient * log-probability, whose gradient is
-        computed on the way; `lse` from an earlier pass over the same weights saves one product
-        with the head. A function in place of a micro-batch is called with the model, see `whole`.
+        With coefficients (n,): the 0-d sum of coefficient * log-probability; `lse` from an earlier
+        pass over the same weights saves one product with the head. A function in place of a
+        micro-batch is called with the model, see `whole`.
         """
         if not isinstance(micro, MicroBatch):
             return micro(self.model)
@@ -133,6 +133,8 @@ def whole(policy: nn.Module, accelerator: Any, function: Callable[[PreTrainedMod
             result: T = policy(function)
         finally:
             policy.set_reshard_after_forward(True)
+            # As FSDP2 has it: the root's weights are wanted again right away, by the backward.
+            policy.set_reshard_after_forward(False, recurse=False)
             for module in policy.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()

@@ -11,7 +11,7 @@ Method. Each trainer runs its own loop in a process of its own; they take turns,
 AdamW, a frozen copy as the reference, KL in play (beta 0.01), no gradient checkpointing, float32
 products under the same torch.set_float32_matmul_precision for all, the one agro_train chooses on
 this CPU. Completions have exactly --completion-length tokens: none may end early. TRL takes
---generations completions a micro-batch, ours token_budget's default of tokens.
+--generations completions a micro-batch, ours up to 512 tokens, the setting of smollm2-arithmetic.
 
 One row of the CSV is one trainer:
 

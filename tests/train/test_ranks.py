@@ -94,6 +94,21 @@ def test_two_ranks_take_the_steps_of_one(
     assert moved > 0.1 and apart < 1e-3 * moved
 
 
+def test_sharded_in_bfloat16_with_checkpointing_is_near_the_run_of_one(
+    model: Path, recorded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    log, _ = recorded
+    more = ["mixed_precision=bf16", "gradient_checkpointing=true", "steps=1", "eval_every=0"]
+    shared = [f"recorded=[{log}]", *more]
+    assert main(settings(tmp_path / "one", model, *shared)) == 0
+    launch(settings(tmp_path / "two", model, *shared, "fsdp=true"))
+    (ours,), (theirs,) = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    # Weights are rounded to bfloat16 once for all layers here, layer by layer there.
+    assert ours["kl"] == theirs["kl"] == 0.0 and not ours["skipped"]
+    for key in ("loss", "grad_norm", "entropy"):
+        assert ours[key] == pytest.approx(theirs[key], rel=0.03), key
+
+
 @pytest.mark.parametrize(
     "spread",
     [["fsdp=false"], ["fsdp=true"], ["fsdp=true", "use_peft=true"]],
