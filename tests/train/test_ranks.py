@@ -103,8 +103,9 @@ def test_sharded_in_bfloat16_with_checkpointing_is_near_the_run_of_one(
     assert main(settings(tmp_path / "one", model, *shared)) == 0
     launch(settings(tmp_path / "two", model, *shared, "fsdp=true"))
     (ours,), (theirs,) = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
-    # Weights are rounded to bfloat16 once for all layers here, layer by layer there.
-    assert ours["kl"] == theirs["kl"] == 0.0 and not ours["skipped"]
+    # FSDP2 and autocast round in different places, and the reference's log-probabilities are kept
+    # from the first run.
+    assert theirs["kl"] == 0.0 and abs(ours["kl"]) < 0.01 and not ours["skipped"]
     for key in ("loss", "grad_norm", "entropy"):
         assert ours[key] == pytest.approx(theirs[key], rel=0.03), key
 
