@@ -28,6 +28,8 @@ from agro_train.model import unwrap
 
 # Not shards, on the CPU, and of a model with an adapter only the adapter.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+# To load: there cpu_offload would first copy the optimiser's empty state to the CPU.
+ONTO_DEVICES = replace(WHOLE, cpu_offload=False)
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
 NEWEST = "latest_checkpoint"  # file in the run's folder: the name of its newest checkpoint
@@ -181,9 +183,16 @@ def read_state(path: Path) -> TrainerState:
 def load_optimizer(
     path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> None:
-    """Puts a checkpoint's optimiser and schedule back, onto however many ranks there are now."""
-    saved = torch.load(path / OPTIMIZER, weights_only=True)
-    set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=WHOLE)
+    """Puts a checkpoint's optimiser and schedule back, onto however many ranks there are now.
+
+    The file is mapped: the ranks of a machine share its pages and none holds it whole.
+    """
+    saved = torch.load(path / OPTIMIZER, weights_only=True, mmap=True)
+    set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=ONTO_DEVICES)
+    for moments in optimizer.state.values():
+        for name, moment in moments.items():
+            if moment.device.type == "cpu":  # still the file's pages, and the file will be deleted
+                moments[name] = moment.clone()
     scheduler.load_state_dict(saved["scheduler"])
     # The optimiser's rate is that of the schedule it was saved with; more steps may make another.
     for group, rate, factor in zip(

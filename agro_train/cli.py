@@ -138,7 +138,9 @@ def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
         run.accelerator.end_training()
     except Exception as error:
         status = _refuse(_full_disk(error, config.output_dir))
-        run.accelerator.end_training()
+        # Not end_training: the other ranks are in a collective, and to leave its group takes all.
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
     # The wrapped models are cycles that hold the process group. Collected here its threads are
     # joined; left to the interpreter's end they are sometimes found running, which aborts.
     del run
@@ -223,7 +225,10 @@ def _eval(model: str, settings: Sequence[str]) -> int:
 def _serve(model: str, options: Sequence[str]) -> int:
     if importlib.util.find_spec("vllm") is None:
         return _refuse(
-            ValueError("serve: expected the package vllm, got none; pip install 'agro[vllm]'")
+            ValueError(
+                "serve: expected the package vllm, got none; pip install '.[vllm]' in this "
+                "project's folder"
+            )
         )
     from agro_train.vllm_client import serve_command
 

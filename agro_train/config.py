@@ -73,8 +73,7 @@ class TrainConfig:
     # Rewards: number | math | module:function, or several, [math,module:function].
     reward: list[str] = field(default_factory=lambda: ["number"])
     reward_weights: list[float] = field(default_factory=list)  # one a function; empty: 1 each
-    # For one call of a function of your own. Three late ones end a step's scoring; keep them below
-    # the 10 minutes that the other ranks wait for this one, torch's limit for a collective.
+    # For one call of a function of your own. Three late ones end a step's scoring; all ranks wait.
     reward_timeout_s: float = 90.0
     math_timeout_s: float = 5.0  # for checking one completion against the gold answer
 
@@ -99,8 +98,8 @@ class TrainConfig:
     use_vllm: bool = False
     vllm_mode: str = "colocate"  # colocate | server, which `agro serve MODEL` starts
     vllm_server_base_url: str = "http://127.0.0.1:8000"
-    vllm_server_timeout: float = 240.0  # seconds to wait for the server, or for one of its answers
-    vllm_weights_dir: str = ""  # server: folder both see; empty: memory, or output_dir if it is far
+    vllm_server_timeout: float = 240.0  # seconds: for its start, and answers other than tokens
+    vllm_weights_dir: str = ""  # a server sees it, too; empty: memory, or output_dir if it is far
     vllm_gpu_memory_utilization: float = 0.3  # colocate: vLLM's share of the GPU
     vllm_max_model_length: int = 0  # colocate: tokens; 0: the longest prompt and completion
     vllm_tensor_parallel_size: int = 1  # colocate: GPUs that share the model
@@ -122,7 +121,7 @@ class TrainConfig:
     # The run.
     output_dir: str = "runs/agro"
     seed: int = 0
-    save_every: int = 0  # steps; 0: only at the end
+    save_every: int = 50  # steps; 0: only at the end
     save_total_limit: int = 2  # checkpoints kept
     matmul_precision: str = "auto"  # float32 products: auto | highest | high | medium
 
@@ -304,6 +303,10 @@ class TrainConfig:
         """How many of a step's groups come from earlier steps, once there are as many."""
         left = self.prompts_per_step - self.recorded_prompts_per_step
         return min(left, round(self.prompts_per_step * self.replay_fraction))
+
+    @property
+    def evaluates(self) -> bool:
+        return self.eval_every > 0 and self.eval_prompts > 0
 
     def variance_baseline(self) -> float | str:
         """lr_baseline as agro_coefficients takes it."""

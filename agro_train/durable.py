@@ -10,9 +10,13 @@ from pathlib import Path
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def replace(path: Path, text: str) -> None:
-    """Puts a file with this text in the place of what is there, or leaves everything as it was."""
-    partial = path.with_name(f".partial-{path.name}")
+def replace(path: Path, text: str, *, shared: bool = False) -> None:
+    """Puts a file with this text in the place of what is there, or leaves everything as it was.
+
+    `shared`: other processes may write the same file at the same time; the last one's stays.
+    """
+    writer = f"{os.getpid()}-" if shared else ""
+    partial = path.with_name(f".partial-{writer}{path.name}")
     try:
         partial.write_text(text, encoding="utf-8", errors="surrogatepass")
         sync(partial)

@@ -1,7 +1,6 @@
 """Where a run ran: software, machine, command and commit, in its folder's environment.json."""
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from agro_train import durable
+
 PACKAGES = ("agro", "torch", "transformers", "accelerate", "triton")
 
 
@@ -26,17 +27,22 @@ def record_start(folder: Path, step: int, accelerator: Accelerator, *, resumed: 
     before = read_starts(folder) if resumed else []
     run_id = before[0]["run_id"] if before else uuid.uuid4().hex
     starts = [*before, {"run_id": run_id, "step": step, **describe_environment(accelerator)}]
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(starts, indent=2) + "\n", encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    durable.replace(path, json.dumps(starts, indent=2) + "\n")
     return str(run_id)
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """What `record_start` has written, oldest first; none for a folder that has no such file."""
-    path = folder / "environment.json"
-    starts: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    return starts
+    """What `record_start` has written, oldest first; nothing where there is no such file or it
+    cannot be read, for no run needs it.
+    """
+    try:
+        starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # json's and unicode's errors are ValueErrors
+        return []
+    whole = isinstance(starts, list) and all(
+        isinstance(start, dict) and {"run_id", "step"} <= start.keys() for start in starts
+    )
+    return starts if whole else []
 
 
 def describe_environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
+from agro_train import durable
 from agro_train.batch import pack
 from agro_train.config import TrainConfig
 from agro_train.recorded import Recorded, RecordedFile
@@ -148,11 +149,9 @@ def read(path: Path, count: int, say: Callable[[str], None]) -> Known:
 
 
 def write(path: Path, known: Mapping[int, float]) -> None:
-    """The whole file or none: written beside, then renamed."""
+    """The whole file or none; runs on one machine may write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    partial.write_text(json.dumps(known))
-    os.replace(partial, path)
+    durable.replace(path, json.dumps(known), shared=True)
 
 
 def _check_claims(file: RecordedFile, values: Mapping[int, float]) -> None:

@@ -4,13 +4,14 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, get_scheduler
 from transformers.utils import logging as transformers_logging
@@ -42,6 +43,10 @@ from agro_train.trackers import check_trackers, start_trackers
 from agro_train.tracking import RunFolder
 from agro_train.types import Prompt
 
+# How long ranks wait in a collective. The main one alone checks and writes checkpoints, which takes
+# longer than NCCL's 10 minutes where the model is large and the disk slow.
+LONGEST_WAIT = timedelta(hours=3)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -63,6 +68,7 @@ class Run:
     rewards: Rewards
     base_model: str  # fingerprint of the reference's weights
     start: int  # steps already taken
+    evaluated: bool  # whether the record has the evaluation after them
     summary: str
 
     @property
@@ -90,18 +96,16 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     check_trackers(config.report_to)
     rewards = load_rewards(config)
     mix = plan(config)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        cpu=not torch.cuda.is_available(),
-        log_with=config.report_to or None,
-        project_dir=folder.path / "tensorboard",
-    )
+    accelerator = start_accelerator(config)
     check_launch(accelerator)
     newest = newest_checkpoint(folder.path, accelerator) if resume else None
     state = checkpoint.read_state(newest) if newest is not None else None
-    if state is not None and state.step >= config.steps:
+    taken = 0 if state is None else state.step
+    evaluated = state is not None and folder.evaluated(taken)
+    ended = folder.page.exists() and (evaluated or not config.evaluates)
+    if taken > config.steps or (taken == config.steps and ended):
         raise ValueError(
-            f"steps: expected more than the {state.step} that {folder.path} has already taken, got "
+            f"steps: expected more than the {taken} that {folder.path} has already taken, got "
             f"{config.steps}; add steps=N to go on"
         )
     if config.recorded and accelerator.is_main_process:
@@ -182,12 +186,11 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         recorded = with_ref_logprobs(
             recorded, used, reference, reference_id, config, accelerator, accelerator.print
         )
-    taken = 0 if state is None else state.step
     accelerator.wait_for_everyone()  # no rank creates the folder while another checks it
     if accelerator.is_main_process:
         if state is not None:
-            checkpoint.set_aside(folder.path, state.step)
-            folder.rewind(state.step, config.to_yaml())
+            checkpoint.set_aside(folder.path, taken)
+            folder.rewind(taken, config.to_yaml())
         else:
             folder.create(config.to_yaml())
             if warm_model is not None:
@@ -230,7 +233,18 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         rewards=rewards,
         base_model=base_model,
         start=taken,
+        evaluated=evaluated,
         summary=summary,
+    )
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=not torch.cuda.is_available(),
+        log_with=config.report_to or None,
+        project_dir=Path(config.output_dir) / "tensorboard",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
 
 

@@ -1,6 +1,7 @@
 """What a run leaves behind and shows: metrics.jsonl, logs of rollouts, the console."""
 
 import io
+import itertools
 import json
 import math
 import re
@@ -34,6 +35,7 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
+        self.page = path / "report.html"  # the last thing that a run writes
 
     def check_unused(self) -> None:
         """Raises ValueError if a run is already there.
@@ -50,11 +52,10 @@ class RunFolder:
             )
 
     def create(self, config_yaml: str) -> None:
-        """Makes the folder, without what a run left there that came to no checkpoint."""
-        self.metrics.unlink(missing_ok=True)
-        self._drop_after(-1)
-        for plot in self.path.glob("plots/*.png"):
-            plot.unlink()
+        """Makes the folder. The record of a run that came to no checkpoint goes to unfinished-N."""
+        self._set_aside()
+        for drawn in (*self.path.glob("plots/*.png"), self.page):
+            drawn.unlink(missing_ok=True)
         for folder in (self.path, self.path / "rollouts", self.path / "samples"):
             folder.mkdir(parents=True, exist_ok=True)
         durable.replace(self.config, config_yaml)
@@ -62,20 +63,42 @@ class RunFolder:
     def rewind(self, step: int, config_yaml: str) -> None:
         """Drops what was logged after a step: a resumed run continues the record exactly."""
         durable.replace(self.config, config_yaml)
-        self._drop_after(step)
-
-    def _drop_after(self, step: int) -> None:
+        self.page.unlink(missing_ok=True)
         if self.metrics.exists():
-            # A line cut off by a crash has no end; it is of a step that has to be taken again.
-            lines = self.metrics.read_text().splitlines(keepends=True)
-            rows = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in rows if json.loads(line)["step"] <= step]
+            kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
             durable.replace(self.metrics, "".join(kept))
         for log in [*self.path.glob("rollouts/*.jsonl"), *self.path.glob("samples/*.jsonl")]:
             # Other names are not the run's own: `agro score` writes step-N.scored.jsonl here.
             found = re.fullmatch(r"(\.partial-)?step-(\d+)", log.stem)
             if found and (found[1] or int(found[2]) > step):
                 log.unlink()
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the record has the evaluation after a step."""
+        rows = [json.loads(line) for line in self._lines()] if self.metrics.exists() else []
+        return any(row["step"] == step and "eval_accuracy" in row for row in rows)
+
+    def _lines(self) -> list[str]:
+        # A line cut off by a crash has no end; it is of a step that has to be taken again.
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n")]
+
+    def _set_aside(self) -> None:
+        logs = [self.path / "rollouts", self.path / "samples"]
+        for log in logs:
+            for partial in log.glob(".partial-*"):
+                partial.unlink()
+        record = [path for path in logs if path.is_dir() and any(path.iterdir())]
+        record += [self.metrics] if self.metrics.exists() else []
+        if record:
+            aside = next(
+                path
+                for number in itertools.count(1)
+                if not (path := self.path / f"unfinished-{number}").exists()
+            )
+            aside.mkdir()
+            for path in record:
+                path.rename(aside / path.name)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a row to metrics.jsonl; a number that is not finite becomes null."""

@@ -26,14 +26,16 @@ def train(run: Run) -> Path:
     """Takes a run that `setup` has put together to its last step. Returns the output folder.
 
     A resumed run goes on from its newest checkpoint; on a CPU the result is then bitwise that of
-    a run that was never interrupted.
+    a run that was never interrupted. If that was its last step, only what is missing is made.
     """
     config = run.config
     with Display(
         run.start, config.steps, samples_every=config.samples_every, quiet=not run.main
     ) as display:
         display.say(run.summary)
-        evaluation = run_evaluation(run, 0, display) if run.start == 0 else None
+        evaluation = None
+        if not run.evaluated and (run.start == config.steps or due(config.eval_every, run.start)):
+            evaluation = run_evaluation(run, run.start, display)
         taken = saved = run.start
         try:
             for step in range(run.start, config.steps):
@@ -174,3 +176,4 @@ def save(run: Run, step: int) -> None:
         keep=run.config.save_total_limit,
         main=run.main,
     )
+    run.accelerator.wait_for_everyone()  # while the main rank writes, the others stay

@@ -251,17 +251,47 @@ def test_full_disk_leaves_the_record_as_it_was(tmp_path: Path) -> None:
     assert [json.loads(row)["step"] for row in folder.metrics.read_text().splitlines()] == [1, 2]
 
 
-def test_start_without_a_checkpoint_clears_the_record_and_nothing_else(tmp_path: Path) -> None:
+def test_start_without_a_checkpoint_keeps_the_record_aside(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.create("a: 1\n")
-    folder.log(1, {"reward": 0.5})
-    for name in ("step-000001.jsonl", ".partial-step-000002.jsonl", "step-000001.scored.jsonl"):
-        (tmp_path / "rollouts" / name).write_text("")
-    (tmp_path / "samples" / "step-000000.jsonl").write_text("")
-    folder.create("a: 2\n")
-    assert names(tmp_path / "rollouts") == {"step-000001.scored.jsonl"}
-    assert not names(tmp_path / "samples") and not folder.metrics.exists()
-    assert folder.config.read_text() == "a: 2\n"
+    for attempt in (1, 2, 3):
+        folder.create(f"a: {attempt}\n")
+        assert not names(tmp_path / "rollouts") and not names(tmp_path / "samples")
+        assert not folder.metrics.exists() and not folder.page.exists()
+        if attempt < 3:
+            folder.log(attempt, {"reward": 0.5})
+            folder.page.write_text("old")
+            for name in ("rollouts/step-000001.jsonl", "rollouts/.partial-step-000002.jsonl"):
+                (tmp_path / name).write_text(f"{attempt}")
+            (tmp_path / "samples" / "step-000000.jsonl").write_text(f"{attempt}")
+    folder.create("a: 4\n")  # nothing was recorded: there is nothing to keep
+    assert names(tmp_path) == {
+        *("config.yaml", "rollouts", "samples", "unfinished-1", "unfinished-2")
+    }
+    for attempt in (1, 2):
+        aside = tmp_path / f"unfinished-{attempt}"
+        assert names(aside) == {"metrics.jsonl", "rollouts", "samples"}
+        assert names(aside / "rollouts") == {"step-000001.jsonl"}
+        assert (aside / "rollouts" / "step-000001.jsonl").read_text() == f"{attempt}"
+        assert (aside / "samples" / "step-000000.jsonl").read_text() == f"{attempt}"
+        assert json.loads((aside / "metrics.jsonl").read_text())["step"] == attempt
+    assert folder.config.read_text() == "a: 4\n"
+
+
+def test_loaded_moments_are_the_saved_ones_and_no_pages_of_the_file(training: Training) -> None:
+    training.scheduler = get_scheduler("constant", training.optimizer)
+    path = training.save(2)
+    saved = {
+        parameter: {name: value.clone() for name, value in moments.items()}
+        for parameter, moments in training.optimizer.state.items()
+    }
+    training.optimizer.state.clear()  # as in a process that has taken no step
+    training.optimizer.zero_grad()
+    checkpoint.load_optimizer(path, training.policy, training.optimizer, training.scheduler)
+    assert training.optimizer.state.keys() == saved.keys()
+    for parameter, moments in training.optimizer.state.items():
+        assert moments.keys() == saved[parameter].keys()
+        assert all(torch.equal(moments[name], saved[parameter][name]) for name in moments)
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_longer_schedule_takes_over_at_once(training: Training) -> None:

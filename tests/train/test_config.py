@@ -89,6 +89,10 @@ def test_combination_that_cannot_work_is_refused(settings: list[str], argument: 
         config.load(None, settings)
 
 
+def test_run_saves_before_its_end_by_default() -> None:
+    assert 0 < config.TrainConfig().save_every <= 50 < config.TrainConfig().steps
+
+
 def test_one_reward_may_stand_without_brackets() -> None:
     assert config.load(None, ["reward=math"]).reward == ["math"]
     several = config.load(None, ["reward=[math,my.module:function]", "reward_weights=[1,0.2]"])

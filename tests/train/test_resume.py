@@ -63,7 +63,7 @@ MOMENTS = [
     ("open", "/base_model/tokenizer_config.json"),  # before there is the reference
     ("open", "/samples/.partial-step-000000.jsonl"),  # in the first evaluation
     ("open", "/rollouts/.partial-step-000002.jsonl"),  # before the first checkpoint
-    ("os.remove", "/rollouts/step-000001.jsonl"),  # while it starts again
+    ("os.rename", "/rollouts"),  # while it starts again
     ("open", "/.partial-checkpoint-2/optimizer.pt"),  # while the first checkpoint is written
     ("os.rename", "/.partial-checkpoint-2"),  # when it has everything but its name
     ("open", "/samples/.partial-step-000003.jsonl"),  # in an evaluation

@@ -1,12 +1,14 @@
 """Checks of a run before it begins."""
 
+from datetime import timedelta
+
 import pytest
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 
 from agro_train.config import TrainConfig
 from agro_train.mix import plan
-from agro_train.run import check_context, check_launch, check_ranks, readable
+from agro_train.run import check_context, check_launch, check_ranks, readable, start_accelerator
 from agro_train.types import Prompt
 
 PROMPTS = [Prompt("a", "1+2=", (3, 4, 5), {"answer": "3"}), Prompt("b", "1", (3,), {"answer": "1"})]
@@ -18,6 +20,11 @@ def test_completions_must_fit_the_context() -> None:
     check_context(config, PROMPTS, None)
     with pytest.raises(ValueError, match="max_completion_length: expected at most 19, .* got 20"):
         check_context(config, PROMPTS, 22)
+
+
+def test_ranks_wait_for_hours_while_the_main_one_writes() -> None:
+    accelerator = start_accelerator(TrainConfig())
+    assert accelerator.init_handler.timeout >= timedelta(hours=1)  # NCCL's own is 10 minutes
 
 
 def test_gold_answers_of_which_none_can_be_read_are_refused() -> None:

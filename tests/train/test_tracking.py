@@ -14,6 +14,7 @@ import accelerate.tracking
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
@@ -24,6 +25,7 @@ from agro_train import config as configuration
 from agro_train import trackers
 from agro_train.cli import main
 from agro_train.data import read_jsonl
+from agro_train.environment import read_starts, record_start
 from agro_train.run import Run
 from agro_train.tracking import Display, RunFolder, best_and_worst, peak_memory_gb
 from agro_train.types import Rollout
@@ -132,6 +134,17 @@ def test_no_completion_breaks_the_console(width: int, encoding: str) -> None:
     assert all(cell_len(line) <= width for part in plain.split("\n") for line in part.split("\r"))
     if width == 200:
         assert "[/asy] [red]x" in plain and "reward nan" in plain
+
+
+@pytest.mark.parametrize("text", ["", '[{"run_id": "a', "{}", "[1]", "\udcff"])
+def test_environment_that_cannot_be_read_is_written_anew(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "environment.json"
+    path.write_text(text, errors="surrogateescape")
+    assert read_starts(tmp_path) == []
+    run_id = record_start(tmp_path, 3, Accelerator(cpu=True), resumed=True)
+    (start,) = read_starts(tmp_path)
+    assert start["run_id"] == run_id and start["step"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["environment.json"]
 
 
 def test_best_and_worst_are_different_and_have_rewards() -> None:

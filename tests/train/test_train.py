@@ -1,5 +1,6 @@
 """Whole runs on the tiny model: what they leave behind, offline data, resuming, refusals."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -7,11 +8,13 @@ from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import agro_train.train
 from agro_train import config as configuration
 from agro_train.cli import main
 from agro_train.data import read_jsonl
@@ -97,6 +100,50 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(finished: Path, tmp_path: 
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not [p for p in folder.iterdir() if "partial" in p.name]
+
+
+def test_run_killed_before_its_report_is_completed(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "last"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("report.html", "plots"))
+    rows = read_jsonl(folder / "metrics.jsonl")
+    assert rows[-1]["step"] == 4 and "eval_accuracy" in rows[-1]
+    # As if its last evaluation had failed, too, for which what was learned is saved.
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    (folder / "samples" / "step-000004.jsonl").unlink()
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(finished)
+    for name in ("report.html", "plots/overview.png", "samples/step-000004.jsonl"):
+        assert (folder / name).stat().st_size
+    message = refusal(["train", "--resume", str(folder)], capsys)
+    assert "steps: expected more than the 4" in message
+
+
+def test_ranks_wait_for_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(agro_train.train.checkpoint, "save", lambda *_, **__: done.append("save"))
+    run = MagicMock()
+    run.accelerator.wait_for_everyone = lambda: done.append("wait")
+    agro_train.train.save(run, 1)
+    assert done == ["save", "wait"]
+
+
+def test_error_of_one_rank_leaves_the_process_group_alone(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may be in a collective, and leaving it takes all; the trackers are finished."""
+    tracker, ended = MagicMock(), []
+
+    def full_disk(run: Any) -> None:
+        run.accelerator.trackers = [tracker]
+        run.accelerator.end_training = lambda: ended.append(True)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(agro_train.train, "train", full_disk)
+    assert train(tmp_path / "full", *from_base(finished)) == 2
+    tracker.finish.assert_called_once_with()
+    assert not ended
 
 
 def test_resume_can_go_on_for_longer(finished: Path, tmp_path: Path) -> None:
@@ -219,6 +266,7 @@ def test_reward_that_always_fails_stops_the_run_before_its_first_step(
     assert train(folder, *settings, "eval_every=0") == 0
     assert [row["step"] for row in metrics(folder)] == [1]
     assert not list(folder.glob("samples/*"))
+    assert list(folder.glob("unfinished-1/samples/*"))
 
 
 def test_folder_with_a_config_of_something_else_is_left_alone(tmp_path: Path) -> None:
