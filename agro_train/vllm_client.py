@@ -30,6 +30,10 @@ MEMORY = Path("/dev/shm")  # files that never reach a disk, where the system has
 BACKEND = "agro"  # of weight transfer
 EXTENSION = "agro_train.vllm_worker.WorkerExtension"
 AT_ONCE = 256  # requests to a server
+# Seconds for a request of tokens. Those of all ranks queue up at the server, and a step's may well
+# take an hour; a server that dies closes its connections, and is noticed at once all the same.
+TOKENS_S = 6 * 3600.0
+RETRY_S = 1.0
 FORGET_S = 10.0
 
 
@@ -108,10 +112,13 @@ class Colocated:
         return answers
 
     def load(self, files: Iterable[Path]) -> None:
-        with broken("to take new weights"):
+        taking = "to take new weights"
+        with broken(taking):
             self.llm.start_weight_update()
-            for path in files:
+        for path in files:  # writes the file, and may fail on its own account
+            with broken(taking):
                 self.llm.update_weights({"update_info": {"path": str(path)}})
+        with broken(taking):
             self.llm.finish_weight_update()
             forget(lambda: bool(self.llm.reset_prefix_cache()))
 
@@ -145,7 +152,8 @@ def broken(what: str) -> Iterator[None]:
 
 
 class Server:
-    """A vLLM server, as `agro serve` starts one."""
+    """A vLLM server, as `agro serve` starts one. `timeout_s` is for its start, and for every answer
+    but tokens."""
 
     def __init__(self, base_url: str, timeout_s: float) -> None:
         self.base_url, self.timeout_s = base_url.rstrip("/"), timeout_s
@@ -157,75 +165,117 @@ class Server:
         deadline = time.monotonic() + self.timeout_s
         while True:
             try:
-                card = self._call("/v1/models")["data"][0]
+                found = self._call("/v1/models")
+                with self._answered():
+                    got = int(found["data"][0].get("max_model_len") or length)
                 break
             except BrokenEngine as error:
                 if time.monotonic() > deadline:
                     raise ValueError(
                         f"vllm_server_base_url: expected a vLLM server at {self.base_url}, got no "
-                        f"answer within {self.timeout_s:g} s ({error}); {hint}"
+                        f"answer of one within {self.timeout_s:g} s ({error}); {hint}"
                     ) from error
                 time.sleep(1.0)
-        if (got := card.get("max_model_len") or length) < length:
+        if got < length:
             raise ValueError(
                 f"vllm: expected a server that reads {length} tokens, the longest prompt and "
                 f"completion, got one that reads {got}; {hint} --max-model-len {length}"
             )
         try:
             self._call("/init_weight_transfer_engine", {"init_info": {}})
-            self.ask([Request((0,), {"max_tokens": 1})])
+            self._tokens(Request((0,), {"max_tokens": 1}), self.timeout_s)
         except BrokenEngine as error:
             raise ValueError(
                 f"vllm: expected a server that takes new weights and tokens, got {error}; {hint}"
             ) from error
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        def one(request: Request) -> Answer:
-            found = self._call(
-                "/inference/v1/generate",
-                {"token_ids": list(request.prompt_ids), "sampling_params": request.parameters},
-            )
-            choice = found["choices"][0]
-            logprobs = (choice.get("logprobs") or {}).get("content") or []
-            read = zip(request.prompt_ids, found.get("prompt_logprobs") or [], strict=False)
-            return Answer(
-                tuple(choice["token_ids"]),
-                tuple(at["logprob"] for at in logprobs),
-                tuple(at[str(token)]["logprob"] for token, at in list(read)[1:]),
-            )
-
         with ThreadPoolExecutor(min(AT_ONCE, len(requests))) as threads:
-            return list(threads.map(one, requests))
+            return list(threads.map(self._tokens, requests))
 
     def load(self, files: Iterable[Path]) -> None:
         self._call("/start_weight_update", {})
         for path in files:
             self._call("/update_weights", {"update_info": {"path": str(path)}})
         self._call("/finish_weight_update", {})
-        forget(lambda: bool(self._call("/reset_prefix_cache", {})["success"]))
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """GET without a body, else POST."""
+        def emptied() -> bool:
+            found = self._call("/reset_prefix_cache", {})
+            with self._answered():
+                return bool(found["success"])
+
+        forget(emptied)
+
+    def _tokens(self, request: Request, timeout_s: float = TOKENS_S) -> Answer:
+        path = "/inference/v1/generate"
+        body = {"token_ids": list(request.prompt_ids), "sampling_params": request.parameters}
+        # Asked again once where the connection is refused, as it may be to one of many at once:
+        # the server then has not seen the request.
+        found = self._call(path, body, timeout_s, attempts=2)
+        with self._answered():
+            choice = found["choices"][0]
+            logprobs = (choice.get("logprobs") or {}).get("content") or []
+            read = zip(request.prompt_ids, found.get("prompt_logprobs") or [], strict=False)
+            return Answer(
+                tuple(int(token) for token in choice["token_ids"]),
+                tuple(float(at["logprob"]) for at in logprobs),
+                tuple(float(at[str(token)]["logprob"]) for token, at in list(read)[1:]),
+            )
+
+    def _call(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        timeout_s: float | None = None,
+        attempts: int = 1,
+    ) -> dict[str, Any]:
+        """GET without a body, else POST. Raises BrokenEngine, whatever goes wrong."""
         request = urllib.request.Request(
             self.base_url + path,
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
+        with self._answered():
+            for left in reversed(range(attempts)):
+                try:
+                    text = self._read(request, timeout_s or self.timeout_s)
+                    break
+                except urllib.error.URLError as error:
+                    if not (left and isinstance(error.reason, ConnectionRefusedError)):
+                        raise
+                time.sleep(RETRY_S)
+            found: dict[str, Any] = json.loads(text) if text.strip() else {}
+            return found
+
+    def _read(self, request: urllib.request.Request, timeout_s: float) -> bytes:
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                text = response.read()
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                text: bytes = response.read()
+                return text
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace").strip()[:300]
             raise BrokenEngine(
-                f"vllm: expected {self.base_url}{path} to work, got status {error.code}: {reason}"
+                f"vllm: expected {request.full_url} to work, got status {error.code}: {reason}"
             ) from error
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Turns what asking the server and reading its answer raise into BrokenEngine, on which
+        all ranks end together."""
+        try:
+            yield
+        except BrokenEngine:
+            raise
         except (OSError, http.client.HTTPException) as error:
             raise BrokenEngine(
                 f"vllm: expected an answer from {self.base_url}, got {error!r}; start the server "
                 "again with `agro serve MODEL`, and then the run with --resume"
             ) from error
-        found: dict[str, Any] = json.loads(text) if text.strip() else {}
-        return found
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BrokenEngine(
+                f"vllm: expected an answer from {self.base_url} in the form of vLLM's, got one "
+                f"that does not read as such ({error!r}); start a server with `agro serve MODEL`"
+            ) from error
 
 
 def serve_command(model: str, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -255,7 +305,7 @@ def serve_command(model: str, options: Sequence[str]) -> tuple[list[str], dict[s
 
 def weights_folder(config: TrainConfig) -> Path:
     """Where weights lie on their way to vLLM: where both sides see them."""
-    if config.vllm_mode == "server" and config.vllm_weights_dir:
+    if config.vllm_weights_dir:
         return Path(config.vllm_weights_dir).resolve()
     host = urlsplit(config.vllm_server_base_url).hostname
     near = config.vllm_mode == "colocate" or host in ("localhost", "127.0.0.1", "::1")
