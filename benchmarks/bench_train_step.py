@@ -41,7 +41,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.turns import PAUSE_S, Turn, tail
+from benchmarks.turns import Turn, rounds, tail
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -242,7 +242,7 @@ TRAINERS: dict[str, Callable[[Stopwatch, Setting], None]] = {
 
 
 def _measure(connection: Connection, trainer: str, setting: Setting) -> None:
-    """The process: sends a Step when warm, and one for every "step" received."""
+    """The process: sends a Step when warm, and one for every call received."""
     torch.set_num_threads(setting.threads)
     torch.set_float32_matmul_precision(setting.precision)
     try:
@@ -263,17 +263,11 @@ def in_turn(trainers: Sequence[str], setting: Setting) -> list[Steps]:
         answer = turn.receive()  # the first step, which is not counted
         found.append(Steps(trainer, status="ok" if isinstance(answer, Step) else str(answer)))
         turns.append(turn)
-    for _ in range(setting.steps):
-        for turn, steps in zip(turns, found, strict=True):
-            if steps.status != "ok":
-                continue
-            time.sleep(PAUSE_S)
-            turn.send("step")
-            answer = turn.receive()
-            if isinstance(answer, Step):
-                steps.steps.append(answer)
-            else:
-                steps.status = str(answer)
+    for index, answer in rounds(turns, setting.steps, lambda i: found[i].status == "ok"):
+        if isinstance(answer, Step):
+            found[index].steps.append(answer)
+        else:
+            found[index].status = str(answer)
     for turn, steps in zip(turns, found, strict=True):
         turn.close()
         if steps.status != "ok":

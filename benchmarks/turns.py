@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -211,6 +211,19 @@ class Turn:
         self.process.join()
 
 
+def rounds(
+    turns: Sequence[Turn], count: int, goes_on: Callable[[int], bool]
+) -> Iterator[tuple[int, Any]]:
+    """(number of a process, its answer): one call of each after the other's, `count` times. A
+    process is left out as soon as goes_on(its number) is false."""
+    for _ in range(count):
+        for index, turn in enumerate(turns):
+            if goes_on(index):
+                time.sleep(PAUSE_S)
+                turn.send("call")
+                yield index, turn.receive()
+
+
 def in_turn(
     jobs: Sequence[Job], repetitions: int, *, max_call_s: float = float("inf"), say: Any = print
 ) -> list[Measured]:
@@ -229,17 +242,12 @@ def in_turn(
             measured = answer if isinstance(answer, Measured) else Measured(job, status=answer)
             turns.append(turn)
             found.append(measured)
-        for _ in range(repetitions):
-            for turn, measured in zip(turns, found, strict=True):
-                if measured.status != "ok":
-                    continue
-                time.sleep(PAUSE_S)
-                turn.send("call")
-                answer = turn.receive()
-                if isinstance(answer, float):
-                    measured.times_s.append(answer)
-                else:
-                    measured.status = answer if isinstance(answer, str) else answer.status
+        for index, answer in rounds(turns, repetitions, lambda i: found[i].status == "ok"):
+            measured = found[index]
+            if isinstance(answer, float):
+                measured.times_s.append(answer)
+            else:
+                measured.status = answer if isinstance(answer, str) else answer.status
         for turn, measured in zip(turns, found, strict=True):
             turn.close()
             if measured.status.startswith(("failed", "died")):
