@@ -8,7 +8,7 @@ float64, and where Triton or the native part is missing.
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -183,15 +183,16 @@ def _empty_gradients(
 
 def _linear_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, lse, entropy = output
-    _save(ctx, inputs, lse, entropy)
+    save_head(ctx, inputs, lse, entropy)
 
 
 def _target_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     lse = inputs[-1]
-    _save(ctx, inputs, lse, lse.new_empty(0))
+    save_head(ctx, inputs, lse, lse.new_empty(0))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], lse: Tensor, entropy: Tensor) -> None:
+def save_head(ctx: Any, inputs: Sequence[Any], lse: Tensor, entropy: Tensor) -> None:
+    """Keeps what `backward_arguments` gives back. The last of an op's inputs is not needed."""
     hidden, weight, targets, bias, temperature, token_temperature, softcap, *others = inputs
     ignore_index, round_logits, kept, _ = others
     ctx.save_for_backward(hidden, weight, targets, bias, token_temperature, kept, lse, entropy)
@@ -207,12 +208,28 @@ def _logprobs_backward(
     dentropy: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of both ops: a given lse is what the inputs make it, not a constant."""
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    dhidden, dweight, dbias = torch.ops.agro.linear_logprobs_bwd(
+        *backward_arguments(ctx, dlogprobs, dlse, dentropy), [need_hidden, need_weight, need_bias]
+    )
+    return (
+        dhidden if need_hidden else None,
+        dweight if need_weight else None,
+        None,
+        dbias if need_bias else None,
+        *[None] * 7,
+    )
+
+
+def backward_arguments(
+    ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
+) -> tuple[Any, ...]:
+    """What the ops of the gradients take, up to output_mask, after `save_head`."""
     hidden, weight, targets, bias, token_temperature, kept, lse, entropy = ctx.saved_tensors
     temperature, softcap, ignore_index, round_logits = ctx.options
     if entropy.shape != lse.shape:
         dentropy = None  # the forward pass made no entropy: what came is the gradient of nothing
-    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    gradients = torch.ops.agro.linear_logprobs_bwd(
+    return (
         dlogprobs,
         dlse,
         dentropy,
@@ -228,15 +245,6 @@ def _logprobs_backward(
         kept,
         lse,
         entropy,
-        [need_hidden, need_weight, need_bias],
-    )
-    dhidden, dweight, dbias = gradients
-    return (
-        dhidden if need_hidden else None,
-        dweight if need_weight else None,
-        None,
-        dbias if need_bias else None,
-        *[None] * 7,
     )
 
 

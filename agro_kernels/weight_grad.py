@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import agro_kernels.library  # noqa: F401  (registers the ops)
+from agro_kernels.library import backward_arguments, save_head
 
 
 def refuse_under_compile() -> None:
@@ -35,17 +35,13 @@ class AccumulatingLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *of_op, lse = arguments
-        hidden, weight, targets, bias, temperature, token_temperature, softcap, *others = of_op
-        ignore_index, round_logits, kept, _ = others
         if lse is None:
             logprobs, lse, entropy = torch.ops.agro.linear_logprobs_fwd(*of_op)
         else:
             logprobs = torch.ops.agro.target_logprobs(*of_op[:-1], lse)
             entropy = logprobs.new_empty(0)
-        ctx.save_for_backward(hidden, weight, targets, bias, token_temperature, kept, lse, entropy)
-        ctx.options = temperature, softcap, ignore_index, round_logits
+        save_head(ctx, of_op, lse, entropy)
         ctx.weight_grad = weight_grad  # not an input of the gradient: later additions are welcome
-        ctx.set_materialize_grads(False)
         return logprobs, lse, entropy
 
     @staticmethod
@@ -53,25 +49,9 @@ class AccumulatingLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, bias, token_temperature, kept, lse, entropy = ctx.saved_tensors
-        temperature, softcap, ignore_index, round_logits = ctx.options
         _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         dhidden, _, dbias = torch.ops.agro.linear_logprobs_bwd_accumulate(
-            dlogprobs,
-            dlse,
-            dentropy if entropy.shape == lse.shape else None,
-            hidden,
-            weight,
-            targets,
-            bias,
-            temperature,
-            token_temperature,
-            softcap,
-            ignore_index,
-            round_logits,
-            kept,
-            lse,
-            entropy,
+            *backward_arguments(ctx, dlogprobs, dlse, dentropy),
             [need_hidden, need_weight, need_bias],
             ctx.weight_grad,
         )
