@@ -8,6 +8,8 @@ matrix products it needs?
 
 Method. A case is a shape, a dtype, a form, with or without entropy. Each provider runs in a fresh
 process, checked against float64 before it is timed, with at least 7 timed calls after a warm-up.
+After its memory has been measured a process keeps what it frees (timing.keep_freed_memory), so that
+no timed call pays for fresh pages: the floor writes into memory made beforehand, too.
 First the peers alone; then ours, the fastest peer and the floor together, in turn (A B C A B C).
 fp32 products are measured under both settings of torch.set_float32_matmul_precision, "highest"
 (torch's default) and "medium" (name@medium). On the shapes after the first only the --finalists
