@@ -11,12 +11,14 @@ process, checked against float64 before it is timed, with at least 7 timed calls
 After its memory has been measured a process keeps what it frees (timing.keep_freed_memory), so that
 no timed call pays for fresh pages: the floor writes into memory made beforehand, too.
 First the peers alone; then ours, the fastest peer and the floor together, in turn (A B C A B C).
+On the shapes after A the peer that was the fastest on A goes straight into its turns.
 fp32 products are measured under both settings of torch.set_float32_matmul_precision, "highest"
-(torch's default) and "medium" (name@medium). On the shapes after the first only the --finalists
-fastest peers of the first run, and the fastest that does not store the (N, V) logits. Peers without
-a form of their own for known coefficients have their forward_backward time stand for it. A peer
-whose one call takes more than --max-call-s is timed once; its row says so. When --budget-minutes is
-over, what has not run is listed as such. --append adds cases to those of an earlier run.
+(torch's default) and "medium" (name@medium). On the shapes after A, where A was measured, only the
+--finalists fastest peers of A run, and the fastest that does not store the (N, V) logits.
+Peers without a form of their own for known coefficients have their forward_backward time stand for
+it. A peer whose one call takes more than --max-call-s is timed once; its row says so. When
+--budget-minutes is over, what has not run is listed as such. --append adds cases to those of an
+earlier run.
 
 One row of the CSV is one process. Columns:
 
@@ -176,7 +178,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORM_ORDER))
     parser.add_argument("--entropy", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument("--providers", nargs="*", choices=PEERS, default=PEERS, help="peers")
-    parser.add_argument("--finalists", type=int, default=2, help="peers after the first shape")
+    parser.add_argument("--finalists", type=int, default=2, help="peers after shape A")
     parser.add_argument("--repetitions", type=int, default=7, help="timed calls, at least 7")
     parser.add_argument("--max-call-s", type=float, default=10.0, help="slower peers: timed once")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"))
@@ -239,26 +241,48 @@ class Bench:
     # --- A case ---
 
     def run(self, case: Case) -> None:
-        alone = [self.measure(case, [job])[0] for job in self.peer_jobs(case) if self.in_time(job)]
-        if case.dtype == "fp32":  # which precision the best library needs is found out first
+        jobs = [job for job in self.peer_jobs(case) if self.in_time(job)]
+        expected = self.expected_best(case, jobs)
+        alone = [self.measure(case, [job])[0] for job in jobs if job is not expected]
+        floor = self.floor_job(case)
+        beside = expected or self.best_job(case, self.best_peer(case, alone))
+        rows = self.take_turns(case, beside, floor)
+        best = self.best_job(case, self.best_peer(case, alone + rows))
+        if best is not None and best != beside:  # not the one that was expected
+            self.take_turns(case, best, floor)
+        self.relate(case)
+        self.write()
+
+    def take_turns(self, case: Case, peer: Job | None, floor: Job) -> list[Row]:
+        """Ours, a peer and the floor in turn."""
+        group = self.jobs(case, "ours", ["highest"]) + ([] if peer is None else [peer]) + [floor]
+        return self.measure(case, group) if self.in_time(*group) else []
+
+    def floor_job(self, case: Case) -> Job:
+        """The floor with the precision that the best library needs: measured on the first shape."""
+        if case.dtype != "fp32":
+            return self.jobs(case, FLOOR, ["highest"])[0]
+        on_first = self.on_first_shape(case)
+        floors = [row for row in on_first if row.provider == FLOOR and not row.in_turn_with]
+        if case.shape.name == self.first_shape or not floors:
             floors = [
                 self.measure(case, [job])[0]
                 for job in self.jobs(case, FLOOR, ["highest", "medium"])
                 if self.in_time(job)
             ]
-            timed = sorted((row for row in floors if row.median_s is not None), key=_median)
-            floor = [row.precision for row in timed[:1]]
-        else:
-            floor = ["highest"]
-        group = self.jobs(case, "ours", ["highest"])
-        best = self.best_peer(case, alone)
-        if best is not None:
-            group += self.jobs(case, best.provider, [best.precision])
-        group += self.jobs(case, FLOOR, floor)
-        if self.in_time(*group):
-            self.measure(case, group)
-        self.relate(case)
-        self.write()
+        timed = sorted((row for row in floors if row.median_s is not None), key=_median)
+        return self.jobs(case, FLOOR, [timed[0].precision if timed else "highest"])[0]
+
+    def expected_best(self, case: Case, jobs: Sequence[Job]) -> Job | None:
+        """On a later shape the fastest of the first one: it need not run alone before its turns."""
+        finalists = self.finalists(case) or []
+        for job in jobs:
+            if finalists and (job.provider, job.precision) == finalists[0]:
+                return job
+        return None
+
+    def best_job(self, case: Case, row: Row | None) -> Job | None:
+        return None if row is None else self.jobs(case, row.provider, [row.precision])[0]
 
     def jobs(self, case: Case, provider: str, precisions: Sequence[str]) -> list[Job]:
         dtype, options = DTYPES[case.dtype], self.options
@@ -303,28 +327,29 @@ class Bench:
             return "not run: not among the fastest on the first shape"
         return None
 
-    def finalists(self, case: Case) -> set[tuple[str, str]] | None:
-        """Who runs on a later shape: the fastest on the first one. None: everybody."""
-        first = SMOKE_SHAPE.name if self.options.smoke else self.options.shapes[0]
-        if case.shape.name == first:
-            return None
-        rows = [
-            row
-            for row in self.rows
-            if row.case() == (first, *case.key()[1:])
-            and row.provider in PEERS
-            and row.median_s is not None
-        ]
-        if not rows:
+    @property
+    def first_shape(self) -> str:
+        """Every peer runs on it."""
+        return SMOKE_SHAPE.name if self.options.smoke else next(iter(CPU_SHAPES))
+
+    def on_first_shape(self, case: Case) -> list[Row]:
+        """What was timed of the same case on the first shape."""
+        key = (self.first_shape, *case.key()[1:])
+        return [row for row in self.rows if row.case() == key and row.median_s is not None]
+
+    def finalists(self, case: Case) -> list[tuple[str, str]] | None:
+        """Who runs on a later shape: the fastest on the first one, in order. None: everybody."""
+        rows = [row for row in self.on_first_shape(case) if row.provider in PEERS]
+        if case.shape.name == self.first_shape or not rows:
             return None
         rows.sort(key=_median)
         chosen = rows[: self.options.finalists]
         chosen += [row for row in rows if row.stores_logits == "no"][:1]
-        return {(row.provider, row.precision) for row in chosen}
+        return list(dict.fromkeys((row.provider, row.precision) for row in chosen))
 
-    def best_peer(self, case: Case, alone: Sequence[Row]) -> Row | None:
+    def best_peer(self, case: Case, measured: Sequence[Row]) -> Row | None:
         """The fastest peer of the case, or of forward_backward where that stands for it."""
-        rows = list(alone)
+        rows = [row for row in measured if row.provider in PEERS]
         if case.form == "known_coefficients":
             rows += [
                 row

@@ -271,12 +271,40 @@ def test_finalists_are_the_fastest_on_the_first_shape(tmp_path: Path) -> None:
     bench.rows = [row_of(bench, CPU_SHAPES["A"], *time) for time in times.items()]
     on_b = bench_cpu.Case(CPU_SHAPES["B"], "bf16", "forward", False)
     # The fastest, and the fastest of those that do not store the logits.
-    assert bench.finalists(on_b) == {
+    assert bench.finalists(on_b) == [
         ("torch_compile", "highest"),
         ("checkpointed_loop", "highest"),
-    }
-    assert bench.finalists(dataclasses.replace(on_b, shape=CPU_SHAPES["A"])) is None
+    ]
+    # The fastest on the first shape is expected to be it here too, and goes into its turns.
+    expected = bench.expected_best(on_b, bench.peer_jobs(on_b))
+    assert expected is not None
+    assert expected.label() == "torch_compile"
+    on_a = dataclasses.replace(on_b, shape=CPU_SHAPES["A"])
+    assert bench.finalists(on_a) is None
+    assert bench.expected_best(on_a, bench.peer_jobs(on_a)) is None
     assert bench.finalists(dataclasses.replace(on_b, dtype="fp32")) is None
+
+
+@pytest.mark.parametrize("loop_s", [2.0, 0.5])
+def test_a_peer_faster_than_the_expected_one_takes_turns_as_well(
+    loop_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_cpu.Bench(bench_cpu.parse(["--finalists", "1"]), tmp_path / "rows.csv")
+    times = {"torch_compile": 1.0, "checkpointed_loop": loop_s, "floor": 0.9, "ours": 0.8}
+    bench.rows = [row_of(bench, CPU_SHAPES["A"], "torch_compile", 1.0)]
+    bench.rows += [row_of(bench, CPU_SHAPES["A"], "checkpointed_loop", 3.0)]
+    groups = []
+
+    def measure(case: bench_cpu.Case, jobs: list[Job]) -> list[bench_cpu.Row]:
+        groups.append([job.label() for job in jobs])
+        return [row_of(bench, case.shape, job.provider, times[job.provider]) for job in jobs]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    bench.run(bench_cpu.Case(CPU_SHAPES["B"], "bf16", "forward", False))
+    turns = [["checkpointed_loop"], ["ours", "torch_compile", "floor"]]
+    if loop_s < 1.0:
+        turns.append(["ours", "checkpointed_loop", "floor"])
+    assert groups == turns
 
 
 def test_known_coefficients_are_compared_with_the_peers_forward_and_backward(
