@@ -125,7 +125,12 @@ class Row:
     def label(self) -> str:
         return self.provider if self.precision == "highest" else f"{self.provider}@{self.precision}"
 
+    def turns(self) -> set[str]:
+        """The labels of those that took turns, its own included."""
+        return {self.label(), *self.in_turn_with.split()}
+
     def case(self) -> tuple[str, str, str, str]:
+        """The rows with the same answer are one case."""
         return self.shape, self.dtype, self.form, self.entropy
 
     @classmethod
@@ -451,7 +456,7 @@ class Bench:
         for row in rows:
             if not floors or row.median_s is None:
                 continue
-            same = [floor for floor in floors if floor.in_turn_with and row.in_turn_with]
+            same = [floor for floor in floors if row.in_turn_with and floor.turns() == row.turns()]
             row.relative = row.median_s / _median(min(same or floors, key=_median))
 
     def write(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_cpu, correctness, plots, timing
+from benchmarks import bench_cpu, correctness, plots, tables, timing
 from benchmarks.providers import (
     FORM_GEMMS,
     FORMS,
@@ -319,6 +319,32 @@ def test_known_coefficients_are_compared_with_the_peers_forward_and_backward(
     assert "see forward_backward" in (bench.reason_against(case, job) or "")
     bench.rows = []  # nothing stands for it: it runs
     assert bench.reason_against(case, job) is None
+
+
+def test_table_compares_within_the_same_turns(tmp_path: Path) -> None:
+    bench = bench_cpu.Bench(bench_cpu.parse([]), tmp_path / "rows.csv")
+
+    def turn(name: str, seconds: float, others: str) -> bench_cpu.Row:
+        row = row_of(bench, CPU_SHAPES["B"], name, seconds)
+        return dataclasses.replace(row, in_turn_with=others, peak_mb=12.0)
+
+    bench.rows = [
+        turn("checkpointed_loop", 0.75, ""),
+        turn("ours", 2.0, "torch_compile floor"),
+        turn("torch_compile", 1.0, "ours floor"),
+        turn("floor", 4.0, "ours torch_compile"),
+        turn("ours", 0.6, "checkpointed_loop floor"),
+        turn("checkpointed_loop", 0.9, "ours floor"),
+        turn("floor", 0.5, "ours checkpointed_loop"),
+    ]
+    bench.relate(bench_cpu.Case(CPU_SHAPES["B"], "bf16", "forward", False))
+    *_, line = tables.table(bench.rows, "no")
+    # The fastest is the loop, which takes turns with the second process of ours.
+    assert line.split("|")[1:-1] == [
+        " forward, bf16, B ", " 0.6 s ", " 1.20 ", " 12 MB ",
+        " `checkpointed_loop` ", " 1.50 ", " 12 MB ", " `checkpointed_loop` ", " 1.50 ", " 12 MB ",
+    ]  # fmt: skip
+    assert tables.table(bench.rows, "yes")[2:] == []
 
 
 def test_append_keeps_the_rows_of_other_cases(tmp_path: Path) -> None:
