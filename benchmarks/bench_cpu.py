@@ -9,7 +9,8 @@ matrix products it needs?
 Method. A case is a shape, a dtype, a form, with or without entropy. Each provider runs in a fresh
 process, checked against float64 before it is timed, with at least 7 timed calls after a warm-up.
 After its memory has been measured a process keeps what it frees (timing.keep_freed_memory), so that
-no timed call pays for fresh pages: the floor writes into memory made beforehand, too.
+no timed call pays for fresh pages: the floor writes into memory made beforehand, too. With
+--freed-memory returned it gives large blocks back, as glibc does by itself.
 First the peers alone; then ours, the fastest peer and the floor together, in turn (A B C A B C).
 On the shapes after A the peer that was the fastest on A goes straight into its turns.
 fp32 products are measured under both settings of torch.set_float32_matmul_precision, "highest"
@@ -33,6 +34,7 @@ One row of the CSV is one process. Columns:
     result_mb        logprobs, entropy, dhidden, dweight
     kept_mb          still held after the results are gone: caches, compiled code
     first_call_s     of a fresh process: compilation included
+    freed_memory     kept or returned, see above
     *_error          against float64 on a small shape with logits of standard deviation 5: largest
                      difference of logprobs and entropy (nats), relative norm of those of gradients
 
@@ -188,6 +190,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-call-s", type=float, default=10.0, help="slower peers: timed once")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--freed-memory", choices=["kept", "returned"], default="kept", help="see the method"
+    )
     parser.add_argument("--out", type=Path, help="folder of the results", default=None)
     parser.add_argument("--name", default="bench_cpu", help="of the CSV, and start of the plots'")
     parser.add_argument("--append", action="store_true", help="keep the CSV's rows of other cases")
@@ -227,6 +232,7 @@ class Bench:
         self.deadline = time.monotonic() + 60.0 * options.budget_minutes
         self.facts = timing.machine_facts() | {
             "threads": str(options.threads),
+            "freed_memory": options.freed_memory,
             "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"),
         }
         self.missing = [name for name in options.providers if PROVIDERS[name].missing()]
@@ -293,7 +299,7 @@ class Bench:
         dtype, options = DTYPES[case.dtype], self.options
         return [
             Job(provider, case.shape, dtype, case.form, case.with_entropy, precision,
-                options.threads, options.smoke)
+                options.threads, options.smoke, options.freed_memory == "kept")
             for precision in precisions
         ]  # fmt: skip
 

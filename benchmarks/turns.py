@@ -43,6 +43,7 @@ class Job:
     precision: str  # torch.set_float32_matmul_precision
     threads: int
     smoke: bool = False  # the errors are measured on a tiny shape, too
+    keeps_freed_memory: bool = True  # see timing.keep_freed_memory
 
     def label(self) -> str:
         """Such as "torch@medium"; the default precision goes without saying."""
@@ -89,8 +90,7 @@ def _measure(connection: Connection, job: Job, max_call_s: float) -> None:
 
 
 def _prepare(measured: Measured, job: Job, max_call_s: float) -> Any:
-    """Warms up, checks, tunes and measures the memory; returns the timed call, whose memory is
-    there already."""
+    """Warms up, checks, tunes and measures the memory; returns the timed call."""
     inputs = make_inputs(job.shape, job.dtype)
     if job.provider == FLOOR:
         floor = GemmFloor(job.form, inputs)
@@ -140,7 +140,7 @@ def _prepare(measured: Measured, job: Job, max_call_s: float) -> Any:
     measured.kept_bytes = timing.resident_bytes() - before
     measured.instruction_set = timing.ours_instruction_set()
     _stop_if_slow(measured, seconds_with_peak[0], max_call_s)
-    if measured.status == "ok":
+    if measured.status == "ok" and job.keeps_freed_memory:
         timing.keep_freed_memory()
         call()  # takes from the system what the timed calls will use
     return call
