@@ -73,10 +73,10 @@ def _cells(case: Sequence[Row]) -> list[str]:
 
 
 def _fastest(rows: Sequence[Row]) -> Row:
-    """In turns where there are any: the same peer alone was measured in another minute."""
+    """Its row in turns where there is one, of the case itself before what stands for it."""
     first = min(rows, key=lambda row: row.median_s or float("inf"))
     same = [row for row in rows if row.label() == first.label() and row.in_turn_with]
-    return same[-1] if same else first
+    return same[0] if same else first
 
 
 def _megabytes(row: Row) -> str:

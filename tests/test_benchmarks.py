@@ -347,6 +347,23 @@ def test_table_compares_within_the_same_turns(tmp_path: Path) -> None:
     assert tables.table(bench.rows, "yes")[2:] == []
 
 
+def test_table_of_known_coefficients_takes_the_peers_own_turns(tmp_path: Path) -> None:
+    bench = bench_cpu.Bench(bench_cpu.parse([]), tmp_path / "rows.csv")
+
+    def timed(name: str, form: str, seconds: float, others: str) -> bench_cpu.Row:
+        row = row_of(bench, CPU_SHAPES["A"], name, seconds)
+        return dataclasses.replace(row, form=form, in_turn_with=others, peak_mb=3.0, relative=1.0)
+
+    bench.rows = [
+        timed("torch_compile", "forward_backward", 1.0, "ours floor"),
+        timed("torch", "forward_backward", 2.0, ""),
+        timed("ours", "known_coefficients", 0.5, "torch_compile floor"),
+        timed("torch_compile", "known_coefficients", 1.1, "ours floor"),
+    ]
+    *_, line = tables.table(bench.rows, "no")
+    assert line.split("|")[5:7] == [" `torch_compile` ", " 2.20 "]
+
+
 def test_append_keeps_the_rows_of_other_cases(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     first = bench_cpu.Bench(bench_cpu.parse([]), path)
