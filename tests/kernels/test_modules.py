@@ -313,9 +313,7 @@ def test_pre_hooks_of_the_head_act_as_on_the_unpatched_model(first: str) -> None
     assert len(seen) == 1 and seen[0].shape == (*ids.shape, 32)
     handle.remove()
     plain_model = patch_model(build("llama", tied=False))
-    assert torch.equal(
-        ours(model, ids, targets).logprobs, ours(plain_model, ids, targets).logprobs
-    )
+    assert torch.equal(ours(model, ids, targets).logprobs, ours(plain_model, ids, targets).logprobs)
 
 
 def test_forward_hooks_of_the_head_are_refused_before_and_see_the_results_after() -> None:

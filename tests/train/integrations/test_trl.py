@@ -23,6 +23,8 @@ from trl import (  # noqa: E402
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
     RLOOConfig,
     RLOOTrainer,
     SFTConfig,
@@ -253,12 +255,22 @@ def trainer_of(
         )
         args = SFTConfig(**common(tmp_path, **sizes), eos_token=tiny.EOS)
         return SFTTrainer(policy(folder), args, train_dataset=data, **shared)
+    if kind == "KTO":
+        answers = [("42", True), ("7+8=15", False), ("95", True), ("4+4", False)]
+        data = Dataset.from_list(
+            [
+                {**row, "completion": completion, "label": label}
+                for row, (completion, label) in zip(PROMPTS, answers, strict=True)
+            ]
+        )
+        args = KTOConfig(**common(tmp_path, **sizes))
+        return KTOTrainer(policy(folder), args=args, train_dataset=data, **shared)
     data = Dataset.from_list([{**row, "chosen": "42", "rejected": "7+8=15"} for row in PROMPTS])
     args = DPOConfig(**common(tmp_path, **sizes))
     return DPOTrainer(policy(folder), args=args, train_dataset=data, **shared)
 
 
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "SFT", "DPO"])
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "SFT", "DPO", "KTO"])
 def test_stock_trainers_do_the_same_step_with_our_head(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
