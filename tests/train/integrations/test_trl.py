@@ -16,6 +16,8 @@ from torch import Tensor
 
 trl = pytest.importorskip("trl")
 
+from accelerate import Accelerator  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import LlamaForCausalLM, TrainerCallback  # noqa: E402
 from trl import (  # noqa: E402
@@ -44,6 +46,7 @@ from agro_train.integrations.trl import (  # noqa: E402
     completion_sums,
 )
 from agro_train.step import Scores, coefficients  # noqa: E402
+from benchmarks import curves_trl  # noqa: E402
 from tests.numerics import assert_close_to_truth, head_inputs  # noqa: E402
 
 pytestmark = [
@@ -503,6 +506,43 @@ def test_the_pages_script_trains(
     assert len(rewards) == names["args"].max_steps
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards
     assert all(row["agro/variance"] > 0 for row in logs)
+
+
+def test_both_trainers_of_the_curves_take_the_same_optimiser_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks/curves_trl.py: the same AdamW, learning rates and clipping, step for step."""
+    monkeypatch.setattr(curves_trl, "WARM_START_STEPS", 1)
+    curves_trl.make_base(tmp_path)
+    steps: list[Any] = []
+    step, clip = torch.optim.AdamW.step, Accelerator.clip_grad_norm_
+
+    def recording_step(optimizer: Any, *args: Any) -> Any:
+        names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+        options = {tuple(group[name] for name in names) for group in optimizer.param_groups}
+        weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        steps.append((*options, weights))
+        return step(optimizer, *args)
+
+    def recording_clip(accelerator: Any, parameters: Any, max_norm: float, *args: Any) -> Any:
+        steps.append(max_norm)
+        return clip(accelerator, parameters, max_norm, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", recording_clip)
+    found = []
+    for run in (
+        lambda: curves_trl.run_agro(tmp_path, 0, 6, curves_trl.LEARNING_RATE),
+        lambda: curves_trl.run_trl(tmp_path, 0, 6),
+    ):
+        steps.clear()
+        numbers = run()
+        assert len(numbers) == 6 and numbers[0]["kl"] == pytest.approx(0.0, abs=1e-4)
+        found.append(list(steps))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(found[0]) == 12 and found[0] == found[1]
+    rates = [entry[0][0] for entry in found[0][1::2]]
+    assert rates[0] == 0.0 and max(rates) == pytest.approx(1e-4) and rates[-1] < 5e-5
 
 
 @pytest.mark.slow
