@@ -1,6 +1,6 @@
 """Training curves of `agro train` and of TRL's AGROTrainer: the same task, settings and budget.
 
-    python -m benchmarks.curves_trl [--seeds 10] [--steps 40]
+    python -m benchmarks.curves_trl [--seeds 8] [--steps 40]
 
 Question: does AGRO learn the same thing at the same speed in TRL as in this project's own trainer?
 
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=10, help="runs of each trainer, at least 2")
+    parser.add_argument("--seeds", type=int, default=8, help="runs of each trainer, at least 2")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--out", type=Path, default=RESULTS / "curves_trl.csv")
