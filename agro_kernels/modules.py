@@ -39,10 +39,25 @@ class LogprobHead(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "LogprobHead":
-        """A head over the very parameters of `linear`: no copy, ties stay tied."""
-        head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        head.weight, head.bias = linear.weight, linear.bias
-        return head.train(linear.training)
+        """A head over the very parameters of `linear`: no copy, ties stay tied, hooks stay on.
+
+        Raises ValueError where `linear` has forward hooks or a forward that something else has
+        put there: with targets there are no logits for them to see.
+        """
+        if "forward" in vars(linear):
+            raise ValueError(
+                "lm_head: expected torch.nn.Linear's own forward, got one that something else has "
+                "replaced; call patch_model first, before accelerate"
+            )
+        if linear._forward_hooks:
+            raise ValueError(
+                f"lm_head: expected no forward hooks, got {len(linear._forward_hooks)}; with "
+                "targets there are no logits for them to see: remove them, or register them after "
+                "patch_model, for what a LogprobHead returns"
+            )
+        head = cls.__new__(cls)  # __init__ would make parameters, and another set of hooks
+        vars(head).update(vars(linear))
+        return head
 
     def forward(  # type: ignore[override]
         self,
@@ -55,6 +70,8 @@ class LogprobHead(nn.Linear):
     ) -> Tensor | LogprobStats:
         """Logits (..., V) of hidden (..., D), as nn.Linear; with targets (...), their logprobs,
         and the entropy and lse, as `linear_logprobs_with_stats`, which says what the options mean.
+
+        Forward pre-hooks act on `hidden` either way; forward hooks get what is returned.
         """
         if targets is None:
             return super().forward(hidden)
@@ -95,7 +112,8 @@ def patch_model(model: M) -> M:
     Patch before DDP, FSDP, accelerate and torch.compile; before or after peft, whose adapters must
     leave the lm_head alone.
 
-    Raises ValueError for architectures other than FAMILIES and for heads that are not nn.Linear.
+    Raises ValueError for architectures other than FAMILIES and for heads that are not nn.Linear or
+    have forward hooks already.
     """
     inner: Any = model
     if hasattr(inner, "get_base_model"):  # a peft model
@@ -160,7 +178,14 @@ def _with_targets(original: Any) -> Any:
         capped = self.config.model_type in CAPPED
         softcap = self.config.final_logit_softcapping if capped else None
         temperature = 1.0 if temperature is None else temperature
-        return head(hidden, targets, temperature=temperature, softcap=softcap)
+        # By keyword: a pre-hook that puts another `hidden` in the arguments' place keeps the rest.
+        results = head(hidden, targets=targets, temperature=temperature, softcap=softcap)
+        if not isinstance(results, LogprobStats):
+            raise ValueError(
+                f"lm_head: expected LogprobStats, got {type(results).__name__} from one of its "
+                "hooks; with targets there are no logits, so let the hook pass LogprobStats through"
+            )
+        return results
 
     forward.gives_logprobs = True  # type: ignore[attr-defined]
     return forward

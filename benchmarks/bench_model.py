@@ -1,7 +1,8 @@
 """Time and memory of one training pass of a whole model: its logits, the patched model, TRL's head.
 
     python -m benchmarks.bench_model [--model FOLDER | --layers 30 | --smoke] [--batch 2]
-        [--length 256] [--counted 256] [--ways logits patched trl trl_agro] [--repetitions 5]
+        [--length 256] [--counted 256] [--repetitions 5]
+        [--ways logits patched trl trl_agro hf_trainer hf_trainer_patched]
 
 Question: what changes in a trainer when the log-probabilities come from `patch_model`, or when
 TRL's trainers run inside `agro_logprobs`? One pass is forward and backward of the mean
@@ -12,33 +13,51 @@ log-probability of the counted tokens: the last --counted of each row. Ways:
     trl        TRL's fused head: add_fused_lm_head(model), as its trainers use it
     trl_agro   the same inside agro_logprobs
 
+and of two ways it is a whole step of transformers' Trainer, with AdamW's and without clipping:
+
+    hf_trainer          Trainer, its loss from the model's logits
+    hf_trainer_patched  the LogprobTrainer of docs/hf-trainer.md, from the page itself
+
 Method. Without --model a random Llama in SmolLM2-135M's shape, with all of its layers or fewer,
 which leaves more of the pass to the head (--smoke: a tiny one). fp32; each way in a fresh process,
 warmed up once; median of the repetitions, and the most memory of the process during a warm pass
-beyond what it held before (gradients are freed before each). The gradient of the embedding must
-agree with that of `logits` to 1e-4 of its largest element, or the way is in error.
+beyond what it held before (gradients are freed before each; an optimiser's moments stay). The
+gradient of the embedding must agree with that of `logits` to 1e-4 of its largest element, or the
+way is in error.
 
 Sample output, a row a way (the machine's line precedes it):
 
-    patched      1.64 s   (1.61 to 1.70, n=5)     412 MB
+    patched              1.64 s   (1.61 to 1.70, n=5)     412 MB
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from agro_kernels import next_tokens, patch_model
 from benchmarks import timing
 
-WAYS = ("logits", "patched", "trl", "trl_agro")
+WAYS = ("logits", "patched", "trl", "trl_agro", "hf_trainer", "hf_trainer_patched")
+PAGE = Path(__file__).parents[1] / "docs" / "hf-trainer.md"
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -101,35 +120,93 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (options.batch, options.length))
     counted = torch.arange(options.length) >= options.length - options.counted
-    targets = next_tokens(ids, counted.expand_as(ids))
-    score = scorer(way, model)
-    embedding = model.get_input_embeddings().weight
-
-    def one_pass() -> None:
-        (-score(ids, targets).sum() / (targets != -100).sum()).backward()
-
-    def fresh_pass() -> None:
-        model.zero_grad(set_to_none=True)
-        one_pass()
-
-    fresh_pass()
-    gradient = embedding.grad.clone()
-    times = []
-    for _ in range(options.repetitions):
-        model.zero_grad(set_to_none=True)
-        times.append(timing.time_call(one_pass))
-    model.zero_grad(set_to_none=True)
-    peak = timing.peak_bytes(one_pass)
-    model.zero_grad(set_to_none=True)
+    counted = counted.expand_as(ids)
+    if way.startswith("hf_trainer"):
+        measured = trainer_steps(way, model, ids, counted, options.repetitions)
+    else:
+        measured = passes(way, model, ids, counted, options.repetitions)
+    times, peak, gradient = measured
     error = 0.0
     if way != "logits":
-        plain = load(options)
+        plain, targets = load(options), next_tokens(ids, counted)
         reference = scorer("logits", plain)
         (-reference(ids, targets).sum() / (targets != -100).sum()).backward()
         exact = plain.get_input_embeddings().weight.grad
         error = float((gradient - exact).abs().max() / exact.abs().max())
-    summary = timing.summary(times)
-    return {"peak_mb": peak / 1e6, "error": error, **vars(summary)}
+    return {"peak_mb": peak / 1e6, "error": error, **vars(timing.summary(times))}
+
+
+def passes(
+    way: str, model: Any, ids: Tensor, counted: Tensor, repetitions: int
+) -> tuple[list[float], int, Tensor]:
+    """Seconds of each pass, peak bytes of one, and the embedding's gradient."""
+    targets = next_tokens(ids, counted)
+    score = scorer(way, model)
+
+    def one_pass() -> None:
+        (-score(ids, targets).sum() / (targets != -100).sum()).backward()
+
+    one_pass()
+    gradient = model.get_input_embeddings().weight.grad.clone()
+    times = []
+    for _ in range(repetitions):
+        model.zero_grad(set_to_none=True)
+        times.append(timing.time_call(one_pass))
+    model.zero_grad(set_to_none=True)
+    return times, timing.peak_bytes(one_pass), gradient
+
+
+class Steps(TrainerCallback):  # type: ignore[misc]
+    """Time and peak memory of every step of a Trainer, and the first one's gradient."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.peaks: list[int] = []
+        self.gradient: Tensor | None = None
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        timing.reset_peak()
+        self.resident = timing.resident_bytes()
+        self.began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        if self.gradient is None:
+            self.gradient = model.get_input_embeddings().weight.grad.clone()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.times.append(time.perf_counter() - self.began)
+        self.peaks.append(timing.high_water_bytes() - self.resident)
+
+
+def trainer_steps(
+    way: str, model: Any, ids: Tensor, counted: Tensor, repetitions: int
+) -> tuple[list[float], int, Tensor]:
+    """As `passes`, of the steps of a Trainer on one batch again and again."""
+    labels = ids.masked_fill(~counted, -100)
+    batch = [{"input_ids": i, "labels": t} for i, t in zip(ids, labels, strict=True)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=1 + repetitions,
+            per_device_train_batch_size=len(batch),
+            max_grad_norm=0.0,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        names = {"model": model, "args": args, "dataset": batch, "collate": default_data_collator}
+        word = "class LogprobTrainer" if way == "hf_trainer_patched" else "trainer = Trainer("
+        blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+        (block,) = [block for block in blocks if word in block]
+        exec(compile(block, str(PAGE), "exec"), names)
+        steps = Steps()
+        names["trainer"].add_callback(steps)
+        names["trainer"].train()
+    assert steps.gradient is not None
+    return steps.times[1:], max(steps.peaks[1:]), steps.gradient
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -159,13 +236,13 @@ def main(arguments: list[str] | None = None) -> int:
         if done.returncode != 0:
             failed = True
             said = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
-            print(f"{way:10s}  {said[-1]}")
+            print(f"{way:18s}  {said[-1]}")
             continue
         row = json.loads(done.stdout.splitlines()[-1])
         failed |= row["error"] > 1e-4
         note = f"   wrong: gradient off by {row['error']:.1e}" if row["error"] > 1e-4 else ""
         spread = f"({row['min_s']:.2f} to {row['p80_s']:.2f}, n={row['n']})"
-        print(f"{way:10s} {row['median_s']:6.2f} s   {spread:24s} {row['peak_mb']:7.0f} MB{note}")
+        print(f"{way:18s} {row['median_s']:6.2f} s   {spread:24s} {row['peak_mb']:7.0f} MB{note}")
     return int(failed)
 
 

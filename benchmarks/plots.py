@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 
 import matplotlib
 
@@ -201,3 +202,46 @@ def plot_lines(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
+
+
+# --- curves_trl -----------------------------------------------------------------------------------
+
+TRAINING = {  # label and colour of a trainer
+    "agro": ("agro train", COLOURS["ours"]),
+    "trl": ("TRL's AGROTrainer", COLOURS["torch_compile"]),
+    "agro_slower": ("agro train, half the learning rate", COLOURS["torch"]),
+}
+
+
+def plot_training(path: Path) -> Path:
+    """Reward and KL against steps of curves_trl's CSV: means over seeds, bands of two standard
+    errors. Returns the PNG beside it."""
+    rows = read_csv(path)
+    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+    for axes, column, title in zip(
+        figure.subplots(1, 2),
+        ("reward", "kl"),
+        ("mean reward", "KL, nats a completion"),
+        strict=True,
+    ):
+        for trainer in _distinct(rows, "trainer"):
+            label, shade = TRAINING[trainer]
+            by_step: dict[int, list[float]] = {}
+            for row in rows:
+                if row["trainer"] == trainer:
+                    by_step.setdefault(int(row["step"]), []).append(float(row[column]))
+            steps = sorted(by_step)
+            means = [fmean(by_step[step]) for step in steps]
+            errors = [2 * stdev(by_step[step]) / len(by_step[step]) ** 0.5 for step in steps]
+            axes.plot(steps, means, color=shade, label=f"{label}, {len(by_step[1])} seeds")
+            low = [mean - error for mean, error in zip(means, errors, strict=True)]
+            high = [mean + error for mean, error in zip(means, errors, strict=True)]
+            axes.fill_between(steps, low, high, color=shade, alpha=0.2, linewidth=0)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    written = path.with_suffix(".png")
+    figure.savefig(written, dpi=110)
+    return written

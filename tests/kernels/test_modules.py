@@ -281,6 +281,62 @@ def test_a_copy_of_a_patched_model_is_its_own() -> None:
     assert other.lm_head.weight is other.model.embed_tokens.weight
 
 
+def doubled(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (2 * args[0], *args[1:])
+
+
+@pytest.mark.parametrize("first", ["hook", "patch"])
+def test_pre_hooks_of_the_head_act_as_on_the_unpatched_model(first: str) -> None:
+    """On logits, log-probs and gradients; a backward hook sees them, and handles still remove."""
+    model = build("llama", tied=False)
+    untouched, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    untouched.lm_head.register_forward_pre_hook(doubled)
+    exact.lm_head.register_forward_pre_hook(doubled)
+    ids, mask = token_batch()
+    targets = next_tokens(ids, mask)
+    seen: list[Tensor] = []
+    if first == "patch":
+        patch_model(model)
+    handle = model.lm_head.register_forward_pre_hook(doubled)
+    model.lm_head.register_full_backward_hook(lambda _, inputs, outputs: seen.append(inputs[0]))
+    if first == "hook":
+        patch_model(model)
+    assert torch.equal(model(input_ids=ids).logits, untouched(input_ids=ids).logits)
+    results, same = ours(model, ids, targets), plain(untouched, ids, targets)
+    truth = plain(exact, ids, targets)
+    for a, b, c in zip(results, truth, same, strict=True):
+        assert_close_to_truth(a, b, c)
+    got, expected = gradients(model, results), gradients(untouched, same)
+    exact_grads = gradients(exact, truth)
+    for name, gradient in got.items():
+        assert_close_to_truth(gradient, exact_grads[name], expected[name], name)
+    assert len(seen) == 1 and seen[0].shape == (*ids.shape, 32)
+    handle.remove()
+    plain_model = patch_model(build("llama", tied=False))
+    assert torch.equal(ours(model, ids, targets).logprobs, ours(plain_model, ids, targets).logprobs)
+
+
+def test_forward_hooks_of_the_head_are_refused_before_and_see_the_results_after() -> None:
+    model = build("llama", tied=False)
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="^lm_head: expected no forward hooks, got 1; .*after"):
+        patch_model(model)
+    assert type(model.lm_head) is nn.Linear
+    handle.remove()
+    patch_model(model)
+    ids, mask = token_batch()
+    seen: list[Any] = []
+    handle = model.lm_head.register_forward_hook(lambda _, args, output: seen.append(output))
+    results = ours(model, ids, next_tokens(ids, mask))
+    logits = model(input_ids=ids).logits
+    assert seen[0] is results and seen[1] is logits
+    handle.remove()
+    model.lm_head.register_forward_hook(lambda _, args, output: output * 2)  # meant for logits
+    with pytest.raises(ValueError, match="^lm_head: expected LogprobStats, got tuple from one"):
+        ours(model, ids, next_tokens(ids, mask))
+    assert torch.equal(model(input_ids=ids).logits, 2 * logits)
+
+
 def test_patching_twice_is_patching_once() -> None:
     model = patch_model(build("qwen3", tied=False))
     head = model.lm_head
@@ -360,6 +416,10 @@ def test_what_cannot_be_patched_is_refused_in_one_sentence() -> None:
     quantised.lm_head = type("Linear4bit", (nn.Linear,), {})(32, 71, bias=False)
     with pytest.raises(ValueError, match="got Linear4bit; leave the head"):
         patch_model(quantised)
+    aligned = build("llama", tied=False)
+    aligned.lm_head.forward = aligned.lm_head.forward  # as accelerate's device map does
+    with pytest.raises(ValueError, match="^lm_head: expected torch.nn.Linear's own forward"):
+        patch_model(aligned)
     taken = build("llama", tied=False)
     taken.forward = taken.forward
     with pytest.raises(ValueError, match="call patch_model first"):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 trl = pytest.importorskip("trl")
 
+from accelerate import Accelerator  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import LlamaForCausalLM, TrainerCallback  # noqa: E402
 from trl import (  # noqa: E402
@@ -23,6 +25,8 @@ from trl import (  # noqa: E402
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
     RLOOConfig,
     RLOOTrainer,
     SFTConfig,
@@ -42,7 +46,7 @@ from agro_train.integrations.trl import (  # noqa: E402
     completion_sums,
 )
 from agro_train.step import Scores, coefficients  # noqa: E402
-from agro_train.tasks import tiny_arithmetic  # noqa: E402
+from benchmarks import curves_trl  # noqa: E402
 from tests.numerics import assert_close_to_truth, head_inputs  # noqa: E402
 
 pytestmark = [
@@ -253,12 +257,22 @@ def trainer_of(
         )
         args = SFTConfig(**common(tmp_path, **sizes), eos_token=tiny.EOS)
         return SFTTrainer(policy(folder), args, train_dataset=data, **shared)
+    if kind == "KTO":
+        answers = [("42", True), ("7+8=15", False), ("95", True), ("4+4", False)]
+        data = Dataset.from_list(
+            [
+                {**row, "completion": completion, "label": label}
+                for row, (completion, label) in zip(PROMPTS, answers, strict=True)
+            ]
+        )
+        args = KTOConfig(**common(tmp_path, **sizes))
+        return KTOTrainer(policy(folder), args=args, train_dataset=data, **shared)
     data = Dataset.from_list([{**row, "chosen": "42", "rejected": "7+8=15"} for row in PROMPTS])
     args = DPOConfig(**common(tmp_path, **sizes))
     return DPOTrainer(policy(folder), args=args, train_dataset=data, **shared)
 
 
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "SFT", "DPO"])
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "SFT", "DPO", "KTO"])
 def test_stock_trainers_do_the_same_step_with_our_head(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,20 +486,63 @@ def example_of_the_page() -> str:
     return next(block for block in blocks if "AGROTrainer(" in block)
 
 
-def test_the_pages_ten_lines_train(folder: Path, tmp_path: Path) -> None:
-    """As printed in docs/trl.md, on the tiny Llama: the share of small digits rises."""
-    names: dict[str, Any] = {
-        "folder": str(folder),
-        "output": str(tmp_path),
-        "prompts": [{"prompt": row["prompt"]} for row in tiny_arithmetic("train")[:96]],
-        "reward": share_of_small_digits_of_all,
-    }
-    exec(compile(example_of_the_page(), "docs/trl.md", "exec"), names)  # noqa: S102
+def test_the_pages_script_trains(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As printed in docs/trl.md, on the tiny Llama and at its learning rate: the reward rises."""
+    script = example_of_the_page()
+    for printed, ours in (
+        ('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(folder))),
+        ("learning_rate=1e-5", "learning_rate=3e-3"),
+        ("{a} + {a} =", "{a}+{a}="),  # the tiny tokenizer knows no spaces
+    ):
+        assert script.count(printed) == 1
+        script = script.replace(printed, ours)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(script, "docs/trl.md", "exec"), names)  # noqa: S102
     logs = [row for row in names["trainer"].state.log_history if "reward" in row]
     rewards = [row["reward"] for row in logs]
     assert len(rewards) == names["args"].max_steps
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2, rewards
     assert all(row["agro/variance"] > 0 for row in logs)
+
+
+def test_both_trainers_of_the_curves_take_the_same_optimiser_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """benchmarks/curves_trl.py: the same AdamW, learning rates and clipping, step for step."""
+    monkeypatch.setattr(curves_trl, "WARM_START_STEPS", 1)
+    curves_trl.make_base(tmp_path)
+    steps: list[Any] = []
+    step, clip = torch.optim.AdamW.step, Accelerator.clip_grad_norm_
+
+    def recording_step(optimizer: Any, *args: Any) -> Any:
+        names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+        options = {tuple(group[name] for name in names) for group in optimizer.param_groups}
+        weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        steps.append((*options, weights))
+        return step(optimizer, *args)
+
+    def recording_clip(accelerator: Any, parameters: Any, max_norm: float, *args: Any) -> Any:
+        steps.append(max_norm)
+        return clip(accelerator, parameters, max_norm, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", recording_clip)
+    found = []
+    for run in (
+        lambda: curves_trl.run_agro(tmp_path, 0, 6, curves_trl.LEARNING_RATE),
+        lambda: curves_trl.run_trl(tmp_path, 0, 6),
+    ):
+        steps.clear()
+        numbers = run()
+        assert len(numbers) == 6 and numbers[0]["kl"] == pytest.approx(0.0, abs=1e-4)
+        found.append(list(steps))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(found[0]) == 12 and found[0] == found[1]
+    rates = [entry[0][0] for entry in found[0][1::2]]
+    assert rates[0] == 0.0 and max(rates) == pytest.approx(1e-4) and rates[-1] < 5e-5
 
 
 @pytest.mark.slow
