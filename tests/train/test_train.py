@@ -23,7 +23,7 @@ from tests.train.models import rollout
 
 QUICK = [
     "warm_start_steps=30",
-    "reward=tests.train.models:even_share",
+    "reward=tests.train.reward_functions:even_share",
     "steps=4",
     "prompts_per_step=4",
     "num_generations=4",
@@ -259,7 +259,7 @@ def test_reward_that_always_fails_stops_the_run_before_its_first_step(
     """One sentence, and the folder takes the run whose reward is mended."""
     folder = tmp_path / "broken"
     settings = ["steps=1", *from_base(finished)]
-    assert train(folder, *settings, "reward=tests.train.models:broken_reward") == 2
+    assert train(folder, *settings, "reward=tests.train.reward_functions:broken_reward") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("agro: reward: expected rewards for the first step, got a failure")
     assert metrics(folder) and list(folder.glob("samples/*"))  # of the evaluation before the step
@@ -296,7 +296,9 @@ def test_log_takes_columns_json_has_no_word_for_and_broken_text(tmp_path: Path) 
 
 
 def test_reward_that_fails_now_and_then_costs_no_step(finished: Path, tmp_path: Path) -> None:
-    settings = ["reward=[tests.train.models:even_share,tests.train.models:flaky_reward]"]
+    settings = [
+        "reward=[tests.train.reward_functions:even_share,tests.train.reward_functions:flaky_reward]"
+    ]
     settings += ["reward_weights=[1,0.5]", "eval_every=0", "save_every=0", *from_base(finished)]
     assert train(tmp_path / "flaky", *settings) == 0
     rows = metrics(tmp_path / "flaky")
