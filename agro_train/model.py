@@ -118,8 +118,9 @@ def head_gradient(policy: nn.Module) -> Tensor | None:
     weight = policy.model.get_output_embeddings().weight
     if not weight.requires_grad or weight.dtype not in (torch.float32, torch.float64):
         return None
-    weight.grad = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    return weight.grad
+    gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    weight.grad = gradient
+    return gradient
 
 
 def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
