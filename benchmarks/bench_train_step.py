@@ -163,7 +163,7 @@ def run_agro(stopwatch: Stopwatch, setting: Setting) -> None:
         f"model={setting.model}", f"data={data}", f"steps={setting.steps + 2}",
         f"prompts_per_step={len(setting.questions)}", f"num_generations={setting.generations}",
         f"max_completion_length={setting.completion_length}", "beta=0.01", "learning_rate=1e-6",
-        "eval_every=0", "eval_prompts=0", f"reward={__name__}:reward",
+        "eval_every=0", "eval_prompts=0", "reward=benchmarks.bench_train_step:reward",
         f"output_dir={setting.folder}/agro",
     ]  # fmt: skip
     run = setup(config.load(config.find("smollm2-arithmetic"), settings), resume=False)
