@@ -198,8 +198,8 @@ def _output(worker: _Worker) -> int:
 def _kill(worker: _Worker) -> None:
     try:
         os.killpg(worker.process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it had ended, and left nobody
+    except (ProcessLookupError, PermissionError):
+        pass  # it had ended and left nobody: Linux says the one, macOS the other
     worker.process.wait()
     for pipe in (worker.process.stdin, worker.process.stdout):
         assert pipe is not None
