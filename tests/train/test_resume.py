@@ -214,7 +214,7 @@ def kill_at_write(folder: str, at: int | list[str], victims: Sequence[int]) -> N
             return
         writes += 1
         if writes == at or (isinstance(at, list) and event == at[0] and path.endswith(at[1])):
-            for victim in victims:
+            for victim in sorted(victims, key=lambda pid: pid == os.getpid()):  # itself the last
                 os.kill(victim, signal.SIGKILL)
 
     sys.addaudithook(watch)
