@@ -73,7 +73,8 @@ class TrainConfig:
     # Rewards: number | math | module:function, or several, [math,module:function].
     reward: list[str] = field(default_factory=lambda: ["number"])
     reward_weights: list[float] = field(default_factory=list)  # one a function; empty: 1 each
-    # For one call of a function of your own. Three late ones end a step's scoring; all ranks wait.
+    # For one call of a function of your own, whose process is then killed and started again. Three
+    # late ones end a step's scoring; all ranks wait.
     reward_timeout_s: float = 90.0
     math_timeout_s: float = 5.0  # for checking one completion against the gold answer
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agro_train.workers import Workers
+from agro_train.workers import Lost, Workers
 
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 _pools: dict[float, Workers] = {}
@@ -35,7 +35,7 @@ def check(golds: Sequence[str], completions: Sequence[str], timeout_s: float) ->
     jobs = [{"gold": g, "completion": c} for g, c in zip(golds, completions, strict=True)]
     return [
         Check(reward=0.0, timed_out=True)
-        if found is None
+        if isinstance(found, Lost)
         else Check(float(found["equal"]) if found["gold"] else None, found["answer"])
         for found in _pool(timeout_s).map(jobs)
     ]
@@ -46,7 +46,8 @@ def parseable(golds: Sequence[str], timeout_s: float) -> list[bool]:
     distinct = list(dict.fromkeys(golds))
     found = _pool(timeout_s).map([{"gold": gold} for gold in distinct])
     good = {
-        gold: one is not None and one["gold"] for gold, one in zip(distinct, found, strict=True)
+        gold: not isinstance(one, Lost) and one["gold"]
+        for gold, one in zip(distinct, found, strict=True)
     }
     return [good[gold] for gold in golds]
 
@@ -54,5 +55,10 @@ def parseable(golds: Sequence[str], timeout_s: float) -> list[bool]:
 def _pool(timeout_s: float) -> Workers:
     """One pool a process and time limit: workers take seconds to start."""
     if timeout_s not in _pools:
-        _pools[timeout_s] = Workers("agro_train.math_worker", size=WORKERS, timeout_s=timeout_s)
+        _pools[timeout_s] = Workers(
+            "agro_train.math_worker",
+            size=WORKERS,
+            timeout_s=timeout_s,
+            advice="install what it needs: pip install math-verify",
+        )
     return _pools[timeout_s]

@@ -50,11 +50,13 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         coefficients: Tensor | None = None,
         lse: Tensor | None = None,
+        weight_grad: Tensor | None = None,
     ) -> Any:
         """Without coefficients: log-probability, entropy and lse of each target, fp32 (n,).
         With coefficients (n,): the 0-d sum of coefficient * log-probability; `lse` from an earlier
-        pass over the same weights saves one product with the head. A function in place of a
-        micro-batch is called with the model, see `whole`.
+        pass over the same weights saves one product with the head, and the head adds its weight's
+        gradient to `weight_grad` itself, see `head_gradient`. A function in place of a micro-batch
+        is called with the model, see `whole`.
         """
         if not isinstance(micro, MicroBatch):
             return micro(self.model)
@@ -67,9 +69,8 @@ class Policy(nn.Module):
         }
         if coefficients is None:
             return linear_logprobs_with_stats(hidden, head.weight, micro.targets, **options)
-        return weighted_logprob_sum(
-            hidden, head.weight, micro.targets, coefficients, lse=lse, **options
-        )
+        options |= {"lse": lse, "weight_grad": weight_grad}
+        return weighted_logprob_sum(hidden, head.weight, micro.targets, coefficients, **options)
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """(L, D) final hidden states of a packed micro-batch.
@@ -102,6 +103,24 @@ class Policy(nn.Module):
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+
+def head_gradient(policy: nn.Module) -> Tensor | None:
+    """The gradient of the head's weight (V, D), zeros so far, for the head to add to by itself:
+    a second gradient of that size never waits to be added, which for a tied weight is until the
+    embedding's has come, at the end of the backward pass.
+
+    None where that cannot be: the weight is frozen; its gradient is not of the dtype that sums are
+    kept in; or a wrapper (DDP, FSDP2, torch.compile) has to see the gradient come from autograd.
+    """
+    if type(policy) is not Policy:  # FSDP2 changes the class
+        return None
+    weight = policy.model.get_output_embeddings().weight
+    if not weight.requires_grad or weight.dtype not in (torch.float32, torch.float64):
+        return None
+    gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    weight.grad = gradient
+    return gradient
 
 
 def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:

@@ -5,33 +5,32 @@ and every column of the dataset, each a list with one entry per completion; it r
 numbers, None where it has no opinion. The reward is the weighted sum of the opinions; a completion
 without any is dropped from its group, and counted.
 
-No reward function can cost a run a step. One that raises, takes too long or returns something else
-is called again prompt by prompt; the prompts for which it fails again get no reward, are counted
-(`rewards/error_rate`, `rewards/timeout_rate`) and named in a warning.
+No reward function can cost a run a step. The user's own are called by name in a process of their
+own, one a function and rank, which keeps whatever they keep between calls. One that raises, ends
+its process or returns something else is called again prompt by prompt, and so is one that takes too
+long, wherever it waits: its process is killed, and another started. The prompts for which it fails
+again get no reward, are counted (`rewards/error_rate`, `rewards/timeout_rate`) and named in a
+warning.
 """
 
-import importlib
+import base64
 import logging
 import math
+import pickle
 import re
-import signal
-import sys
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from agro_train.config import TrainConfig
 from agro_train.math_rewards import check, gold_text, parseable
 from agro_train.types import Failure, Prompt, Rollout
+from agro_train.workers import CannotStart, Lost, Workers
 
-RewardFunction = Callable[..., Sequence[float | None]]
 LATE_CALLS = 3  # after so many calls that took too long, the rest of the step is given up
+START_S = 600.0  # for importing a function of the user's: its module may load a model
 logger = logging.getLogger(__name__)
 
 
@@ -51,9 +50,6 @@ def last_integer(text: str) -> str | None:
 def _digits(integer: str) -> str:
     """One spelling for equal integers; int() would refuse thousands of digits."""
     return re.sub(r"^(-?)0+(?=\d)", r"\1", integer)
-
-
-BUILT_IN: dict[str, RewardFunction] = {"number": number_reward}  # and math: `math_outcomes`
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,9 @@ def load_rewards(config: TrainConfig) -> Rewards:
 def _outcomes(spec: str, config: TrainConfig) -> Callable[[Sequence[Rollout]], list[Outcome]]:
     if spec == "math":
         return lambda rollouts: math_outcomes(rollouts, config.math_timeout_s)
-    return Guarded(load_reward(spec), spec, config.reward_timeout_s)
+    if spec == "number":
+        return lambda rollouts: [Outcome(r) for r in number_reward(**arguments(rollouts))]
+    return OwnFunction.start(spec, config.reward_timeout_s)
 
 
 def math_outcomes(rollouts: Sequence[Rollout], timeout_s: float) -> list[Outcome]:
@@ -101,30 +99,6 @@ def math_outcomes(rollouts: Sequence[Rollout], timeout_s: float) -> list[Outcome
         Outcome(found.reward, "timeout" if found.timed_out else None)
         for found in check(golds, [rollout.completion for rollout in rollouts], timeout_s)
     ]
-
-
-def load_reward(spec: str) -> RewardFunction:
-    """A reward that is a function: built in, by name, or the user's own as `module:function`."""
-    if spec in BUILT_IN:
-        return BUILT_IN[spec]
-    module_name, _, function_name = spec.partition(":")
-    if not function_name:
-        raise ValueError(f"reward: expected number, math or module:function, got {spec!r}")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"reward: expected an importable module in {spec!r}, got none ({error}); it is looked "
-            f"up in the Python path and in {Path.cwd()}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(
-            f"reward: expected a function {function_name} in {module.__file__}, got {function!r}"
-        )
-    return function  # type: ignore[no-any-return]
 
 
 def check_columns(spec: str, prompts: Sequence[Prompt]) -> None:
@@ -193,16 +167,26 @@ def refuse_broken(rollouts: Sequence[Rollout]) -> None:
 
 
 @dataclass(frozen=True)
-class Guarded:
-    """A reward function that cannot stop the run, see the top of this file.
+class OwnFunction:
+    """A reward function of the user's, `module:function`, that cannot stop the run, see the top of
+    this file."""
 
-    The time limit is an alarm in the main thread: it ends Python code and blocking calls, but not
-    native code that never returns to the interpreter. In another thread there is none.
-    """
-
-    function: RewardFunction
     spec: str
-    timeout_s: float
+    workers: Workers  # a pool of one: the function may count its calls
+
+    @classmethod
+    def start(cls, spec: str, timeout_s: float) -> "OwnFunction":
+        """Raises ValueError where there is no such function."""
+        workers = Workers(
+            "agro_train.reward_worker",
+            spec,
+            size=1,
+            timeout_s=timeout_s,
+            start_s=START_S,
+            advice=f"its process imports {spec}, so look there",
+        )
+        workers.start()
+        return cls(spec, workers)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
         outcomes = self._attempt(rollouts, explain=True)
@@ -229,17 +213,28 @@ class Guarded:
     def _attempt(
         self, rollouts: Sequence[Rollout], *, explain: bool = False
     ) -> list[Outcome] | Failure:
+        # A pickle, for columns may hold what JSON has no word for.
+        job = base64.b64encode(pickle.dumps(arguments(rollouts))).decode()
         try:
-            with time_limit(self.timeout_s):
-                return [_outcome(v) for v in call(self.function, rollouts)]
-        except _TooLong:
+            (answer,) = self.workers.map([job])
+        except CannotStart as error:  # once it could: this is not how the run should end
+            logger.warning("reward: %s could not be started again: %s", self.spec, error)
+            return "timeout"  # which soon ends the step's attempts
+        if answer is Lost.LATE:
             if explain:
-                logger.warning("reward: %s took longer than %g s", self.spec, self.timeout_s)
+                timeout_s = self.workers.timeout_s
+                logger.warning("reward: %s took longer than %g s", self.spec, timeout_s)
             return "timeout"
-        except (Exception, SystemExit) as error:  # the user's code must not end the run
+        if answer is Lost.DIED:
             if explain:
-                logger.warning("reward: %s failed: %r", self.spec, error, exc_info=True)
+                logger.warning("reward: %s ended its process", self.spec)
             return "error"
+        if "error" in answer:
+            if explain:
+                found = answer["error"], answer["traceback"]
+                logger.warning("reward: %s failed: %s\n%s", self.spec, *found)
+            return "error"
+        return [_outcome(value) for value in answer["values"]]
 
 
 def _prompt(rollout: Rollout) -> tuple[str, tuple[int, ...]]:
@@ -247,58 +242,19 @@ def _prompt(rollout: Rollout) -> tuple[str, tuple[int, ...]]:
     return rollout.group, rollout.prompt_ids
 
 
-def call(function: RewardFunction, rollouts: Sequence[Rollout]) -> Sequence[float | None]:
-    """The function's values, one a rollout."""
+def arguments(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
+    """What a reward function is called with."""
     columns: dict[str, list[Any]] = defaultdict(list)
     for name in {name for rollout in rollouts for name in rollout.columns} - {"prompt"}:
         columns[name] = [rollout.columns.get(name) for rollout in rollouts]
-    values = function(
-        prompts=[rollout.prompt for rollout in rollouts],
-        completions=[rollout.completion for rollout in rollouts],
-        completion_ids=[list(rollout.completion_ids) for rollout in rollouts],
+    return {
         **columns,
-    )
-    if not isinstance(values, Sequence) or len(values) != len(rollouts):
-        got = f"{len(values)}" if isinstance(values, Sequence) else type(values).__name__
-        raise ValueError(
-            f"reward: expected a list of {len(rollouts)} numbers from the reward function, "
-            f"got {got}"
-        )
-    for value in values:
-        if value is not None and not isinstance(value, Real):
-            raise ValueError(
-                f"reward: expected a number or None from the reward function, got {value!r}"
-            )
-    return values
+        "prompts": [rollout.prompt for rollout in rollouts],
+        "completions": [rollout.completion for rollout in rollouts],
+        "completion_ids": [list(rollout.completion_ids) for rollout in rollouts],
+    }
 
 
 def _outcome(value: float | None) -> Outcome:
-    if value is not None and not math.isfinite(value):
-        return Outcome(None, "error")
-    return Outcome(None if value is None else float(value))
-
-
-class _TooLong(BaseException):
-    """Not an Exception, which the function that takes too long may be catching."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises _TooLong in the block after that time, and every second from then on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(*_: object) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, late)
-    try:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    finite = value is None or math.isfinite(value)
+    return Outcome(value) if finite else Outcome(None, "error")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from agro_kernels import AgroStats, agro_coefficients, policy_gradient_coefficients
 from agro_train.batch import pack
 from agro_train.config import TrainConfig
+from agro_train.model import head_gradient
 from agro_train.types import MicroBatch, Rollout, StepStats, TrainBatch
 
 # What a rank without a micro-batch of its own reads to keep step with the others: token 0 after
@@ -67,15 +68,17 @@ def update(
     weights, stats = coefficients(everyone, config)
     # The gradient is averaged over ranks, the coefficients are for its sum.
     mine = weights[first : first + len(scores.rewards)] * world
+    head_grad = head_gradient(policy)
     for number, (piece, piece_lse) in enumerate(zip(micro, lse, strict=True), start=1):
         piece = to_device(piece, accelerator.device)
         per_token = mine.to(piece_lse.device, piece_lse.dtype)[token_rows(piece)]
         if number > len(batch.micro):  # an extra one, to keep step with the other ranks
             per_token = torch.zeros_like(per_token)
         with accelerator.no_sync(policy) if number < len(micro) else nullcontext():
-            accelerator.backward(policy(piece, config.temperature, per_token, piece_lse))
-    reached = any(parameter.grad is not None for parameter in policy.parameters())
-    assert reached or not micro, "no weight received a gradient"
+            accelerator.backward(policy(piece, config.temperature, per_token, piece_lse, head_grad))
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert len(gradients) > (head_grad is not None) or not micro, "no weight received a gradient"
+    assert head_grad is None or any(g is head_grad for g in gradients), "the head's was replaced"
     grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
     skipped = int(stats.num_groups) == 0 or not math.isfinite(grad_norm)
     if not skipped:

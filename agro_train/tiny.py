@@ -91,10 +91,10 @@ def warm_start(
         hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
         logprobs = linear_logprobs(hidden, model.lm_head.weight, targets)
         loss = -logprobs.sum() / (targets != IGNORE_INDEX).sum()
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()  # a frozen weight's, left here, would count in an adapter's norm
         schedule.step()
     model.eval()
     return float(loss.detach())

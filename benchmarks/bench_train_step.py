@@ -10,8 +10,10 @@ Method. Each trainer runs its own loop in a process of its own; they take turns,
 (A B C A B C), after one that is not counted. SmolLM2-135M-Instruct, all weights trained in float32,
 AdamW, a frozen copy as the reference, KL in play (beta 0.01), no gradient checkpointing, float32
 products under the same torch.set_float32_matmul_precision for all, the one agro_train chooses on
-this CPU. Completions have exactly --completion-length tokens: none may end early. TRL takes
---generations completions a micro-batch, ours up to 512 tokens, the setting of smollm2-arithmetic.
+this CPU. Completions have exactly --completion-length tokens: none may end early. A micro-batch is
+the same for all, the --generations completions of one prompt, since memory grows with it: TRL's
+per_device_train_batch_size, ours the token_budget that holds one group and not two. (TRL reads the
+prompt once for each of them, and padding; ours reads it once for all.)
 
 One row of the CSV is one trainer:
 
@@ -22,7 +24,8 @@ One row of the CSV is one trainer:
     update_peak_mb  most memory of the process during the update, beyond what it held when the
                   completions were there: activations, logits, gradients (1 MB is 1e6 bytes)
     resident_mb   what it held then: weights, reference, optimiser's moments
-    prompt_tokens, completion_tokens   of one step; equal, or the benchmark refuses to compare
+    prompt_tokens, completion_tokens   of one step, and
+    micro_batch_completions   of the largest micro-batch: equal, or the benchmark refuses to compare
 """
 
 import argparse
@@ -32,7 +35,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,6 +73,7 @@ class Step:
     resident_bytes: int
     prompt_tokens: int
     completion_tokens: int
+    micro_batch_completions: int
 
 
 @dataclass
@@ -92,6 +96,7 @@ class Row:
     generations: int
     prompt_tokens: int | None
     completion_tokens: int | None
+    micro_batch_completions: int | None
     n: int
     rollout_s: float | None
     update_s: float | None
@@ -131,18 +136,23 @@ class Stopwatch:
         timing.reset_peak()
         self.resident = timing.resident_bytes()
         self.tokens = prompt_tokens, completion_tokens
+        self.largest = 0
         self.resumed = time.perf_counter()  # reading the memory is nobody's work
+
+    def micro_batch(self, completions: int) -> None:
+        self.largest = max(self.largest, completions)
 
     def end(self) -> None:
         update_s = time.perf_counter() - self.resumed
         peak = timing.high_water_bytes() - self.resident
-        step = Step(self.middle - self.began, update_s, peak, self.resident, *self.tokens)
+        rollout_s = self.middle - self.began
+        step = Step(rollout_s, update_s, peak, self.resident, *self.tokens, self.largest)
         self.warm = True
         self.connection.send(step)
 
 
 def run_agro(stopwatch: Stopwatch, setting: Setting) -> None:
-    """agro_train's own loop, with a stopwatch around `collect`."""
+    """agro_train's own loop, with a stopwatch around `collect` and a look at its batches."""
     from agro_train import config, train
     from agro_train.rollout import TransformersEngine
     from agro_train.run import setup
@@ -153,13 +163,17 @@ def run_agro(stopwatch: Stopwatch, setting: Setting) -> None:
         f"model={setting.model}", f"data={data}", f"steps={setting.steps + 2}",
         f"prompts_per_step={len(setting.questions)}", f"num_generations={setting.generations}",
         f"max_completion_length={setting.completion_length}", "beta=0.01", "learning_rate=1e-6",
-        "eval_every=0", "eval_prompts=0", f"reward={__name__}:reward",
+        "eval_every=0", "eval_prompts=0", "reward=benchmarks.bench_train_step:reward",
         f"output_dir={setting.folder}/agro",
     ]  # fmt: skip
     run = setup(config.load(config.find("smollm2-arithmetic"), settings), resume=False)
     assert isinstance(run.engine, TransformersEngine)
     run.engine.end_tokens = {run.policy.model.config.vocab_size}  # an id that is never drawn
-    collect = train.collect
+    # The last token of a completion is not read.
+    longest = max(len(prompt.ids) for prompt in run.prompts)
+    one_group = longest + setting.generations * (setting.completion_length - 1)
+    run = replace(run, config=replace(run.config, token_budget=one_group))
+    collect, build_batch = train.collect, train.build_batch
 
     def timed_collect(run: Any, step: int) -> Any:
         if step > 0:
@@ -173,6 +187,13 @@ def run_agro(stopwatch: Stopwatch, setting: Setting) -> None:
         )
         return found
 
+    def watched_build_batch(*arguments: Any, **keywords: Any) -> Any:
+        batch = build_batch(*arguments, **keywords)
+        for micro in batch.micro:
+            stopwatch.micro_batch(len(micro.rows))
+        return batch
+
+    train.build_batch = watched_build_batch
     train.collect = timed_collect  # the last step has no successor: one more than is timed
     train.train(run)
 
@@ -228,7 +249,14 @@ def run_trl(kind: str) -> Callable[[Stopwatch, Setting], None]:
             stopwatch.rolled_out(sum(map(len, prompt_ids)), sum(map(len, completion_ids)))
             return found
 
+        compute_loss = trainer.compute_loss
+
+        def watched_compute_loss(model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+            stopwatch.micro_batch(len(inputs["completion_ids"]))
+            return compute_loss(model, inputs, *arguments, **keywords)
+
         trainer._generate = timed_generate
+        trainer.compute_loss = watched_compute_loss
         trainer.train()
 
     return run
@@ -287,6 +315,7 @@ def to_row(steps: Steps, setting: Setting) -> Row:
         generations=setting.generations,
         prompt_tokens=done[0].prompt_tokens if done else None,
         completion_tokens=done[0].completion_tokens if done else None,
+        micro_batch_completions=done[0].micro_batch_completions if done else None,
         n=len(done),
         **dict.fromkeys(
             ("rollout_s", "update_s", "step_s", "step_p20_s", "step_p80_s", "update_peak_mb",
@@ -336,9 +365,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write(rows, setting, options.out)
     for row in rows:
         print(describe(row))
-    tokens = {(row.prompt_tokens, row.completion_tokens) for row in rows if row.n}
-    if len(tokens) > 1:
-        print(f"not comparable: the trainers saw other numbers of tokens: {sorted(tokens)}")
+    sizes = {
+        (row.prompt_tokens, row.completion_tokens, row.micro_batch_completions)
+        for row in rows
+        if row.n
+    }
+    if len(sizes) > 1:
+        print(
+            "not comparable: the trainers saw other numbers of tokens, or of completions in a "
+            f"micro-batch: {sorted(sizes)}"
+        )
         return 1
     return 0 if all(row.status == "ok" for row in rows) else 1
 

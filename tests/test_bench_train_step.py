@@ -36,6 +36,7 @@ def test_our_own_loop_is_timed_step_by_step(setting: Setting) -> None:
         assert step.rollout_s > 0 and step.update_s > 0 and step.resident_bytes > 0
         assert step.prompt_tokens == 4 * (4 + 5)
         assert step.completion_tokens == 2 * 4 * 6  # none ended early
+        assert step.micro_batch_completions == 4  # one group
 
 
 def test_a_trainer_that_fails_says_so(
@@ -48,8 +49,8 @@ def test_a_trainer_that_fails_says_so(
     assert bench_train_step.to_row(found, setting).n == 0
 
 
-def step(update_s: float, peak: int, completion_tokens: int = 48) -> Step:
-    return Step(1.0, update_s, peak, 10**9, 36, completion_tokens)
+def step(update_s: float, peak: int, completion_tokens: int = 48, completions: int = 4) -> Step:
+    return Step(1.0, update_s, peak, 10**9, 36, completion_tokens, completions)
 
 
 def test_ratios_are_of_the_best_peer(setting: Setting, tmp_path: Path) -> None:
@@ -69,12 +70,16 @@ def test_ratios_are_of_the_best_peer(setting: Setting, tmp_path: Path) -> None:
     assert written[0]["update_ratio"] == "0.5" and written[0]["cpu"]
 
 
-def test_other_numbers_of_tokens_are_not_compared(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("other", [{"completion_tokens": 47}, {"completions": 5}], ids=str)
+def test_steps_of_other_sizes_are_not_compared(
+    other: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     found = [
         Steps("agro", steps=[step(1.0, 10)]),
-        Steps("trl_grpo", steps=[step(1.0, 10, completion_tokens=47)]),
+        Steps("trl_grpo", steps=[step(1.0, 10, **other)]),
     ]
     monkeypatch.setattr(bench_train_step, "in_turn", lambda trainers, setting: found)
     arguments = ["--model", "unused", "--out", str(tmp_path / "rows.csv")]

@@ -123,24 +123,3 @@ def save_llama3_miniature(folder: Path) -> Path:
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
-
-
-def even_share(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """A reward that any weights earn some of: the share of even token ids."""
-    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
-
-
-def first_even(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """1.0 where the first token's id is even: right and wrong from any weights."""
-    return [float(ids[0] % 2 == 0) for ids in completion_ids]
-
-
-def broken_reward(**_: object) -> list[float]:
-    raise RuntimeError("no server")
-
-
-def flaky_reward(completion_ids: list[list[int]], **_: object) -> list[float]:
-    """Raises for the prompts of about every fourth completion by its content, else 1.0."""
-    if any(sum(ids) % 16 == 3 for ids in completion_ids):
-        raise RuntimeError("an odd completion")
-    return [1.0] * len(completion_ids)

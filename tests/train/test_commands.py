@@ -22,7 +22,7 @@ from agro_train.types import Rollout
 
 SMALL = [
     "warm_start_steps=0",
-    "reward=tests.train.models:first_even",
+    "reward=tests.train.reward_functions:first_even",
     "prompts_per_step=4",
     "num_generations=3",
     "eval_every=0",
@@ -77,7 +77,7 @@ def test_rollout_overwrites_nothing(
 def test_score_keeps_every_other_column(recorded: Path, tmp_path: Path) -> None:
     before = [{**row, "note": i} for i, row in enumerate(read_jsonl(recorded))]
     parquet.write_table(Table.from_pylist(before), tmp_path / "r.parquet")
-    reward = "reward=[tests.train.models:even_share,number]"
+    reward = "reward=[tests.train.reward_functions:even_share,number]"
     arguments = ["score", str(tmp_path / "r.parquet"), reward, "reward_weights=[2,1]"]
     assert main(arguments) == 0
     after = read_jsonl(tmp_path / "r.scored.jsonl")

@@ -170,7 +170,7 @@ def test_offline_run_on_an_on_policy_steps_rollouts_takes_that_step(tmp_path: Pa
         "warmup_steps=0",
         "max_completion_length=8",
         "eval_every=0",
-        "reward=tests.train.models:even_share",
+        "reward=tests.train.reward_functions:even_share",
     ]
     online, offline = tmp_path / "online", tmp_path / "offline"
     assert main(["train", "tiny-arithmetic", *settings, f"output_dir={online}"]) == 0

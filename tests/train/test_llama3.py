@@ -30,7 +30,7 @@ def test_llama3_configuration_trains_and_resumes_on_a_miniature(tmp_path: Path) 
         "num_generations=3",
         "max_completion_length=12",
         "token_budget=256",
-        "reward=tests.train.models:even_share",
+        "reward=tests.train.reward_functions:even_share",
     ]
     assert main(["train", "llama3-8b-math", *small]) == 0
     assert main(["train", "--resume", str(tmp_path / "run"), "steps=3"]) == 0

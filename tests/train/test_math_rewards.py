@@ -10,7 +10,7 @@ from agro_train.math_rewards import check, gold_text, parseable
 from agro_train.math_worker import work
 from agro_train.rewards import load_rewards, score, with_readable_gold
 from agro_train.types import Prompt, Rollout
-from agro_train.workers import Workers
+from agro_train.workers import CannotStart, Lost, Workers
 
 HANGS = r"$\boxed{9^{9^{9^{9}}}}$"
 TIMEOUT = 5.0  # one pool for all tests, so that its workers start once
@@ -68,7 +68,7 @@ def test_check_that_hangs_is_killed_counted_and_the_rest_goes_on() -> None:
 def test_worker_may_print_and_may_die(kind: str) -> None:
     workers = Workers("tests.train.worker_main", size=1, timeout_s=20.0)
     jobs = ["a", kind, "b"]
-    assert workers.map(jobs) == ["a", None if kind == "dies" else kind, "b"]
+    assert workers.map(jobs) == ["a", Lost.DIED if kind == "dies" else kind, "b"]
 
 
 def test_job_that_a_dead_worker_cannot_take_is_done_by_another(
@@ -87,3 +87,17 @@ def test_worker_that_cannot_start_is_an_error_and_no_timeout() -> None:
     message = r"no.such.module: expected its process to start, got none \(exit status 1\)"
     with pytest.raises(ValueError, match=message):
         Workers("no.such.module", size=1, timeout_s=1.0).map(["job"])
+
+
+def test_worker_that_stops_reading_is_late_with_a_job_of_any_size() -> None:
+    workers = Workers("tests.train.worker_main", size=1, timeout_s=1.0)
+    large = "x" * (1 << 20)  # more than a pipe holds
+    assert workers.map(["deaf", large, "b"]) == ["deaf", Lost.LATE, "b"]
+    assert workers.map([large]) == [large]
+
+
+def test_workers_that_do_not_stay_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workers, "_give", lambda *_: False)  # as if each had died just before
+    workers = Workers("tests.train.worker_main", size=1, timeout_s=20.0)
+    with pytest.raises(CannotStart, match="expected its process to wait for work, got 4 that end"):
+        workers.map(["job"])

@@ -22,7 +22,7 @@ def settings(folder: Path, model: Path, *more: str) -> list[str]:
         "tiny-arithmetic",
         f"model={model}",
         f"output_dir={folder}",
-        "reward=tests.train.models:even_share",
+        "reward=tests.train.reward_functions:even_share",
         "steps=2",
         "prompts_per_step=3",  # so that one rank has two groups and the other one
         "num_generations=3",

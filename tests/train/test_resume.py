@@ -1,9 +1,10 @@
 """A run that is killed at any moment, and goes on, ends as if nothing had happened.
 
-    python -m tests.train.test_resume --kills 40
+    python -m tests.train.test_resume --kills 40 [--ranks 2] [--fsdp] [--peft]
 
 kills runs that often, half of the time after a random while, half at a random write to the disk,
-and compares every run that comes to its end with one that was left alone.
+and compares every run that comes to its end with one that was left alone. Of a run of two ranks
+(gloo, on the CPU) one or the other is killed, or both at once.
 
 The runs are processes of their own, forked from one that has imported what they need: that takes
 several times as long as a run.
@@ -17,12 +18,13 @@ import random
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ CLOCKS = ("time_s", "eval_time_s", "tokens_per_s", "memory_gb")
 # The schedule changes at every step, and the replayed groups come from the run's own record.
 SETTINGS = [
     "warm_start_steps=2",
-    "reward=tests.train.models:even_share",
+    "reward=tests.train.reward_functions:even_share",
     f"steps={STEPS}",
     "prompts_per_step=4",
     "num_generations=3",
@@ -56,6 +58,8 @@ SETTINGS = [
     "save_every=2",
     "save_total_limit=1",
 ]
+
+PEFT = ["use_peft=true", "lora_r=4"]
 
 # Moments of a run, each a kind of write and the end of the name that it is about to reach.
 MOMENTS = [
@@ -89,29 +93,42 @@ class Server:
             text=True,
         )
 
-    def run(self, folder: Path, *settings: str, kill_after: float | None = None, **job: Any) -> int:
-        """The exit status of `agro train`, new in the folder or going on there.
+    def run(
+        self,
+        folder: Path,
+        *settings: str,
+        ranks: int = 1,
+        kill_after: float | None = None,
+        victims: Sequence[int] = (0,),
+        **job: Any,
+    ) -> int:
+        """The exit status of `agro train`, new in the folder or going on there: KILLED where any
+        rank of it was.
 
         Args:
-            kill_after: seconds until the run's process group is killed.
+            kill_after: seconds until the victims are killed.
+            victims: the ranks that kill_after and kill_at mean.
             job: draw: whether it draws its curves, which takes longer than all the rest. kill_at: a
-                number n or a moment; the run kills itself at the n-th write to its folder, or at
-                that one. file_size: bytes that no file of the run may exceed.
+                number n or a moment; the victims are killed at the n-th write to the folder, or at
+                that one. file_size: bytes that no file of the run may exceed. grace: seconds that
+                the other ranks have after one has failed, before they are ended, too.
         """
         resumed = (folder / "config.yaml").is_file()
         arguments = ["--resume", str(folder)] if resumed else [f"output_dir={folder}", *settings]
         job |= {"arguments": ["train", *arguments], "folder": str(folder)}
+        job |= {"ranks": ranks, "victims": victims}
         assert self.process.stdin and self.process.stdout, "both are pipes"
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
+        pids = json.loads(self.process.stdout.readline())
         if kill_after is not None:
             select.select([self.process.stdout], [], [], kill_after)
-            try:
-                os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it had come to its end
-        return os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
+            for victim in victims:
+                try:
+                    os.kill(pids[victim], signal.SIGKILL)
+                except ProcessLookupError:
+                    pass  # it had come to its end
+        return int(self.process.stdout.readline())
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout, "both are pipes"
@@ -121,34 +138,60 @@ class Server:
 
 
 def serve() -> None:
-    """Forks a run for every line of standard input, and prints its process id and how it ended."""
+    """Forks a run for every line of standard input, and prints the process ids of its ranks and how
+    it ended."""
     import agro_train.train  # noqa: F401  what a run needs, once for all of them
 
     torch.set_num_threads(1)
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            be_a_run(json.loads(line))
-        os.setpgid(pid, pid)
-        print(pid, flush=True)
-        print(os.waitpid(pid, 0)[1], flush=True)
+        job = json.loads(line)
+        ranks = job["ranks"]
+        Path(f"{job['folder']}.log").write_bytes(b"")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        pids = [0] * ranks
+        for rank in reversed(range(ranks)):  # the main one last: it knows the others
+            pids[rank] = os.fork()
+            if pids[rank] == 0:
+                if ranks > 1:
+                    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+                    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                    os.environ.update({name: str(value) for name, value in place.items()})
+                pids[rank] = os.getpid()
+                be_a_run(job, [pids[victim] for victim in job["victims"]] if rank == 0 else [])
+        print(json.dumps(pids), flush=True)
+        print(ended(pids, job.get("grace", 0.0)), flush=True)
 
 
-def be_a_run(job: dict[str, Any]) -> None:
+def ended(pids: Sequence[int], grace: float) -> int:
+    """How the ranks ended. As a launcher does, it ends all when one has failed."""
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(pids):
+        pid, status = os.waitpid(-1, 0)
+        if status != 0 and not any(statuses.values()):
+            time.sleep(grace)
+            for other in set(pids) - {pid} - statuses.keys():
+                os.kill(other, signal.SIGTERM)
+        statuses[pid] = os.waitstatus_to_exitcode(status)
+    failed = [status for status in statuses.values() if status]
+    return KILLED if KILLED in failed else (failed or [0])[0]
+
+
+def be_a_run(job: dict[str, Any], victims: Sequence[int]) -> None:
+    """Args: victims: the processes that kill_at means; none on ranks that write nothing."""
     import agro_train.train
     from agro_train.cli import main
 
-    os.setpgid(0, 0)
     if not job.get("draw"):
         for name in ("plot_run", "write_report"):
             setattr(agro_train.train, name, lambda folder: None)
-    log = os.open(f"{job['folder']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(f"{job['folder']}.log", os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
     if (file_size := job.get("file_size")) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
-    if (kill_at := job.get("kill_at")) is not None:
-        kill_at_write(job["folder"], kill_at)
+    if victims and (kill_at := job.get("kill_at")) is not None:
+        kill_at_write(job["folder"], kill_at, victims)
     status = 1
     try:
         status = main(job["arguments"])
@@ -158,8 +201,8 @@ def be_a_run(job: dict[str, Any]) -> None:
         os._exit(status)
 
 
-def kill_at_write(folder: str, at: int | list[str]) -> None:
-    """Kills this process at its n-th write to the folder, or at one of a kind and name."""
+def kill_at_write(folder: str, at: int | list[str], victims: Sequence[int]) -> None:
+    """Kills processes at this one's n-th write to the folder, or at one of a kind and name."""
     writes = 0
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -171,7 +214,8 @@ def kill_at_write(folder: str, at: int | list[str]) -> None:
             return
         writes += 1
         if writes == at or (isinstance(at, list) and event == at[0] and path.endswith(at[1])):
-            os.kill(os.getpid(), signal.SIGKILL)
+            for victim in sorted(victims, key=lambda pid: pid == os.getpid()):  # itself the last
+                os.kill(victim, signal.SIGKILL)
 
     sys.addaudithook(watch)
 
@@ -183,15 +227,18 @@ def record(folder: Path) -> dict[str, Any]:
     files = [
         *folder.glob("rollouts/*"),
         *folder.glob("samples/*"),
-        # Not the tokenizer's configuration, in which transformers notes where it was loaded from.
-        *(last / name for name in ("model.safetensors", "config.json")),
+        # Not the configurations in which transformers and peft note where a folder was.
+        *(
+            last / name
+            for name in ("model.safetensors", "config.json", "adapter_model.safetensors")
+        ),
         folder / "base_model" / "model.safetensors",
     ]
     assert checkpoint.damage(last) is None
     return {
         "optimizer and schedule": plain(torch.load(last / "optimizer.pt", weights_only=True)),
         "metrics": [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows],
-        **{str(path.relative_to(folder)): path.read_bytes() for path in files},
+        **{str(path.relative_to(folder)): path.read_bytes() for path in files if path.exists()},
     }
 
 
@@ -211,6 +258,23 @@ def assert_same(folder: Path, whole: Path) -> None:
         assert ours[name] == theirs[name], (
             f"{name} of {folder} differs from the uninterrupted run's"
         )
+
+
+@pytest.mark.parametrize(("ranks", "settings"), [(2, []), (1, PEFT)], ids=["two-ranks", "adapter"])
+def test_run_of_this_kind_that_is_killed_ends_the_same(
+    ranks: int, settings: list[str], server: Server, tmp_path: Path
+) -> None:
+    """The last rank is killed between two checkpoints, then the main one while it writes one."""
+    alone, folder = tmp_path / "whole", tmp_path / "run"
+    assert server.run(alone, *SETTINGS, *settings, ranks=ranks) == 0, said(alone)
+    for moment, victim in (
+        (("open", "/rollouts/.partial-step-000003.jsonl"), ranks - 1),
+        (("open", "/.partial-checkpoint-4/optimizer.pt"), 0),
+    ):
+        how: dict[str, Any] = {"ranks": ranks, "kill_at": moment, "victims": [victim]}
+        assert server.run(folder, *SETTINGS, *settings, **how) == KILLED, said(folder)
+    assert server.run(folder, *SETTINGS, *settings, ranks=ranks) == 0, said(folder)
+    assert_same(folder, alone)
 
 
 def complete(folder: Path) -> bool:
@@ -264,22 +328,27 @@ def kill_until_complete(
     folder: Path,
     seconds: float,
     rng: random.Random,
-    *,
+    *settings: str,
     most: int,
+    ranks: int = 1,
     draw: bool = False,
 ) -> list[str]:
     """Starts a run again and again, kills it `most` times, and says what was there each time."""
     kills: list[str] = []
     while not complete(folder):
-        how: dict[str, Any] = {"draw": draw}
+        how: dict[str, Any] = {"draw": draw, "ranks": ranks}
+        if ranks > 1:
+            how["victims"] = rng.choice([[0], [1], list(range(ranks))])
+            how["grace"] = rng.choice([0.0, 1.0])
         if len(kills) < most and rng.random() < 0.5:
             how["kill_after"] = rng.uniform(0.0, seconds)
         elif len(kills) < most:
             how["kill_at"] = rng.randint(1, WRITES)
-        status = server.run(folder, *SETTINGS, **how)
+        status = server.run(folder, *SETTINGS, *settings, **how)
         assert status in (0, KILLED), said(folder)
         if status == KILLED:
-            kills.append(whereabouts(folder))
+            of = "" if ranks == 1 else f", rank {' and '.join(map(str, how['victims']))}"
+            kills.append(whereabouts(folder) + of)
     return kills
 
 
@@ -341,22 +410,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--fsdp", action="store_true", help="weights sharded over the ranks")
+    parser.add_argument("--peft", action="store_true", help="train an adapter")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         return serve()
+    settings = [*PEFT * options.peft, *["fsdp=true"] * options.fsdp]
     server, rng = Server(), random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         began = time.monotonic()
         alone = Path(name) / "whole"
-        assert server.run(alone, *SETTINGS, draw=True) == 0, said(alone)
+        status = server.run(alone, *SETTINGS, *settings, ranks=options.ranks, draw=True)
+        assert status == 0, said(alone)
+        how = {"ranks": options.ranks, "draw": True}
         seconds = time.monotonic() - began
         kills: list[str] = []
         runs = 0
         while len(kills) < options.kills:
             folder = Path(name) / f"run-{runs}"
-            left = options.kills - len(kills)
-            kills += kill_until_complete(server, folder, seconds, rng, most=left, draw=True)
+            how["most"] = options.kills - len(kills)
+            kills += kill_until_complete(server, folder, seconds, rng, *settings, **how)
             assert_same(folder, alone)
             runs += 1
     server.close()

@@ -1,23 +1,21 @@
 """Rewards: their sum, the user's own by name, and functions that fail."""
 
-import signal
-import time
+import threading
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from agro_train.config import TrainConfig
 from agro_train.metrics import describe
+from agro_train.reward_worker import call, load_function
 from agro_train.rewards import (
-    Guarded,
+    OwnFunction,
     Part,
     Rewards,
-    call,
     check_columns,
-    load_reward,
     load_rewards,
     number_reward,
     refuse_broken,
@@ -25,6 +23,8 @@ from agro_train.rewards import (
 )
 from agro_train.types import Prompt, Rollout
 from tests.train.models import ragged_rollouts, rollout
+
+FUNCTIONS = "tests.train.reward_functions"
 
 
 def test_number_is_the_last_integer() -> None:
@@ -49,12 +49,8 @@ def test_prompt_without_the_gold_answer_is_refused(
         check_columns(reward, [good, Prompt("b", "1+2", (1,), columns)])
 
 
-def guarded(function: Any, timeout_s: float = 5.0) -> Rewards:
-    return (Part("f", 1.0, Guarded(function, "my:f", timeout_s)),)
-
-
-def by_length(completion_ids: list[list[int]], **_: object) -> list[float]:
-    return [float(len(ids)) for ids in completion_ids]
+def own(name: str, timeout_s: float = 60.0) -> Rewards:
+    return (Part("f", 1.0, OwnFunction.start(f"{FUNCTIONS}:{name}", timeout_s)),)
 
 
 def test_users_function_gets_columns_and_its_opinions_count(
@@ -78,61 +74,41 @@ def test_users_function_gets_columns_and_its_opinions_count(
 
 
 def test_rewards_are_weighted_and_those_without_an_opinion_left_out() -> None:
-    def halves(completions: list[str], **_: object) -> list[float | None]:
-        return [0.5] * 3 + [None] * (len(completions) - 3)
-
-    def nothing(completions: list[str], **_: object) -> list[None]:
-        return [None] * len(completions)
-
-    parts = [(by_length, 2.0, "length"), (halves, -1.0, "halves"), (nothing, 1.0, "nothing")]
-    rewards = tuple(Part(name, w, Guarded(f, name, 5.0)) for f, w, name in parts)
+    parts = [("by_length", 2.0), ("halves", -1.0), ("nothing", 1.0)]
+    config = TrainConfig(
+        reward=[f"{FUNCTIONS}:{name}" for name, _ in parts], reward_weights=[w for _, w in parts]
+    )
+    rewards = load_rewards(config)
     scored = score(ragged_rollouts(), rewards)
     for i, row in enumerate(scored):
         assert row.reward == 2 * len(row.completion_ids) - (0.5 if i < 3 else 0.0)
-        assert list(row.rewards) == ["length", "halves", "nothing"]
+        assert list(row.rewards) == ["by_length", "halves", "nothing"]
         assert row.rewards["nothing"] is None
     assert [r.reward for r in score(ragged_rollouts(), rewards[2:])] == [None] * 9
 
 
 def test_weights_and_names_come_from_the_configuration() -> None:
-    specs = ["number", "tests.train.models:even_share"]
+    specs = ["number", "tests.train.reward_functions:even_share"]
     config = TrainConfig(reward=specs, reward_weights=[1.0, 0.25])
     named = [(part.name, part.weight) for part in load_rewards(config)]
     assert named == [("number", 1.0), ("even_share", 0.25)]
 
 
-def raising(completion_ids: list[list[int]], **_: object) -> list[float]:
-    if [3] in [ids[:1] for ids in completion_ids]:
-        raise KeyError("three")
-    return by_length(completion_ids)
-
-
-def hanging(completion_ids: list[list[int]], **_: object) -> list[float]:
-    while [3] in [ids[:1] for ids in completion_ids]:
-        try:
-            time.sleep(1000)
-        except Exception:  # which code that waits for a server may well do
-            pass
-    return by_length(completion_ids)
-
-
-def shapeless(completion_ids: list[list[int]], **_: object) -> Any:
-    return ["a"] if [3] in [ids[:1] for ids in completion_ids] else by_length(completion_ids)
-
-
 @pytest.mark.parametrize(
-    ("function", "failure", "message"),
+    ("name", "failure", "message"),
     [
-        (raising, "error", "my:f failed: KeyError('three')"),
-        (shapeless, "error", "expected a list of 9 numbers from the reward function, got 1"),
-        (hanging, "timeout", "my:f took longer than 0.2 s"),
+        ("raising", "error", "raising failed: KeyError('three')"),
+        ("dying", "error", "dying ended its process"),
+        ("shapeless", "error", "expected a list of 9 numbers from the reward function, got 1"),
+        ("hanging", "timeout", "hanging took longer than 0.5 s"),
+        ("hanging_in_native_code", "timeout", "hanging_in_native_code took longer than 0.5 s"),
     ],
 )
 def test_prompt_on_which_a_function_fails_is_left_out_and_counted(
-    function: Any, failure: str, message: str, caplog: pytest.LogCaptureFixture
+    name: str, failure: str, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     rollouts = [rollout("g", [p], [p, c]) for p in (2, 3, 4) for c in (5, 6, 7)]
-    scored = score(rollouts, guarded(function, timeout_s=0.2))
+    scored = score(rollouts, own(name, timeout_s=0.5 if failure == "timeout" else 60.0))
     assert [r.reward for r in scored] == [2.0] * 3 + [None] * 3 + [2.0] * 3
     assert [r.failure for r in scored] == [None] * 3 + [failure] * 3 + [None] * 3
     assert message in caplog.text and "1 of 3 prompts stay without rewards" in caplog.text
@@ -141,36 +117,76 @@ def test_prompt_on_which_a_function_fails_is_left_out_and_counted(
 
 
 def test_prompts_without_ids_are_told_apart_by_their_group() -> None:
-    def raises_for_b(completions: list[str], **_: object) -> list[float]:
-        if "b" in completions:
-            raise SystemExit("no server")  # which would end a run, too
-        return [1.0] * len(completions)
-
     rollouts = [replace(rollout(g, [], [1]), completion=g) for g in "aabb"]
-    scored = score(rollouts, guarded(raises_for_b))
+    scored = score(rollouts, own("leaving"))  # SystemExit would end a run, too
     assert [r.reward for r in scored] == [1.0, 1.0, None, None]
 
 
-def test_function_that_always_hangs_is_given_up_after_three_calls() -> None:
-    calls = []
+OF_A_USER = """
+import os, sys, time
 
-    def never(**_: object) -> list[float]:
-        calls.append(1)
+calls = 0
+
+def never(**_):
+    with open("calls", "a") as file:
+        file.write("x")
+    print("called")
+    assert sys.stdin.read() == "", "the jobs are not for it"
+    if os.fork() == 0:  # and its child holds every file it had
         time.sleep(1000)
-        return []
+    time.sleep(1000)
 
+def counting(completions, day, **_):
+    global calls
+    calls += 1
+    assert {d.year for d in day} == {2024}
+    return [calls] * len(completions)
+"""
+
+
+@pytest.fixture
+def of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "of_a_user.py").write_text(OF_A_USER)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_function_that_always_hangs_is_given_up_after_three_calls(of_a_user: Path) -> None:
     rollouts = [rollout("g", [p], [p]) for p in range(2, 12)]
-    scored = score(rollouts, guarded(never, timeout_s=0.1))
-    assert len(calls) == 3 and {r.failure for r in scored} == {"timeout"}
+    config = TrainConfig(reward=["of_a_user:never"], reward_timeout_s=0.5)
+    scored = score(rollouts, load_rewards(config))
+    assert (of_a_user / "calls").read_text() == "xxx"
+    assert {r.failure for r in scored} == {"timeout"}
     with pytest.raises(ValueError, match="rewards for the first step, got a failure .timeout. for"):
         refuse_broken(scored)
 
 
-def test_alarm_is_off_and_the_handler_back_after_a_call() -> None:
-    before = signal.getsignal(signal.SIGALRM)
-    score(ragged_rollouts(), guarded(by_length))
-    assert signal.getsignal(signal.SIGALRM) is before
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+def test_function_keeps_what_it_counts_and_gets_columns_json_has_no_word_for(
+    of_a_user: Path,
+) -> None:
+    rewards = load_rewards(TrainConfig(reward=["of_a_user:counting"]))
+    rollouts = [replace(rollout("g", [2], [2]), columns={"day": date(2024, 1, 2)})]
+    assert [score(rollouts, rewards)[0].reward for _ in range(3)] == [1.0, 2.0, 3.0]
+
+
+def test_function_may_be_called_from_another_thread() -> None:
+    rewards, found = own("hanging", timeout_s=0.5), list[Rollout]()
+    rollouts = [rollout("g", [p], [p]) for p in (2, 3)]
+    thread = threading.Thread(target=lambda: found.extend(score(rollouts, rewards)))
+    thread.start()
+    thread.join()
+    assert [r.failure for r in found] == [None, "timeout"]
+
+
+def test_function_that_cannot_be_started_again_costs_only_its_rewards(
+    of_a_user: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewards = load_rewards(TrainConfig(reward=["of_a_user:never"], reward_timeout_s=0.5))
+    (of_a_user / "of_a_user.py").write_text("raise RuntimeError('no such model')")
+    scored = score([rollout("g", [p], [p]) for p in (2, 3)], rewards)
+    assert [r.failure for r in scored] == ["timeout"] * 2
+    assert "could not be started again: reward: expected an importable module" in caplog.text
+    assert "RuntimeError('no such model')" in caplog.text
 
 
 def test_metrics_of_the_completions() -> None:
@@ -202,8 +218,13 @@ def test_metrics_of_the_completions() -> None:
     ],
 )
 def test_unknown_reward_is_refused(spec: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"reward: {message}"):
-        load_reward(spec)
+    with pytest.raises(ValueError, match=f"^reward: {message}"):
+        load_function(spec)
+
+
+def test_refusal_comes_from_the_process_that_imports_the_function() -> None:
+    with pytest.raises(ValueError, match="^reward: expected a function absent in .*, got None$"):
+        load_rewards(TrainConfig(reward=[f"{FUNCTIONS}:absent"]))
 
 
 @pytest.mark.parametrize(
@@ -212,4 +233,4 @@ def test_unknown_reward_is_refused(spec: str, message: str) -> None:
 )
 def test_reward_function_that_returns_nonsense_is_named(values: list[object], message: str) -> None:
     with pytest.raises(ValueError, match=f"reward: expected {message}"):
-        call(lambda **_: values, ragged_rollouts())  # type: ignore[arg-type, return-value]
+        call(lambda **_: values, {"completions": [""] * 9})  # type: ignore[arg-type, return-value]

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
+import agro_train.step
 from agro_train.batch import build_batch
-from agro_train.model import Policy, unwrap
+from agro_train.model import Policy, head_gradient, unwrap
 from agro_train.run import spread
 from agro_train.step import Scores, coefficients, measure, score_batch, update
 from tests.train.gradients import (
@@ -168,6 +170,43 @@ def test_gradient_that_is_not_finite_leaves_the_weights_untouched() -> None:
         assert parameter.grad is None
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["own-head", "tied-head"])
+def test_head_adds_its_gradient_to_the_weights_own(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as autograd's, to which no second (V, D) gradient is handed."""
+    batch = ragged_batch(token_budget=12)
+    policies = []
+    for _ in range(2):
+        policy = tiny_policy(seed=0)
+        if tied:
+            policy.model.lm_head.weight = policy.model.model.embed_tokens.weight
+        policies.append(policy)
+    reference = tiny_policy(seed=1).requires_grad_(False)
+    buffers = []
+    accumulate = torch.ops.agro.linear_logprobs_bwd_accumulate
+
+    def spy(*arguments: object) -> object:
+        buffers.append(arguments[-1])
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(torch.ops.agro, "linear_logprobs_bwd_accumulate", spy)
+    ours, _ = gradient_of(policies[0], reference, batch)
+    assert len(buffers) == len(batch.micro) > 2 and len({id(buffer) for buffer in buffers}) == 1
+    monkeypatch.setattr(agro_train.step, "head_gradient", lambda policy: None)
+    assert_equal(ours, gradient_of(policies[1], reference, batch)[0])
+    assert len(buffers) == len(batch.micro)
+
+
+def test_head_leaves_its_gradient_to_autograd_where_it_must() -> None:
+    frozen, sharded, wrapped = tiny_policy(), tiny_policy(), nn.DataParallel(tiny_policy())
+    frozen.model.lm_head.requires_grad_(False)
+    sharded.__class__ = type("FSDPPolicy", (Policy,), {})  # as FSDP2 does it
+    for policy in (frozen, sharded, wrapped, tiny_policy(dtype=torch.bfloat16)):
+        assert head_gradient(policy) is None
+        assert all(parameter.grad is None for parameter in policy.parameters())
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_autocast_computes_in_bfloat16_around_float32_masters(checkpointing: bool) -> None:
     """Weights, their gradients and the scores stay float32; the products do not."""
@@ -181,7 +220,7 @@ def test_autocast_computes_in_bfloat16_around_float32_masters(checkpointing: boo
     layer = unwrap(policy).model.model.layers[0]
     layer.mlp.register_forward_hook(lambda _, __, out: seen.update(product=out.dtype))
     for parameter in policy.parameters():
-        parameter.register_hook(lambda grad: seen.update(grad=grad.dtype))
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.update(grad=p.grad.dtype))
     batch = ragged_batch(token_budget=30)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

@@ -23,7 +23,7 @@ from tests.train.models import rollout
 
 QUICK = [
     "warm_start_steps=30",
-    "reward=tests.train.models:even_share",
+    "reward=tests.train.reward_functions:even_share",
     "steps=4",
     "prompts_per_step=4",
     "num_generations=4",
@@ -259,7 +259,7 @@ def test_reward_that_always_fails_stops_the_run_before_its_first_step(
     """One sentence, and the folder takes the run whose reward is mended."""
     folder = tmp_path / "broken"
     settings = ["steps=1", *from_base(finished)]
-    assert train(folder, *settings, "reward=tests.train.models:broken_reward") == 2
+    assert train(folder, *settings, "reward=tests.train.reward_functions:broken_reward") == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("agro: reward: expected rewards for the first step, got a failure")
     assert metrics(folder) and list(folder.glob("samples/*"))  # of the evaluation before the step
@@ -295,18 +295,28 @@ def test_log_takes_columns_json_has_no_word_for_and_broken_text(tmp_path: Path) 
     assert len(list((tmp_path / "rollouts").iterdir())) == 1
 
 
-def test_reward_that_fails_now_and_then_costs_no_step(finished: Path, tmp_path: Path) -> None:
-    settings = ["reward=[tests.train.models:even_share,tests.train.models:flaky_reward]"]
-    settings += ["reward_weights=[1,0.5]", "eval_every=0", "save_every=0", *from_base(finished)]
+@pytest.mark.parametrize(
+    ("name", "failure", "settings"),
+    [
+        ("flaky_reward", "error", ["steps=4"]),
+        ("odd_ones_hang", "timeout", ["steps=2", "reward_timeout_s=0.5"]),
+    ],
+    ids=["raises", "hangs"],
+)
+def test_reward_that_fails_now_and_then_costs_no_step(
+    name: str, failure: str, settings: list[str], finished: Path, tmp_path: Path
+) -> None:
+    functions = "tests.train.reward_functions"
+    settings += [f"reward=[{functions}:even_share,{functions}:{name}]", "reward_weights=[1,0.5]"]
+    settings += ["eval_every=0", "save_every=0", *from_base(finished)]
     assert train(tmp_path / "flaky", *settings) == 0
     rows = metrics(tmp_path / "flaky")
-    assert [row["skipped"] for row in rows] == [0.0] * 4
-    assert 0 < sum(row["rewards/error_rate"] for row in rows) < 4
-    assert sum(row["dropped"] for row in rows) == sum(
-        16 * row["rewards/error_rate"] for row in rows
-    )
+    rate = f"rewards/{failure}_rate"
+    assert [row["skipped"] for row in rows] == [0.0] * len(rows)
+    assert 0 < sum(row[rate] for row in rows) < len(rows)
+    assert sum(row["dropped"] for row in rows) == sum(16 * row[rate] for row in rows)
     for row in rows:
-        assert row["rewards/flaky_reward/mean"] == 1.0 and row["rewards/even_share/mean"] > 0
+        assert row[f"rewards/{name}/mean"] == 1.0 and row["rewards/even_share/mean"] > 0
 
 
 def test_policy_gradient_trains(tmp_path: Path) -> None:

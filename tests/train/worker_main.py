@@ -1,8 +1,9 @@
-"""A worker for tests of `agro_train.workers`: it echoes, prints in between, or dies."""
+"""A worker for tests of `agro_train.workers`: it echoes, prints in between, dies, or is deaf."""
 
 import json
 import os
 import sys
+import time
 
 if __name__ == "__main__":
     results = os.fdopen(os.dup(1), "w")
@@ -18,3 +19,5 @@ if __name__ == "__main__":
             os.system("echo more noise")
         results.write(json.dumps(job) + "\n")
         results.flush()
+        if job == "deaf":
+            time.sleep(1000)

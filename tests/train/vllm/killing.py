@@ -3,7 +3,7 @@
 import os
 import signal
 
-from tests.train.models import even_share
+from tests.train.reward_functions import even_share
 
 calls = 0
 

@@ -163,7 +163,7 @@ def settings(model: Path, folder: Path, *more: str) -> list[str]:
         "tiny-arithmetic",
         f"model={model}",
         f"output_dir={folder}",
-        "reward=tests.train.models:even_share",
+        "reward=tests.train.reward_functions:even_share",
         "steps=2",
         "prompts_per_step=3",
         "num_generations=4",
