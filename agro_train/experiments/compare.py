@@ -69,6 +69,7 @@ MEASURES = {
     "eval_above": "sampled, above 1/2",
     "eval_kl": "KL",
     "eval_entropy": "entropy",
+    "regularised": "r - beta KL",
 }
 
 Named = Mapping[str, Sequence[Point]]
@@ -261,6 +262,15 @@ def fair(curves: Curves, points: Sequence[Point]) -> list[Claim]:
             "every run of a seed started from the same model",
             all(len(found) == 1 for found in starts.values()),
         ),
+    ]
+
+
+def fair_each(curves: Curves, settings: Mapping[str, Named]) -> list[Claim]:
+    """`fair` within each of the settings; they may differ from each other."""
+    return [
+        Claim(f"{setting}: {claim.text}", claim.holds)
+        for setting, named in settings.items()
+        for claim in fair(curves, [one for each in named.values() for one in each])
     ]
 
 

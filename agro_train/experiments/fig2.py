@@ -67,10 +67,10 @@ def seeds(quick: bool) -> Sequence[int]:
     return SEEDS[:2] if quick else SEEDS
 
 
-def tune(sweep: Sweep, names: Sequence[str], quick: bool) -> Tuned:
-    """Learning rates on on-policy samples; quick: the grid's middle."""
+def tune(sweep: Sweep, names: Sequence[str], quick: bool, **settings: object) -> Tuned:
+    """Learning rates with these settings changed for all; quick: the grid's middle."""
     grid = LEARNING_RATES[1:2] if quick else LEARNING_RATES
-    variants = {name: {**ALGORITHMS[name].settings, **scale(quick)} for name in names}
+    variants = {name: {**ALGORITHMS[name].settings, **scale(quick), **settings} for name in names}
     return compare.tune(sweep, variants, grid, TUNING_SEEDS)
 
 

@@ -1,7 +1,7 @@
 """One run of an experiment with a language model: its settings, its start, its curve.
 
-Everything trains `agro train graded-sums` with a few settings changed, through the trainer's own
-`setup`, `take_step` and `evaluate`. A seed fixes the warm start, the order of the prompts and the
+A run is a shipped configuration with a few settings changed, through the trainer's own `setup`,
+`take_step` and `evaluate`. A seed fixes the warm start, the order of the prompts and the
 random numbers of every completion, so runs of one seed differ by their settings alone.
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -28,7 +27,7 @@ from agro_train.run import Run, load_base, setup
 from agro_train.step import score_batch
 from agro_train.train import take_step
 
-BASE = "graded-sums"  # the shipped configuration that every run starts from
+BASE = "graded-sums"  # the shipped configuration that runs start from, where none is named
 RECORDED = "[reference.jsonl]"  # as `recorded`: the reference's generations for every prompt
 # Seconds in place of minutes, too short to show anything: that everything runs.
 QUICK = {
@@ -36,6 +35,7 @@ QUICK = {
     "steps": 2,
     "eval_every": 2,
     "eval_generations": 1,
+    "eval_prompts": 40,
     "prompts_per_step": 8,
     "num_generations": 2,
 }
@@ -53,24 +53,25 @@ Curve = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Point:
-    """One run: what it changes in BASE, as `agro train` takes it, and its seed."""
+    """One run: its seed, and what it changes in a shipped configuration."""
 
-    settings: str  # "key=value key=value", sorted by key
+    settings: str  # as `agro train` takes them, sorted by key
     seed: int
+    base: str = BASE
 
     @property
     def command(self) -> str:
         """Runs it again, after `agro rollout` where it has recorded=[reference.jsonl]."""
-        return f"agro train {BASE} {self.settings} seed={self.seed}"
+        return f"agro train {self.base} {self.settings} seed={self.seed}"
 
     def config(self, *more: str) -> TrainConfig:
         given = [*self.settings.split(), f"seed={self.seed}", *more]
-        return configuration.load(configuration.find(BASE), given)
+        return configuration.load(configuration.find(self.base), given)
 
 
-def point(seed: int, settings: Mapping[str, object]) -> Point:
+def point(seed: int, settings: Mapping[str, object], base: str = BASE) -> Point:
     """Equal settings give equal points, however their numbers were written."""
-    return Point(" ".join(f"{key}={_text(settings[key])}" for key in sorted(settings)), seed)
+    return Point(" ".join(f"{key}={_text(settings[key])}" for key in sorted(settings)), seed, base)
 
 
 def _text(value: object) -> str:
@@ -84,14 +85,11 @@ def _text(value: object) -> str:
 
 @dataclass(frozen=True)
 class Start:
-    """A seed's warm-started model, the reference of all its runs, in a folder of its own."""
+    """The model that a seed's runs start from, their reference, and what is known of it."""
 
     folder: Path
-    pass_rates: Mapping[str, float]  # of the reference, by held-out prompt
-
-    @property
-    def model(self) -> str:
-        return str(self.folder / "model")
+    model: str  # the warm-started one is kept in the folder
+    pass_rates: Mapping[str, float]  # by held-out prompt
 
     @property
     def recorded(self) -> Path:
@@ -102,7 +100,7 @@ def start_name(one: Point) -> str:
     """Equal for points that start from one model."""
     config = one.config()
     shaping = (config.model, config.warm_start_steps, start_samples(config))
-    return f"seed-{one.seed}-{hashlib.sha256(repr(shaping).encode()).hexdigest()[:8]}"
+    return f"{one.base}-{one.seed}-{hashlib.sha256(repr(shaping).encode()).hexdigest()[:8]}"
 
 
 def start_samples(config: TrainConfig) -> int:
@@ -120,25 +118,30 @@ def make_start(one: Point, work: Path, recorded: bool) -> Start:
             made = Path(partial) / "start"
             _make_start(_start_config(one), made)
             made.rename(folder)
-    start = Start(folder, json.loads((folder / "pass_rates.json").read_text()))
+    kept = folder / "model"
+    model = str(kept) if kept.exists() else one.config().model
+    start = Start(folder, model, json.loads((folder / "pass_rates.json").read_text()))
     if recorded and not start.recorded.exists():
         record(_start_config(one, f"model={start.model}"), start.recorded, None)
     return start
 
 
 def _start_config(one: Point, *more: str) -> TrainConfig:
-    """Of all of BASE's prompts, whichever of them the run has."""
+    """Of all the configuration's prompts, whichever of them the run has."""
     config = one.config()
     kept = (f"{key}={getattr(config, key)}" for key in ("warm_start_steps", "eval_generations"))
-    return Point("", one.seed).config(*kept, *more)
+    return Point("", one.seed, one.base).config(*kept, *more)
 
 
 def _make_start(config: TrainConfig, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
-    tokenizer, model, _ = load_base(config, None)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    sampler = load_sampler(replace(config, model=str(folder / "model")))
+    if config.model == "tiny":
+        tokenizer, model, _ = load_base(config, None)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        config = replace(config, model=str(folder / "model"))
+    folder.mkdir(exist_ok=True)
+    sampler = load_sampler(config)
     count = start_samples(config)
     rollouts = sampler.engine().complete(
         sampler.held_out,
@@ -224,8 +227,3 @@ def held_out(run: Run, step: int, pass_rates: Mapping[str, float]) -> dict[str, 
         chosen = [group for group in groups if low <= pass_rates[group[0].prompt] < high]
         found[f"eval_{name}"] = mean_reward([rollout for group in chosen for rollout in group])
     return found
-
-
-def regularised(row: Mapping[str, Any], one: Point) -> float:
-    """What all algorithms maximise: held-out reward less beta times the KL."""
-    return float(row["eval_reward"]) - one.config().beta * float(row["eval_kl"])

@@ -10,6 +10,7 @@ import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +21,6 @@ from agro_train import config as configuration
 from agro_train import durable
 from agro_train.environment import git_commit
 from agro_train.experiments.language import (
-    BASE,
     Curve,
     Point,
     Start,
@@ -48,7 +48,6 @@ class Sweep:
     def __init__(self, output_dir: Path, workers: int = WORKERS) -> None:
         self.output_dir, self.workers = output_dir, workers
         self.work = output_dir / "work"  # models and recordings; they can be made again
-        self.base = hashlib.sha256(configuration.find(BASE).read_bytes()).hexdigest()[:8]
         self.rows = _read(self.curves_path)
         self.start_rows = _read(self.starts_path)
 
@@ -78,11 +77,11 @@ class Sweep:
         }
 
     def _known(self) -> dict[Point, Curve]:
-        """Runs of another base configuration do not count."""
+        """Runs of another version of their base configuration do not count."""
         found: dict[Point, Curve] = {}
         for row in self.rows:
-            if row["base"] == self.base:
-                one = Point(row["settings"], int(row["seed"]))
+            one = Point(row["settings"], int(row["seed"]), row["base"].partition("@")[0])
+            if row["base"] == version(one.base):
                 numbers = {k: float(v) for k, v in row.items() if k not in ABOUT}
                 found.setdefault(one, []).append(numbers)
         return found
@@ -100,7 +99,7 @@ class Sweep:
         for one, start in self._each(_prepare, list(starts.values())):
             self._note_start(one, start)
         for done, (one, (curve, seconds)) in enumerate(self._each(_timed, missing), start=1):
-            about = (one.settings, str(one.seed), self.base, str(commit), f"{seconds:.0f}")
+            about = (one.settings, str(one.seed), version(one.base), str(commit), f"{seconds:.0f}")
             for mark in curve:
                 numbers = {name: f"{value:.6g}" for name, value in mark.items()}
                 self.rows.append(dict(zip(ABOUT, about, strict=True)) | numbers)
@@ -137,6 +136,12 @@ class Sweep:
                     yield futures[future], future.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+@cache
+def version(base: str) -> str:
+    """A shipped configuration's name with a digest of its text."""
+    return f"{base}@{hashlib.sha256(configuration.find(base).read_bytes()).hexdigest()[:8]}"
 
 
 def _prepare(one: Point, work: Path) -> Start:
