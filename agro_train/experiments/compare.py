@@ -85,7 +85,16 @@ class Tuned:
     """The learning rate of each algorithm, and what the grid gave."""
 
     rates: Mapping[str, float]
-    rows: list[Row]
+    rows: list[Row]  # one an algorithm and rate; none of a grid of one
+
+    def table(self) -> list[Row]:
+        """One row an algorithm, its chosen rate bold."""
+        found: dict[str, dict[str, str]] = {}
+        for row in self.rows:
+            text = f"{row['regularised_reward']:.3f}"
+            cells = found.setdefault(str(row["algorithm"]), {"algorithm": str(row["algorithm"])})
+            cells[f"{row['learning_rate']:g}"] = f"**{text}**" if row["chosen"] == "yes" else text
+        return list(found.values())
 
 
 def tune(

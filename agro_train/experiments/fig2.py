@@ -48,6 +48,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     curves = sweep.curves(one for each in named.values() for one in each)
     if tuned.rows:
         tabular.write_csv(output_dir / "fig2_learning_rates.csv", tuned.rows)
+        print(*compare.markdown(tuned.table()), "", sep="\n")
     tabular.write_csv(
         output_dir / "fig2_differences.csv", compare.statement_rows(curves, named, BASELINE)
     )

@@ -42,6 +42,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     )
     if tuned.rows:
         tabular.write_csv(output_dir / "fig5_learning_rates.csv", tuned.rows)
+        print(*compare.markdown(tuned.table()), "", sep="\n")
     rows = [
         {"data": data, "beta": beta, **row}
         for (data, beta), named in settings.items()
