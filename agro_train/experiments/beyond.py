@@ -1,7 +1,7 @@
 """Beyond the paper: four questions about AGRO's losses, each a table and a plot.
 
-What recorded data beside fresh ones buy, how staleness hurts, where the on-policy term helps and
-where it harms, and how large a group should be. Everything not named is as in Figure 2.
+Where the on-policy term helps and where it harms, how staleness hurts, what recorded data beside
+fresh ones buy, and how large a group should be. Everything not named is as in Figure 2.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,18 +52,6 @@ FRESH_GROUPS = 4  # a step
 SAMPLES = 128  # a step, whatever the group size
 
 QUESTIONS = {
-    "mixing": Question(
-        f"share of recorded groups beside {FRESH_GROUPS} fresh ones a step",
-        ("pg_k2", "agro"),
-        {f"{fraction:g}": mixed(FRESH_GROUPS, fraction) for fraction in (0.0, 0.5, 0.9)},
-        "0",
-    ),
-    "staleness": Question(
-        "most updates between sampling and learning",
-        ("pg_k2", "agro", "on_policy_capped"),
-        {str(steps): stale(steps) for steps in (0, 4, 20)},
-        "0",
-    ),
     "pass_rate": Question(
         "pass rate at the start",
         ("agro", "on_policy_small", "on_policy_capped", "on_policy"),
@@ -77,6 +65,18 @@ QUESTIONS = {
         {"easy": {"data": "graded-sums-easy"}, "hard": {"data": "graded-sums-hard"}},
         None,
         {"eval_accuracy": "greedy", "eval_reward": "sampled", "eval_kl": "KL"},
+    ),
+    "staleness": Question(
+        "most updates between sampling and learning",
+        ("pg_k2", "agro", "on_policy_capped"),
+        {str(steps): stale(steps) for steps in (0, 4, 20)},
+        "0",
+    ),
+    "mixing": Question(
+        f"share of recorded groups beside {FRESH_GROUPS} fresh ones a step",
+        ("pg_k2", "agro"),
+        {f"{fraction:g}": mixed(FRESH_GROUPS, fraction) for fraction in (0.0, 0.5, 0.9)},
+        "0",
     ),
     "group_size": Question(
         f"completions of a prompt, of {SAMPLES} a step",
