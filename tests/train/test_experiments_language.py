@@ -247,14 +247,17 @@ def test_quick_run(figure: str, quick_folder: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_readme_has_the_tables_of_the_committed_runs(
+def test_readme_has_the_tables_of_the_committed_runs_or_says_there_are_none(
     figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    readme = (HOME / "README.md").read_text()
+    if not list((HOME / "results").glob(f"{figure}*.png")):
+        assert f"`agro reproduce {figure}`: **not run yet**" in readme
+        return
     for name in ("language_curves.csv", "language_starts.csv"):
         shutil.copy(HOME / "results" / name, tmp_path)
     monkeypatch.setattr(Sweep, "_run", lambda _, missing: pytest.fail("a run") if missing else None)
     assert main(["reproduce", figure, f"output_dir={tmp_path}"]) == 0
-    readme = (HOME / "README.md").read_text()
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert tables
     for line in tables:
