@@ -149,9 +149,9 @@ def tables(curves: Curves, question: Question, runs: Mapping[str, Named]) -> lis
     values: list[Row] = []
     for value, named in runs.items():
         label = {question.axis: value}
-        levels += [label | row for row in compare.level_rows(curves, named, measures)]
+        levels += [{**label, **row} for row in compare.level_rows(curves, named, measures)]
         algorithms += [
-            label | row for row in compare.difference_rows(curves, named, first, measures)
+            {**label, **row} for row in compare.difference_rows(curves, named, first, measures)
         ]
     if question.baseline is not None:
         for name in names_of(runs):

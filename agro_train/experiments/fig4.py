@@ -83,13 +83,11 @@ def optimum(rates: Tensor, count: int, beta: float) -> Tradeoff:
     rates: (P,) the reference's share of passes among `count` completions of each prompt; a share of
     none or all is taken as half a completion off.
     """
-    passed = (rates.double() * count + 0.5) / (count + 1)
-    log_odds = passed.logit() + 1 / beta
-    kl = sum(
-        torch.xlogy(q, q / p)
-        for q, p in ((log_odds.sigmoid(), passed), ((-log_odds).sigmoid(), 1 - passed))
-    )
-    return Tradeoff(float(kl.mean()), float(log_odds.sigmoid().mean()))
+    before = (rates.double() * count + 0.5) / (count + 1)
+    log_odds = before.logit() + 1 / beta
+    after, failed = log_odds.sigmoid(), (-log_odds).sigmoid()
+    kl = torch.xlogy(after, after / before) + torch.xlogy(failed, failed / (1 - before))
+    return Tradeoff(float(kl.mean()), float(after.mean()))
 
 
 def frontier() -> list[float]:
