@@ -22,8 +22,8 @@ from agro_train.experiments.tabular import Claim
 
 NAMES = ("pg_k2", "pg_k3", "pg_no_baseline", "agro")
 BASELINE = "pg_k2"
-REFERENCE = {"recorded": RECORDED}
-EARLIER = {"replay_fraction": 1.0, "replay_max_staleness": 20}
+REFERENCE: Mapping[str, object] = {"recorded": RECORDED}
+EARLIER: Mapping[str, object] = {"replay_fraction": 1.0, "replay_max_staleness": 20}
 DATA = {"the reference's": REFERENCE, "an earlier policy's": EARLIER}
 SETTINGS = (("the reference's", 0.001), ("the reference's", 0.1), ("an earlier policy's", 0.001))
 # Learning rates are tuned on the reference's generations, at beta 0.001; seeds, grid: fig2's.

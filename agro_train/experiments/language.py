@@ -22,6 +22,7 @@ from agro_train.commands import load_sampler, record
 from agro_train.config import TrainConfig
 from agro_train.data import derive_seed
 from agro_train.evaluate import by_prompt, evaluate, mean_reward, summarise
+from agro_train.model import set_matmul_precision
 from agro_train.rewards import load_rewards, score
 from agro_train.run import Run, load_base, setup
 from agro_train.step import score_batch
@@ -39,6 +40,7 @@ QUICK = {
     "prompts_per_step": 8,
     "num_generations": 2,
 }
+QUICK_PROMPTS = 100  # recorded for a quick run, in place of every one
 # Groups of held-out prompts by that rate: at least the first, below the second, number.
 BUCKETS = {
     "below": (0.0, 0.5),
@@ -122,7 +124,9 @@ def make_start(one: Point, work: Path, recorded: bool) -> Start:
     model = str(kept) if kept.exists() else one.config().model
     start = Start(folder, model, json.loads((folder / "pass_rates.json").read_text()))
     if recorded and not start.recorded.exists():
-        record(_start_config(one, f"model={start.model}"), start.recorded, None)
+        quick = one.config().warm_start_steps == QUICK["warm_start_steps"]
+        count = QUICK_PROMPTS if quick else None
+        record(_start_config(one, f"model={start.model}"), start.recorded, count)
     return start
 
 
@@ -135,6 +139,7 @@ def _start_config(one: Point, *more: str) -> TrainConfig:
 
 def _make_start(config: TrainConfig, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
+    set_matmul_precision(config.matmul_precision)  # as a run's own warm start has it
     if config.model == "tiny":
         tokenizer, model, _ = load_base(config, None)
         model.save_pretrained(folder / "model")

@@ -1,6 +1,5 @@
 """The experiments with a language model: what is compared is a comparison, and it all runs."""
 
-import csv
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,11 +32,6 @@ def curve(**last: float) -> Curve:
     """Two marks that differ where `last` says."""
     first = dict.fromkeys([*compare.MEASURES, "learned", "sampled"], 0.5)
     return [{"step": 0.0, **first}, {"step": 2.0, **first, **last}]
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # --- Numbers --------------------------------------------------------------------------------------
@@ -205,7 +199,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(
 
 def test_a_run_is_that_of_agro_train(tmp_path: Path) -> None:
     """The room's curve is what its command gives, from a warm start of its own."""
-    settings: Mapping[str, object] = {**QUICK, "beta": 0.1, "warm_start_steps": 150}
+    settings: Mapping[str, object] = {**QUICK, "beta": 0.1, "warm_start_steps": 100}
     one = point(5, settings)
     first, last = measure(one, tmp_path / "work")
     run = tmp_path / "run"
@@ -240,10 +234,6 @@ def test_quick_run(figure: str, quick_folder: Path, capsys: pytest.CaptureFixtur
     tables = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(tables) >= 6
     assert list(quick_folder.glob(f"{figure}*.png")) and list(quick_folder.glob(f"{figure}*.csv"))
-    before = rows_of(quick_folder / "language_curves.csv")
-    assert main(arguments) == 0  # from the record
-    assert rows_of(quick_folder / "language_curves.csv") == before
-    assert [line for line in capsys.readouterr().out.splitlines() if line[:1] == "|"] == tables
 
 
 @pytest.mark.parametrize("figure", FIGURES)
