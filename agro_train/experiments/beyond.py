@@ -69,19 +69,19 @@ QUESTIONS = {
     "staleness": Question(
         "most updates between sampling and learning",
         ("pg_k2", "agro", "on_policy_capped"),
-        {str(steps): stale(steps) for steps in (0, 4, 20)},
+        {str(steps): stale(steps) for steps in (0, 1, 4, 20)},
         "0",
     ),
     "mixing": Question(
         f"share of recorded groups beside {FRESH_GROUPS} fresh ones a step",
         ("pg_k2", "agro"),
-        {f"{fraction:g}": mixed(FRESH_GROUPS, fraction) for fraction in (0.0, 0.5, 0.9)},
+        {f"{fraction:g}": mixed(FRESH_GROUPS, fraction) for fraction in (0.0, 0.5, 0.75, 0.9)},
         "0",
     ),
     "group_size": Question(
         f"completions of a prompt, of {SAMPLES} a step",
         ("agro", "on_policy_capped"),
-        {str(n): {"num_generations": n, "prompts_per_step": SAMPLES // n} for n in (2, 8, 16)},
+        {str(n): {"num_generations": n, "prompts_per_step": SAMPLES // n} for n in (2, 4, 8, 16)},
         "8",
     ),
 }

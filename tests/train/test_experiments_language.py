@@ -12,7 +12,7 @@ import torch
 from agro_train import experiments
 from agro_train.cli import main
 from agro_train.data import read_jsonl
-from agro_train.experiments import beyond, compare, fig2, fig4, fig5, language, sweep
+from agro_train.experiments import beyond, compare, fig2, fig4, fig5, language, smollm2, sweep
 from agro_train.experiments.compare import ALGORITHMS
 from agro_train.experiments.language import QUICK, Curve, Point, Start, measure, point
 from agro_train.experiments.sweep import Sweep
@@ -217,6 +217,23 @@ def test_a_run_is_that_of_agro_train(tmp_path: Path) -> None:
         )
     assert first["eval_kl"] == 0.0 and last["eval_kl"] != 0.0
     assert (last["learned"], last["sampled"]) == (32, 32)
+
+
+def test_the_real_models_comparison_is_written_from_its_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs themselves take minutes each; these curves stand in for them."""
+
+    def reward_of(one: Point, _: Path) -> Curve:
+        assert one.base == "smollm2-arithmetic" and one.config().model == "smollm2"
+        return curve(eval_reward=0.9 if one.config().lr_weight else 0.7 + one.seed / 10)
+
+    monkeypatch.setattr(sweep, "measure", reward_of)
+    monkeypatch.setattr(sweep, "make_start", lambda one, work, recorded: Start(work, "", {}))
+    assert all(claim.holds for claim in smollm2.run(tmp_path, quick=True))
+    assert (tmp_path / "smollm2.png").stat().st_size > 0
+    rows = (tmp_path / "smollm2_differences.csv").read_text().splitlines()
+    assert "agro,pg_k2,sampled,2,0,0,0,no" in rows
 
 
 @pytest.fixture(scope="module")
