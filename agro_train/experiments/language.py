@@ -32,7 +32,7 @@ BASE = "graded-sums"  # the shipped configuration that runs start from, where no
 RECORDED = "[reference.jsonl]"  # as `recorded`: the reference's generations for every prompt
 # Seconds in place of minutes, too short to show anything: that everything runs.
 QUICK = {
-    "warm_start_steps": 60,
+    "warm_start_steps": 40,
     "steps": 2,
     "eval_every": 2,
     "eval_generations": 1,
