@@ -38,7 +38,6 @@ from agro_train.recorded import Recorded, load_recorded
 from agro_train.reference_cache import check_cache_folder, with_ref_logprobs
 from agro_train.rewards import Rewards, check_columns, load_rewards, with_readable_gold
 from agro_train.rollout import Engine, TransformersEngine
-from agro_train.tasks import TASKS
 from agro_train.trackers import check_trackers, start_trackers
 from agro_train.tracking import RunFolder
 from agro_train.types import Prompt
@@ -343,7 +342,7 @@ def load_base(
     loss = tiny.warm_start(
         model,
         tokenizer,
-        TASKS["tiny-arithmetic"]("train"),
+        tiny.lessons(config.data),
         steps=config.warm_start_steps,
         seed=derive_seed(config.seed, "warm start"),
     )

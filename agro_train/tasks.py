@@ -5,7 +5,8 @@ file would have. No operands appear in both splits, in either order.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 Split = Literal["train", "eval"]
@@ -16,7 +17,7 @@ def tiny_arithmetic(split: Split) -> list[Row]:
     """Two-digit sums whose ones carry, for the embedded tiny model: '37+58=' with answer 95.
 
     `solution` works the sum out; `slip` does too, but forgets the carry. The tiny model's warm
-    start mixes them, so that the reward has something to decide.
+    start mixes them, a share `slip_rate` of slips, so that the reward has something to decide.
     """
     return [
         {
@@ -24,10 +25,32 @@ def tiny_arithmetic(split: Split) -> list[Row]:
             "answer": str(a + b),
             "solution": worked_sum(a, b, carry=1),
             "slip": worked_sum(a, b, carry=0),
+            "slip_rate": 0.6,
         }
-        for a, b in _pairs(10, 99, split, held_out_percent=10)
-        if a % 10 + b % 10 >= 10
+        for a, b in _carrying_sums(split)
     ]
+
+
+def graded_sums(split: Split, tens: Sequence[int] = range(1, 10)) -> list[Row]:
+    """The same sums in a few tokens, '15,95' for '37+58=', and of all difficulties: the teacher's
+    slip rate goes up with the first number's tens, from 1/18 at 1 to 17/18 at 9. `tens` keeps some.
+    """
+    return [
+        {
+            "prompt": f"{a}+{b}=",
+            "answer": str(a + b),
+            "solution": f"{a % 10 + b % 10},{a + b}",
+            "slip": f"{a % 10 + b % 10},{a + b - 10}",
+            "slip_rate": (a // 10 - 0.5) / 9,
+        }
+        for a, b in _carrying_sums(split)
+        if a // 10 in tens
+    ]
+
+
+def _carrying_sums(split: Split) -> list[tuple[int, int]]:
+    pairs = _pairs(10, 99, split, held_out_percent=10)
+    return [(a, b) for a, b in pairs if a % 10 + b % 10 >= 10]
 
 
 def worked_sum(a: int, b: int, carry: int) -> str:
@@ -76,5 +99,8 @@ def _digest(text: str) -> int:
 
 TASKS: dict[str, Callable[[Split], list[Row]]] = {
     "tiny-arithmetic": tiny_arithmetic,
+    "graded-sums": graded_sums,
+    "graded-sums-easy": partial(graded_sums, tens=range(1, 5)),
+    "graded-sums-hard": partial(graded_sums, tens=range(6, 10)),
     "arithmetic": arithmetic,
 }

@@ -1,8 +1,8 @@
 """The embedded model: a Llama of 0.3 million weights with a character tokenizer, warm-started.
 
 It needs no download. Its warm start is supervised training on worked two-digit sums by a careless
-teacher, who forgets the carry more often than not. So the model knows the form and the facts, but
-gets many sums wrong, and only the reward says which.
+teacher, who forgets the carry as often as the task says. So the model knows the form and the facts,
+but gets many sums wrong, and only the reward says which.
 """
 
 import torch
@@ -11,11 +11,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agro_kernels import IGNORE_INDEX, linear_logprobs
-from agro_train.tasks import Row
+from agro_train.tasks import TASKS, Row
 from agro_train.types import Prompt
 
 ALPHABET = "0123456789+=,"
 PAD, EOS = "<pad>", "<eos>"
+# What the warm start teaches before training on a task: some prompts' answers, or all of them.
+LESSONS = {
+    "graded-sums": "graded-sums",
+    "graded-sums-easy": "graded-sums",
+    "graded-sums-hard": "graded-sums",
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -58,6 +64,11 @@ def check_prompts(prompts: list[Prompt]) -> None:
             )
 
 
+def lessons(data: str) -> list[Row]:
+    """The teacher's rows to warm-start from, before training on `data`."""
+    return TASKS[LESSONS.get(data, "tiny-arithmetic")]("train")
+
+
 def warm_start(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -65,11 +76,10 @@ def warm_start(
     *,
     steps: int,
     seed: int,
-    slip_rate: float = 0.6,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
 ) -> float:
-    """Supervised training on worked answers, in place; a share `slip_rate` forgets the carry.
+    """Supervised training on worked answers, in place; a share of a row's own forgets the carry.
 
     Returns the last step's loss, nats a token.
     """
@@ -82,7 +92,8 @@ def warm_start(
     loss = torch.zeros(())
     for _ in range(steps):
         picked = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
-        slips = torch.rand(batch_size, generator=generator) < slip_rate
+        rates = torch.tensor([rows[i]["slip_rate"] for i in picked])
+        slips = torch.rand(batch_size, generator=generator) < rates
         examples = [
             (rows[i]["prompt"], rows[i]["slip" if slip else "solution"])
             for i, slip in zip(picked, slips.tolist(), strict=True)

@@ -39,31 +39,7 @@ def train(run: Run) -> Path:
         taken = saved = run.start
         try:
             for step in range(run.start, config.steps):
-                began = time.perf_counter()
-                rollouts, groups, on_policy = collect(run, step)
-                batch = build_batch(
-                    rollouts,
-                    groups,
-                    on_policy,
-                    token_budget=config.token_budget,
-                    share_prompts=config.share_prompts,
-                )
-                stats = update(
-                    run.policy,
-                    run.reference,
-                    batch,
-                    config,
-                    run.accelerator,
-                    run.optimizer,
-                    run.scheduler,
-                )
-                rollouts = gather_object(rollouts)
-                metrics = {**describe(rollouts, step, stats.weights), **stats.metrics}
-                metrics["epoch"] = run.mix[step].first_fresh / len(run.prompts)
-                metrics["time_s"] = time.perf_counter() - began
-                metrics["tokens_per_s"] = metrics["tokens"] / metrics["time_s"]
-                metrics["memory_gb"] = max(gather_object([peak_memory_gb(run.accelerator.device)]))
-                metrics["learning_rate"] = run.scheduler.get_last_lr()[0]
+                metrics, rollouts = take_step(run, step)
                 if run.main:
                     run.folder.log_rollouts("rollouts", step + 1, rollouts)
                 run.log(step + 1, metrics)
@@ -88,6 +64,38 @@ def train(run: Run) -> Path:
     run.accelerator.wait_for_everyone()  # while the main rank plots, the others stay
     run.accelerator.end_training()
     return run.folder.path
+
+
+def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
+    """One policy update, the run's number `step` from 0: its row of metrics and the completions it
+    learned from, over all ranks. Writes nothing."""
+    config = run.config
+    began = time.perf_counter()
+    rollouts, groups, on_policy = collect(run, step)
+    batch = build_batch(
+        rollouts,
+        groups,
+        on_policy,
+        token_budget=config.token_budget,
+        share_prompts=config.share_prompts,
+    )
+    stats = update(
+        run.policy,
+        run.reference,
+        batch,
+        config,
+        run.accelerator,
+        run.optimizer,
+        run.scheduler,
+    )
+    rollouts = gather_object(rollouts)
+    metrics = {**describe(rollouts, step, stats.weights), **stats.metrics}
+    metrics["epoch"] = run.mix[step].first_fresh / len(run.prompts)
+    metrics["time_s"] = time.perf_counter() - began
+    metrics["tokens_per_s"] = metrics["tokens"] / metrics["time_s"]
+    metrics["memory_gb"] = max(gather_object([peak_memory_gb(run.accelerator.device)]))
+    metrics["learning_rate"] = run.scheduler.get_last_lr()[0]
+    return metrics, rollouts
 
 
 def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:

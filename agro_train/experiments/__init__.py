@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-FIGURES = ("fig1", "landscape")
+FIGURES = ("fig1", "landscape", "fig2", "fig4", "fig5", "beyond", "smollm2")
 
 
 def reproduce(figure: str, output_dir: Path, quick: bool) -> bool:

@@ -115,7 +115,7 @@ def test_claims_fail_where_the_curves_say_so() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["fig9"], "figure: expected one of fig1, landscape, got 'fig9'"),
+        (["fig9"], f"figure: expected one of {', '.join(experiments.FIGURES)}, got 'fig9'"),
         (["fig1", "seeds=3"], "arguments: expected output_dir=DIR, got 'seeds=3'"),
     ],
 )

@@ -1,0 +1,205 @@
+"""Beyond the paper: four questions about AGRO's losses, each a table and a plot.
+
+Where the on-policy term helps and where it harms, how staleness hurts, what recorded data beside
+fresh ones buy, and how large a group should be. Everything not named is as in Figure 2.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from agro_train.experiments import compare, fig2, tabular
+from agro_train.experiments.compare import ALGORITHMS, Curves, Named
+from agro_train.experiments.language import RECORDED
+from agro_train.experiments.sweep import Sweep
+from agro_train.experiments.tabular import Claim, Row
+
+MEASURES = {
+    "eval_accuracy": "greedy",
+    "eval_reward": "sampled",
+    "eval_below": "sampled, below 1/2",
+    "eval_above": "sampled, above 1/2",
+    "eval_kl": "KL",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A setting that is varied for some algorithms, all else equal."""
+
+    axis: str  # what is varied
+    names: Sequence[str]  # algorithms; the others are compared with the first
+    values: Mapping[str, Mapping[str, object]]  # label -> settings
+    baseline: str | None  # the value that the others are compared with, if they can be
+    measures: Mapping[str, str] = field(default_factory=lambda: MEASURES)
+
+
+def mixed(fresh: int, fraction: float) -> dict[str, object]:
+    """A step of `fresh` groups of the policy's own, and recorded ones for the rest."""
+    prompts = round(fresh / (1 - fraction))
+    recorded = {"recorded": RECORDED, "recorded_fraction": fraction} if fraction else {}
+    return {"prompts_per_step": prompts, **recorded}
+
+
+def stale(steps: int) -> dict[str, object]:
+    """Samples of a policy up to `steps` updates old: a fresh batch, then as often again."""
+    return {"replay_fraction": 1.0, "replay_max_staleness": steps} if steps else {}
+
+
+FRESH_GROUPS = 4  # a step
+SAMPLES = 128  # a step, whatever the group size
+
+QUESTIONS = {
+    "pass_rate": Question(
+        "pass rate at the start",
+        ("agro", "on_policy_small", "on_policy_capped", "on_policy"),
+        {"all prompts": {}},
+        None,
+        {f"eval_bin{i}": f"{i / 5:g} to {(i + 1) / 5:g}" for i in range(5)},
+    ),
+    "prompts": Question(
+        "prompts trained on",
+        ("agro", "on_policy_capped", "on_policy"),
+        {"easy": {"data": "graded-sums-easy"}, "hard": {"data": "graded-sums-hard"}},
+        None,
+        {"eval_accuracy": "greedy", "eval_reward": "sampled", "eval_kl": "KL"},
+    ),
+    "staleness": Question(
+        "most updates between sampling and learning",
+        ("pg_k2", "agro", "on_policy_capped"),
+        {str(steps): stale(steps) for steps in (0, 1, 4, 20)},
+        "0",
+    ),
+    "mixing": Question(
+        f"share of recorded groups beside {FRESH_GROUPS} fresh ones a step",
+        ("pg_k2", "agro"),
+        {f"{fraction:g}": mixed(FRESH_GROUPS, fraction) for fraction in (0.0, 0.5, 0.75, 0.9)},
+        "0",
+    ),
+    "group_size": Question(
+        f"completions of a prompt, of {SAMPLES} a step",
+        ("agro", "on_policy_capped"),
+        {str(n): {"num_generations": n, "prompts_per_step": SAMPLES // n} for n in (2, 4, 8, 16)},
+        "8",
+    ),
+}
+
+
+def run(output_dir: Path, quick: bool) -> list[Claim]:
+    """Writes beyond_QUESTION.csv and .png for each; quick: its first and last value alone."""
+    sweep = Sweep(output_dir, workers=1 if quick else 2)
+    claims: list[Claim] = []
+    rates = fig2.tune(sweep, fig2.NAMES, quick).rates
+    for name, question in QUESTIONS.items():
+        runs = points(question, rates, quick)
+        curves = sweep.curves(one for each in runs.values() for e in each.values() for one in e)
+        rows = statements(curves, question, runs)
+        tabular.write_csv(output_dir / f"beyond_{name}.csv", rows)
+        for lines in tables(curves, question, runs):
+            print(*lines, "", sep="\n")
+        draw(curves, question, runs).savefig(output_dir / f"beyond_{name}.png", dpi=120)
+        claims += compare.fair_each(curves, {f"{name}, {value}": n for value, n in runs.items()})
+    return claims
+
+
+def points(question: Question, rates: Mapping[str, float], quick: bool) -> dict[str, Named]:
+    """By value, then algorithm. Learning rates are those that fig2 found."""
+    values = list(question.values)
+    kept = dict.fromkeys([question.baseline or values[-1], values[-1]]) if quick else values
+    own = {name: rates[name] for name in question.names[: 2 if quick else None]}
+    return {value: fig2.points(own, quick, **question.values[value]) for value in kept}
+
+
+def by_value(runs: Mapping[str, Named], name: str) -> Named:
+    return {value: named[name] for value, named in runs.items()}
+
+
+def names_of(runs: Mapping[str, Named]) -> list[str]:
+    return list(next(iter(runs.values())))
+
+
+def statements(curves: Curves, question: Question, runs: Mapping[str, Named]) -> list[Row]:
+    """For the CSV: levels' differences, between algorithms at each value and between values for
+    each algorithm."""
+    first, *_ = names_of(runs)
+    rows: list[Row] = [
+        {"compared": "algorithms", "at": value, **row}
+        for value, named in runs.items()
+        for row in compare.statement_rows(curves, named, first, question.measures)
+    ]
+    if question.baseline is not None:
+        rows += [
+            {"compared": question.axis, "at": name, **row}
+            for name in names_of(runs)
+            for row in compare.statement_rows(
+                curves, by_value(runs, name), question.baseline, question.measures
+            )
+        ]
+    return rows
+
+
+def tables(curves: Curves, question: Question, runs: Mapping[str, Named]) -> list[list[str]]:
+    """Markdown: where the runs end, what algorithms differ in, and what values differ in."""
+    first, *_ = names_of(runs)
+    measures = question.measures
+    levels: list[Row] = []
+    algorithms: list[Row] = []
+    values: list[Row] = []
+    for value, named in runs.items():
+        label = {question.axis: value}
+        levels += [{**label, **row} for row in compare.level_rows(curves, named, measures)]
+        algorithms += [
+            {**label, **row} for row in compare.difference_rows(curves, named, first, measures)
+        ]
+    if question.baseline is not None:
+        for name in names_of(runs):
+            values += [
+                {"algorithm": name, **row}
+                for row in compare.difference_rows(
+                    curves, by_value(runs, name), question.baseline, measures, question.axis
+                )
+            ]
+    return [compare.markdown(rows) for rows in (levels, algorithms, values) if rows]
+
+
+def draw(curves: Curves, question: Question, runs: Mapping[str, Named]) -> Figure:
+    """Where runs end, mean over seeds with its 95 % interval: against the value, one panel a
+    measure; or against the measure, where there is one value."""
+    measures, names = question.measures, names_of(runs)
+    if len(runs) == 1:
+        (named,) = runs.values()
+        panels = {question.axis: (list(measures.values()), [(named, m) for m in measures])}
+    else:
+        panels = {
+            label: (list(runs), [(named, measure) for named in runs.values()])
+            for measure, label in measures.items()
+        }
+    figure = Figure(figsize=(1.5 + 3.6 * len(panels), 4.6), layout="constrained")
+    for axes, (title, (ticks, places)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for number, name in enumerate(names):
+            found = [
+                compare.interval(compare.values_of(curves, named[name], measure))
+                for named, measure in places
+            ]
+            style = ALGORITHMS[name]
+            axes.errorbar(
+                [i + 0.06 * (number - len(names) / 2) for i in range(len(ticks))],
+                [one.mean for one in found],
+                yerr=[one.half for one in found],
+                color=style.colour,
+                linestyle=style.stroke,
+                marker="o",
+                markersize=4,
+                capsize=2,
+                label=style.label,
+            )
+        axes.set_xticks(range(len(ticks)), ticks)
+        tabular.tidy(axes, title, "" if len(runs) == 1 else question.axis, "")
+        axes.set_ylim(bottom=0)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure

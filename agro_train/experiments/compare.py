@@ -1,0 +1,313 @@
+"""Algorithms against each other over the same seeds: learning rates, tables, noise, curves.
+
+Two runs of one seed start from the same weights and see the same prompts in the same order, so what
+is compared is the difference within a seed. A difference is larger than the noise if the 95 %
+interval of its mean over the seeds (Student's t) does not hold zero. Each interval stands for
+itself: of twenty such with nothing behind them, one is expected to miss zero.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean
+
+from matplotlib.axes import Axes
+
+from agro_train.experiments import tabular
+from agro_train.experiments.language import Curve, Point, point
+from agro_train.experiments.sweep import Sweep
+from agro_train.experiments.tabular import Claim, Row
+
+# Student's t, two-sided 95 %, by degrees of freedom: from 1 to 9.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    label: str
+    colour: str
+    stroke: str
+    settings: Mapping[str, object]  # of `agro train`
+
+
+ALGORITHMS = {
+    "pg_k2": Algorithm(
+        "policy gradient, baseline on r, KL by k2",
+        tabular.ORANGE,
+        "-",
+        {"algorithm": "pg_reward_baseline_k2"},
+    ),
+    "pg_k3": Algorithm(
+        "policy gradient, baseline on r, KL by k3",
+        tabular.PINK,
+        "-",
+        {"algorithm": "pg_reward_baseline_k3"},
+    ),
+    "pg_no_baseline": Algorithm(
+        "policy gradient, no baseline", tabular.PURPLE, "-", {"algorithm": "pg_no_baseline"}
+    ),
+    "agro": Algorithm("AGRO, off-policy loss (= policy gradient, loo)", tabular.BLUE, "-", {}),
+    "on_policy": Algorithm("AGRO, on-policy, lr_weight=1", tabular.RED, "-", {"lr_weight": 1.0}),
+    "on_policy_small": Algorithm(
+        "AGRO, on-policy, lr_weight=0.001", tabular.BROWN, "--", {"lr_weight": 0.001}
+    ),
+    "on_policy_capped": Algorithm(
+        "AGRO, on-policy, lr_weight=1 capped",
+        tabular.GREEN,
+        "-.",
+        {"lr_weight": 1.0, "lr_cap": True},
+    ),
+}
+
+# What tables report: of the training samples, the mean over the last updates; the rest is of the
+# held-out prompts at the end. "below" and "above" one half: by the prompt's pass rate at the start.
+MEASURES = {
+    "reward": "training reward",
+    "eval_accuracy": "greedy",
+    "eval_reward": "sampled",
+    "eval_below": "sampled, below 1/2",
+    "eval_above": "sampled, above 1/2",
+    "eval_kl": "KL",
+    "eval_entropy": "entropy",
+    "regularised": "r - beta KL",
+}
+
+Named = Mapping[str, Sequence[Point]]
+"""An algorithm's points, one a seed, by its name; seeds in the same order for all."""
+Curves = Mapping[Point, Curve]
+
+
+# --- Learning rates -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The learning rate of each algorithm, and what the grid gave."""
+
+    rates: Mapping[str, float]
+    rows: list[Row]  # one an algorithm and rate; none of a grid of one
+
+    def table(self) -> list[Row]:
+        """One row an algorithm, its chosen rate bold."""
+        found: dict[str, dict[str, str]] = {}
+        for row in self.rows:
+            text = f"{row['regularised_reward']:.3f}"
+            cells = found.setdefault(str(row["algorithm"]), {"algorithm": str(row["algorithm"])})
+            cells[f"{row['learning_rate']:g}"] = f"**{text}**" if row["chosen"] == "yes" else text
+        return list(found.values())
+
+
+def tune(
+    sweep: Sweep,
+    variants: Mapping[str, Mapping[str, object]],
+    grid: Sequence[float],
+    seeds: Sequence[int],
+) -> Tuned:
+    """Each variant's best by the held-out reward less beta times the KL, at the end, mean over the
+    seeds, which are none of those reported. A grid of one is not run."""
+    if len(grid) == 1:
+        return Tuned(dict.fromkeys(variants, grid[0]), [])
+    points = {
+        (name, rate): [point(seed, {**settings, "learning_rate": rate}) for seed in seeds]
+        for name, settings in variants.items()
+        for rate in grid
+    }
+    curves = sweep.curves(one for each in points.values() for one in each)
+    scores = {
+        key: fmean(value_of(curves, one, "regularised") for one in each)
+        for key, each in points.items()
+    }
+    rates = {name: max(grid, key=lambda rate: scores[name, rate]) for name in variants}
+    rows: list[Row] = [
+        {
+            "algorithm": name,
+            "learning_rate": rate,
+            "seeds": len(seeds),
+            "regularised_reward": scores[name, rate],
+            "chosen": "yes" if rates[name] == rate else "no",
+        }
+        for name, rate in points
+    ]
+    return Tuned(rates, rows)
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % interval."""
+
+    mean: float
+    half: float
+
+    @property
+    def beyond_noise(self) -> bool:
+        return abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.half:.3f}"
+
+    def signed(self) -> str:
+        """As a difference, bold where it is larger than the noise."""
+        text = f"{self.mean:+.3f} ± {self.half:.3f}"
+        return f"**{text}**" if self.beyond_noise else text
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of two to ten values; equal ones have no width, and one that is not a number spoils it."""
+    mean, count = fmean(values), len(values)
+    deviation = sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    return Interval(mean, T_95[count - 2] * deviation / sqrt(count))
+
+
+def value_of(curves: Curves, one: Point, measure: str) -> float:
+    """At the last mark. "regularised": the held-out reward less beta times the KL, what all
+    algorithms are to raise."""
+    last = curves[one][-1]
+    if measure == "regularised":
+        return last["eval_reward"] - one.config().beta * last["eval_kl"]
+    return last[measure]
+
+
+def values_of(curves: Curves, points: Sequence[Point], measure: str) -> list[float]:
+    return [value_of(curves, one, measure) for one in points]
+
+
+def difference(
+    curves: Curves, ours: Sequence[Point], theirs: Sequence[Point], measure: str
+) -> Interval:
+    """Of the points of the same seed."""
+    assert [one.seed for one in ours] == [one.seed for one in theirs], "pairs are of one seed"
+    pairs = zip(values_of(curves, ours, measure), values_of(curves, theirs, measure), strict=True)
+    return interval([a - b for a, b in pairs])
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def level_rows(
+    curves: Curves, named: Named, measures: Mapping[str, str] = MEASURES, key: str = "algorithm"
+) -> list[Row]:
+    """One row a name: each measure's mean over seeds ± half its 95 % interval."""
+    return [
+        {
+            key: name,
+            **{label: str(interval(values_of(curves, points, m))) for m, label in measures.items()},
+        }
+        for name, points in named.items()
+    ]
+
+
+def difference_rows(
+    curves: Curves,
+    named: Named,
+    baseline: str,
+    measures: Mapping[str, str] = MEASURES,
+    key: str = "algorithm",
+) -> list[Row]:
+    """One row a name other than `baseline`: what it has more, bold where larger than the noise."""
+    return [
+        {
+            key: f"{name} less {baseline}",
+            **{
+                label: difference(curves, points, named[baseline], m).signed()
+                for m, label in measures.items()
+            },
+        }
+        for name, points in named.items()
+        if name != baseline
+    ]
+
+
+def statement_rows(
+    curves: Curves, named: Named, baseline: str, measures: Mapping[str, str] = MEASURES
+) -> list[Row]:
+    """One row a name and measure, for a CSV: is the difference larger than the noise?"""
+    rows: list[Row] = []
+    for name, points in named.items():
+        for measure, label in measures.items():
+            if name == baseline:
+                continue
+            found = difference(curves, points, named[baseline], measure)
+            rows.append(
+                {
+                    "name": name,
+                    "baseline": baseline,
+                    "measure": label,
+                    "seeds": len(points),
+                    "difference": found.mean,
+                    "low": found.mean - found.half,
+                    "high": found.mean + found.half,
+                    "larger_than_noise": "yes" if found.beyond_noise else "no",
+                }
+            )
+    return rows
+
+
+def markdown(rows: Sequence[Row]) -> list[str]:
+    """The lines of a table."""
+    names = list(rows[0])
+    body = ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *body]
+
+
+def fair(curves: Curves, points: Sequence[Point]) -> list[Claim]:
+    """That the comparison is one: the same updates and samples, the same model at the start."""
+    ends = {
+        (c[-1]["step"], c[-1]["learned"], c[-1]["sampled"]) for c in (curves[p] for p in points)
+    }
+    starts: dict[int, set[tuple[float, ...]]] = {}
+    for one in points:
+        first = curves[one][0]
+        starts.setdefault(one.seed, set()).add((first["eval_accuracy"], first["eval_reward"]))
+    return [
+        Claim(
+            "every run took the same number of updates, learned from and sampled as many "
+            f"completions ({', '.join(f'{u:.0f}, {n:.0f}, {s:.0f}' for u, n, s in sorted(ends))})",
+            len(ends) == 1,
+        ),
+        Claim(
+            "every run of a seed started from the same model",
+            all(len(found) == 1 for found in starts.values()),
+        ),
+    ]
+
+
+def fair_each(curves: Curves, settings: Mapping[str, Named]) -> list[Claim]:
+    """`fair` within each of the settings; they may differ from each other."""
+    return [
+        Claim(f"{setting}: {claim.text}", claim.holds)
+        for setting, named in settings.items()
+        for claim in fair(curves, [one for each in named.values() for one in each])
+    ]
+
+
+# --- Plots ----------------------------------------------------------------------------------------
+
+
+def draw_curve(
+    axes: Axes, curves: Curves, points: Sequence[Point], measure: str, style: Algorithm
+) -> None:
+    """Mean over the seeds against updates, with a band from the lowest to the highest."""
+    runs = [curves[one] for one in points]
+    rows = [row for row in zip(*runs, strict=True) if row[0][measure] == row[0][measure]]
+    steps = [row[0]["step"] for row in rows]
+    values = [[mark[measure] for mark in row] for row in rows]
+    axes.plot(
+        steps,
+        [fmean(v) for v in values],
+        style.stroke,
+        color=style.colour,
+        marker="o",
+        markersize=3,
+        label=style.label,
+    )
+    axes.fill_between(
+        steps,
+        [min(v) for v in values],
+        [max(v) for v in values],
+        color=style.colour,
+        alpha=0.15,
+        linewidth=0,
+    )

@@ -1,0 +1,222 @@
+"""Figure 4: how much reward for how much KL, on and off policy.
+
+Each algorithm at several betas, from its own samples and from fixed generations of the reference;
+where it ends after as many updates as in Figure 2. Beside it what is possible: the optimum
+pi_ref * exp(r / beta) / Z has, of all policies, the most reward for its KL, and for 0/1 rewards it
+is known from the reference's pass rates.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from agro_train.experiments import compare, fig2, fig5, tabular
+from agro_train.experiments.compare import ALGORITHMS, Curves, Named
+from agro_train.experiments.language import Point
+from agro_train.experiments.sweep import Sweep
+from agro_train.experiments.tabular import Claim, Row
+
+BETAS = (0.001, 0.1, 0.3)
+ON_POLICY = ("pg_k2", "agro", "on_policy_capped")
+OFF_POLICY = ("pg_k2", "agro")  # on the reference's generations
+BASELINE = "pg_k2"
+# Learning rates are those that fig2 and fig5 found at beta 0.001.
+
+MEASURES = {
+    "eval_reward": "held-out, sampled",
+    "eval_kl": "KL, nats a completion",
+    "regularised": "r - beta KL",
+}
+Setting = tuple[str, float]  # samples, beta
+
+
+class Tradeoff(NamedTuple):
+    kl: float  # nats a completion
+    reward: float
+
+
+def run(output_dir: Path, quick: bool) -> list[Claim]:
+    """Writes fig4_points.csv, fig4_differences.csv and fig4.png."""
+    sweep = Sweep(output_dir, workers=1 if quick else 2)
+    settings = points(sweep, quick)
+    every = [one for named in settings.values() for each in named.values() for one in each]
+    curves = sweep.curves(every)
+    starts = {one.seed: sweep.pass_rates(one) for one in every}
+    rates = torch.tensor([rate for found in starts.values() for rate in found.values()])
+    count = 8 * every[0].config().eval_generations
+    best = {beta: optimum(rates, count, beta) for beta in frontier()}
+    tabular.write_csv(output_dir / "fig4_points.csv", point_rows(curves, settings, best))
+    tabular.write_csv(
+        output_dir / "fig4_differences.csv",
+        [
+            {"samples": samples, "beta": beta, **row}
+            for (samples, beta), named in settings.items()
+            for row in compare.statement_rows(curves, named, BASELINE, MEASURES)
+        ],
+    )
+    for lines in tables(curves, settings, best):
+        print(*lines, "", sep="\n")
+    draw(curves, settings, best).savefig(output_dir / "fig4.png", dpi=120)
+    return compare.fair_each(
+        curves, {f"{s} samples, beta {beta:g}": named for (s, beta), named in settings.items()}
+    )
+
+
+def points(sweep: Sweep, quick: bool) -> dict[Setting, Named]:
+    own = fig2.tune(sweep, OFF_POLICY if quick else ON_POLICY, quick).rates
+    reference = {name: fig5.tune(sweep, quick).rates[name] for name in OFF_POLICY}
+    found: dict[Setting, Named] = {}
+    for beta in BETAS[:2] if quick else BETAS:
+        found["own", beta] = fig2.points(own, quick, beta=beta)
+        found["the reference's", beta] = fig2.points(reference, quick, beta=beta, **fig5.REFERENCE)
+    return found
+
+
+def optimum(rates: Tensor, count: int, beta: float) -> Tradeoff:
+    """Means over prompts of the KL and reward of pi_ref * exp(r / beta) / Z for 0/1 rewards.
+
+    rates: (P,) the reference's share of passes among `count` completions of each prompt; a share of
+    none or all is taken as half a completion off.
+    """
+    before = (rates.double() * count + 0.5) / (count + 1)
+    log_odds = before.logit() + 1 / beta
+    after, failed = log_odds.sigmoid(), (-log_odds).sigmoid()
+    kl = torch.xlogy(after, after / before) + torch.xlogy(failed, failed / (1 - before))
+    return Tradeoff(float(kl.mean()), float(after.mean()))
+
+
+def frontier() -> list[float]:
+    """The betas of the curve of what is possible."""
+    return sorted({*BETAS, *(10 ** (exponent / 10) for exponent in range(-20, 11))})
+
+
+def point_rows(
+    curves: Curves, settings: Mapping[Setting, Named], best: Mapping[float, Tradeoff]
+) -> list[Row]:
+    """One row a run at its end, and one a beta of the optimum."""
+    rows: list[Row] = [
+        {
+            "samples": samples,
+            "beta": beta,
+            "algorithm": name,
+            "seed": one.seed,
+            **{m: compare.value_of(curves, one, m) for m in MEASURES},
+        }
+        for (samples, beta), named in settings.items()
+        for name, each in named.items()
+        for one in each
+    ]
+    rows += [
+        {
+            "samples": "",
+            "beta": beta,
+            "algorithm": "optimum",
+            "seed": "",
+            "eval_reward": at.reward,
+            "eval_kl": at.kl,
+            "regularised": at.reward - beta * at.kl,
+        }
+        for beta, at in best.items()
+    ]
+    return rows
+
+
+def tables(
+    curves: Curves, settings: Mapping[Setting, Named], best: Mapping[float, Tradeoff]
+) -> list[list[str]]:
+    """Markdown, for each kind of samples: where the algorithms end beside the optimum, and their
+    differences."""
+    found = []
+    for kind in dict.fromkeys(samples for samples, _ in settings):
+        levels: list[Row] = []
+        differences: list[Row] = []
+        for (samples, beta), named in settings.items():
+            if samples != kind:
+                continue
+            at = best[beta]
+            values = (at.reward, at.kl, at.reward - beta * at.kl)
+            levels += [
+                {"beta": f"{beta:g}", **row}
+                for row in compare.level_rows(curves, named, MEASURES, f"{kind} samples")
+            ]
+            levels.append(
+                {"beta": f"{beta:g}", f"{kind} samples": "optimum"}
+                | {label: f"{v:.3f}" for label, v in zip(MEASURES.values(), values, strict=True)}
+            )
+            differences += [
+                {"beta": f"{beta:g}", **row}
+                for row in compare.difference_rows(
+                    curves, named, BASELINE, MEASURES, f"{kind} samples"
+                )
+            ]
+        found += [compare.markdown(levels), compare.markdown(differences)]
+    return found
+
+
+def draw(
+    curves: Curves, settings: Mapping[Setting, Named], best: Mapping[float, Tradeoff]
+) -> Figure:
+    """Reward against KL, one panel a kind of samples; a line joins an algorithm's betas."""
+    kinds = list(dict.fromkeys(samples for samples, _ in settings))
+    figure = Figure(figsize=(6 * len(kinds), 5.4), layout="constrained")
+    all_axes = figure.subplots(1, len(kinds), sharey=True, sharex=True, squeeze=False)[0]
+    for kind, axes in zip(kinds, all_axes, strict=True):
+        axes.plot(
+            [at.kl for at in best.values()],
+            [at.reward for at in best.values()],
+            color="black",
+            lw=1,
+            label="optimum, most reward for its KL",
+        )
+        names = list(
+            dict.fromkeys(n for (s, _), named in settings.items() if s == kind for n in named)
+        )
+        for name in names:
+            _draw_ends(
+                axes,
+                curves,
+                {b: named[name] for (s, b), named in settings.items() if s == kind},
+                name,
+            )
+        tabular.tidy(axes, f"{kind} samples", "KL to the reference, nats a completion", "")
+    for beta in dict.fromkeys(beta for _, beta in settings):
+        for axes in all_axes:
+            axes.plot(*best[beta], "k.", markersize=8)
+            axes.annotate(
+                f"beta {beta:g}", best[beta], (6, -12), textcoords="offset points", fontsize=8
+            )
+    all_axes[0].set_ylabel("held-out reward, sampled")
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _draw_ends(
+    axes: Axes, curves: Curves, by_beta: Mapping[float, Sequence[Point]], name: str
+) -> None:
+    """Mean over seeds at each beta, with the 95 % intervals of both."""
+    style = ALGORITHMS[name]
+    kls = [
+        compare.interval(compare.values_of(curves, each, "eval_kl")) for each in by_beta.values()
+    ]
+    rewards = [
+        compare.interval(compare.values_of(curves, each, "eval_reward"))
+        for each in by_beta.values()
+    ]
+    axes.errorbar(
+        [kl.mean for kl in kls],
+        [reward.mean for reward in rewards],
+        xerr=[kl.half for kl in kls],
+        yerr=[reward.half for reward in rewards],
+        color=style.colour,
+        linestyle=style.stroke,
+        marker="o",
+        markersize=4,
+        capsize=2,
+        label=style.label,
+    )

@@ -1,0 +1,98 @@
+"""Figure 5: learning from data that the policy does not make. Does AGRO learn more from it?
+
+Two kinds of data: generations of the reference, fixed before training (the offline case), and
+generations of an earlier policy, sampled anew every 21st update and learned from 21 times. Four
+losses on them at the paper's beta of 0.001, and on the reference's at 0.1, where the KL has a say.
+
+AGRO's off-policy loss is the policy gradient with the mean of the whole R as baseline. Forms that
+read the sampler's log-probabilities ("stale", "importance_weighted") are not in the trainer: they
+are in Figure 1.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from agro_train.experiments import compare, fig2, tabular
+from agro_train.experiments.compare import ALGORITHMS, Curves, Named, Tuned
+from agro_train.experiments.language import RECORDED
+from agro_train.experiments.sweep import Sweep
+from agro_train.experiments.tabular import Claim
+
+NAMES = ("pg_k2", "pg_k3", "pg_no_baseline", "agro")
+BASELINE = "pg_k2"
+REFERENCE: Mapping[str, object] = {"recorded": RECORDED}
+EARLIER: Mapping[str, object] = {"replay_fraction": 1.0, "replay_max_staleness": 20}
+DATA = {"the reference's": REFERENCE, "an earlier policy's": EARLIER}
+SETTINGS = (("the reference's", 0.001), ("the reference's", 0.1), ("an earlier policy's", 0.001))
+# Learning rates are tuned on the reference's generations, at beta 0.001; seeds, grid: fig2's.
+
+PANELS = {"eval_reward": "held-out, sampled", "eval_kl": "KL to the reference, nats"}
+Setting = tuple[str, float]  # whose data, beta
+
+
+def run(output_dir: Path, quick: bool) -> list[Claim]:
+    """Writes fig5_learning_rates.csv, fig5_differences.csv and fig5.png."""
+    sweep = Sweep(output_dir, workers=1 if quick else 2)
+    tuned = tune(sweep, quick)
+    settings = points(tuned.rates, quick)
+    curves = sweep.curves(
+        one for named in settings.values() for each in named.values() for one in each
+    )
+    if tuned.rows:
+        tabular.write_csv(output_dir / "fig5_learning_rates.csv", tuned.rows)
+        print(*compare.markdown(tuned.table()), "", sep="\n")
+    rows = [
+        {"data": data, "beta": beta, **row}
+        for (data, beta), named in settings.items()
+        for row in compare.statement_rows(curves, named, BASELINE)
+    ]
+    tabular.write_csv(output_dir / "fig5_differences.csv", rows)
+    for lines in tables(curves, settings):
+        print(*lines, "", sep="\n")
+    draw(curves, settings).savefig(output_dir / "fig5.png", dpi=110)
+    return compare.fair_each(
+        curves, {f"{d} data, beta {beta:g}": named for (d, beta), named in settings.items()}
+    )
+
+
+def tune(sweep: Sweep, quick: bool) -> Tuned:
+    """Learning rates on the reference's generations; quick: two algorithms, at
+    the grid's middle."""
+    return fig2.tune(sweep, (BASELINE, "agro") if quick else NAMES, quick, **REFERENCE)
+
+
+def points(rates: Mapping[str, float], quick: bool) -> dict[Setting, Named]:
+    return {
+        (data, beta): fig2.points(rates, quick, beta=beta, **DATA[data])
+        for data, beta in (SETTINGS[::2] if quick else SETTINGS)
+    }
+
+
+def tables(curves: Curves, settings: Mapping[Setting, Named]) -> list[list[str]]:
+    """Markdown, for each setting: where the algorithms end, and their differences."""
+    measures = {k: v for k, v in compare.MEASURES.items() if k != "reward"}  # it is the data's
+    found = []
+    for (data, beta), named in settings.items():
+        key = f"{data}, beta {beta:g}"
+        found.append(compare.markdown(compare.level_rows(curves, named, measures, key)))
+        found.append(
+            compare.markdown(compare.difference_rows(curves, named, BASELINE, measures, key))
+        )
+    return found
+
+
+def draw(curves: Curves, settings: Mapping[Setting, Named]) -> Figure:
+    """One column of panels for each setting, one row for each measure."""
+    figure = Figure(figsize=(4.8 * len(settings), 8), layout="constrained")
+    grid = figure.subplots(len(PANELS), len(settings), sharey="row", squeeze=False)
+    for (measure, label), row in zip(PANELS.items(), grid, strict=True):
+        for ((data, beta), named), axes in zip(settings.items(), row, strict=True):
+            for name, each in named.items():
+                compare.draw_curve(axes, curves, each, measure, ALGORITHMS[name])
+            tabular.tidy(axes, f"{data} generations, beta = {beta:g}", "updates", label)
+            axes.set_ylim(bottom=0)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure

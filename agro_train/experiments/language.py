@@ -1,0 +1,234 @@
+"""One run of an experiment with a language model: its settings, its start, its curve.
+
+A run is a shipped configuration with a few settings changed, through the trainer's own `setup`,
+`take_step` and `evaluate`. A seed fixes the warm start, the order of the prompts and the
+random numbers of every completion, so runs of one seed differ by their settings alone.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from transformers.utils import logging as transformers_logging
+
+from agro_train import config as configuration
+from agro_train.batch import build_batch
+from agro_train.commands import load_sampler, record
+from agro_train.config import TrainConfig
+from agro_train.data import derive_seed
+from agro_train.evaluate import by_prompt, evaluate, mean_reward, summarise
+from agro_train.model import set_matmul_precision
+from agro_train.rewards import load_rewards, score
+from agro_train.run import Run, load_base, setup
+from agro_train.step import score_batch
+from agro_train.train import take_step
+
+BASE = "graded-sums"  # the shipped configuration that runs start from, where none is named
+RECORDED = "[reference.jsonl]"  # as `recorded`: the reference's generations for every prompt
+# Seconds in place of minutes, too short to show anything: that everything runs.
+QUICK = {
+    "warm_start_steps": 40,
+    "steps": 2,
+    "eval_every": 2,
+    "eval_generations": 1,
+    "eval_prompts": 40,
+    "prompts_per_step": 8,
+    "num_generations": 2,
+}
+QUICK_PROMPTS = 100  # recorded for a quick run, in place of every one
+# Groups of held-out prompts by that rate: at least the first, below the second, number.
+BUCKETS = {
+    "below": (0.0, 0.5),
+    "above": (0.5, 1.01),
+    **{f"bin{i}": (i / 5, (i + 1) / 5 + 0.01 * (i == 4)) for i in range(5)},
+}
+
+# Of the updates: a curve has their means over those since the mark before.
+TRAINING = ("reward", "kl", "entropy")
+Curve = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: its seed, and what it changes in a shipped configuration."""
+
+    settings: str  # as `agro train` takes them, sorted by key
+    seed: int
+    base: str = BASE
+
+    @property
+    def command(self) -> str:
+        """Runs it again, after `agro rollout` where it has recorded=[reference.jsonl]."""
+        return f"agro train {self.base} {self.settings} seed={self.seed}"
+
+    def config(self, *more: str) -> TrainConfig:
+        given = [*self.settings.split(), f"seed={self.seed}", *more]
+        return configuration.load(configuration.find(self.base), given)
+
+
+def point(seed: int, settings: Mapping[str, object], base: str = BASE) -> Point:
+    """Equal settings give equal points, however their numbers were written."""
+    return Point(" ".join(f"{key}={_text(settings[key])}" for key in sorted(settings)), seed, base)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- Where runs start -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that a seed's runs start from, their reference, and what is known of it."""
+
+    folder: Path
+    model: str  # the warm-started one is kept in the folder
+    pass_rates: Mapping[str, float]  # by held-out prompt
+
+    @property
+    def recorded(self) -> Path:
+        return self.folder / "reference.jsonl"
+
+
+def start_name(one: Point) -> str:
+    """Equal for points that start from one model."""
+    config = one.config()
+    shaping = (config.model, config.warm_start_steps, start_samples(config))
+    return f"{one.base}-{one.seed}-{hashlib.sha256(repr(shaping).encode()).hexdigest()[:8]}"
+
+
+def start_samples(config: TrainConfig) -> int:
+    """How many completions of each held-out prompt measure the reference's pass rate."""
+    return 8 * config.eval_generations
+
+
+def make_start(one: Point, work: Path, recorded: bool) -> Start:
+    """The start of a run, made in `work` where it is not there; with the reference's generations
+    if `recorded`. A folder has its final name when it is complete."""
+    folder = work / start_name(one)
+    if not folder.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=work) as partial:
+            made = Path(partial) / "start"
+            _make_start(_start_config(one), made)
+            made.rename(folder)
+    kept = folder / "model"
+    model = str(kept) if kept.exists() else one.config().model
+    start = Start(folder, model, json.loads((folder / "pass_rates.json").read_text()))
+    if recorded and not start.recorded.exists():
+        quick = one.config().warm_start_steps == QUICK["warm_start_steps"]
+        count = QUICK_PROMPTS if quick else None
+        record(_start_config(one, f"model={start.model}"), start.recorded, count)
+    return start
+
+
+def _start_config(one: Point, *more: str) -> TrainConfig:
+    """Of all the configuration's prompts, whichever of them the run has."""
+    config = one.config()
+    kept = (f"{key}={getattr(config, key)}" for key in ("warm_start_steps", "eval_generations"))
+    return Point("", one.seed, one.base).config(*kept, *more)
+
+
+def _make_start(config: TrainConfig, folder: Path) -> None:
+    transformers_logging.disable_progress_bar()
+    set_matmul_precision(config.matmul_precision)  # as a run's own warm start has it
+    if config.model == "tiny":
+        tokenizer, model, _ = load_base(config, None)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        config = replace(config, model=str(folder / "model"))
+    folder.mkdir(exist_ok=True)
+    sampler = load_sampler(config)
+    count = start_samples(config)
+    rollouts = sampler.engine().complete(
+        sampler.held_out,
+        seeds=[derive_seed(config.seed, "pass rate", p.text) for p in sampler.held_out],
+        num_generations=count,
+        temperature=config.temperature,
+        step=None,
+    )
+    scored = score(rollouts, load_rewards(config))
+    rates = {
+        prompt.text: mean_reward(scored[i * count : (i + 1) * count])
+        for i, prompt in enumerate(sampler.held_out)
+    }
+    (folder / "pass_rates.json").write_text(json.dumps(rates))
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+
+def measure(one: Point, work: Path) -> Curve:
+    """Trains and returns the curve: at step 0, every eval_every steps and at the end."""
+    config = one.config()
+    start = make_start(one, work, recorded=bool(config.recorded))
+    with tempfile.TemporaryDirectory() as folder:
+        more = [f"model={start.model}", f"output_dir={os.path.join(folder, 'run')}"]
+        if config.recorded:
+            more.append(f"recorded=[{start.recorded}]")
+        run = setup(one.config(*more), resume=False)
+        curve: Curve = []
+        since: list[dict[str, float]] = []
+        learned = sampled = 0
+        for step in range(config.steps + 1):
+            if step % config.eval_every == 0 or step == config.steps:
+                curve.append(
+                    {
+                        "step": step,
+                        "learned": learned,
+                        "sampled": sampled,
+                        **{name: _mean(since, name) for name in TRAINING},
+                        **held_out(run, step, start.pass_rates),
+                    }
+                )
+                since = []
+            if step < config.steps:
+                metrics, rollouts = take_step(run, step)
+                if config.replay_fraction:  # later steps read it
+                    run.folder.log_rollouts("rollouts", step + 1, rollouts)
+                learned += len(rollouts)
+                sampled += sum(rollout.source == "fresh" for rollout in rollouts)
+                since.append(metrics)
+    return curve
+
+
+def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    return fmean(row[name] for row in rows) if rows else float("nan")
+
+
+def held_out(run: Run, step: int, pass_rates: Mapping[str, float]) -> dict[str, float]:
+    """The policy on the held-out prompts: greedy, sampled, sampled by the prompt's pass rate at the
+    start, and the sampled completions' mean log-ratio to the reference (nats a completion: the KL,
+    whatever the policy learned from) and entropy (nats a token)."""
+    config = run.config
+    numbers = range(len(run.held_out))
+    result = evaluate(run.engine, run.held_out, numbers, run.rewards, config, step)
+    summary = summarise(result)
+    batch = build_batch(
+        result.sampled,
+        [i // config.eval_generations for i in range(len(result.sampled))],
+        [True] * len(result.sampled),
+        token_budget=config.token_budget,
+        share_prompts=config.share_prompts,
+    )
+    device = run.accelerator.device
+    scores, _ = score_batch(run.policy, run.reference, batch, batch.micro, config, device)
+    found = {
+        "eval_accuracy": summary["eval_accuracy"],
+        "eval_reward": summary["eval_reward"],
+        "eval_kl": float((scores.logprobs - scores.ref_logprobs).mean()),
+        "eval_entropy": float(scores.entropy) / int(scores.num_tokens),
+    }
+    groups = by_prompt(result)
+    for name, (low, high) in BUCKETS.items():
+        chosen = [group for group in groups if low <= pass_rates[group[0].prompt] < high]
+        found[f"eval_{name}"] = mean_reward([rollout for group in chosen for rollout in group])
+    return found

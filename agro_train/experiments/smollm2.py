@@ -1,0 +1,44 @@
+"""The comparison of Figures 2 and 3 once on a real model: SmolLM2-135M-Instruct on arithmetic.
+
+`agro train smollm2-arithmetic`, which is small for a CPU's sake: 24 updates of 64 completions. Its
+learning rate is the configuration's for every algorithm and three seeds are few, so this says
+whether what the tiny model shows is plainly different here, and no more.
+"""
+
+from pathlib import Path
+
+from agro_train.experiments import compare, fig2, tabular
+from agro_train.experiments.compare import ALGORITHMS, Named
+from agro_train.experiments.language import point
+from agro_train.experiments.sweep import Sweep
+from agro_train.experiments.tabular import Claim
+
+BASE = "smollm2-arithmetic"
+NAMES = ("pg_k2", "agro", "on_policy", "on_policy_capped")
+BASELINE = "pg_k2"
+SEEDS = range(3)
+QUICK = {"steps": 1, "prompts_per_step": 2, "num_generations": 2, "eval_generations": 1}
+
+
+def run(output_dir: Path, quick: bool) -> list[Claim]:
+    """Writes smollm2_differences.csv and smollm2.png."""
+    sweep = Sweep(output_dir, workers=1 if quick else 2)
+    named: Named = {
+        name: [
+            point(seed, {**ALGORITHMS[name].settings, **(QUICK if quick else {})}, BASE)
+            for seed in SEEDS[: 2 if quick else None]
+        ]
+        for name in NAMES
+    }
+    curves = sweep.curves(one for each in named.values() for one in each)
+    tabular.write_csv(
+        output_dir / "smollm2_differences.csv", compare.statement_rows(curves, named, BASELINE)
+    )
+    for rows in (
+        compare.level_rows(curves, named),
+        compare.difference_rows(curves, named, BASELINE),
+    ):
+        print(*compare.markdown(rows), "", sep="\n")
+    panels = fig2.PANELS["fig2"] | {"eval_reward": "held-out, sampled"}
+    fig2.draw(curves, named, panels).savefig(output_dir / "smollm2.png", dpi=110)
+    return compare.fair(curves, [one for each in named.values() for one in each])

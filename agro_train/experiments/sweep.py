@@ -1,0 +1,169 @@
+"""Many runs, two at a time, whose curves go into one CSV file as each of them ends.
+
+A reproduction that was killed goes on with the runs that the file lacks, and figures that share
+runs share them there.
+"""
+
+import csv
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from agro_train import config as configuration
+from agro_train import durable
+from agro_train.environment import git_commit
+from agro_train.experiments.language import (
+    Curve,
+    Point,
+    Start,
+    make_start,
+    measure,
+    start_name,
+)
+
+T = TypeVar("T")
+
+WORKERS = 2  # processes of one thread each
+ABOUT = ("settings", "seed", "base", "commit", "time_s")  # columns of a run, the same in its rows
+
+Work = Callable[[Point, Path], T]
+
+
+class Sweep:
+    """The runs in output_dir: language_curves.csv, one row a mark of each, and the starts' pass
+    rates, language_starts.csv.
+
+    Args:
+        workers: processes; 1: this one.
+    """
+
+    def __init__(self, output_dir: Path, workers: int = WORKERS) -> None:
+        self.output_dir, self.workers = output_dir, workers
+        self.work = output_dir / "work"  # models and recordings; they can be made again
+        self.rows = _read(self.curves_path)
+        self.start_rows = _read(self.starts_path)
+
+    @property
+    def curves_path(self) -> Path:
+        return self.output_dir / "language_curves.csv"
+
+    @property
+    def starts_path(self) -> Path:
+        return self.output_dir / "language_starts.csv"
+
+    def curves(self, points: Iterable[Point]) -> dict[Point, Curve]:
+        """Of the points: what is missing is run first."""
+        wanted = list(dict.fromkeys(points))
+        known = self._known()
+        self._run([one for one in wanted if one not in known])
+        known = self._known()
+        return {one: known[one] for one in wanted}
+
+    def pass_rates(self, one: Point) -> dict[str, float]:
+        """The reference's on the held-out prompts, where the run has started."""
+        name = start_name(one)
+        return {
+            row["prompt"]: float(row["pass_rate"])
+            for row in self.start_rows
+            if row["start"] == name
+        }
+
+    def _known(self) -> dict[Point, Curve]:
+        """Runs of another version of their base configuration do not count."""
+        found: dict[Point, Curve] = {}
+        for row in self.rows:
+            one = Point(row["settings"], int(row["seed"]), row["base"].partition("@")[0])
+            if row["base"] == version(one.base):
+                numbers = {k: float(v) for k, v in row.items() if k not in ABOUT}
+                found.setdefault(one, []).append(numbers)
+        return found
+
+    def _run(self, missing: Sequence[Point]) -> None:
+        if not missing:
+            return
+        commit = git_commit(Path(__file__))
+        began = time.perf_counter()
+        # The starts first, or two processes would make the same one at once.
+        starts: dict[str, Point] = {}
+        for one in missing:
+            if one.config().recorded or start_name(one) not in starts:
+                starts[start_name(one)] = one
+        for one, start in self._each(_prepare, list(starts.values())):
+            self._note_start(one, start)
+        for done, (one, (curve, seconds)) in enumerate(self._each(_timed, missing), start=1):
+            about = (one.settings, str(one.seed), version(one.base), str(commit), f"{seconds:.0f}")
+            for mark in curve:
+                numbers = {name: f"{value:.6g}" for name, value in mark.items()}
+                self.rows.append(dict(zip(ABOUT, about, strict=True)) | numbers)
+            _write(self.curves_path, self.rows)
+            elapsed = time.perf_counter() - began
+            print(f"{done} of {len(missing)} in {elapsed:.0f} s: {one.command}", flush=True)
+
+    def _note_start(self, one: Point, start: Start) -> None:
+        if self.pass_rates(one):
+            return
+        self.start_rows += [
+            {"start": start_name(one), "prompt": p, "pass_rate": f"{rate:.6g}"}
+            for p, rate in start.pass_rates.items()
+        ]
+        _write(self.starts_path, self.start_rows)
+
+    def _each(self, work: Work[T], points: Sequence[Point]) -> Iterator[tuple[Point, T]]:
+        """The work's result for each point, as they come."""
+        if self.workers == 1:
+            for one in points:
+                yield one, work(one, self.work)
+            return
+        with ProcessPoolExecutor(
+            self.workers,
+            mp_context=get_context("spawn"),
+            initializer=torch.set_num_threads,
+            initargs=(1,),
+        ) as pool:
+            futures: dict[Future[T], Point] = {
+                pool.submit(work, one, self.work): one for one in points
+            }
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+@cache
+def version(base: str) -> str:
+    """A shipped configuration's name with a digest of its text."""
+    return f"{base}@{hashlib.sha256(configuration.find(base).read_bytes()).hexdigest()[:8]}"
+
+
+def _prepare(one: Point, work: Path) -> Start:
+    return make_start(one, work, recorded=bool(one.config().recorded))
+
+
+def _timed(one: Point, work: Path) -> tuple[Curve, float]:
+    began = time.perf_counter()
+    return measure(one, work), time.perf_counter() - began
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    durable.replace(path, text.getvalue())
