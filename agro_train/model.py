@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from agro_kernels import linear_logprobs_with_stats, weighted_logprob_sum
+from agro_train.activations import recompute_mlp_products
 from agro_train.adapter import base_of, with_adapter_merged
 from agro_train.config import TrainConfig
 from agro_train.types import MicroBatch
@@ -199,7 +200,8 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
 
 
 def prepare(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Dropout off, no generation defaults of its own, gradient checkpointing as configured."""
+    """Dropout off, no generation defaults of its own, gradient checkpointing as configured; without
+    it the products inside the MLPs alone are computed again."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -217,6 +219,8 @@ def prepare(model: PreTrainedModel, config: TrainConfig) -> None:
         older = not hasattr(model, "activation_checkpointing_enable")
         name = "gradient_checkpointing_enable" if older else "activation_checkpointing_enable"
         getattr(model, name)({"use_reentrant": False})
+    else:
+        recompute_mlp_products(model)
     model.eval()
 
 
