@@ -41,7 +41,7 @@ def main(timeout_s: float, spec: str) -> None:
     for line in jobs:
         # The parent kills a worker that takes too long; without a parent this alarm does.
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 10)
-        answer = work(function, pickle.loads(base64.b64decode(json.loads(line))))
+        answer = work(function, json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
         results.write(json.dumps(answer) + "\n")
         results.flush()
@@ -75,10 +75,11 @@ def load_function(spec: str) -> RewardFunction:
     return function  # type: ignore[no-any-return]
 
 
-def work(function: RewardFunction, arguments: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """{"values": one number or None a completion}, or {"error": text, "traceback": text}."""
+def work(function: RewardFunction, job: str) -> dict[str, Any]:
+    """{"values": one number or None a completion}, or {"error": text, "traceback": text}, for a
+    call whose arguments are in a pickle, in base64."""
     try:
-        return {"values": call(function, arguments)}
+        return {"values": call(function, pickle.loads(base64.b64decode(job)))}
     except (Exception, SystemExit) as error:  # the user's code; SystemExit would end the worker
         return {"error": repr(error), "traceback": traceback.format_exc()}
 

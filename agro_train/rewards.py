@@ -189,6 +189,14 @@ class OwnFunction:
         return cls(spec, workers)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
+        try:
+            return self._outcomes(rollouts)
+        except CannotStart as error:  # once it could: this is not how the run should end
+            logger.warning("reward: %s could not be started again: %s", self.spec, error)
+            return [Outcome(None, "timeout")] * len(rollouts)
+
+    def _outcomes(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
+        """Raises CannotStart."""
         outcomes = self._attempt(rollouts, explain=True)
         prompts = [list(rows) for _, rows in groupby(rollouts, key=_prompt)]
         if isinstance(outcomes, list):
@@ -215,11 +223,7 @@ class OwnFunction:
     ) -> list[Outcome] | Failure:
         # A pickle, for columns may hold what JSON has no word for.
         job = base64.b64encode(pickle.dumps(arguments(rollouts))).decode()
-        try:
-            (answer,) = self.workers.map([job])
-        except CannotStart as error:  # once it could: this is not how the run should end
-            logger.warning("reward: %s could not be started again: %s", self.spec, error)
-            return "timeout"  # which soon ends the step's attempts
+        (answer,) = self.workers.map([job])
         if answer is Lost.LATE:
             if explain:
                 timeout_s = self.workers.timeout_s

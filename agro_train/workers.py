@@ -157,13 +157,14 @@ class Workers:
         worker.deadline = time.monotonic() + self.timeout_s
         room = select.poll()
         room.register(pipe, select.POLLOUT)
+        worker.job = job  # from now on an interrupt ends it: half a job may be in the pipe
         try:
-            while left and time.monotonic() < worker.deadline:
-                if room.poll(1000 * (worker.deadline - time.monotonic())):
+            while left and (rest := worker.deadline - time.monotonic()) > 0.0:
+                if room.poll(1000 * rest):
                     left = left[os.write(pipe, left) :]
         except BrokenPipeError:
+            worker.job = None
             return False
-        worker.job = job
         return True
 
     def _lines(self) -> list[tuple[_Worker, bytes | Lost]]:

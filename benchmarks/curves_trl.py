@@ -256,8 +256,8 @@ def verdict(rows: Sequence[dict[str, Any]], one: str, other: str) -> tuple[bool,
     same = True
     for name in MEASURES:
         difference = second[name].minus(first[name])
-        apart = abs(difference.mean) / difference.error
-        same &= name == "start" or apart <= SAME
+        same &= name == "start" or abs(difference.mean) <= SAME * difference.error
+        apart = abs(difference.mean) / difference.error if difference.error else 0.0
         lines.append(
             f"{name:8} {first[name]!s:>16} {second[name]!s:>16} {difference!s:>16}   "
             f"{apart:.1f} standard errors"

@@ -4,7 +4,7 @@
 
 A row a case: ours over the floor of the same turns, the fastest peer over ours of the same turns,
 and the fastest peer that never holds the (N, V) logits. Where the latter ran alone, its time is
-over ours of another minute, and a ~ says so.
+over ours of another minute, and a ~ says so; a * says that it was called once.
 """
 
 import argparse
@@ -68,6 +68,7 @@ def _cells(case: Sequence[Row]) -> list[str]:
             continue
         in_turn = peer.turns() == mine.turns() and peer.form == mine.form
         ratio = f"{'' if in_turn else '~'}{peer.median_s / mine.median_s:.2f}"
+        ratio += "" if peer.n > 1 else "*"
         cells += [f"`{peer.label()}`", ratio, _megabytes(peer)]
     return cells
 

@@ -326,7 +326,7 @@ def test_table_compares_within_the_same_turns(tmp_path: Path) -> None:
 
     def turn(name: str, seconds: float, others: str) -> bench_cpu.Row:
         row = row_of(bench, CPU_SHAPES["B"], name, seconds)
-        return dataclasses.replace(row, in_turn_with=others, peak_mb=12.0)
+        return dataclasses.replace(row, in_turn_with=others, peak_mb=12.0, n=7)
 
     bench.rows = [
         turn("checkpointed_loop", 0.75, ""),
@@ -352,16 +352,20 @@ def test_table_of_known_coefficients_takes_the_peers_own_turns(tmp_path: Path) -
 
     def timed(name: str, form: str, seconds: float, others: str) -> bench_cpu.Row:
         row = row_of(bench, CPU_SHAPES["A"], name, seconds)
-        return dataclasses.replace(row, form=form, in_turn_with=others, peak_mb=3.0, relative=1.0)
+        changes = {"form": form, "in_turn_with": others, "relative": 1.0}
+        return dataclasses.replace(row, peak_mb=3.0, n=7 if others else 1, **changes)
 
     bench.rows = [
         timed("torch_compile", "forward_backward", 1.0, "ours floor"),
         timed("torch", "forward_backward", 2.0, ""),
         timed("ours", "known_coefficients", 0.5, "torch_compile floor"),
         timed("torch_compile", "known_coefficients", 1.1, "ours floor"),
+        timed("checkpointed_loop", "forward_backward", 4.0, ""),
     ]
     *_, line = tables.table(bench.rows, "no")
     assert line.split("|")[5:7] == [" `torch_compile` ", " 2.20 "]
+    # Alone, and called once.
+    assert line.split("|")[8:10] == [" `checkpointed_loop` ", " ~8.00* "]
 
 
 def test_append_keeps_the_rows_of_other_cases(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(
 def test_a_run_is_that_of_agro_train(tmp_path: Path) -> None:
     """The room's curve is what its command gives, from a warm start of its own."""
     # Rewards that differ from the first step on, whatever the model knows.
-    settings: Mapping[str, object] = {**QUICK, "reward": "tests.train.models:even_share"}
+    settings: Mapping[str, object] = {**QUICK, "reward": "tests.train.reward_functions:even_share"}
     one = point(5, settings)
     first, last = measure(one, tmp_path / "work")
     run = tmp_path / "run"

@@ -299,7 +299,7 @@ def test_log_takes_columns_json_has_no_word_for_and_broken_text(tmp_path: Path) 
     ("name", "failure", "settings"),
     [
         ("flaky_reward", "error", ["steps=4"]),
-        ("odd_ones_hang", "timeout", ["steps=2", "reward_timeout_s=0.5"]),
+        ("odd_ones_hang", "timeout", ["steps=2", "reward_timeout_s=1.0"]),
     ],
     ids=["raises", "hangs"],
 )
@@ -307,8 +307,8 @@ def test_reward_that_fails_now_and_then_costs_no_step(
     name: str, failure: str, settings: list[str], finished: Path, tmp_path: Path
 ) -> None:
     functions = "tests.train.reward_functions"
-    settings += [f"reward=[{functions}:even_share,{functions}:{name}]", "reward_weights=[1,0.5]"]
-    settings += ["eval_every=0", "save_every=0", *from_base(finished)]
+    rewards = [f"reward=[{functions}:even_share,{functions}:{name}]", "reward_weights=[1,0.5]"]
+    settings = [*settings, *rewards, "eval_every=0", "save_every=0", *from_base(finished)]
     assert train(tmp_path / "flaky", *settings) == 0
     rows = metrics(tmp_path / "flaky")
     rate = f"rewards/{failure}_rate"
