@@ -252,9 +252,13 @@ class Bench:
     # --- A case ---
 
     def run(self, case: Case) -> None:
-        jobs = [job for job in self.peer_jobs(case) if self.in_time(job)]
+        jobs = self.peer_jobs(case)
         expected = self.expected_best(case, jobs)
-        alone = [self.measure(case, [job])[0] for job in jobs if job is not expected]
+        alone = [
+            self.measure(case, [job])[0]
+            for job in jobs
+            if job is not expected and self.in_time(job)
+        ]
         floor = self.floor_job(case)
         beside = expected or self.best_job(case, self.best_peer(case, alone))
         rows = self.take_turns(case, beside, floor)

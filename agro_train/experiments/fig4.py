@@ -17,7 +17,7 @@ from torch import Tensor
 
 from agro_train.experiments import compare, fig2, fig5, tabular
 from agro_train.experiments.compare import ALGORITHMS, Curves, Named
-from agro_train.experiments.language import Point
+from agro_train.experiments.language import Point, start_samples
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim, Row
 
@@ -48,7 +48,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     curves = sweep.curves(every)
     starts = {one.seed: sweep.pass_rates(one) for one in every}
     rates = torch.tensor([rate for found in starts.values() for rate in found.values()])
-    count = 8 * every[0].config().eval_generations
+    count = start_samples(every[0].config())
     best = {beta: optimum(rates, count, beta) for beta in frontier()}
     tabular.write_csv(output_dir / "fig4_points.csv", point_rows(curves, settings, best))
     tabular.write_csv(
