@@ -185,18 +185,8 @@ def draw(curves: Curves, question: Question, runs: Mapping[str, Named]) -> Figur
                 compare.interval(compare.values_of(curves, named[name], measure))
                 for named, measure in places
             ]
-            style = ALGORITHMS[name]
-            axes.errorbar(
-                [i + 0.06 * (number - len(names) / 2) for i in range(len(ticks))],
-                [one.mean for one in found],
-                yerr=[one.half for one in found],
-                color=style.colour,
-                linestyle=style.stroke,
-                marker="o",
-                markersize=4,
-                capsize=2,
-                label=style.label,
-            )
+            places_of_name = [i + 0.06 * (number - len(names) / 2) for i in range(len(ticks))]
+            compare.draw_intervals(axes, ALGORITHMS[name], places_of_name, found)
         axes.set_xticks(range(len(ticks)), ticks)
         tabular.tidy(axes, title, "" if len(runs) == 1 else question.axis, "")
         axes.set_ylim(bottom=0)

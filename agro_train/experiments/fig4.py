@@ -200,7 +200,6 @@ def _draw_ends(
     axes: Axes, curves: Curves, by_beta: Mapping[float, Sequence[Point]], name: str
 ) -> None:
     """Mean over seeds at each beta, with the 95 % intervals of both."""
-    style = ALGORITHMS[name]
     kls = [
         compare.interval(compare.values_of(curves, each, "eval_kl")) for each in by_beta.values()
     ]
@@ -208,15 +207,6 @@ def _draw_ends(
         compare.interval(compare.values_of(curves, each, "eval_reward"))
         for each in by_beta.values()
     ]
-    axes.errorbar(
-        [kl.mean for kl in kls],
-        [reward.mean for reward in rewards],
-        xerr=[kl.half for kl in kls],
-        yerr=[reward.half for reward in rewards],
-        color=style.colour,
-        linestyle=style.stroke,
-        marker="o",
-        markersize=4,
-        capsize=2,
-        label=style.label,
+    compare.draw_intervals(
+        axes, ALGORITHMS[name], [kl.mean for kl in kls], rewards, [kl.half for kl in kls]
     )
