@@ -9,17 +9,19 @@ import uuid
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from agro_train import durable
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PACKAGES = ("agro", "torch", "transformers", "accelerate", "triton")
 
 
-def record_start(folder: Path, step: int, accelerator: Accelerator, *, resumed: bool) -> str:
+def record_start(folder: Path, step: int, accelerator: "Accelerator", *, resumed: bool) -> str:
     """Writes environment.json, one object for every start of the run: its first, and each time it
     was resumed. Returns the run's id, which it keeps for life.
     """
@@ -45,20 +47,27 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     return starts if whole else []
 
 
-def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
+def describe_environment(accelerator: "Accelerator") -> dict[str, Any]:
     """What may explain a difference between two runs of one configuration."""
     cuda = accelerator.device.type == "cuda"
     return {
+        **describe_program(shlex.join(sys.argv)),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(accelerator.device) if cuda else None,
+        "processes": accelerator.num_processes,
+    }
+
+
+def describe_program(command: str) -> dict[str, Any]:
+    """What runs, and on what."""
+    return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": command,
         **{name: _version(name) for name in PACKAGES},
         "git_commit": git_commit(Path(__file__).with_name("__init__.py")),
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(accelerator.device) if cuda else None,
-        "processes": accelerator.num_processes,
     }
 
 

@@ -21,22 +21,7 @@ it. A peer whose one call takes more than --max-call-s is timed once; its row sa
 --budget-minutes is over, what has not run is listed as such. --append adds cases to those of an
 earlier run.
 
-One row of the CSV is one process. Columns:
-
-    status           ok, or why there is no time
-    n                timed calls; median_s, min_s, p20_s, p80_s are theirs
-    in_turn_with     the providers that this process took turns with; empty: it ran alone
-    relative         median over that of the floor in the same turns; alone: over the case's fastest
-                     floor
-    gflops           2 N D V times the products of the form (forward 1, forward_backward 4,
-                     frozen_weight 3, known_coefficients 3) over the median, whoever does more
-    peak_mb          most memory during a warm call beyond inputs and results (1 MB is 1e6 bytes)
-    result_mb        logprobs, entropy, dhidden, dweight
-    kept_mb          still held after the results are gone: caches, compiled code
-    first_call_s     of a fresh process: compilation included
-    freed_memory     kept or returned, see above
-    *_error          against float64 on a small shape with logits of standard deviation 5: largest
-                     difference of logprobs and entropy (nats), relative norm of those of gradients
+One row of the CSV is one process; cpu_rows.py has its columns.
 
 Sample output, a row a process:
 
@@ -49,7 +34,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -57,8 +42,9 @@ import torch
 
 from benchmarks import plots, timing
 from benchmarks.correctness import Errors
+from benchmarks.cpu_rows import FORM_ORDER, Case, Row, median_s, yes
 from benchmarks.providers import FORM_GEMMS, FORMS, PROVIDERS
-from benchmarks.shapes import CPU_SHAPES, SMOKE_SHAPE, Shape
+from benchmarks.shapes import CPU_SHAPES, SMOKE_SHAPE
 from benchmarks.turns import FLOOR, Job, Measured, find_errors, in_turn
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -67,85 +53,6 @@ RESULTS = Path(__file__).parent / "results"
 PEERS = [
     name for name, provider in PROVIDERS.items() if name != "ours" and "cpu" in provider.devices
 ]
-# What matters most first: the time budget cuts the end of it, too.
-FORM_ORDER = ("forward_backward", "forward", "known_coefficients", "frozen_weight")
-
-
-@dataclass(frozen=True)
-class Case:
-    """What the rows of one bar chart have in common."""
-
-    shape: Shape
-    dtype: str
-    form: str
-    with_entropy: bool
-
-    def label(self) -> str:
-        entropy = "+entropy" if self.with_entropy else ""
-        return f"{self.shape.name} {self.dtype} {self.form}{entropy}"
-
-    def key(self) -> tuple[str, str, str, str]:
-        """What a row of this case says in Row.case."""
-        return self.shape.name, self.dtype, self.form, _yes(self.with_entropy)
-
-
-@dataclass
-class Row:
-    """One line of the CSV, see the top of this file; the facts of the machine follow."""
-
-    shape: str
-    tokens: int
-    hidden_size: int
-    vocabulary: int
-    dtype: str
-    form: str
-    entropy: str
-    provider: str
-    precision: str
-    setting: str
-    versions: str
-    stores_logits: str
-    instruction_set: str
-    in_turn_with: str
-    status: str
-    n: int
-    median_s: float | None
-    min_s: float | None
-    p20_s: float | None
-    p80_s: float | None
-    relative: float | None
-    gflops: float | None
-    peak_mb: float | None
-    result_mb: float | None
-    kept_mb: float | None
-    first_call_s: float | None
-    logprob_error: float | None
-    entropy_error: float | None
-    dhidden_error: float | None
-    dweight_error: float | None
-
-    def label(self) -> str:
-        return self.provider if self.precision == "highest" else f"{self.provider}@{self.precision}"
-
-    def turns(self) -> set[str]:
-        """The labels of those that took turns, its own included."""
-        return {self.label(), *self.in_turn_with.split()}
-
-    def case(self) -> tuple[str, str, str, str]:
-        """The rows with the same answer are one case."""
-        return self.shape, self.dtype, self.form, self.entropy
-
-    @classmethod
-    def from_text(cls, columns: dict[str, str]) -> "Row":
-        """A row of a CSV."""
-
-        def value(name: str) -> object:
-            text, kind = columns[name], cls.__annotations__[name]
-            if kind is str:
-                return text
-            return int(text) if kind is int else float(text) if text else None
-
-        return cls(**{field.name: value(field.name) for field in fields(cls)})  # type: ignore[arg-type]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -285,7 +192,7 @@ class Bench:
                 for job in self.jobs(case, FLOOR, ["highest", "medium"])
                 if self.in_time(job)
             ]
-        timed = sorted((row for row in floors if row.median_s is not None), key=_median)
+        timed = sorted((row for row in floors if row.median_s is not None), key=median_s)
         return self.jobs(case, FLOOR, [timed[0].precision if timed else "highest"])[0]
 
     def expected_best(self, case: Case, jobs: Sequence[Job]) -> Job | None:
@@ -357,7 +264,7 @@ class Bench:
         rows = [row for row in self.on_first_shape(case) if row.provider in PEERS]
         if case.shape.name == self.first_shape or not rows:
             return None
-        rows.sort(key=_median)
+        rows.sort(key=median_s)
         chosen = rows[: self.options.finalists]
         chosen += [row for row in rows if row.stores_logits == "no"][:1]
         return list(dict.fromkeys((row.provider, row.precision) for row in chosen))
@@ -373,7 +280,7 @@ class Bench:
                 and row.provider in PEERS
             ]
         timed = [row for row in rows if row.median_s is not None]
-        return min(timed, key=_median, default=None)
+        return min(timed, key=median_s, default=None)
 
     def in_time(self, *jobs: Job) -> bool:
         """Whether the time budget is not over; says what does not run otherwise."""
@@ -433,12 +340,12 @@ class Bench:
             vocabulary=head.vocabulary,
             dtype=case.dtype,
             form=case.form,
-            entropy=_yes(case.with_entropy),
+            entropy=yes(case.with_entropy),
             provider=job.provider,
             precision=job.precision,
             setting=measured.setting,
             versions="" if provider is None or provider.missing() else provider.versions(),
-            stores_logits=_yes(provider is not None and provider.stores_logits),
+            stores_logits=yes(provider is not None and provider.stores_logits),
             instruction_set=measured.instruction_set if job.provider == "ours" else "",
             in_turn_with=" ".join(others),
             status=measured.status,
@@ -467,16 +374,15 @@ class Bench:
             if not floors or row.median_s is None:
                 continue
             same = [floor for floor in floors if row.in_turn_with and floor.turns() == row.turns()]
-            row.relative = row.median_s / _median(min(same or floors, key=_median))
+            row.relative = row.median_s / median_s(min(same or floors, key=median_s))
 
     def write(self) -> None:
         with self.path.open("w", newline="") as file:
             writer = csv.writer(file)
-            names = [field.name for field in fields(Row)]
-            writer.writerow([*names, *self.facts])
+            writer.writerow([*Row.columns(), *self.facts])
             for row in self.rows:
-                values = [_text(getattr(row, name)) for name in names]
-                writer.writerow([*values, *self.earlier.get(id(row), self.facts).values()])
+                facts = self.earlier.get(id(row), self.facts)
+                writer.writerow([*row.texts(), *facts.values()])
 
 
 def _error_key(job: Job) -> tuple[object, ...]:
@@ -486,26 +392,12 @@ def _error_key(job: Job) -> tuple[object, ...]:
     return job.provider, job.precision, job.dtype, job.with_entropy, form
 
 
-def _median(row: Row) -> float:
-    return float("inf") if row.median_s is None else row.median_s
-
-
 def _mb(size: int | None) -> float | None:
     return None if size is None else size / 1e6
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
 def _name(dtype: torch.dtype) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.bench_cpu import FORM_ORDER, RESULTS, Row
+from benchmarks.bench_cpu import RESULTS
+from benchmarks.cpu_rows import FORM_ORDER, Row, median_s
 from benchmarks.shapes import CPU_SHAPES
 from benchmarks.turns import FLOOR
 
@@ -75,7 +76,7 @@ def _cells(case: Sequence[Row]) -> list[str]:
 
 def _fastest(rows: Sequence[Row]) -> Row:
     """Its row in turns where there is one, of the case itself before what stands for it."""
-    first = min(rows, key=lambda row: row.median_s or float("inf"))
+    first = min(rows, key=median_s)
     same = [row for row in rows if row.label() == first.label() and row.in_turn_with]
     return same[0] if same else first
 

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_cpu, correctness, plots, tables, timing
+from benchmarks.cpu_rows import Case, Row
 from benchmarks.providers import (
     FORM_GEMMS,
     FORMS,
@@ -258,8 +259,8 @@ def test_bench_cpu_refuses_few_repetitions(capsys: pytest.CaptureFixture[str]) -
     assert "at least 7" in capsys.readouterr().err
 
 
-def row_of(bench: bench_cpu.Bench, shape: Shape, name: str, seconds: float) -> bench_cpu.Row:
-    case = bench_cpu.Case(shape, "bf16", "forward", False)
+def row_of(bench: bench_cpu.Bench, shape: Shape, name: str, seconds: float) -> Row:
+    case = Case(shape, "bf16", "forward", False)
     job = bench.jobs(case, name, ["highest"])[0]
     measured = Measured(job, times_s=[seconds])
     return bench.row(case, measured, [])
@@ -269,7 +270,7 @@ def test_finalists_are_the_fastest_on_the_first_shape(tmp_path: Path) -> None:
     bench = bench_cpu.Bench(bench_cpu.parse(["--finalists", "1"]), tmp_path / "rows.csv")
     times = {"torch": 3.0, "torch_compile": 1.0, "checkpointed_loop": 5.0, "torch_lce": 9.0}
     bench.rows = [row_of(bench, CPU_SHAPES["A"], *time) for time in times.items()]
-    on_b = bench_cpu.Case(CPU_SHAPES["B"], "bf16", "forward", False)
+    on_b = Case(CPU_SHAPES["B"], "bf16", "forward", False)
     # The fastest, and the fastest of those that do not store the logits.
     assert bench.finalists(on_b) == [
         ("torch_compile", "highest"),
@@ -295,12 +296,12 @@ def test_a_peer_faster_than_the_expected_one_takes_turns_as_well(
     bench.rows += [row_of(bench, CPU_SHAPES["A"], "checkpointed_loop", 3.0)]
     groups = []
 
-    def measure(case: bench_cpu.Case, jobs: list[Job]) -> list[bench_cpu.Row]:
+    def measure(case: Case, jobs: list[Job]) -> list[Row]:
         groups.append([job.label() for job in jobs])
         return [row_of(bench, case.shape, job.provider, times[job.provider]) for job in jobs]
 
     monkeypatch.setattr(bench, "measure", measure)
-    bench.run(bench_cpu.Case(CPU_SHAPES["B"], "bf16", "forward", False))
+    bench.run(Case(CPU_SHAPES["B"], "bf16", "forward", False))
     turns = [["checkpointed_loop"], ["ours", "torch_compile", "floor"]]
     if loop_s < 1.0:
         turns.append(["ours", "checkpointed_loop", "floor"])
@@ -313,7 +314,7 @@ def test_known_coefficients_are_compared_with_the_peers_forward_and_backward(
     bench = bench_cpu.Bench(bench_cpu.parse([]), tmp_path / "rows.csv")
     row = dataclasses.replace(row_of(bench, CPU_SHAPES["A"], "torch", 2.0), form="forward_backward")
     bench.rows = [row]
-    case = bench_cpu.Case(CPU_SHAPES["A"], "bf16", "known_coefficients", False)
+    case = Case(CPU_SHAPES["A"], "bf16", "known_coefficients", False)
     assert bench.best_peer(case, []) is row
     job = bench.jobs(case, "torch", ["highest"])[0]
     assert "see forward_backward" in (bench.reason_against(case, job) or "")
@@ -324,7 +325,7 @@ def test_known_coefficients_are_compared_with_the_peers_forward_and_backward(
 def test_table_compares_within_the_same_turns(tmp_path: Path) -> None:
     bench = bench_cpu.Bench(bench_cpu.parse([]), tmp_path / "rows.csv")
 
-    def turn(name: str, seconds: float, others: str) -> bench_cpu.Row:
+    def turn(name: str, seconds: float, others: str) -> Row:
         row = row_of(bench, CPU_SHAPES["B"], name, seconds)
         return dataclasses.replace(row, in_turn_with=others, peak_mb=12.0, n=7)
 
@@ -337,7 +338,7 @@ def test_table_compares_within_the_same_turns(tmp_path: Path) -> None:
         turn("checkpointed_loop", 0.9, "ours floor"),
         turn("floor", 0.5, "ours checkpointed_loop"),
     ]
-    bench.relate(bench_cpu.Case(CPU_SHAPES["B"], "bf16", "forward", False))
+    bench.relate(Case(CPU_SHAPES["B"], "bf16", "forward", False))
     *_, line = tables.table(bench.rows, "no")
     # The fastest is the loop, which takes turns with the second process of ours.
     assert line.split("|")[1:-1] == [
@@ -350,7 +351,7 @@ def test_table_compares_within_the_same_turns(tmp_path: Path) -> None:
 def test_table_of_known_coefficients_takes_the_peers_own_turns(tmp_path: Path) -> None:
     bench = bench_cpu.Bench(bench_cpu.parse([]), tmp_path / "rows.csv")
 
-    def timed(name: str, form: str, seconds: float, others: str) -> bench_cpu.Row:
+    def timed(name: str, form: str, seconds: float, others: str) -> Row:
         row = row_of(bench, CPU_SHAPES["A"], name, seconds)
         changes = {"form": form, "in_turn_with": others, "relative": 1.0}
         return dataclasses.replace(row, peak_mb=3.0, n=7 if others else 1, **changes)

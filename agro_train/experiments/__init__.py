@@ -1,5 +1,7 @@
 """The paper's experiments as commands, `agro reproduce NAME`: one file a figure."""
 
+import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -7,16 +9,28 @@ from pathlib import Path
 
 import torch
 
+from agro_train import durable
+from agro_train.environment import describe_program
+
 FIGURES = ("fig1", "landscape", "fig2", "fig4", "fig5", "beyond", "smollm2")
 
 
 def reproduce(figure: str, output_dir: Path, quick: bool) -> bool:
-    """Runs a figure's experiment into output_dir and prints what it shows; True if all holds."""
+    """Runs a figure's experiment into output_dir and prints what it shows; True if all holds.
+
+    FIGURE_run.json beside its results says what made them: command, commit, versions, machine.
+    """
     # Imported here: the command line needs the names alone, and a figure needs matplotlib.
     run = import_module(f"agro_train.experiments.{figure}").run
     output_dir.mkdir(parents=True, exist_ok=True)
+    made_by = describe_program(f"agro reproduce {figure}{' --quick' if quick else ''}")
+    began = time.perf_counter()
     with one_thread():
         claims = run(output_dir, quick)
+    made_by["seconds"] = round(time.perf_counter() - began)
+    made_by["claims"] = {claim.text: claim.holds for claim in claims}
+    text = json.dumps(made_by, indent=2) + "\n"
+    durable.replace(output_dir / f"{figure}_run.json", text)
     for claim in claims:
         print(f"{'holds' if claim.holds else 'FAILS'}: {claim.text}")
     print(output_dir)

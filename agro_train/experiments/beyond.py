@@ -34,6 +34,7 @@ class Question:
     values: Mapping[str, Mapping[str, object]]  # label -> settings
     baseline: str | None  # the value that the others are compared with, if they can be
     measures: Mapping[str, str] = field(default_factory=lambda: MEASURES)
+    tuned: bool = False  # learning rates at each value; else those that fig2 found for all
 
 
 def mixed(fresh: int, fraction: float) -> dict[str, object]:
@@ -65,6 +66,7 @@ QUESTIONS = {
         {"easy": {"data": "graded-sums-easy"}, "hard": {"data": "graded-sums-hard"}},
         None,
         {"eval_accuracy": "greedy", "eval_reward": "sampled", "eval_kl": "KL"},
+        tuned=True,
     ),
     "staleness": Question(
         "most updates between sampling and learning",
@@ -89,14 +91,21 @@ QUESTIONS = {
 
 def run(output_dir: Path, quick: bool) -> list[Claim]:
     """Writes beyond_QUESTION.csv and .png for each; quick: its first and last value alone."""
-    sweep = Sweep(output_dir, workers=1 if quick else 2)
+    sweep = Sweep(output_dir, quick)
     claims: list[Claim] = []
-    rates = fig2.tune(sweep, fig2.NAMES, quick).rates
     for name, question in QUESTIONS.items():
-        runs = points(question, rates, quick)
+        tuned = {
+            value: fig2.tune(sweep, question.names, quick, **(settings if question.tuned else {}))
+            for value, settings in question.values.items()
+        }
+        runs = points(question, {value: found.rates for value, found in tuned.items()}, quick)
         curves = sweep.curves(one for each in runs.values() for e in each.values() for one in e)
         rows = statements(curves, question, runs)
         tabular.write_csv(output_dir / f"beyond_{name}.csv", rows)
+        if question.tuned and not quick:
+            path = output_dir / f"beyond_{name}_learning_rates.csv"
+            tabular.write_csv(path, compare.tuning_rows(tuned))
+            print(*compare.markdown(compare.tuning_table(tuned)), "", sep="\n")
         for lines in tables(curves, question, runs):
             print(*lines, "", sep="\n")
         draw(curves, question, runs).savefig(output_dir / f"beyond_{name}.png", dpi=120)
@@ -104,12 +113,19 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     return claims
 
 
-def points(question: Question, rates: Mapping[str, float], quick: bool) -> dict[str, Named]:
-    """By value, then algorithm. Learning rates are those that fig2 found."""
+def points(
+    question: Question, rates: Mapping[str, Mapping[str, float]], quick: bool
+) -> dict[str, Named]:
+    """By value, then algorithm; so are the learning rates."""
     values = list(question.values)
     kept = dict.fromkeys([question.baseline or values[-1], values[-1]]) if quick else values
-    own = {name: rates[name] for name in question.names[: 2 if quick else None]}
-    return {value: fig2.points(own, quick, **question.values[value]) for value in kept}
+    names = question.names[: 2 if quick else None]
+    return {
+        value: fig2.points(
+            {name: rates[value][name] for name in names}, quick, **question.values[value]
+        )
+        for value in kept
+    }
 
 
 def by_value(runs: Mapping[str, Named], name: str) -> Named:

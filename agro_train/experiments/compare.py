@@ -131,6 +131,17 @@ def tune(
     return Tuned(rates, rows)
 
 
+def tuning_rows(tuned: Mapping[str, Tuned]) -> list[Row]:
+    """For a CSV, of several settings."""
+    return [{"setting": setting, **row} for setting, found in tuned.items() for row in found.rows]
+
+
+def tuning_table(tuned: Mapping[str, Tuned]) -> list[Row]:
+    return [
+        {"setting": setting, **row} for setting, found in tuned.items() for row in found.table()
+    ]
+
+
 # --- Numbers --------------------------------------------------------------------------------------
 
 

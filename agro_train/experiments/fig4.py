@@ -22,16 +22,18 @@ from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim, Row
 
 BETAS = (0.001, 0.1, 0.3)
-ON_POLICY = ("pg_k2", "agro", "on_policy_capped")
+ON_POLICY = ("pg_k2", "agro", "on_policy", "on_policy_capped")
 OFF_POLICY = ("pg_k2", "agro")  # on the reference's generations
 BASELINE = "pg_k2"
-# Learning rates are those that fig2 and fig5 found at beta 0.001.
+# Learning rates are tuned at each beta on each kind of samples; seeds and grid are fig2's.
 
 MEASURES = {
     "eval_reward": "held-out, sampled",
     "eval_kl": "KL, nats a completion",
     "regularised": "r - beta KL",
 }
+OWN, REFERENCES = "own", "the reference's"
+KINDS: Mapping[str, Mapping[str, object]] = {OWN: {}, REFERENCES: fig5.REFERENCE}
 Setting = tuple[str, float]  # samples, beta
 
 
@@ -41,15 +43,27 @@ class Tradeoff(NamedTuple):
 
 
 def run(output_dir: Path, quick: bool) -> list[Claim]:
-    """Writes fig4_points.csv, fig4_differences.csv and fig4.png."""
-    sweep = Sweep(output_dir, workers=1 if quick else 2)
-    settings = points(sweep, quick)
+    """Writes fig4_learning_rates.csv, fig4_points.csv, fig4_differences.csv and fig4.png."""
+    sweep = Sweep(output_dir, quick)
+    tuned = {
+        (kind, beta): fig2.tune(sweep, names, quick, beta=beta, **KINDS[kind])
+        for beta in BETAS[: 2 if quick else None]
+        for kind, names in {OWN: OFF_POLICY if quick else ON_POLICY, REFERENCES: OFF_POLICY}.items()
+    }
+    settings = {
+        (kind, beta): fig2.points(found.rates, quick, beta=beta, **KINDS[kind])
+        for (kind, beta), found in tuned.items()
+    }
     every = [one for named in settings.values() for each in named.values() for one in each]
     curves = sweep.curves(every)
     starts = {one.seed: sweep.pass_rates(one) for one in every}
     rates = torch.tensor([rate for found in starts.values() for rate in found.values()])
     count = start_samples(every[0].config())
     best = {beta: optimum(rates, count, beta) for beta in frontier()}
+    if not quick:
+        labelled = {_label(setting): found for setting, found in tuned.items()}
+        tabular.write_csv(output_dir / "fig4_learning_rates.csv", compare.tuning_rows(labelled))
+        print(*compare.markdown(compare.tuning_table(labelled)), "", sep="\n")
     tabular.write_csv(output_dir / "fig4_points.csv", point_rows(curves, settings, best))
     tabular.write_csv(
         output_dir / "fig4_differences.csv",
@@ -62,19 +76,12 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     for lines in tables(curves, settings, best):
         print(*lines, "", sep="\n")
     draw(curves, settings, best).savefig(output_dir / "fig4.png", dpi=120)
-    return compare.fair_each(
-        curves, {f"{s} samples, beta {beta:g}": named for (s, beta), named in settings.items()}
-    )
+    return compare.fair_each(curves, {_label(setting): each for setting, each in settings.items()})
 
 
-def points(sweep: Sweep, quick: bool) -> dict[Setting, Named]:
-    own = fig2.tune(sweep, OFF_POLICY if quick else ON_POLICY, quick).rates
-    reference = {name: fig5.tune(sweep, quick).rates[name] for name in OFF_POLICY}
-    found: dict[Setting, Named] = {}
-    for beta in BETAS[:2] if quick else BETAS:
-        found["own", beta] = fig2.points(own, quick, beta=beta)
-        found["the reference's", beta] = fig2.points(reference, quick, beta=beta, **fig5.REFERENCE)
-    return found
+def _label(setting: Setting) -> str:
+    kind, beta = setting
+    return f"{kind} samples, beta {beta:g}"
 
 
 def optimum(rates: Tensor, count: int, beta: float) -> Tradeoff:

@@ -26,7 +26,7 @@ REFERENCE: Mapping[str, object] = {"recorded": RECORDED}
 EARLIER: Mapping[str, object] = {"replay_fraction": 1.0, "replay_max_staleness": 20}
 DATA = {"the reference's": REFERENCE, "an earlier policy's": EARLIER}
 SETTINGS = (("the reference's", 0.001), ("the reference's", 0.1), ("an earlier policy's", 0.001))
-# Learning rates are tuned on the reference's generations, at beta 0.001; seeds, grid: fig2's.
+# Learning rates are tuned in each setting; seeds and grid are fig2's.
 
 PANELS = {"eval_reward": "held-out, sampled", "eval_kl": "KL to the reference, nats"}
 Setting = tuple[str, float]  # whose data, beta
@@ -34,15 +34,16 @@ Setting = tuple[str, float]  # whose data, beta
 
 def run(output_dir: Path, quick: bool) -> list[Claim]:
     """Writes fig5_learning_rates.csv, fig5_differences.csv and fig5.png."""
-    sweep = Sweep(output_dir, workers=1 if quick else 2)
-    tuned = tune(sweep, quick)
-    settings = points(tuned.rates, quick)
+    sweep = Sweep(output_dir, quick)
+    tuned = {setting: tune(sweep, setting, quick) for setting in SETTINGS[:: 2 if quick else 1]}
+    settings = {setting: points(setting, found.rates, quick) for setting, found in tuned.items()}
     curves = sweep.curves(
         one for named in settings.values() for each in named.values() for one in each
     )
-    if tuned.rows:
-        tabular.write_csv(output_dir / "fig5_learning_rates.csv", tuned.rows)
-        print(*compare.markdown(tuned.table()), "", sep="\n")
+    if not quick:
+        labelled = {_label(setting): found for setting, found in tuned.items()}
+        tabular.write_csv(output_dir / "fig5_learning_rates.csv", compare.tuning_rows(labelled))
+        print(*compare.markdown(compare.tuning_table(labelled)), "", sep="\n")
     rows = [
         {"data": data, "beta": beta, **row}
         for (data, beta), named in settings.items()
@@ -52,22 +53,24 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     for lines in tables(curves, settings):
         print(*lines, "", sep="\n")
     draw(curves, settings).savefig(output_dir / "fig5.png", dpi=110)
-    return compare.fair_each(
-        curves, {f"{d} data, beta {beta:g}": named for (d, beta), named in settings.items()}
-    )
+    return compare.fair_each(curves, {_label(setting): each for setting, each in settings.items()})
 
 
-def tune(sweep: Sweep, quick: bool) -> Tuned:
-    """Learning rates on the reference's generations; quick: two algorithms, at
-    the grid's middle."""
-    return fig2.tune(sweep, (BASELINE, "agro") if quick else NAMES, quick, **REFERENCE)
+def tune(sweep: Sweep, setting: Setting, quick: bool) -> Tuned:
+    """Learning rates; quick: of two algorithms."""
+    data, beta = setting
+    names = (BASELINE, "agro") if quick else NAMES
+    return fig2.tune(sweep, names, quick, beta=beta, **DATA[data])
 
 
-def points(rates: Mapping[str, float], quick: bool) -> dict[Setting, Named]:
-    return {
-        (data, beta): fig2.points(rates, quick, beta=beta, **DATA[data])
-        for data, beta in (SETTINGS[::2] if quick else SETTINGS)
-    }
+def points(setting: Setting, rates: Mapping[str, float], quick: bool) -> Named:
+    data, beta = setting
+    return fig2.points(rates, quick, beta=beta, **DATA[data])
+
+
+def _label(setting: Setting) -> str:
+    data, beta = setting
+    return f"{data} data, beta {beta:g}"
 
 
 def tables(curves: Curves, settings: Mapping[Setting, Named]) -> list[list[str]]:

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -57,14 +58,14 @@ Curve = list[dict[str, float]]
 class Point:
     """One run: its seed, and what it changes in a shipped configuration."""
 
-    settings: str  # as `agro train` takes them, sorted by key
+    settings: str  # as `agro train` takes them, sorted by key; none that the base has anyway
     seed: int
     base: str = BASE
 
     @property
     def command(self) -> str:
         """Runs it again, after `agro rollout` where it has recorded=[reference.jsonl]."""
-        return f"agro train {self.base} {self.settings} seed={self.seed}"
+        return " ".join(["agro train", self.base, *self.settings.split(), f"seed={self.seed}"])
 
     def config(self, *more: str) -> TrainConfig:
         given = [*self.settings.split(), f"seed={self.seed}", *more]
@@ -72,8 +73,24 @@ class Point:
 
 
 def point(seed: int, settings: Mapping[str, object], base: str = BASE) -> Point:
-    """Equal settings give equal points, however their numbers were written."""
-    return Point(" ".join(f"{key}={_text(settings[key])}" for key in sorted(settings)), seed, base)
+    """Equal runs are equal points, so that figures share them: however their numbers were written,
+    and whether or not they name what the base configuration has anyway."""
+    given = {key: _text(settings[key]) for key in sorted(settings)}
+    shipped = _shipped(base)
+    asked = configuration.load(configuration.find(base), [f"{k}={v}" for k, v in given.items()])
+    changed = [k for k in given if getattr(asked, k) != getattr(shipped, k)]
+    return Point(" ".join(f"{key}={given[key]}" for key in changed), seed, base)
+
+
+@cache
+def _shipped(base: str) -> TrainConfig:
+    return configuration.load(configuration.find(base))
+
+
+@cache
+def version(base: str) -> str:
+    """A shipped configuration's name with a digest of its text."""
+    return f"{base}@{hashlib.sha256(configuration.find(base).read_bytes()).hexdigest()[:8]}"
 
 
 def _text(value: object) -> str:
@@ -101,7 +118,7 @@ class Start:
 def start_name(one: Point) -> str:
     """Equal for points that start from one model."""
     config = one.config()
-    shaping = (config.model, config.warm_start_steps, start_samples(config))
+    shaping = (version(one.base), config.model, config.warm_start_steps, start_samples(config))
     return f"{one.base}-{one.seed}-{hashlib.sha256(repr(shaping).encode()).hexdigest()[:8]}"
 
 
@@ -110,9 +127,10 @@ def start_samples(config: TrainConfig) -> int:
     return 8 * config.eval_generations
 
 
-def make_start(one: Point, work: Path, recorded: bool) -> Start:
-    """The start of a run, made in `work` where it is not there; with the reference's generations
-    if `recorded`. A folder has its final name when it is complete."""
+def make_start(one: Point, work: Path, recorded_prompts: int | None) -> Start:
+    """The start of a run, made in `work` where it is not there; if the run learns from the
+    reference's generations, with them, for `recorded_prompts` prompts (None: all). A folder has its
+    final name when it is complete."""
     folder = work / start_name(one)
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -121,12 +139,11 @@ def make_start(one: Point, work: Path, recorded: bool) -> Start:
             _make_start(_start_config(one), made)
             made.rename(folder)
     kept = folder / "model"
-    model = str(kept) if kept.exists() else one.config().model
+    config = one.config()
+    model = str(kept) if kept.exists() else config.model
     start = Start(folder, model, json.loads((folder / "pass_rates.json").read_text()))
-    if recorded and not start.recorded.exists():
-        quick = one.config().warm_start_steps == QUICK["warm_start_steps"]
-        count = QUICK_PROMPTS if quick else None
-        record(_start_config(one, f"model={start.model}"), start.recorded, count)
+    if config.recorded and not start.recorded.exists():
+        record(_start_config(one, f"model={start.model}"), start.recorded, recorded_prompts)
     return start
 
 
@@ -166,10 +183,11 @@ def _make_start(config: TrainConfig, folder: Path) -> None:
 # --- A run ----------------------------------------------------------------------------------------
 
 
-def measure(one: Point, work: Path) -> Curve:
-    """Trains and returns the curve: at step 0, every eval_every steps and at the end."""
+def measure(one: Point, work: Path, recorded_prompts: int | None = None) -> Curve:
+    """Trains and returns the curve: at step 0, every eval_every steps and at the end.
+    recorded_prompts: see make_start."""
     config = one.config()
-    start = make_start(one, work, recorded=bool(config.recorded))
+    start = make_start(one, work, recorded_prompts)
     with tempfile.TemporaryDirectory() as folder:
         more = [f"model={start.model}", f"output_dir={os.path.join(folder, 'run')}"]
         if config.recorded:

@@ -22,7 +22,7 @@ QUICK = {"steps": 1, "prompts_per_step": 2, "num_generations": 2, "eval_generati
 
 def run(output_dir: Path, quick: bool) -> list[Claim]:
     """Writes smollm2_differences.csv and smollm2.png."""
-    sweep = Sweep(output_dir, workers=1 if quick else 2)
+    sweep = Sweep(output_dir, quick)
     named: Named = {
         name: [
             point(seed, {**ALGORITHMS[name].settings, **(QUICK if quick else {})}, BASE)

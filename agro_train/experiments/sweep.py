@@ -5,28 +5,27 @@ runs share them there.
 """
 
 import csv
-import hashlib
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from agro_train import config as configuration
 from agro_train import durable
 from agro_train.environment import git_commit
 from agro_train.experiments.language import (
+    QUICK_PROMPTS,
     Curve,
     Point,
     Start,
     make_start,
     measure,
     start_name,
+    version,
 )
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ T = TypeVar("T")
 WORKERS = 2  # processes of one thread each
 ABOUT = ("settings", "seed", "base", "commit", "time_s")  # columns of a run, the same in its rows
 
-Work = Callable[[Point, Path], T]
+Work = Callable[[Point, Path, int | None], T]
 
 
 class Sweep:
@@ -42,11 +41,13 @@ class Sweep:
     rates, language_starts.csv.
 
     Args:
-        workers: processes; 1: this one.
+        quick: in this process, and from recordings of a few prompts.
     """
 
-    def __init__(self, output_dir: Path, workers: int = WORKERS) -> None:
-        self.output_dir, self.workers = output_dir, workers
+    def __init__(self, output_dir: Path, quick: bool) -> None:
+        self.output_dir = output_dir
+        self.workers = 1 if quick else WORKERS
+        self.recorded_prompts = QUICK_PROMPTS if quick else None
         self.work = output_dir / "work"  # models and recordings; they can be made again
         self.rows = _read(self.curves_path)
         self.start_rows = _read(self.starts_path)
@@ -96,7 +97,7 @@ class Sweep:
         for one in missing:
             if one.config().recorded or start_name(one) not in starts:
                 starts[start_name(one)] = one
-        for one, start in self._each(_prepare, list(starts.values())):
+        for one, start in self._each(make_start, list(starts.values())):
             self._note_start(one, start)
         for done, (one, (curve, seconds)) in enumerate(self._each(_timed, missing), start=1):
             about = (one.settings, str(one.seed), version(one.base), str(commit), f"{seconds:.0f}")
@@ -120,7 +121,7 @@ class Sweep:
         """The work's result for each point, as they come."""
         if self.workers == 1:
             for one in points:
-                yield one, work(one, self.work)
+                yield one, work(one, self.work, self.recorded_prompts)
             return
         with ProcessPoolExecutor(
             self.workers,
@@ -129,7 +130,7 @@ class Sweep:
             initargs=(1,),
         ) as pool:
             futures: dict[Future[T], Point] = {
-                pool.submit(work, one, self.work): one for one in points
+                pool.submit(work, one, self.work, self.recorded_prompts): one for one in points
             }
             try:
                 for future in as_completed(futures):
@@ -138,19 +139,9 @@ class Sweep:
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-@cache
-def version(base: str) -> str:
-    """A shipped configuration's name with a digest of its text."""
-    return f"{base}@{hashlib.sha256(configuration.find(base).read_bytes()).hexdigest()[:8]}"
-
-
-def _prepare(one: Point, work: Path) -> Start:
-    return make_start(one, work, recorded=bool(one.config().recorded))
-
-
-def _timed(one: Point, work: Path) -> tuple[Curve, float]:
+def _timed(one: Point, work: Path, recorded_prompts: int | None) -> tuple[Curve, float]:
     began = time.perf_counter()
-    return measure(one, work), time.perf_counter() - began
+    return measure(one, work, recorded_prompts), time.perf_counter() - began
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Figure 1: every form's samples average to its expected update, and the quick run shows it."""
 
 import csv
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,10 @@ def test_a_claim_that_fails_is_said_and_is_the_exit_status(
     monkeypatch.setattr(fig1, "run", lambda *_: [Claim("pigs swim", True), Claim("fly", False)])
     assert main(["reproduce", "fig1", f"output_dir={tmp_path}"]) == 1
     assert capsys.readouterr().out.splitlines()[:2] == ["holds: pigs swim", "FAILS: fly"]
+    made_by = json.loads((tmp_path / "fig1_run.json").read_text())
+    assert made_by["command"] == "agro reproduce fig1"
+    assert made_by["claims"] == {"pigs swim": True, "fly": False}
+    assert {"git_commit", "torch", "cpu", "seconds"} <= set(made_by)
 
 
 def test_claims_fail_where_the_curves_say_so() -> None:

@@ -84,7 +84,10 @@ def test_the_learning_rate_is_the_best_regularised_reward(tmp_path: Path) -> Non
             }
 
     tuned = compare.tune(
-        Known(tmp_path), {"free": {"beta": 0.001}, "dear": {"beta": 1.0}}, (1e-4, 1e-3), (7, 8)
+        Known(tmp_path, quick=True),
+        {"free": {"beta": 0.001}, "dear": {"beta": 1.0}},
+        (1e-4, 1e-3),
+        (7, 8),
     )
     assert tuned.rates == {"free": 1e-3, "dear": 1e-4}
     assert [row["chosen"] for row in tuned.rows] == ["no", "yes", "yes", "no"]
@@ -121,18 +124,35 @@ def test_the_optimum_is_the_best_policy(beta: float) -> None:
 def test_points_are_equal_however_their_numbers_are_written() -> None:
     assert point(1, {"beta": 1e-1, "lr_cap": True}) == point(1, {"lr_cap": "true", "beta": 0.10})
     assert point(1, {}) != point(2, {})
-    one = point(3, {"learning_rate": 0.0003, "beta": 0.1})
-    assert one.command == "agro train graded-sums beta=0.1 learning_rate=0.0003 seed=3"
+    one = point(3, {"learning_rate": 0.001, "beta": 0.1})
+    assert one.command == "agro train graded-sums beta=0.1 learning_rate=0.001 seed=3"
     assert (one.config().beta, one.config().seed) == (0.1, 3)
+
+
+def test_a_setting_that_the_base_has_anyway_changes_no_point() -> None:
+    assert point(3, {"learning_rate": 0.0003, "beta": 0.001, "data": "graded-sums"}) == point(3, {})
+    assert point(3, {}).command == "agro train graded-sums seed=3"
+    assert point(3, {"learning_rate": 2e-5}, "smollm2-arithmetic").settings == ""
+
+
+def test_figures_share_their_common_runs() -> None:
+    rates = dict.fromkeys(ALGORITHMS, 1e-3)
+    figure_2 = fig2.points(rates, quick=False)
+    for name, value in (("staleness", "0"), ("group_size", "8")):
+        question = beyond.QUESTIONS[name]
+        named = beyond.points(question, dict.fromkeys(question.values, rates), quick=False)[value]
+        assert {algorithm: figure_2[algorithm] for algorithm in named} == named
+    assert fig2.points(rates, quick=False, beta=fig4.BETAS[0]) == figure_2
 
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_run_of_every_figure_is_a_valid_configuration(quick: bool) -> None:
     rates = dict.fromkeys(ALGORITHMS, 3e-4)
-    offline = {name: rates[name] for name in fig5.NAMES}
-    runs = [fig2.points(rates, quick), *fig5.points(offline, quick).values()]
+    runs = [fig2.points(rates, quick)]
+    runs += [fig5.points(setting, rates, quick) for setting in fig5.SETTINGS]
     for question in beyond.QUESTIONS.values():
-        runs += beyond.points(question, rates, quick).values()
+        chosen = dict.fromkeys(question.values, rates)
+        runs += beyond.points(question, chosen, quick).values()
     for named in runs:
         for points in named.values():
             for one in points:
@@ -169,31 +189,31 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(
 ) -> None:
     ran: list[int] = []
 
-    def count(one: Point, _: Path) -> Curve:
+    def count(one: Point, *_: object) -> Curve:
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(one.seed)
         return curve(eval_reward=one.seed / 10)
 
-    def start(one: Point, work: Path, recorded: bool) -> Start:
+    def start(_: Point, work: Path, __: int | None) -> Start:
         return Start(work, "", {"12+9=": 0.25})
 
     monkeypatch.setattr(sweep, "measure", count)
     monkeypatch.setattr(sweep, "make_start", start)
     points = [point(seed, {"beta": 0.1}) for seed in range(4)]
     with pytest.raises(KeyboardInterrupt):
-        Sweep(tmp_path, workers=1).curves(points)
+        Sweep(tmp_path, quick=True).curves(points)
     assert ran == [0, 1]
     ran.clear()
-    again = Sweep(tmp_path, workers=1)
+    again = Sweep(tmp_path, quick=True)
     found = again.curves(points)
     assert ran == [2, 3]
     assert [found[one][-1]["eval_reward"] for one in points] == [0.0, 0.1, 0.2, 0.3]
     assert again.pass_rates(points[0]) == {"12+9=": 0.25}
-    assert Sweep(tmp_path).curves(points) == found  # nothing is left to run
+    assert Sweep(tmp_path, quick=True).curves(points) == found  # nothing is left to run
     ran.clear()
     monkeypatch.setattr(sweep, "version", lambda base: f"{base}@other")
-    Sweep(tmp_path, workers=1).curves(points[:1])
+    Sweep(tmp_path, quick=True).curves(points[:1])
     assert ran == [0]
 
 
@@ -225,12 +245,12 @@ def test_the_real_models_comparison_is_written_from_its_curves(
 ) -> None:
     """The runs themselves take minutes each; these curves stand in for them."""
 
-    def reward_of(one: Point, _: Path) -> Curve:
+    def reward_of(one: Point, *_: object) -> Curve:
         assert one.base == "smollm2-arithmetic" and one.config().model == "smollm2"
         return curve(eval_reward=0.9 if one.config().lr_weight else 0.7 + one.seed / 10)
 
     monkeypatch.setattr(sweep, "measure", reward_of)
-    monkeypatch.setattr(sweep, "make_start", lambda *_, recorded: Start(Path(), "", {"6*7": 0.5}))
+    monkeypatch.setattr(sweep, "make_start", lambda *_: Start(Path(), "", {"6*7": 0.5}))
     assert all(claim.holds for claim in smollm2.run(tmp_path, quick=True))
     assert (tmp_path / "smollm2.png").stat().st_size > 0
     rows = (tmp_path / "smollm2_differences.csv").read_text().splitlines()
