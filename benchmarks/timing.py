@@ -108,8 +108,9 @@ def keep_freed_memory() -> None:
     machine that hands them back to its host, 0.2 to 2.5 s a gigabyte within the same minute.
     """
     m_mmap_max, m_trim_threshold = -4, -1  # malloc.h
+    no_map, no_trim = 0, -1  # a largest threshold would be 2 GiB, and a weight's gradient is more
     allocator = ctypes.CDLL(None)
-    if not (allocator.mallopt(m_mmap_max, 0) and allocator.mallopt(m_trim_threshold, 2**31 - 1)):
+    if not (allocator.mallopt(m_mmap_max, no_map) and allocator.mallopt(m_trim_threshold, no_trim)):
         raise RuntimeError("mallopt refused: keeping freed memory needs glibc's allocator")
 
 
