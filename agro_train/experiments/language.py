@@ -68,23 +68,21 @@ class Point:
         return " ".join(["agro train", self.base, *self.settings.split(), f"seed={self.seed}"])
 
     def config(self, *more: str) -> TrainConfig:
-        given = [*self.settings.split(), f"seed={self.seed}", *more]
-        return configuration.load(configuration.find(self.base), given)
+        return _load(self.base, *self.settings.split(), f"seed={self.seed}", *more)
 
 
 def point(seed: int, settings: Mapping[str, object], base: str = BASE) -> Point:
     """Equal runs are equal points, so that figures share them: however their numbers were written,
     and whether or not they name what the base configuration has anyway."""
     given = {key: _text(settings[key]) for key in sorted(settings)}
-    shipped = _shipped(base)
-    asked = configuration.load(configuration.find(base), [f"{k}={v}" for k, v in given.items()])
+    asked, shipped = _load(base, *(f"{k}={v}" for k, v in given.items())), _load(base)
     changed = [k for k in given if getattr(asked, k) != getattr(shipped, k)]
     return Point(" ".join(f"{key}={given[key]}" for key in changed), seed, base)
 
 
-@cache
-def _shipped(base: str) -> TrainConfig:
-    return configuration.load(configuration.find(base))
+@cache  # a table asks for thousands, each some milliseconds
+def _load(base: str, *settings: str) -> TrainConfig:
+    return configuration.load(configuration.find(base), settings)
 
 
 @cache
