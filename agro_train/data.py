@@ -158,17 +158,20 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> Prompt:
     return Prompt(group=group, text=text, ids=tuple(ids), columns=dict(row))
 
 
-def shuffled(items: Sequence[T], first: int, count: int, seed: int) -> list[T]:
+def shuffled(
+    items: Sequence[T], first: int, count: int, seed: int, purpose: str = "order"
+) -> list[T]:
     """Items first .. first + count of an endless sequence of epochs, each a fresh permutation.
 
     A pure function of its arguments: nothing has to be saved to continue where a run stopped.
+    Lists of one length have one order, unless they are shuffled for another purpose.
     """
     picked = []
     orders: dict[int, list[int]] = {}
     for index in range(first, first + count):
         epoch, position = divmod(index, len(items))
         if epoch not in orders:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+            generator = torch.Generator().manual_seed(derive_seed(seed, purpose, epoch))
             orders[epoch] = torch.randperm(len(items), generator=generator).tolist()
         picked.append(items[orders[epoch][position]])
     return picked

@@ -8,13 +8,16 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from agro_train.config import TrainConfig
-from agro_train.data import derive_seed
+from agro_train.data import derive_seed, shuffled
 from agro_train.recorded import read_rollouts
 from agro_train.types import Rollout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,13 @@ def plan(config: TrainConfig) -> list[Mix]:
         available += fresh - (window[0] if len(window) == window.maxlen else 0)
         window.append(fresh)
     return steps
+
+
+def in_recorded_order(groups: Sequence[T], first: int, count: int, seed: int) -> list[T]:
+    """Recorded groups first .. first + count of a run. Their order is not that of the fresh
+    prompts: in a record of all prompts each group would come beside a fresh one of its own prompt.
+    """
+    return shuffled(groups, first, count, seed, "recorded order")
 
 
 def replayed_groups(

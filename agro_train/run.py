@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 from agro_train import checkpoint, durable, tiny
 from agro_train.adapter import AdapterOff, add_adapter
 from agro_train.config import TrainConfig
-from agro_train.data import derive_seed, load_prompts, shuffled
+from agro_train.data import derive_seed, load_prompts
 from agro_train.environment import record_start
-from agro_train.mix import Mix, plan
+from agro_train.mix import Mix, in_recorded_order, plan
 from agro_train.model import (
     Policy,
     end_tokens,
@@ -181,7 +181,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     if config.recorded:
         per_step = config.recorded_prompts_per_step
         visits = range(len(recorded.groups))
-        used = set(shuffled(visits, 0, config.steps * per_step, config.seed))
+        used = set(in_recorded_order(visits, 0, config.steps * per_step, config.seed))
         recorded = with_ref_logprobs(
             recorded, used, reference, reference_id, config, accelerator, accelerator.print
         )

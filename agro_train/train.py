@@ -11,7 +11,7 @@ from agro_train.batch import build_batch
 from agro_train.data import derive_seed, shuffled
 from agro_train.evaluate import Evaluation, evaluate, summarise
 from agro_train.metrics import describe
-from agro_train.mix import replayed_groups
+from agro_train.mix import in_recorded_order, replayed_groups
 from agro_train.plots import plot_run
 from agro_train.report import write_report
 from agro_train.rewards import refuse_broken, score
@@ -148,7 +148,7 @@ def replayed(run: Run, step: int) -> list[list[Rollout]]:
 def recorded(run: Run, step: int) -> list[tuple[Rollout, ...]]:
     """The step's groups from recorded files."""
     count = run.mix[step].recorded
-    return shuffled(run.recorded.groups, step * count, count, run.config.seed)
+    return in_recorded_order(run.recorded.groups, step * count, count, run.config.seed)
 
 
 def due(every: int, step: int) -> bool:

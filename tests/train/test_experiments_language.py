@@ -11,12 +11,12 @@ import torch
 
 from agro_train import experiments
 from agro_train.cli import main
-from agro_train.data import read_jsonl
+from agro_train.data import read_jsonl, shuffled
 from agro_train.experiments import beyond, compare, fig2, fig4, fig5, language, smollm2, sweep
 from agro_train.experiments.compare import ALGORITHMS
 from agro_train.experiments.language import QUICK, Curve, Point, Start, measure, point
 from agro_train.experiments.sweep import Sweep
-from agro_train.mix import plan
+from agro_train.mix import in_recorded_order, plan
 
 HOME = Path(experiments.__file__).parent
 FIGURES = ("fig2", "fig5", "fig4", "beyond")
@@ -169,6 +169,17 @@ def test_mixed_steps_have_the_same_fresh_groups() -> None:
         assert {step.fresh for step in plan(config)} == {beyond.FRESH_GROUPS}
         share = config.recorded_prompts_per_step / config.prompts_per_step
         assert share == pytest.approx(float(fraction))
+
+
+def test_recorded_groups_of_a_mixed_step_are_not_those_of_its_fresh_prompts() -> None:
+    """A record of all prompts, as the experiments' is, in as many groups as there are prompts."""
+    prompts = range(400)
+    for seed in range(3):
+        same = 0
+        for step in range(20):
+            fresh = shuffled(prompts, 4 * step, 4, seed)
+            same += len({*fresh} & {*in_recorded_order(prompts, 4 * step, 4, seed)})
+        assert same < 20  # of 80; by chance about one
 
 
 def test_stale_samples_are_as_old_as_said() -> None:
