@@ -247,7 +247,10 @@ def _reproduce(figure: str, settings: Sequence[str], quick: bool) -> int:
                 raise ValueError(f"arguments: expected output_dir=DIR, got {setting!r}")
     except ValueError as error:
         return _refuse(error)
-    return 0 if reproduce(figure, Path(output_dir), quick) else 1
+    try:
+        return 0 if reproduce(figure, Path(output_dir), quick) else 1
+    except BlockingIOError as error:  # another one is at work in the folder
+        return _refuse(error)
 
 
 def _config(settings: Sequence[str], resume: str | None) -> configuration.TrainConfig:
@@ -265,7 +268,7 @@ def _config(settings: Sequence[str], resume: str | None) -> configuration.TrainC
     return configuration.load_resumed(Path(resume), overrides)
 
 
-def _refuse(error: ValueError) -> int:
+def _refuse(error: ValueError | OSError) -> int:
     print(f"agro: {error}", file=sys.stderr)
     return 2
 

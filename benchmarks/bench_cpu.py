@@ -17,7 +17,8 @@ fp32 products are measured under both settings of torch.set_float32_matmul_preci
 (torch's default) and "medium" (name@medium). On the shapes after A, where A was measured, only the
 --finalists fastest peers of A run, and the fastest that does not store the (N, V) logits.
 Peers without a form of their own for known coefficients have their forward_backward time stand for
-it. A peer whose one call takes more than --max-call-s is timed once; its row says so. When
+it. A peer whose one call takes more than --max-call-s is timed once, before freed memory is kept:
+fresh pages are part of that time, and its row says so. When
 --budget-minutes is over, what has not run is listed as such. --append adds cases to those of an
 earlier run.
 

@@ -149,7 +149,8 @@ def _prepare(measured: Measured, job: Job, max_call_s: float) -> Any:
 def _stop_if_slow(measured: Measured, call_s: float, max_call_s: float) -> None:
     """The one time stands if more would take too long; its status says so."""
     if call_s > max_call_s:
-        measured.status = f"slow: timed once, a call takes more than {max_call_s:g} s"
+        reason = f"a call takes more than {max_call_s:g} s"
+        measured.status = f"slow: timed once, on fresh pages; {reason}"
         measured.times_s = [call_s]
 
 

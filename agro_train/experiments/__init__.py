@@ -18,7 +18,8 @@ FIGURES = ("fig1", "landscape", "fig2", "fig4", "fig5", "beyond", "smollm2")
 def reproduce(figure: str, output_dir: Path, quick: bool) -> bool:
     """Runs a figure's experiment into output_dir and prints what it shows; True if all holds.
 
-    FIGURE_run.json beside its results says what made them: command, commit, versions, machine.
+    FIGURE_run.json beside its results says what made them: command, commit, versions, machine. Runs
+    of a language model may be taken over from before; they have their own commits in their file.
     """
     # Imported here: the command line needs the names alone, and a figure needs matplotlib.
     run = import_module(f"agro_train.experiments.{figure}").run
@@ -27,7 +28,7 @@ def reproduce(figure: str, output_dir: Path, quick: bool) -> bool:
     began = time.perf_counter()
     with one_thread():
         claims = run(output_dir, quick)
-    made_by["seconds"] = round(time.perf_counter() - began)
+    made_by["seconds_now"] = round(time.perf_counter() - began)
     made_by["claims"] = {claim.text: claim.holds for claim in claims}
     text = json.dumps(made_by, indent=2) + "\n"
     durable.replace(output_dir / f"{figure}_run.json", text)

@@ -1,7 +1,8 @@
-"""Beyond the paper: four questions about AGRO's losses, each a table and a plot.
+"""Beyond the paper: five questions about AGRO's losses, each a table and a plot.
 
-Where the on-policy term helps and where it harms, how staleness hurts, what recorded data beside
-fresh ones buy, and how large a group should be. Everything not named is as in Figure 2.
+Where the on-policy term helps and where it harms, by prompt and by what is trained on, how
+staleness hurts, what recorded data beside fresh ones buy, and how large a group should be.
+Everything not named is as in Figure 2, whose learning rates all but the second question share.
 """
 
 from collections.abc import Mapping, Sequence
@@ -102,10 +103,8 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
         curves = sweep.curves(one for each in runs.values() for e in each.values() for one in e)
         rows = statements(curves, question, runs)
         tabular.write_csv(output_dir / f"beyond_{name}.csv", rows)
-        if question.tuned and not quick:
-            path = output_dir / f"beyond_{name}_learning_rates.csv"
-            tabular.write_csv(path, compare.tuning_rows(tuned))
-            print(*compare.markdown(compare.tuning_table(tuned)), "", sep="\n")
+        if question.tuned:
+            compare.report_tuning(output_dir / f"beyond_{name}_learning_rates.csv", tuned)
         for lines in tables(curves, question, runs):
             print(*lines, "", sep="\n")
         draw(curves, question, runs).savefig(output_dir / f"beyond_{name}.png", dpi=120)

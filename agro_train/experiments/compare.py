@@ -9,6 +9,7 @@ itself: of twenty such with nothing behind them, one is expected to miss zero.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -131,15 +132,13 @@ def tune(
     return Tuned(rates, rows)
 
 
-def tuning_rows(tuned: Mapping[str, Tuned]) -> list[Row]:
-    """For a CSV, of several settings."""
-    return [{"setting": setting, **row} for setting, found in tuned.items() for row in found.rows]
-
-
-def tuning_table(tuned: Mapping[str, Tuned]) -> list[Row]:
-    return [
-        {"setting": setting, **row} for setting, found in tuned.items() for row in found.table()
-    ]
+def report_tuning(path: Path, tuned: Mapping[str, Tuned]) -> None:
+    """Writes what the grids of several settings gave, and prints it; nothing of grids of one."""
+    rows = [{"setting": at, **row} for at, found in tuned.items() for row in found.rows]
+    if rows:
+        tabular.write_csv(path, rows)
+        table = [{"setting": at, **row} for at, found in tuned.items() for row in found.table()]
+        print(*markdown(table), "", sep="\n")
 
 
 # --- Numbers --------------------------------------------------------------------------------------
@@ -271,7 +270,8 @@ def fair(curves: Curves, points: Sequence[Point]) -> list[Claim]:
     starts: dict[int, set[tuple[float, ...]]] = {}
     for one in points:
         first = curves[one][0]
-        starts.setdefault(one.seed, set()).add((first["eval_accuracy"], first["eval_reward"]))
+        measured = (first["eval_accuracy"], first["eval_reward"], first["eval_entropy"])
+        starts.setdefault(one.seed, set()).add((*measured, first["eval_kl"]))
     return [
         Claim(
             "every run took the same number of updates, learned from and sampled as many "
@@ -279,8 +279,8 @@ def fair(curves: Curves, points: Sequence[Point]) -> list[Claim]:
             len(ends) == 1,
         ),
         Claim(
-            "every run of a seed started from the same model",
-            all(len(found) == 1 for found in starts.values()),
+            "every run of a seed started from the same model, its reference",
+            all(len(found) == 1 and found.pop()[-1] == 0.0 for found in starts.values()),
         ),
     ]
 

@@ -46,9 +46,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     tuned = tune(sweep, NAMES, quick)
     named = points(tuned.rates, quick)
     curves = sweep.curves(one for each in named.values() for one in each)
-    if tuned.rows:
-        tabular.write_csv(output_dir / "fig2_learning_rates.csv", tuned.rows)
-        print(*compare.markdown(tuned.table()), "", sep="\n")
+    compare.report_tuning(output_dir / "fig2_learning_rates.csv", {"own samples": tuned})
     tabular.write_csv(
         output_dir / "fig2_differences.csv", compare.statement_rows(curves, named, BASELINE)
     )

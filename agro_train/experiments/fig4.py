@@ -50,20 +50,16 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
         for beta in BETAS[: 2 if quick else None]
         for kind, names in {OWN: OFF_POLICY if quick else ON_POLICY, REFERENCES: OFF_POLICY}.items()
     }
-    settings = {
-        (kind, beta): fig2.points(found.rates, quick, beta=beta, **KINDS[kind])
-        for (kind, beta), found in tuned.items()
-    }
+    settings = {setting: points(setting, found.rates, quick) for setting, found in tuned.items()}
     every = [one for named in settings.values() for each in named.values() for one in each]
     curves = sweep.curves(every)
     starts = {one.seed: sweep.pass_rates(one) for one in every}
     rates = torch.tensor([rate for found in starts.values() for rate in found.values()])
     count = start_samples(every[0].config())
     best = {beta: optimum(rates, count, beta) for beta in frontier()}
-    if not quick:
-        labelled = {_label(setting): found for setting, found in tuned.items()}
-        tabular.write_csv(output_dir / "fig4_learning_rates.csv", compare.tuning_rows(labelled))
-        print(*compare.markdown(compare.tuning_table(labelled)), "", sep="\n")
+    compare.report_tuning(
+        output_dir / "fig4_learning_rates.csv", {_label(at): found for at, found in tuned.items()}
+    )
     tabular.write_csv(output_dir / "fig4_points.csv", point_rows(curves, settings, best))
     tabular.write_csv(
         output_dir / "fig4_differences.csv",
@@ -77,6 +73,11 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
         print(*lines, "", sep="\n")
     draw(curves, settings, best).savefig(output_dir / "fig4.png", dpi=120)
     return compare.fair_each(curves, {_label(setting): each for setting, each in settings.items()})
+
+
+def points(setting: Setting, rates: Mapping[str, float], quick: bool) -> Named:
+    kind, beta = setting
+    return fig2.points(rates, quick, beta=beta, **KINDS[kind])
 
 
 def _label(setting: Setting) -> str:

@@ -1,7 +1,7 @@
 """Figure 5: learning from data that the policy does not make. Does AGRO learn more from it?
 
 Two kinds of data: generations of the reference, fixed before training (the offline case), and
-generations of an earlier policy, sampled anew every 21st update and learned from 21 times. Four
+generations of an earlier policy, sampled anew every 21st update and learned from until then. Four
 losses on them at the paper's beta of 0.001, and on the reference's at 0.1, where the KL has a say.
 
 AGRO's off-policy loss is the policy gradient with the mean of the whole R as baseline. Forms that
@@ -40,10 +40,9 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     curves = sweep.curves(
         one for named in settings.values() for each in named.values() for one in each
     )
-    if not quick:
-        labelled = {_label(setting): found for setting, found in tuned.items()}
-        tabular.write_csv(output_dir / "fig5_learning_rates.csv", compare.tuning_rows(labelled))
-        print(*compare.markdown(compare.tuning_table(labelled)), "", sep="\n")
+    compare.report_tuning(
+        output_dir / "fig5_learning_rates.csv", {_label(at): found for at, found in tuned.items()}
+    )
     rows = [
         {"data": data, "beta": beta, **row}
         for (data, beta), named in settings.items()

@@ -42,7 +42,7 @@ QUICK = {
     "num_generations": 2,
 }
 QUICK_PROMPTS = 100  # recorded for a quick run, in place of every one
-# Groups of held-out prompts by that rate: at least the first, below the second, number.
+# Groups of held-out prompts by the reference's pass rate: at least the first, below the second.
 BUCKETS = {
     "below": (0.0, 0.5),
     "above": (0.5, 1.01),
@@ -52,6 +52,7 @@ BUCKETS = {
 # Of the updates: a curve has their means over those since the mark before.
 TRAINING = ("reward", "kl", "entropy")
 Curve = list[dict[str, float]]
+"""Its marks; "learned" and "sampled" are completions so far."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def point(seed: int, settings: Mapping[str, object], base: str = BASE) -> Point:
     and whether or not they name what the base configuration has anyway."""
     given = {key: _text(settings[key]) for key in sorted(settings)}
     asked, shipped = _load(base, *(f"{k}={v}" for k, v in given.items())), _load(base)
-    changed = [k for k in given if getattr(asked, k) != getattr(shipped, k)]
-    return Point(" ".join(f"{key}={given[key]}" for key in changed), seed, base)
+    for key in [k for k in given if getattr(asked, k) == getattr(shipped, k)]:
+        del given[key]
+    numbers = {k: _text(getattr(asked, k)) for k in given if isinstance(getattr(asked, k), float)}
+    return Point(" ".join(f"{k}={v}" for k, v in (given | numbers).items()), seed, base)
 
 
 @cache  # a table asks for thousands, each some milliseconds

@@ -27,13 +27,7 @@ MEASURES = {k: v for k, v in compare.MEASURES.items() if k not in ("eval_below",
 def run(output_dir: Path, quick: bool) -> list[Claim]:
     """Writes smollm2_differences.csv and smollm2.png."""
     sweep = Sweep(output_dir, quick)
-    named: Named = {
-        name: [
-            point(seed, {**ALGORITHMS[name].settings, **(QUICK if quick else LENGTH)}, BASE)
-            for seed in SEEDS[: 2 if quick else None]
-        ]
-        for name in NAMES
-    }
+    named = points(quick)
     curves = sweep.curves(one for each in named.values() for one in each)
     tabular.write_csv(
         output_dir / "smollm2_differences.csv",
@@ -47,3 +41,13 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     panels = fig2.PANELS["fig2"] | {"eval_reward": "held-out, sampled"}
     fig2.draw(curves, named, panels).savefig(output_dir / "smollm2.png", dpi=110)
     return compare.fair(curves, [one for each in named.values() for one in each])
+
+
+def points(quick: bool) -> Named:
+    return {
+        name: [
+            point(seed, {**ALGORITHMS[name].settings, **(QUICK if quick else LENGTH)}, BASE)
+            for seed in SEEDS[: 2 if quick else None]
+        ]
+        for name in NAMES
+    }

@@ -5,10 +5,12 @@ runs share them there.
 """
 
 import csv
+import fcntl
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
@@ -49,8 +51,8 @@ class Sweep:
         self.workers = 1 if quick else WORKERS
         self.recorded_prompts = QUICK_PROMPTS if quick else None
         self.work = output_dir / "work"  # models and recordings; they can be made again
-        self.rows = _read(self.curves_path)
-        self.start_rows = _read(self.starts_path)
+        self.rows: list[dict[str, str]] = []
+        self.start_rows: list[dict[str, str]] = []
 
     @property
     def curves_path(self) -> Path:
@@ -61,12 +63,29 @@ class Sweep:
         return self.output_dir / "language_starts.csv"
 
     def curves(self, points: Iterable[Point]) -> dict[Point, Curve]:
-        """Of the points: what is missing is run first."""
+        """Of the points: what is missing is run first. Raises BlockingIOError where another
+        process is at it in the same folder."""
         wanted = list(dict.fromkeys(points))
-        known = self._known()
-        self._run([one for one in wanted if one not in known])
+        with self._alone():
+            self.rows, self.start_rows = _read(self.curves_path), _read(self.starts_path)
+            known = self._known()
+            self._run([one for one in wanted if one not in known])
         known = self._known()
         return {one: known[one] for one in wanted}
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two would make the same runs, and each write its file without the other's."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(
+                    f"output_dir: expected one reproduction at a time, got {self.output_dir}, in "
+                    "which another is running; wait for it, or give another folder"
+                ) from None
+            yield
 
     def pass_rates(self, one: Point) -> dict[str, float]:
         """The reference's on the held-out prompts, where the run has started."""

@@ -102,7 +102,7 @@ def test_a_claim_that_fails_is_said_and_is_the_exit_status(
     made_by = json.loads((tmp_path / "fig1_run.json").read_text())
     assert made_by["command"] == "agro reproduce fig1"
     assert made_by["claims"] == {"pigs swim": True, "fly": False}
-    assert {"git_commit", "torch", "cpu", "seconds"} <= set(made_by)
+    assert {"git_commit", "torch", "cpu", "seconds_now"} <= set(made_by)
 
 
 def test_claims_fail_where_the_curves_say_so() -> None:

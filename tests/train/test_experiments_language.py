@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 def curve(**last: float) -> Curve:
     """Two marks that differ where `last` says."""
     first = dict.fromkeys([*compare.MEASURES, "learned", "sampled"], 0.5)
-    return [{"step": 0.0, **first}, {"step": 2.0, **first, **last}]
+    return [{"step": 0.0, **first, "eval_kl": 0.0}, {"step": 2.0, **first, **last}]
 
 
 # --- Numbers --------------------------------------------------------------------------------------
@@ -100,10 +100,11 @@ def test_a_comparison_of_unequal_runs_is_called_unfair() -> None:
     assert [c.holds for c in compare.fair(more, [ours, theirs])] == [False, True]
     other = curve()
     other[0]["eval_reward"] = 0.7
-    assert [c.holds for c in compare.fair({ours: curve(), theirs: other}, [ours, theirs])] == [
-        True,
-        False,
-    ]
+    moved = curve()
+    moved[0]["eval_kl"] = 0.1
+    for wrong in (other, moved):
+        found = compare.fair({ours: curve(), theirs: wrong}, [ours, theirs])
+        assert [c.holds for c in found] == [True, False]
 
 
 @pytest.mark.parametrize("beta", [0.001, 0.3, 2.0])
@@ -122,7 +123,7 @@ def test_the_optimum_is_the_best_policy(beta: float) -> None:
 
 
 def test_points_are_equal_however_their_numbers_are_written() -> None:
-    assert point(1, {"beta": 1e-1, "lr_cap": True}) == point(1, {"lr_cap": "true", "beta": 0.10})
+    assert point(1, {"beta": 1e-1, "lr_cap": True}) == point(1, {"lr_cap": "true", "beta": "0.10"})
     assert point(1, {}) != point(2, {})
     one = point(3, {"learning_rate": 0.001, "beta": 0.1})
     assert one.command == "agro train graded-sums beta=0.1 learning_rate=0.001 seed=3"
@@ -142,7 +143,10 @@ def test_figures_share_their_common_runs() -> None:
         question = beyond.QUESTIONS[name]
         named = beyond.points(question, dict.fromkeys(question.values, rates), quick=False)[value]
         assert {algorithm: figure_2[algorithm] for algorithm in named} == named
-    assert fig2.points(rates, quick=False, beta=fig4.BETAS[0]) == figure_2
+    assert fig4.points((fig4.OWN, 0.001), rates, quick=False) == figure_2
+    offline = {name: rates[name] for name in fig4.OFF_POLICY}
+    for setting in fig5.SETTINGS[:2]:
+        assert fig5.points(setting, offline, False) == fig4.points(setting, offline, False)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -151,6 +155,12 @@ def test_every_run_of_every_figure_is_a_valid_configuration(quick: bool) -> None
     runs = [fig2.points(rates, quick)]
     offline = {name: rates[name] for name in fig5.NAMES}
     runs += [fig5.points(setting, offline, quick) for setting in fig5.SETTINGS]
+    own = {name: rates[name] for name in fig4.ON_POLICY}
+    others = {name: rates[name] for name in fig4.OFF_POLICY}
+    for beta in fig4.BETAS:
+        runs.append(fig4.points((fig4.OWN, beta), own, quick))
+        runs.append(fig4.points((fig4.REFERENCES, beta), others, quick))
+    runs.append(smollm2.points(quick))
     for question in beyond.QUESTIONS.values():
         chosen = dict.fromkeys(question.values, rates)
         runs += beyond.points(question, chosen, quick).values()
@@ -229,6 +239,25 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(
     assert ran == [0]
 
 
+def threads_of(one: Point, work: Path, recorded_prompts: int | None) -> int:
+    return torch.get_num_threads()
+
+
+def test_runs_of_a_full_figure_have_a_thread_each(tmp_path: Path) -> None:
+    points = [point(seed, {}) for seed in range(3)]
+    found = dict(Sweep(tmp_path, quick=False)._each(threads_of, points))
+    assert found == dict.fromkeys(points, 1)
+
+
+def test_one_reproduction_at_a_time_in_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Sweep(tmp_path, quick=True)._alone():
+        assert main(["reproduce", "fig2", "--quick", f"output_dir={tmp_path}"]) == 2
+    assert "another is running; wait for it" in capsys.readouterr().err
+    assert Sweep(tmp_path, quick=True).curves([]) == {}
+
+
 def test_a_run_is_that_of_agro_train(tmp_path: Path) -> None:
     """The room's curve is what its command gives, from a warm start of its own."""
     # Rewards that differ from the first step on, whatever the model knows.
@@ -286,7 +315,7 @@ def test_quick_run(figure: str, quick_folder: Path, capsys: pytest.CaptureFixtur
     assert list(quick_folder.glob(f"{figure}*.png")) and list(quick_folder.glob(f"{figure}*.csv"))
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("figure", (*FIGURES, "smollm2"))
 def test_readme_has_the_tables_of_the_committed_runs_or_says_there_are_none(
     figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
