@@ -86,16 +86,7 @@ class Tuned:
     """The learning rate of each algorithm, and what the grid gave."""
 
     rates: Mapping[str, float]
-    rows: list[Row]  # one an algorithm and rate; none of a grid of one
-
-    def table(self) -> list[Row]:
-        """One row an algorithm, its chosen rate bold."""
-        found: dict[str, dict[str, str]] = {}
-        for row in self.rows:
-            text = f"{row['regularised_reward']:.3f}"
-            cells = found.setdefault(str(row["algorithm"]), {"algorithm": str(row["algorithm"])})
-            cells[f"{row['learning_rate']:g}"] = f"**{text}**" if row["chosen"] == "yes" else text
-        return list(found.values())
+    scores: Mapping[str, Mapping[float, float]]  # by algorithm and rate; empty: a grid of one
 
 
 def tune(
@@ -103,42 +94,61 @@ def tune(
     variants: Mapping[str, Mapping[str, object]],
     grid: Sequence[float],
     seeds: Sequence[int],
+    below: Sequence[float] = (),
 ) -> Tuned:
     """Each variant's best by the held-out reward less beta times the KL, at the end, mean over the
-    seeds, which are none of those reported. A grid of one is not run."""
+    seeds, which are none of those reported. A grid of one is not run.
+
+    below: further rates, downwards, each for the variants whose lowest rate so far is the best.
+    """
     if len(grid) == 1:
-        return Tuned(dict.fromkeys(variants, grid[0]), [])
-    points = {
-        (name, rate): [point(seed, {**settings, "learning_rate": rate}) for seed in seeds]
-        for name, settings in variants.items()
-        for rate in grid
-    }
-    curves = sweep.curves(one for each in points.values() for one in each)
-    scores = {
-        key: fmean(value_of(curves, one, "regularised") for one in each)
-        for key, each in points.items()
-    }
-    rates = {name: max(grid, key=lambda rate: scores[name, rate]) for name in variants}
-    rows: list[Row] = [
-        {
-            "algorithm": name,
-            "learning_rate": rate,
-            "seeds": len(seeds),
-            "regularised_reward": scores[name, rate],
-            "chosen": "yes" if rates[name] == rate else "no",
+        return Tuned(dict.fromkeys(variants, grid[0]), {})
+    scores: dict[str, dict[float, float]] = {name: {} for name in variants}
+    open_ended = list(variants)
+    for rates in (grid, *([rate] for rate in below)):
+        points = {
+            (name, rate): [point(seed, {**variants[name], "learning_rate": rate}) for seed in seeds]
+            for name in open_ended
+            for rate in rates
         }
-        for name, rate in points
-    ]
-    return Tuned(rates, rows)
+        curves = sweep.curves(one for each in points.values() for one in each)
+        for (name, rate), each in points.items():
+            scores[name][rate] = fmean(values_of(curves, each, "regularised"))
+        open_ended = [name for name in open_ended if _best(scores[name]) == min(scores[name])]
+    return Tuned({name: _best(found) for name, found in scores.items()}, scores)
+
+
+def _best(scores: Mapping[float, float]) -> float:
+    return max(scores, key=lambda rate: scores[rate])
 
 
 def report_tuning(path: Path, tuned: Mapping[str, Tuned]) -> None:
-    """Writes what the grids of several settings gave, and prints it; nothing of grids of one."""
-    rows = [{"setting": at, **row} for at, found in tuned.items() for row in found.rows]
-    if rows:
-        tabular.write_csv(path, rows)
-        table = [{"setting": at, **row} for at, found in tuned.items() for row in found.table()]
-        print(*markdown(table), "", sep="\n")
+    """Writes what the grids of several settings gave, and prints it, chosen rates bold; nothing of
+    grids of one."""
+    tried = [(at, name, found.scores[name]) for at, found in tuned.items() for name in found.scores]
+    if not tried:
+        return
+    rows: list[Row] = []
+    table: list[Row] = []
+    every = sorted({rate for *_, scores in tried for rate in scores})
+    for at, name, scores in tried:
+        cells = dict.fromkeys(every, "")
+        for rate in sorted(scores):
+            chosen = rate == tuned[at].rates[name]
+            cells[rate] = f"**{scores[rate]:.3f}**" if chosen else f"{scores[rate]:.3f}"
+            rows.append(
+                {
+                    "setting": at,
+                    "algorithm": name,
+                    "learning_rate": rate,
+                    "regularised_reward": scores[rate],
+                    "chosen": "yes" if chosen else "no",
+                }
+            )
+        numbers = {f"{rate:g}": text for rate, text in cells.items()}
+        table.append({"setting": at, "algorithm": name, **numbers})
+    tabular.write_csv(path, rows)
+    print(*markdown(table), "", sep="\n")
 
 
 # --- Numbers --------------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ def test_differences_are_taken_within_a_seed() -> None:
     assert (row["name"], row["larger_than_noise"], row["seeds"]) == ("a", "yes", 3)
 
 
-def test_the_learning_rate_is_the_best_regularised_reward(tmp_path: Path) -> None:
+def test_the_learning_rate_is_the_best_regularised_reward(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Known(Sweep):
         def curves(self, points: Any) -> dict[Point, Curve]:
             # The larger rate earns more, at a KL that costs more than that.
@@ -83,14 +85,13 @@ def test_the_learning_rate_is_the_best_regularised_reward(tmp_path: Path) -> Non
                 for one, rate in found.items()
             }
 
-    tuned = compare.tune(
-        Known(tmp_path, quick=True),
-        {"free": {"beta": 0.001}, "dear": {"beta": 1.0}},
-        (1e-4, 1e-3),
-        (7, 8),
-    )
-    assert tuned.rates == {"free": 1e-3, "dear": 1e-4}
-    assert [row["chosen"] for row in tuned.rows] == ["no", "yes", "yes", "no"]
+    variants = {"free": {"beta": 0.001}, "dear": {"beta": 1.0}}
+    tuned = compare.tune(Known(tmp_path, quick=True), variants, (1e-4, 1e-3), (7, 8), (1e-5, 1e-6))
+    assert tuned.rates == {"free": 1e-3, "dear": 1e-6}
+    tried = {name: sorted(found) for name, found in tuned.scores.items()}
+    assert tried == {"free": [1e-4, 1e-3], "dear": [1e-6, 1e-5, 1e-4, 1e-3]}
+    compare.report_tuning(tmp_path / "rates.csv", {"here": tuned})
+    assert "| here | free |  |  | 0.510 | **0.598** |" in capsys.readouterr().out
 
 
 def test_a_comparison_of_unequal_runs_is_called_unfair() -> None:
