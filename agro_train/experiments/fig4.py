@@ -192,16 +192,24 @@ def draw(
                 name,
             )
         tabular.tidy(axes, f"{kind} samples", "KL to the reference, nats a completion", "")
-    for beta in dict.fromkeys(beta for _, beta in settings):
+    for places in _near({beta: best[beta] for _, beta in settings}):
+        text = f"beta {', '.join(f'{beta:g}' for beta in places)}"
+        at = best[places[0]]
         for axes in all_axes:
-            axes.plot(*best[beta], "k.", markersize=8)
-            axes.annotate(
-                f"beta {beta:g}", best[beta], (6, -12), textcoords="offset points", fontsize=8
-            )
+            axes.plot(*at, "k.", markersize=8)
+            axes.annotate(text, at, (6, -12), textcoords="offset points", fontsize=8)
     all_axes[0].set_ylabel("held-out reward, sampled")
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _near(places: Mapping[float, Tradeoff]) -> list[list[float]]:
+    """Betas in groups that one label serves."""
+    found: dict[tuple[float, float], list[float]] = {}
+    for beta, at in places.items():
+        found.setdefault((round(at.kl, 1), round(at.reward, 1)), []).append(beta)
+    return list(found.values())
 
 
 def _draw_ends(
