@@ -165,6 +165,8 @@ def tables(curves: Curves, question: Question, runs: Mapping[str, Named]) -> lis
     for value, named in runs.items():
         label = {question.axis: value}
         levels += [{**label, **row} for row in compare.level_rows(curves, named, measures)]
+        if question.baseline is None:
+            levels.append({**label, **compare.start_row(curves, named, measures)})
         algorithms += [
             {**label, **row} for row in compare.difference_rows(curves, named, first, measures)
         ]
@@ -191,7 +193,7 @@ def draw(curves: Curves, question: Question, runs: Mapping[str, Named]) -> Figur
             label: (list(runs), [(named, measure) for named in runs.values()])
             for measure, label in measures.items()
         }
-    figure = Figure(figsize=(1.5 + 3.6 * len(panels), 4.6), layout="constrained")
+    figure = Figure(figsize=(max(9, 1.5 + 3.6 * len(panels)), 4.6), layout="constrained")
     for axes, (title, (ticks, places)) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
@@ -202,8 +204,14 @@ def draw(curves: Curves, question: Question, runs: Mapping[str, Named]) -> Figur
             ]
             places_of_name = [i + 0.06 * (number - len(names) / 2) for i in range(len(ticks))]
             compare.draw_intervals(axes, ALGORITHMS[name], places_of_name, found)
+        if question.baseline is None:
+            starts = [compare.start_of(curves, named, measure) for named, measure in places]
+            axes.plot(range(len(ticks)), starts, "k:", label="at the start")
         axes.set_xticks(range(len(ticks)), ticks)
-        tabular.tidy(axes, title, "" if len(runs) == 1 else question.axis, "")
+        if len(runs) == 1:
+            tabular.tidy(axes, "", title, "held-out reward, sampled")
+        else:
+            tabular.tidy(axes, title, question.axis, "")
         axes.set_ylim(bottom=0)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)

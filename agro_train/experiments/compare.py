@@ -8,7 +8,7 @@ itself: of twenty such with nothing behind them, one is expected to miss zero.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isnan, sqrt
 from pathlib import Path
 from statistics import fmean
 
@@ -217,6 +217,25 @@ def level_rows(
         }
         for name, points in named.items()
     ]
+
+
+def start_row(
+    curves: Curves, named: Named, measures: Mapping[str, str] = MEASURES, key: str = "algorithm"
+) -> Row:
+    """A row beside those of `level_rows`: where all of them began."""
+    points = next(iter(named.values()))
+    values = {label: [_at_start(curves, one, m) for one in points] for m, label in measures.items()}
+    cells = {label: "" if isnan(v[0]) else str(interval(v)) for label, v in values.items()}
+    return {key: "(at the start)", **cells}
+
+
+def start_of(curves: Curves, named: Named, measure: str) -> float:
+    """Mean over the seeds."""
+    return fmean(_at_start(curves, one, measure) for one in next(iter(named.values())))
+
+
+def _at_start(curves: Curves, one: Point, measure: str) -> float:
+    return curves[one][0]["eval_reward" if measure == "regularised" else measure]
 
 
 def difference_rows(

@@ -96,7 +96,7 @@ def points(rates: Mapping[str, float], quick: bool, **settings: object) -> Named
 def tables(curves: Curves, named: Named) -> list[list[str]]:
     """Markdown: where the algorithms end, and their differences."""
     return [
-        compare.markdown(compare.level_rows(curves, named)),
+        compare.markdown([*compare.level_rows(curves, named), compare.start_row(curves, named)]),
         compare.markdown(compare.difference_rows(curves, named, BASELINE)),
     ]
 

@@ -78,7 +78,9 @@ def tables(curves: Curves, settings: Mapping[Setting, Named]) -> list[list[str]]
     found = []
     for (data, beta), named in settings.items():
         key = f"{data}, beta {beta:g}"
-        found.append(compare.markdown(compare.level_rows(curves, named, measures, key)))
+        levels = compare.level_rows(curves, named, measures, key)
+        start = compare.start_row(curves, named, measures, key)
+        found.append(compare.markdown([*levels, start]))
         found.append(
             compare.markdown(compare.difference_rows(curves, named, BASELINE, measures, key))
         )

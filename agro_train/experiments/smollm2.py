@@ -34,7 +34,10 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
         compare.statement_rows(curves, named, BASELINE, MEASURES),
     )
     for rows in (
-        compare.level_rows(curves, named, MEASURES),
+        [
+            *compare.level_rows(curves, named, MEASURES),
+            compare.start_row(curves, named, MEASURES),
+        ],
         compare.difference_rows(curves, named, BASELINE, MEASURES),
     ):
         print(*compare.markdown(rows), "", sep="\n")
