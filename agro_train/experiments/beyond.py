@@ -2,7 +2,7 @@
 
 Where the on-policy term helps and where it harms, by prompt and by what is trained on, how
 staleness hurts, what recorded data beside fresh ones buy, and how large a group should be.
-Everything not named is as in Figure 2, whose learning rates all but the second question share.
+Everything not named is as in Figure 2, whose learning rates three of them share.
 """
 
 from collections.abc import Mapping, Sequence
@@ -78,8 +78,9 @@ QUESTIONS = {
     "mixing": Question(
         f"share of recorded groups beside {FRESH_GROUPS} fresh ones a step",
         ("pg_k2", "agro"),
-        {f"{fraction:g}": mixed(FRESH_GROUPS, fraction) for fraction in (0.0, 0.5, 0.75, 0.9)},
+        {f"{fraction:g}": mixed(FRESH_GROUPS, fraction) for fraction in (0.0, 0.5, 0.9)},
         "0",
+        tuned=True,
     ),
     "group_size": Question(
         f"completions of a prompt, of {SAMPLES} a step",
