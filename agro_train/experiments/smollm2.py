@@ -14,7 +14,7 @@ from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim
 
 BASE = "smollm2-arithmetic"
-NAMES = ("pg_k2", "agro", "on_policy", "on_policy_capped")
+NAMES = ("pg_k2", "agro", "on_policy")
 BASELINE = "pg_k2"
 SEEDS = range(3)
 LENGTH = {"steps": 12, "eval_every": 6}
