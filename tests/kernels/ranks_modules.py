@@ -62,6 +62,7 @@ def main() -> None:
             fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh)
         compare("sharded" if tied else "sharded, head apart", model, expected, mine)
+    dist.barrier()  # a rank that tears down while the other still sends can abort it
     dist.destroy_process_group()
 
 
