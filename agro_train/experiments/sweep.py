@@ -51,8 +51,7 @@ class Sweep:
         self.workers = 1 if quick else WORKERS
         self.recorded_prompts = QUICK_PROMPTS if quick else None
         self.work = output_dir / "work"  # models and recordings; they can be made again
-        self.rows: list[dict[str, str]] = []
-        self.start_rows: list[dict[str, str]] = []
+        self._read_files()
 
     @property
     def curves_path(self) -> Path:
@@ -66,12 +65,17 @@ class Sweep:
         """Of the points: what is missing is run first. Raises BlockingIOError where another
         process is at it in the same folder."""
         wanted = list(dict.fromkeys(points))
-        with self._alone():
-            self.rows, self.start_rows = _read(self.curves_path), _read(self.starts_path)
-            known = self._known()
-            self._run([one for one in wanted if one not in known])
         known = self._known()
+        if any(one not in known for one in wanted):
+            with self._alone():
+                self._read_files()  # another process may have gone on with them since
+                known = self._known()
+                self._run([one for one in wanted if one not in known])
+            known = self._known()
         return {one: known[one] for one in wanted}
+
+    def _read_files(self) -> None:
+        self.rows, self.start_rows = _read(self.curves_path), _read(self.starts_path)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
