@@ -14,11 +14,12 @@ no timed call pays for fresh pages: the floor writes into memory made beforehand
 First the peers alone; then ours, the fastest peer and the floor together, in turn (A B C A B C).
 On the shapes after A the peer that was the fastest on A goes straight into its turns.
 fp32 products are measured under both settings of torch.set_float32_matmul_precision, "highest"
-(torch's default) and "medium" (name@medium). On the shapes after A, where A was measured, only the
---finalists fastest peers of A run, and the fastest that does not store the (N, V) logits.
+(torch's default) and "medium" (name@medium); --precisions leaves one out. With --finalists, on the
+shapes after A, where A was measured, only so many peers run, the fastest of A, and the fastest that
+does not store the (N, V) logits.
 Peers without a form of their own for known coefficients have their forward_backward time stand for
-it. A peer whose one call takes more than --max-call-s is timed once, before freed memory is kept:
-fresh pages are part of that time, and its row says so. When
+it. A peer whose one call takes more than --max-call-s is timed once, and one whose call takes ten
+times that before freed memory is kept: fresh pages are part of that time, and its row says so. When
 --budget-minutes is over, what has not run is listed as such. --append adds cases to those of an
 earlier run.
 
@@ -49,6 +50,7 @@ from benchmarks.shapes import CPU_SHAPES, SMOKE_SHAPE
 from benchmarks.turns import FLOOR, Job, Measured, find_errors, in_turn
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+PRECISIONS = ("highest", "medium")  # torch.set_float32_matmul_precision
 RESULTS = Path(__file__).parent / "results"
 # The peers in the order in which they run; the time budget cuts the end of it.
 PEERS = [
@@ -93,7 +95,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORM_ORDER))
     parser.add_argument("--entropy", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument("--providers", nargs="*", choices=PEERS, default=PEERS, help="peers")
-    parser.add_argument("--finalists", type=int, default=2, help="peers after shape A")
+    parser.add_argument("--finalists", type=int, help="peers after shape A, by default all")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of fp32"
+    )
     parser.add_argument("--repetitions", type=int, default=7, help="timed calls, at least 7")
     parser.add_argument("--max-call-s", type=float, default=10.0, help="slower peers: timed once")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"))
@@ -190,7 +195,7 @@ class Bench:
         if case.shape.name == self.first_shape or not floors:
             floors = [
                 self.measure(case, [job])[0]
-                for job in self.jobs(case, FLOOR, ["highest", "medium"])
+                for job in self.jobs(case, FLOOR, PRECISIONS)
                 if self.in_time(job)
             ]
         timed = sorted((row for row in floors if row.median_s is not None), key=median_s)
@@ -223,7 +228,7 @@ class Bench:
             precisions = ["highest"]
             upcast = case.dtype == "fp32" or provider.multiplies_in_fp32
             if upcast and (not self.options.smoke or name == self.options.providers[0]):
-                precisions.append("medium")
+                precisions = self.options.precisions
             for job in self.jobs(case, name, precisions):
                 reason = self.reason_against(case, job)
                 if reason is None:
@@ -378,12 +383,15 @@ class Bench:
             row.relative = row.median_s / median_s(min(same or floors, key=median_s))
 
     def write(self) -> None:
-        with self.path.open("w", newline="") as file:
+        """Whole or not at all: the file may hold the rows of earlier runs."""
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*Row.columns(), *self.facts])
             for row in self.rows:
                 facts = self.earlier.get(id(row), self.facts)
                 writer.writerow([*row.texts(), *facts.values()])
+        part.replace(self.path)
 
 
 def _error_key(job: Job) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_cpu, correctness, plots, tables, timing
+from benchmarks import bench_cpu, correctness, plots, tables, timing, turns
 from benchmarks.cpu_rows import Case, Row
 from benchmarks.providers import (
     FORM_GEMMS,
@@ -190,6 +190,24 @@ def test_processes_take_turns_and_say_why_they_cannot() -> None:
 def test_a_slow_provider_is_timed_once() -> None:
     slow = in_turn([smoke_job("torch")], 3, max_call_s=0.0)[0]
     assert slow.status.startswith("slow: timed once") and len(slow.times_s) == 1
+
+
+@pytest.mark.parametrize(
+    "limit_s, status",
+    [(2.0, "ok"), (0.5, "slow: timed once"), (0.05, "slow: timed once, on fresh pages")],
+)
+def test_how_slow_decides_how_often(
+    limit_s: float, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_second(step: Callable[[], object], device: str = "cpu") -> float:
+        step()
+        return 1.0
+
+    monkeypatch.setattr(timing, "time_call", one_second)
+    job = dataclasses.replace(smoke_job("torch"), keeps_freed_memory=False)
+    measured = Measured(job)
+    turns._prepare(measured, job, limit_s)
+    assert measured.status == status and len(measured.times_s) == (status != "ok")
 
 
 # --- bench_cpu ------------------------------------------------------------------------------------
