@@ -188,14 +188,15 @@ class Bench:
 
     def floor_job(self, case: Case) -> Job:
         """The floor with the precision that the best library needs: measured on the first shape."""
-        if case.dtype != "fp32":
-            return self.jobs(case, FLOOR, ["highest"])[0]
+        precisions = self.options.precisions if case.dtype == "fp32" else ["highest"]
+        if len(precisions) == 1:
+            return self.jobs(case, FLOOR, precisions)[0]
         on_first = self.on_first_shape(case)
         floors = [row for row in on_first if row.provider == FLOOR and not row.in_turn_with]
         if case.shape.name == self.first_shape or not floors:
             floors = [
                 self.measure(case, [job])[0]
-                for job in self.jobs(case, FLOOR, PRECISIONS)
+                for job in self.jobs(case, FLOOR, precisions)
                 if self.in_time(job)
             ]
         timed = sorted((row for row in floors if row.median_s is not None), key=median_s)
@@ -203,9 +204,9 @@ class Bench:
 
     def expected_best(self, case: Case, jobs: Sequence[Job]) -> Job | None:
         """On a later shape the fastest of the first one: it need not run alone before its turns."""
-        finalists = self.finalists(case) or []
+        ranking = self.ranking(case)
         for job in jobs:
-            if finalists and (job.provider, job.precision) == finalists[0]:
+            if ranking and job.label() == ranking[0].label():
                 return job
         return None
 
@@ -265,12 +266,19 @@ class Bench:
         key = (self.first_shape, *case.key()[1:])
         return [row for row in self.rows if row.case() == key and row.median_s is not None]
 
+    def ranking(self, case: Case) -> list[Row]:
+        """On a later shape the peers that were timed on the first one, the fastest first."""
+        if case.shape.name == self.first_shape:
+            return []
+        return sorted(
+            (row for row in self.on_first_shape(case) if row.provider in PEERS), key=median_s
+        )
+
     def finalists(self, case: Case) -> list[tuple[str, str]] | None:
-        """Who runs on a later shape: the fastest on the first one, in order. None: everybody."""
-        rows = [row for row in self.on_first_shape(case) if row.provider in PEERS]
-        if case.shape.name == self.first_shape or not rows:
+        """Who runs on a later shape, with --finalists. None: everybody."""
+        rows = self.ranking(case)
+        if self.options.finalists is None or not rows:
             return None
-        rows.sort(key=median_s)
         chosen = rows[: self.options.finalists]
         chosen += [row for row in rows if row.stores_logits == "no"][:1]
         return list(dict.fromkeys((row.provider, row.precision) for row in chosen))
