@@ -1,18 +1,19 @@
-"""The README's table of bench_cpu, from its CSV file.
+"""The README's tables of bench_cpu, from its CSV file.
 
-    python -m benchmarks.tables [--csv benchmarks/results/bench_cpu.csv] [--entropy no]
+    python -m benchmarks.tables [--csv benchmarks/results/bench_cpu.csv] [--entropy no] [--peers]
 
 A row a case: ours over the floor of the same turns, the fastest peer over ours of the same turns,
-and the fastest peer that never holds the (N, V) logits. Where the latter ran alone, its time is
-over ours of another minute, and a ~ says so; a * says that it was called once.
+and the fastest peer that never holds the (N, V) logits. With --peers every peer over ours instead,
+each at the precision at which it is the fastest. What ran alone is over ours of another minute, and
+a ~ says so; a * says that it was called once.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.bench_cpu import RESULTS
+from benchmarks.bench_cpu import PEERS, RESULTS
 from benchmarks.cpu_rows import FORM_ORDER, Row, median_s
 from benchmarks.shapes import CPU_SHAPES
 from benchmarks.turns import FLOOR
@@ -25,18 +26,41 @@ HEADINGS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The README's table of bench_cpu.")
+    parser = argparse.ArgumentParser(description="The README's tables of bench_cpu.")
     parser.add_argument("--csv", type=Path, default=RESULTS / "bench_cpu.csv")
     parser.add_argument("--entropy", choices=["no", "yes"], default="no")
+    parser.add_argument("--peers", action="store_true", help="every peer's time over ours")
     options = parser.parse_args(arguments)
     rows = [Row.from_text(columns) for columns in plots.read_csv(options.csv)]
-    print("\n".join(table(rows, options.entropy)))
+    lines = peers_table if options.peers else table
+    print("\n".join(lines(rows, options.entropy)))
     return 0
 
 
 def table(rows: Sequence[Row], entropy: str) -> list[str]:
-    """Lines of Markdown; a case in which ours was not timed has none."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    """Lines of Markdown; a case in which ours or every peer was not timed has none."""
+    return _markdown(HEADINGS, ([name, *_cells(case)] for name, case in _cases(rows, entropy)))
+
+
+def peers_table(rows: Sequence[Row], entropy: str) -> list[str]:
+    """Lines of Markdown: a row a case, a column a peer that was timed in one of them."""
+    cases = list(_cases(rows, entropy))
+    timed = {row.provider for _, case in cases for row in case}
+    peers = [name for name in PEERS if name in timed]
+
+    def cells(case: Sequence[Row]) -> Iterator[str]:
+        mine = _ours(case)
+        yield f"{mine.median_s:.3g} s"
+        for peer in peers:
+            same = [row for row in case if row.provider == peer]
+            yield _ratio(_fastest(same), mine) if same else ""
+
+    headings = ["case", "ours", *(f"`{name}`" for name in peers)]
+    return _markdown(headings, ([name, *cells(case)] for name, case in cases))
+
+
+def _cases(rows: Sequence[Row], entropy: str) -> Iterator[tuple[str, list[Row]]]:
+    """The name and the timed rows of each case that has ours and a peer."""
     for form in FORM_ORDER:
         for dtype in ("bf16", "fp32"):
             for shape in CPU_SHAPES:
@@ -44,34 +68,31 @@ def table(rows: Sequence[Row], entropy: str) -> list[str]:
                 if form == "known_coefficients":  # what has no form of its own
                     key = (shape, dtype, "forward_backward", entropy)
                     case += [row for row in rows if row.case() == key and row.provider != "ours"]
-                cells = _cells(case)
-                if cells:
-                    name = f"{plots.FORM_TITLES[form]}, {dtype}, {shape}"
-                    lines.append("| " + " | ".join([name, *cells]) + " |")
-    return lines
+                timed = [row for row in case if row.median_s is not None]
+                if {"ours"} < {row.provider for row in timed} - {FLOOR}:
+                    yield f"{plots.FORM_TITLES[form]}, {dtype}, {shape}", timed
 
 
 def _cells(case: Sequence[Row]) -> list[str]:
-    timed = [row for row in case if row.median_s is not None]
-    ours = [row for row in timed if row.provider == "ours"]
-    peers = [row for row in timed if row.provider not in ("ours", FLOOR)]
-    if not ours or not peers:
-        return []
-    fastest = _fastest(peers)
-    beside = [row for row in ours if fastest.label() in row.turns()]
-    mine = (beside or ours)[0]
-    assert mine.median_s is not None and mine.relative is not None
-    cells = [f"{mine.median_s:.3g} s", f"{mine.relative:.2f}", _megabytes(mine)]
+    peers = [row for row in case if row.provider in PEERS]
     without_logits = [row for row in peers if row.stores_logits == "no"]
-    for peer in (fastest, _fastest(without_logits) if without_logits else None):
-        if peer is None or peer.median_s is None:
+    mine = _ours(case)
+    cells = [f"{mine.median_s:.3g} s", f"{mine.relative:.2f}", _megabytes(mine)]
+    for some in (peers, without_logits):
+        if not some:
             cells += ["", "", ""]
             continue
-        in_turn = peer.turns() == mine.turns() and peer.form == mine.form
-        ratio = f"{'' if in_turn else '~'}{peer.median_s / mine.median_s:.2f}"
-        ratio += "" if peer.n > 1 else "*"
-        cells += [f"`{peer.label()}`", ratio, _megabytes(peer)]
+        peer = _fastest(some)
+        cells += [f"`{peer.label()}`", _ratio(peer, mine), _megabytes(peer)]
     return cells
+
+
+def _ours(case: Sequence[Row]) -> Row:
+    """Of our rows that of the turns with the fastest peer."""
+    ours = [row for row in case if row.provider == "ours"]
+    fastest = _fastest([row for row in case if row.provider in PEERS])
+    beside = [row for row in ours if fastest.label() in row.turns()]
+    return (beside or ours)[0]
 
 
 def _fastest(rows: Sequence[Row]) -> Row:
@@ -81,8 +102,20 @@ def _fastest(rows: Sequence[Row]) -> Row:
     return same[0] if same else first
 
 
+def _ratio(peer: Row, mine: Row) -> str:
+    """The peer's time over ours; ~ where they did not take turns, * where it was called once."""
+    in_turn = peer.turns() == mine.turns() and peer.form == mine.form
+    ratio = median_s(peer) / median_s(mine)
+    return f"{'' if in_turn else '~'}{ratio:.2f}{'' if peer.n > 1 else '*'}"
+
+
 def _megabytes(row: Row) -> str:
     return "" if row.peak_mb is None else f"{row.peak_mb:.0f} MB"
+
+
+def _markdown(headings: Sequence[str], rows: Iterator[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
 if __name__ == "__main__":

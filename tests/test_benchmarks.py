@@ -385,6 +385,9 @@ def test_table_of_known_coefficients_takes_the_peers_own_turns(tmp_path: Path) -
     assert line.split("|")[5:7] == [" `torch_compile` ", " 2.20 "]
     # Alone, and called once.
     assert line.split("|")[8:10] == [" `checkpointed_loop` ", " ~8.00* "]
+    headings, _, line = tables.peers_table(bench.rows, "no")
+    assert headings == "| case | ours | `torch` | `torch_compile` | `checkpointed_loop` |"
+    assert line == "| known coefficients, bf16, A | 0.5 s | ~4.00* | 2.20 | ~8.00* |"
 
 
 def test_append_keeps_the_rows_of_other_cases(tmp_path: Path) -> None:
