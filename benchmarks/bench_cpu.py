@@ -227,9 +227,9 @@ class Bench:
         for name in self.options.providers:
             provider = PROVIDERS[name]
             precisions = ["highest"]
-            upcast = case.dtype == "fp32" or provider.multiplies_in_fp32
-            if upcast and (not self.options.smoke or name == self.options.providers[0]):
-                precisions = self.options.precisions
+            if case.dtype == "fp32" or provider.multiplies_in_fp32:
+                first_alone = self.options.smoke and name != self.options.providers[0]
+                precisions = self.options.precisions[: 1 if first_alone else None]
             for job in self.jobs(case, name, precisions):
                 reason = self.reason_against(case, job)
                 if reason is None:
@@ -279,9 +279,9 @@ class Bench:
         rows = self.ranking(case)
         if self.options.finalists is None or not rows:
             return None
-        chosen = rows[: self.options.finalists]
-        chosen += [row for row in rows if row.stores_logits == "no"][:1]
-        return list(dict.fromkeys((row.provider, row.precision) for row in chosen))
+        peers = list(dict.fromkeys((row.provider, row.precision) for row in rows))
+        without = [(row.provider, row.precision) for row in rows if row.stores_logits == "no"]
+        return list(dict.fromkeys(peers[: self.options.finalists] + without[:1]))
 
     def best_peer(self, case: Case, measured: Sequence[Row]) -> Row | None:
         """The fastest peer of the case, or of forward_backward where that stands for it."""

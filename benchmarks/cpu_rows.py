@@ -2,7 +2,7 @@
 
 One row of the CSV is one process. Columns:
 
-    status           ok, or why there is no time
+    status           ok, that it was slow and timed once, or why there is no time
     n                timed calls; median_s, min_s, p20_s, p80_s are theirs
     in_turn_with     the providers that this process took turns with; empty: it ran alone
     relative         median over that of the floor in the same turns; alone: over the case's fastest

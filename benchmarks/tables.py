@@ -49,11 +49,10 @@ def peers_table(rows: Sequence[Row], entropy: str) -> list[str]:
     peers = [name for name in PEERS if name in timed]
 
     def cells(case: Sequence[Row]) -> Iterator[str]:
-        mine = _ours(case)
-        yield f"{mine.median_s:.3g} s"
-        for peer in peers:
-            same = [row for row in case if row.provider == peer]
-            yield _ratio(_fastest(same), mine) if same else ""
+        yield f"{_ours(case).median_s:.3g} s"
+        for name in peers:
+            same = [row for row in case if row.provider == name]
+            yield _ratio(_fastest(same), _ours(case, _fastest(same))) if same else ""
 
     headings = ["case", "ours", *(f"`{name}`" for name in peers)]
     return _markdown(headings, ([name, *cells(case)] for name, case in cases))
@@ -77,7 +76,8 @@ def _cells(case: Sequence[Row]) -> list[str]:
     peers = [row for row in case if row.provider in PEERS]
     without_logits = [row for row in peers if row.stores_logits == "no"]
     mine = _ours(case)
-    cells = [f"{mine.median_s:.3g} s", f"{mine.relative:.2f}", _megabytes(mine)]
+    relative = "" if mine.relative is None else f"{mine.relative:.2f}"
+    cells = [f"{mine.median_s:.3g} s", relative, _megabytes(mine)]
     for some in (peers, without_logits):
         if not some:
             cells += ["", "", ""]
@@ -87,12 +87,14 @@ def _cells(case: Sequence[Row]) -> list[str]:
     return cells
 
 
-def _ours(case: Sequence[Row]) -> Row:
-    """Of our rows that of the turns with the fastest peer."""
+def _ours(case: Sequence[Row], peer: Row | None = None) -> Row:
+    """Of our rows that of the turns with the peer, else with the fastest peer."""
     ours = [row for row in case if row.provider == "ours"]
     fastest = _fastest([row for row in case if row.provider in PEERS])
-    beside = [row for row in ours if fastest.label() in row.turns()]
-    return (beside or ours)[0]
+    for other in (fastest, *([peer] if peer else [])):
+        beside = [row for row in ours if other.label() in row.turns()]
+        ours = beside + [row for row in ours if row not in beside]
+    return ours[0]
 
 
 def _fastest(rows: Sequence[Row]) -> Row:

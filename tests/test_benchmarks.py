@@ -302,6 +302,35 @@ def test_finalists_are_the_fastest_on_the_first_shape(tmp_path: Path) -> None:
     assert bench.finalists(on_a) is None
     assert bench.expected_best(on_a, bench.peer_jobs(on_a)) is None
     assert bench.finalists(dataclasses.replace(on_b, dtype="fp32")) is None
+    # Two rows of a peer, alone and in turns, are one finalist.
+    bench.rows.append(row_of(bench, CPU_SHAPES["A"], "torch_compile", 1.1))
+    bench.options.finalists = 2
+    names = [name for name, _ in bench.finalists(on_b) or []]
+    assert names == ["torch_compile", "torch", "checkpointed_loop"]
+    # By default everybody runs, and the fastest on the first shape still goes into its turns.
+    bench.options.finalists = None
+    assert bench.finalists(on_b) is None
+    expected = bench.expected_best(on_b, bench.peer_jobs(on_b))
+    assert expected is not None and expected.label() == "torch_compile"
+
+
+def test_precisions_that_are_asked_for(tmp_path: Path) -> None:
+    peers = ["--providers", "torch", "checkpointed_loop"]
+    on_b = Case(CPU_SHAPES["B"], "fp32", "forward", False)
+
+    def labels(*options: str) -> list[str]:
+        bench = bench_cpu.Bench(bench_cpu.parse([*peers, *options]), tmp_path / "rows.csv")
+        jobs = bench.peer_jobs(on_b)
+        bf16 = bench.peer_jobs(dataclasses.replace(on_b, dtype="bf16"))
+        assert [job.precision for job in bf16] == ["highest"] * 2  # they multiply in bf16
+        floor = [bench.floor_job(on_b)] if len(bench.options.precisions) == 1 else []
+        return [job.label() for job in [*jobs, *floor]]
+
+    both = ["torch", "torch@medium", "checkpointed_loop", "checkpointed_loop@medium"]
+    assert labels() == both
+    only = ["torch@medium", "checkpointed_loop@medium", "floor@medium"]
+    assert labels("--precisions", "medium") == only
+    assert labels("--precisions", "medium", "--smoke") == only
 
 
 @pytest.mark.parametrize("loop_s", [2.0, 0.5])
@@ -388,6 +417,14 @@ def test_table_of_known_coefficients_takes_the_peers_own_turns(tmp_path: Path) -
     headings, _, line = tables.peers_table(bench.rows, "no")
     assert headings == "| case | ours | `torch` | `torch_compile` | `checkpointed_loop` |"
     assert line == "| known coefficients, bf16, A | 0.5 s | ~4.00* | 2.20 | ~8.00* |"
+    # A slower peer that took turns with ours is over ours of those turns.
+    bench.rows += [
+        timed("ours", "known_coefficients", 0.4, "torch floor"),
+        timed("torch", "known_coefficients", 1.2, "ours floor"),
+    ]
+    bench.rows.remove(next(row for row in bench.rows if row.provider == "torch"))
+    *_, line = tables.peers_table(bench.rows, "no")
+    assert line == "| known coefficients, bf16, A | 0.5 s | 3.00 | 2.20 | ~8.00* |"
 
 
 def test_append_keeps_the_rows_of_other_cases(tmp_path: Path) -> None:
@@ -403,6 +440,7 @@ def test_append_keeps_the_rows_of_other_cases(tmp_path: Path) -> None:
     assert [row.case() for row in second.rows] == [first.rows[0].case()]
     second.rows.append(row_of(second, CPU_SHAPES["B"], "torch", 3.0))
     second.write()
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.csv"]
     found = [(row["shape"], row["cpu"] == "another", row["n"]) for row in plots.read_csv(path)]
     assert found == [("A", True, "1"), ("B", False, "1")]
 
