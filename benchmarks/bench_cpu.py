@@ -32,6 +32,7 @@ Sample output, a row a process:
 
 import argparse
 import csv
+import io
 import os
 import tempfile
 import time
@@ -42,6 +43,7 @@ from pathlib import Path
 
 import torch
 
+from agro_train import durable
 from benchmarks import plots, timing
 from benchmarks.correctness import Errors
 from benchmarks.cpu_rows import FORM_ORDER, Case, Row, median_s, yes
@@ -392,14 +394,13 @@ class Bench:
 
     def write(self) -> None:
         """Whole or not at all: the file may hold the rows of earlier runs."""
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*Row.columns(), *self.facts])
-            for row in self.rows:
-                facts = self.earlier.get(id(row), self.facts)
-                writer.writerow([*row.texts(), *facts.values()])
-        part.replace(self.path)
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow([*Row.columns(), *self.facts])
+        for row in self.rows:
+            facts = self.earlier.get(id(row), self.facts)
+            writer.writerow([*row.texts(), *facts.values()])
+        durable.replace(self.path, text.getvalue())
 
 
 def _error_key(job: Job) -> tuple[object, ...]:

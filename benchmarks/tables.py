@@ -52,7 +52,8 @@ def peers_table(rows: Sequence[Row], entropy: str) -> list[str]:
         yield f"{_ours(case).median_s:.3g} s"
         for name in peers:
             same = [row for row in case if row.provider == name]
-            yield _ratio(_fastest(same), _ours(case, _fastest(same))) if same else ""
+            peer = _fastest(same) if same else None
+            yield "" if peer is None else _ratio(peer, _ours(case, peer))
 
     headings = ["case", "ours", *(f"`{name}`" for name in peers)]
     return _markdown(headings, ([name, *cells(case)] for name, case in cases))
@@ -89,12 +90,12 @@ def _cells(case: Sequence[Row]) -> list[str]:
 
 def _ours(case: Sequence[Row], peer: Row | None = None) -> Row:
     """Of our rows that of the turns with the peer, else with the fastest peer."""
-    ours = [row for row in case if row.provider == "ours"]
     fastest = _fastest([row for row in case if row.provider in PEERS])
-    for other in (fastest, *([peer] if peer else [])):
-        beside = [row for row in ours if other.label() in row.turns()]
-        ours = beside + [row for row in ours if row not in beside]
-    return ours[0]
+    wanted = [(peer or fastest).label(), fastest.label()]
+    return max(
+        (row for row in case if row.provider == "ours"),
+        key=lambda row: [label in row.turns() for label in wanted],
+    )
 
 
 def _fastest(rows: Sequence[Row]) -> Row:
