@@ -60,7 +60,11 @@ def load_rows(
     beta,
     HAS_WEIGHTS: tl.constexpr,
 ):
-    """Regularised reward, importance weight (both 0 where the row is not kept) and kept of rows."""
+    """(regularised reward, importance weight, kept) of rows, numbers without meaning if not kept.
+
+    Who uses them leaves the others out: a selection here would be one that Triton before 3.8 cannot
+    lay out once the rows stand along either side of a tile.
+    """
     infinity = float("inf")
     rewards = tl.load(rewards_ptr + offs, mask=mask, other=0.0).to(tl.float64)
     log_ratios = tl.load(log_ratios_ptr + offs, mask=mask, other=0.0)
@@ -68,10 +72,9 @@ def load_rows(
     if HAS_WEIGHTS:
         weights = tl.load(weights_ptr + offs, mask=mask, other=0.0).to(tl.float64)
         kept = kept & (weights >= 0) & (weights < infinity)
-        weights = tl.where(kept, weights, 0.0)
     else:
-        weights = kept.to(tl.float64)
-    return tl.where(kept, rewards - beta * log_ratios, 0.0), weights, kept
+        weights = tl.full(rewards.shape, 1.0, tl.float64)
+    return rewards - beta * log_ratios, weights, kept
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -123,9 +126,10 @@ def group_statistics_kernel(
         )
         same = (groups_i[:, None] == groups_j[None, :]) & mask_j[None, :]
         member = same & kept_j[None, :]
+        member_weights = tl.where(member, weights_j[None, :], 0.0)
         size += tl.sum(member.to(tl.float64), 1)
-        weight += tl.sum(tl.where(member, weights_j[None, :], 0.0), 1)
-        total += tl.sum(tl.where(member, (weights_j * regularized_j)[None, :], 0.0), 1)
+        weight += tl.sum(member_weights, 1)
+        total += tl.sum(member_weights * tl.where(member, regularized_j[None, :], 0.0), 1)
         earlier += tl.sum((same & (offs_j[None, :] < offs_i[:, None])).to(tl.int32), 1)
     mean = total / tl.where(weight > 0, weight, 1.0)
 
@@ -140,7 +144,8 @@ def group_statistics_kernel(
         )
         member = (groups_i[:, None] == groups_j[None, :]) & kept_j[None, :]
         deviations = tl.where(member, regularized_j[None, :] - mean[:, None], 0.0)
-        squares += tl.sum(weights_j[None, :] * deviations * deviations, 1)
+        member_weights = tl.where(member, weights_j[None, :], 0.0)
+        squares += tl.sum(member_weights * deviations * deviations, 1)
         if LR_CAP:
             largest = tl.maximum(largest, tl.max(deviations, 1))
 
@@ -149,7 +154,7 @@ def group_statistics_kernel(
     n = tl.where(valid, size, 2.0)
     pairs = weight / (n * (n - 1))
     deviation = tl.where(used, regularized_i - mean, 0.0)
-    coefficients = -beta * weights_i * deviation * pairs
+    coefficients = -beta * tl.where(used, weights_i, 0.0) * deviation * pairs
     if HAS_LR:
         square = deviation * deviation
         of_others = (squares - n / (n - 1) * square) / tl.where(n > 2, n - 2, 1.0)
