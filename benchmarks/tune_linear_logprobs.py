@@ -2,7 +2,7 @@
 
     python -m benchmarks.tune_linear_logprobs --kernel linear_logprobs_fwd --dtype bf16
         --head llama3-8b qwen3-8b [--smallest-d 2049] [--tokens 2048 8192 32768] [--pointers]
-        [--results FOLDER]
+        [--quick] [--workers 16] [--results FOLDER]
     python -m benchmarks.tune_linear_logprobs --smoke      its code, under Triton's interpreter
 
 The heads stand for the range of hidden sizes of one row, the tokens for all batches. A tile is
@@ -14,6 +14,8 @@ whose errors against float64 are more than 4 times the shipped row's is out. The
 each head and number of tokens beside the shipped row, in turn. The score is the geometric mean of
 the times over the shipped row's. Then group_n and max_splits are varied for the best tiles.
 --pointers leaves tensor descriptors out: for the row that serves a weight they cannot stand for.
+--quick keeps the tiles of 128 or 256 by 128 or 256, 64 deep, in three or four stages: minutes.
+Compiling is most of a search, so several processes do it beforehand, into Triton's cache on disk.
 
 The forward pass is timed with the entropy. The backward pass is asked for the bias's gradient
 alone: that launches the kernel and none of the library's products, which no tile changes.
@@ -30,10 +32,12 @@ import argparse
 import csv
 import itertools
 import math
+import multiprocessing
 import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -58,6 +62,7 @@ MOST_ACCUMULATORS = {"gfx942": 256, "gfx950": 256}
 MOST_ACCUMULATORS_ELSEWHERE = 128
 REPETITIONS = 10
 REFINED = 3  # of the best tiles, for which group_n and max_splits are varied
+COMPILED_TOKENS = 64  # of the call that compiles: the code does not depend on their number
 ERROR_SLACK = 4.0  # between two orders of a sum, the largest of many errors varies by about two
 # The errors are measured on these; no size is a multiple of a tile's.
 SMALL = Shape("small", 257, Head("small", 0, 1031))  # with the hidden size that is tuned for
@@ -79,11 +84,17 @@ class Candidate:
 
 
 def candidates(
-    architecture: str, itemsize: int, hidden_size: int, pointers: bool = False
+    architecture: str,
+    itemsize: int,
+    hidden_size: int,
+    pointers: bool = False,
+    quick: bool = False,
 ) -> list[TileConfig]:
     """The tiles that fit the architecture, group_n and max_splits left at their defaults."""
     if architecture == "interpreter":
         grid = itertools.product((16,), (16, 32), (16,), (1,), (1,))
+    elif quick:
+        grid = itertools.product((128, 256), (128, 256), (64,), (4, 8), (3, 4))
     else:
         grid = itertools.product(
             (64, 128, 256), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4, 5)
@@ -133,6 +144,33 @@ def instead_of_shipped(kernel: str, tile: TileConfig) -> Iterator[None]:
         yield
     finally:
         setattr(configs, "select", select)  # noqa: B010
+
+
+# --- Compiling ------------------------------------------------------------------------------------
+
+
+def compile_ahead(
+    kernel: str,
+    tiles: Sequence[TileConfig],
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    workers: int,
+) -> None:
+    """Leaves the code of all tiles in Triton's cache on disk, a process for several at a time."""
+    heads = {shape.head: replace(shape, tokens=COMPILED_TOKENS) for shape in shapes}
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(tiles)), mp_context=spawned) as pool:
+        for tile in tiles:
+            pool.submit(compile_one, kernel, tile, list(heads.values()), dtype)
+
+
+def compile_one(kernel: str, tile: TileConfig, shapes: Sequence[Shape], dtype: torch.dtype) -> None:
+    """A tile that is refused here is refused again, and then reported, where it is checked."""
+    for shape in shapes:
+        inputs = make_inputs(shape, dtype, "cuda")
+        with refusals_of(Candidate(tile)), instead_of_shipped(kernel, tile):
+            call_of(kernel, inputs)()
+        torch.cuda.synchronize()
 
 
 # --- One kernel -----------------------------------------------------------------------------------
@@ -250,10 +288,13 @@ def search(
     device: str,
     repetitions: int = REPETITIONS,
     pointers: bool = False,
+    quick: bool = False,
+    workers: int = 0,
 ) -> list[Candidate]:
     """All candidates, the shipped row first, then the fastest first, then those that are out.
 
-    The shapes' heads have to agree on the softcap: a row serves calls with one or without.
+    The shapes' heads have to agree on the softcap: a row serves calls with one or without. With
+    workers that many processes compile.
     """
     itemsize = dtype.itemsize
     smallest = min(shapes, key=lambda shape: shape.head.hidden_size).head
@@ -268,9 +309,8 @@ def search(
         )
     )
     head = replace(SMALL.head, hidden_size=smallest.hidden_size, softcap=smallest.softcap)
-    small = make_inputs(
-        SMOKE if architecture == "interpreter" else replace(SMALL, head=head), dtype, device
-    )
+    small_shape = SMOKE if architecture == "interpreter" else replace(SMALL, head=head)
+    small = make_inputs(small_shape, dtype, device)
     truth = truth_of(kernel, small)
     shipped.error = error_of(kernel, shipped.tile, small, truth)
     eps = torch.finfo(torch.float32).eps
@@ -278,6 +318,9 @@ def search(
 
     def try_all(tiles: Sequence[TileConfig]) -> list[Candidate]:
         new = [Candidate(tile) for tile in tiles if tile != shipped.tile]
+        if workers > 0 and new:
+            todo = [candidate.tile for candidate in new]
+            compile_ahead(kernel, todo, [small_shape, *shapes], dtype, workers)
         for candidate in new:
             check(kernel, candidate, small, truth, allowed)
         time_all(kernel, shipped, new, shapes, dtype, device, repetitions)
@@ -286,7 +329,7 @@ def search(
     def fastest(found: Sequence[Candidate]) -> list[Candidate]:
         return sorted(found, key=lambda candidate: (candidate.score is None, candidate.score or 0))
 
-    found = try_all(candidates(architecture, itemsize, smallest.hidden_size, pointers))
+    found = try_all(candidates(architecture, itemsize, smallest.hidden_size, pointers, quick))
     best = [c for c in fastest([shipped, *found]) if c.status == "ok"][:REFINED]
     known = {candidate.tile for candidate in found}
     varied = dict.fromkeys(v for c in best for v in variations(kernel, architecture, c.tile))
@@ -345,6 +388,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smallest-d", type=int, help="of the row; default: the heads' smallest")
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--pointers", action="store_true", help="no tensor descriptors")
+    parser.add_argument("--quick", action="store_true", help="only the likely tiles")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
     options = parser.parse_args(arguments)
@@ -369,7 +414,17 @@ def main(arguments: list[str] | None = None) -> int:
     kind = architecture(torch.device(device))
     repetitions = 1 if options.smoke else REPETITIONS
     dtype = DTYPES[options.dtype]
-    found = search(options.kernel, kind, shapes, dtype, device, repetitions, options.pointers)
+    found = search(
+        options.kernel,
+        kind,
+        shapes,
+        dtype,
+        device,
+        repetitions,
+        options.pointers,
+        options.quick,
+        workers=options.workers if device == "cuda" else 0,
+    )
     for candidate in found:
         result = candidate.status if candidate.score is None else f"{candidate.score:.3f}"
         print(f"{result}  {describe(candidate.tile)}")
