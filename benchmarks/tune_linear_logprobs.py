@@ -11,10 +11,13 @@ of tokens: a row that was best for some of them would have to serve the rest too
 
 Method. Every tile that shared memory and registers have room for runs on a small shape first; one
 whose errors against float64 are more than 4 times the shipped row's is out. The rest is timed on
-each head and number of tokens beside the shipped row, in turn. The score is the geometric mean of
-the times over the shipped row's. Then group_n and max_splits are varied for the best tiles.
+each head and number of tokens beside the shipped row, in turn, each time after a call that is not
+timed: a GPU at its power limit carries the clock of one program into the next. The score is the
+geometric mean of the times over the shipped row's. Then group_n and max_splits are varied for the
+best tiles.
 --pointers leaves tensor descriptors out: for the row that serves a weight they cannot stand for.
---quick keeps the tiles of 128 or 256 by 128 or 256, 64 deep, in three or four stages: minutes.
+--quick keeps the tiles of 128 or 256 by 128 or 256, 64 deep, in three or four stages, and varies
+nothing: a minute.
 Compiling is most of a search, so several processes do it beforehand, into Triton's cache on disk.
 
 The forward pass is timed with the entropy. The backward pass is asked for the bias's gradient
@@ -254,16 +257,13 @@ def time_all(
     for shape in shapes:
         inputs = make_inputs(shape, dtype, device)
         call = call_of(kernel, inputs)
-        for repetition in range(repetitions + 1):
-            with instead_of_shipped(kernel, shipped.tile):
-                times = [(shipped, timing.time_call(call, device))]
-            for candidate in found:
-                if candidate.status != "ok":
-                    continue
+        for repetition in range(repetitions):
+            running = [shipped, *(candidate for candidate in found if candidate.status == "ok")]
+            first = repetition * len(running) // repetitions
+            for candidate in running[first:] + running[:first]:
                 with refusals_of(candidate), instead_of_shipped(kernel, candidate.tile):
-                    times.append((candidate, timing.time_call(call, device)))
-            if repetition > 0:  # the first call compiles
-                for candidate, seconds in times:
+                    call()  # compiles, and brings the clock to where this tile leaves it
+                    seconds = timing.time_call(call, device)
                     candidate.seconds.setdefault(shape, []).append(seconds)
         del inputs, call
     for candidate in [shipped, *found]:
@@ -330,6 +330,8 @@ def search(
         return sorted(found, key=lambda candidate: (candidate.score is None, candidate.score or 0))
 
     found = try_all(candidates(architecture, itemsize, smallest.hidden_size, pointers, quick))
+    if quick:
+        return [shipped, *fastest(found)]
     best = [c for c in fastest([shipped, *found]) if c.status == "ok"][:REFINED]
     known = {candidate.tile for candidate in found}
     varied = dict.fromkeys(v for c in best for v in variations(kernel, architecture, c.tile))
