@@ -1,8 +1,10 @@
 """Tile sizes of the Triton kernels, a table per GPU architecture. Nothing is tuned at run time.
 
-Provenance of every row: compiled, not timed. Triton 3.8 compiled it for its architecture and
-`python -m benchmarks.compile_report` read the result back (benchmarks/results/compile_report.csv):
-no register is spilled in any combination of options.
+Provenance. Triton 3.8 compiled every row for its architecture and `python -m
+benchmarks.compile_report` read the result back (benchmarks/results/compile_report.csv): no register
+is spilled in any combination of options. An H200 timed the rows of sm90 that a hidden size of 2048
+gets beside the other likely tiles (results/tune_linear_logprobs_*_sm90_bf16.csv), and ran those of
+4096 (bench_linear_logprobs.csv). No other row has been timed.
 
 A row decides the order in which a logit and a sum over the vocabulary are added up (block_v,
 block_d, max_splits). Which row a call gets depends on the architecture, the dtype, the hidden size,
@@ -82,7 +84,7 @@ INTERPRETER = (
 # products of the other. Four warps leave a thread twice the registers of eight, and with a softcap,
 # where the logits stay beside their gradient, that is still too few. Operands that are not aligned
 # pass through the registers on their way to shared memory: hence the smaller last rows.
-WIDE = 2049  # hidden sizes from here on are large
+WIDE_FWD, WIDE_BWD = 2048, 2049  # hidden sizes from here on are large
 TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
     "linear_logprobs_fwd": {
         "sm80": {
@@ -94,7 +96,7 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
         },
         "sm90": {
             2: (
-                Row(TileConfig(128, 256, 64, 8, 4, descriptors=True), smallest_d=WIDE),
+                Row(TileConfig(128, 256, 64, 8, 4, descriptors=True), smallest_d=WIDE_FWD),
                 Row(
                     TileConfig(128, 128, 64, 4, 3, max_splits=32, descriptors=True),
                     with_softcap=False,
@@ -128,7 +130,7 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
             2: (
                 Row(
                     TileConfig(128, 256, 64, 8, 4, descriptors=True),
-                    smallest_d=WIDE,
+                    smallest_d=WIDE_BWD,
                     with_softcap=False,
                 ),
                 Row(TileConfig(128, 128, 64, 4, 3, descriptors=True), with_softcap=False),
@@ -141,7 +143,7 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
             2: (
                 Row(
                     TileConfig(128, 256, 64, 8, 4, descriptors=True),
-                    smallest_d=WIDE,
+                    smallest_d=WIDE_BWD,
                     with_softcap=False,
                 ),
                 Row(TileConfig(128, 128, 64, 8, 3, descriptors=True)),

@@ -68,7 +68,7 @@ SHARED_BYTES = {
 
 # The head's sizes: Llama 3's, and a vocabulary that no tile divides.
 NUM_TOKENS, VOCABULARY, RAGGED_VOCABULARY = 8192, 128256, 50257
-HIDDEN_SIZES = (4096, 2048)
+HIDDEN_SIZES = (4096, 1024)
 EXTRAS = frozenset({"bias", "token_temperature", "round_logits", "kept", "ragged"})
 EVERYTHING = EXTRAS | {"softcap"}
 # Name -> what the call has. "everything" comes without the softcap too, for which configs.py may

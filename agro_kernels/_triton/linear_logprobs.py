@@ -245,7 +245,8 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
     """linear_logprobs_fwd of the rows of a Head."""
     hidden = head.hidden
     N, V = hidden.shape[0], head.weight.shape[0]
-    logprobs, lse = hidden.new_empty((2, N), dtype=torch.float32)
+    logprobs = hidden.new_empty(N, dtype=torch.float32)
+    lse = torch.empty_like(logprobs)
     entropy = hidden.new_empty(N if with_entropy else 0, dtype=torch.float32)
     if N == 0:
         return logprobs, lse, entropy

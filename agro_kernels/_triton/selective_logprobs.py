@@ -170,7 +170,8 @@ def selective_logprobs_fwd(
     N the number of targets, or None. A target outside [0, V) that is not ignore_index gives a
     logprob of NaN: looking at it here would stall the device.
     """
-    logprobs, lse = logits.new_empty((2, *targets.shape), dtype=torch.float32)
+    logprobs = logits.new_empty(targets.shape, dtype=torch.float32)
+    lse = torch.empty_like(logprobs)
     if logprobs.numel() > 0:
         _launch(
             selective_logprobs_fwd_kernel,

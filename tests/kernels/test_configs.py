@@ -50,7 +50,7 @@ def test_every_architecture_serves_every_call(kernel: str) -> None:
 def test_select_follows_the_hidden_size_the_layout_and_the_softcap() -> None:
     forward, backward = configs.TILES
     wide = configs.select(forward, "sm90", 2, 4096)
-    small = configs.select(forward, "sm90", 2, 2048)
+    small = configs.select(forward, "sm90", 2, 1024)
     assert (wide.block_v, small.block_v) == (256, 128)
     assert wide.descriptors and small.descriptors
     assert not configs.select(forward, "sm90", 2, 4096, aligned=False).descriptors

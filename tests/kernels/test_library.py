@@ -43,6 +43,7 @@ def linear_logprobs_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield (*head(dtype, leaves=True), *options(9, 33, kind), with_entropy)
     hidden, weight, targets, _ = head(dtype)
     yield hidden.requires_grad_(), weight, targets, None, *options(9, 33, "few"), False
+    yield hidden.detach(), weight, targets.clamp_min(0), None, *options(9, 33, "few"), True
 
 
 def linear_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

@@ -282,6 +282,7 @@ def test_kernels_compile_for_sm_90() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_cuda_tensors_are_served_without_a_host_synchronisation() -> None:
     batch = Batch()
     tokens = on_device(batch.tokens)
@@ -293,8 +294,8 @@ def test_cuda_tensors_are_served_without_a_host_synchronisation() -> None:
         agro_coefficients(*sums, beta=BETA, num_groups=3)
 
     step()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
