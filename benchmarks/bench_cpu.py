@@ -48,6 +48,7 @@ from benchmarks import plots, timing
 from benchmarks.correctness import Errors
 from benchmarks.cpu_rows import FORM_ORDER, Case, Row, median_s, yes
 from benchmarks.providers import FORM_GEMMS, FORMS, PROVIDERS
+from benchmarks.rows import column_names, parsed, texts
 from benchmarks.shapes import CPU_SHAPES, SMOKE_SHAPE
 from benchmarks.turns import FLOOR, Job, Measured, find_errors, in_turn
 
@@ -159,7 +160,7 @@ class Bench:
         """Takes over the rows of the CSV, if there is one, but for the cases to be measured now."""
         measured = {case.key() for case in cases(self.options)}
         for columns in plots.read_csv(self.path) if self.path.exists() else []:
-            row = Row.from_text(columns)
+            row = parsed(Row, columns)
             if row.case() not in measured:
                 self.rows.append(row)
                 self.earlier[id(row)] = {name: columns[name] for name in self.facts}
@@ -396,10 +397,10 @@ class Bench:
         """Whole or not at all: the file may hold the rows of earlier runs."""
         text = io.StringIO()
         writer = csv.writer(text)
-        writer.writerow([*Row.columns(), *self.facts])
+        writer.writerow([*column_names(Row), *self.facts])
         for row in self.rows:
             facts = self.earlier.get(id(row), self.facts)
-            writer.writerow([*row.texts(), *facts.values()])
+            writer.writerow([*texts(row), *facts.values()])
         durable.replace(self.path, text.getvalue())
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_linear_logprobs [--head llama3-8b ...] [--tokens 4096 ...]
         [--form forward ...] [--provider ours ...] [--dtype bf16] [--with-entropy]
-        [--repetitions 20] [--seconds 10] [--results FOLDER]
+        [--repetitions 20] [--seconds 10] [--append] [--results FOLDER]
     python -m benchmarks.bench_linear_logprobs --smoke     every line of it, on any machine, small
 
 Method, for each head, number of tokens and form (benchmarks.providers says what a form is):
@@ -23,7 +23,8 @@ Method, for each head, number of tokens and form (benchmarks.providers says what
 * torch.compile specialises to every shape (no dynamic ones); its compilation is not timed.
 
 Inputs are random, logits of standard deviation 5, half the targets likely: data with less entropy
-draws less power and clocks higher. Rows are written as soon as they are measured.
+draws less power and clocks higher. Rows are written as soon as they are measured; --append keeps
+those of other heads, tokens and forms.
 
     head    form     N   phase  provider     ms    p20    p80  TFLOP/s  extra MB  logp err ...
     smoke   forward  37  whole  ours      0.480  0.441  3.290      0.0       0.2   2.4e-06 ...
@@ -35,7 +36,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -43,8 +44,8 @@ import torch
 from agro_kernels import linear_logprobs_with_stats
 from benchmarks import timing
 from benchmarks.correctness import Errors, beyond_limits, errors, objection
+from benchmarks.gpu_rows import PHASES, Row, algorithmic_gemms
 from benchmarks.providers import (
-    FORM_GEMMS,
     FORMS,
     PROVIDERS,
     GemmFloor,
@@ -52,6 +53,7 @@ from benchmarks.providers import (
     Step,
     make_inputs,
 )
+from benchmarks.rows import column_names, parsed, texts
 from benchmarks.shapes import (
     ACCURACY_SHAPE,
     GPU_HEADS,
@@ -64,45 +66,12 @@ from benchmarks.shapes import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PHASES = {form: ("whole",) for form in FORMS} | {
-    "forward_backward": ("whole", "backward"),
-    "frozen_weight": ("whole", "backward"),
-}
 FLOOR_TILE_BYTES = 2 * 2**30  # of the logits that the floor's products read or write
 # Compiling these takes longer than all else of a smoke run; --provider asks for them.
 COMPILED = ("torch_compile", "checkpointed_loop", "cce_torch_compile")
 SMOKE_TOKENS = (37, 64)
 CALLS_A_TURN = 5
 FEWEST_CALLS = 3  # of a provider that is too slow for --repetitions
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the CSV. Times and what follows from them are None unless status is "ok"."""
-
-    head: str
-    form: str
-    tokens: int
-    phase: str
-    provider: str
-    with_entropy: bool
-    dtype: str
-    hidden_size: int
-    vocabulary: int
-    status: str
-    n: int = 0  # timed calls
-    median_ms: float | None = None
-    p20_ms: float | None = None
-    p80_ms: float | None = None
-    tflops: float | None = None  # algorithmic, see the docstring of the module
-    algorithmic_gemms: int = 0
-    extra_mb: float | None = None
-    logprob_error: float | None = None  # of the small shape, see benchmarks.correctness
-    entropy_error: float | None = None
-    dhidden_error: float | None = None
-    dweight_error: float | None = None
-    setting: str = ""
-    versions: str = ""
 
 
 @dataclass
@@ -122,11 +91,6 @@ class Entrant:
     def release(self) -> None:
         if self.step is not None:
             self.step.release()
-
-
-def algorithmic_gemms(form: str, phase: str) -> int:
-    """Products of the head that no exact program of this form and phase can avoid."""
-    return len(set(FORM_GEMMS[form]) - ({"logits"} if phase == "backward" else set()))
 
 
 # --- One shape, one form --------------------------------------------------------------------------
@@ -434,6 +398,18 @@ def shapes_of(heads: list[str], tokens: list[int], smoke: bool) -> list[Shape]:
     return [Shape(f"{name}-{n}", n, table[name]) for name in heads for n in tokens]
 
 
+def other_rows(
+    path: Path, shapes: list[Shape], forms: list[str]
+) -> list[tuple[Row, dict[str, str]]]:
+    """The rows of the CSV, if there is one, that these shapes and forms do not measure again."""
+    if not path.exists():
+        return []
+    again = {(shape.head.name, shape.tokens, form) for shape in shapes for form in forms}
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    return [(row, line) for line in lines if (row := parsed(Row, line)).case() not in again]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The process's exit status: 1 if ours failed or was wrong somewhere, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -445,6 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--with-entropy", action="store_true", help="entropies and their gradient")
     parser.add_argument("--repetitions", type=int, help="calls of each provider, at most")
     parser.add_argument("--seconds", type=float, default=10.0, help="for the calls of each")
+    parser.add_argument("--append", action="store_true", help="keep the CSV's other rows")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on a CPU without a GPU")
     options = parser.parse_args(arguments)
@@ -468,15 +445,21 @@ def main(arguments: list[str] | None = None) -> int:
     print_header()
 
     rows: list[Row] = []
+    shapes = shapes_of(options.head, tokens, options.smoke)
     options.results.mkdir(parents=True, exist_ok=True)
     stem = "bench_linear_logprobs" + ("_smoke" if options.smoke else "")
     stem += "" if options.dtype == "bf16" else f"_{options.dtype}"
     stem += "_entropy" if options.with_entropy else ""
     path = options.results / f"{stem}.csv"
+    kept = other_rows(path, shapes, options.form) if options.append else []
     with path.open("w", newline="") as file, each_shape_compiled_apart(providers):
-        writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *facts])
-        writer.writeheader()
-        for shape in shapes_of(options.head, tokens, options.smoke):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*column_names(Row), *facts])
+        for row, earlier in kept:
+            writer.writerow([*texts(row), *(earlier.get(name, "") for name in facts)])
+            rows.append(row)
+        file.flush()
+        for shape in shapes:
             if set(providers) & set(COMPILED):
                 torch.compiler.reset()  # the programs of the last shape
             for form in options.form:
@@ -497,7 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
                     facts |= timing.gpu_facts()  # the clocks after this load
                 for row in found:
                     print_row(row)
-                    writer.writerow(asdict(row) | facts)
+                    writer.writerow([*texts(row), *facts.values()])
                 file.flush()
                 rows += found
     title = f"{where}, torch {facts['torch']}, {options.dtype}, commit {facts['commit']}"

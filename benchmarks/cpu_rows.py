@@ -18,7 +18,7 @@ One row of the CSV is one process. Columns:
                      difference of logprobs and entropy (nats), relative norm of those of gradients
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from benchmarks.shapes import Shape
 
@@ -90,26 +90,6 @@ class Row:
         """The rows with the same answer are one case."""
         return self.shape, self.dtype, self.form, self.entropy
 
-    @classmethod
-    def from_text(cls, columns: dict[str, str]) -> "Row":
-        """A row of a CSV."""
-
-        def value(name: str) -> object:
-            text, kind = columns[name], cls.__annotations__[name]
-            if kind is str:
-                return text
-            return int(text) if kind is int else float(text) if text else None
-
-        return cls(**{field.name: value(field.name) for field in fields(cls)})  # type: ignore[arg-type]
-
-    @classmethod
-    def columns(cls) -> list[str]:
-        return [field.name for field in fields(cls)]
-
-    def texts(self) -> list[str]:
-        """What a line of the CSV holds in those columns."""
-        return [_text(getattr(self, name)) for name in self.columns()]
-
 
 def median_s(row: Row) -> float:
     """To sort by: what was not timed comes last."""
@@ -118,9 +98,3 @@ def median_s(row: Row) -> float:
 
 def yes(value: bool) -> str:
     return "yes" if value else "no"
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)

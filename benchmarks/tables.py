@@ -1,20 +1,24 @@
-"""The README's tables of bench_cpu, from its CSV file.
+"""The README's tables of bench_cpu and of bench_linear_logprobs, from their CSV files.
 
     python -m benchmarks.tables [--csv benchmarks/results/bench_cpu.csv] [--entropy no] [--peers]
+    python -m benchmarks.tables --gpu [--csv benchmarks/results/bench_linear_logprobs.csv]
 
 A row a case: ours over the floor of the same turns, the fastest peer over ours of the same turns,
 and the fastest peer that never holds the (N, V) logits. With --peers every peer over ours instead,
 each at the precision at which it is the fastest. What ran alone is over ours of another minute, and
-a ~ says so; a * says that it was called once.
+a ~ says so; a * says that it was called once. With --gpu every peer's time over ours, of the same
+turns, and its memory beyond inputs and results.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import plots
+from benchmarks import gpu_rows, plots
 from benchmarks.bench_cpu import PEERS, RESULTS
 from benchmarks.cpu_rows import FORM_ORDER, Row, median_s
+from benchmarks.providers import PROVIDERS
+from benchmarks.rows import parsed
 from benchmarks.shapes import CPU_SHAPES
 from benchmarks.turns import FLOOR
 
@@ -26,14 +30,20 @@ HEADINGS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The README's tables of bench_cpu.")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "bench_cpu.csv")
+    parser = argparse.ArgumentParser(description="The README's tables of the benchmarks.")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--gpu", action="store_true", help="of bench_linear_logprobs")
     parser.add_argument("--entropy", choices=["no", "yes"], default="no")
     parser.add_argument("--peers", action="store_true", help="every peer's time over ours")
     options = parser.parse_args(arguments)
-    rows = [Row.from_text(columns) for columns in plots.read_csv(options.csv)]
-    lines = peers_table if options.peers else table
-    print("\n".join(lines(rows, options.entropy)))
+    name = "bench_linear_logprobs.csv" if options.gpu else "bench_cpu.csv"
+    columns = plots.read_csv(options.csv or RESULTS / name)
+    if options.gpu:
+        lines = gpu_table([parsed(gpu_rows.Row, line) for line in columns])
+    else:
+        shown = peers_table if options.peers else table
+        lines = shown([parsed(Row, line) for line in columns], options.entropy)
+    print("\n".join(lines))
     return 0
 
 
@@ -57,6 +67,39 @@ def peers_table(rows: Sequence[Row], entropy: str) -> list[str]:
 
     headings = ["case", "ours", *(f"`{name}`" for name in peers)]
     return _markdown(headings, ([name, *cells(case)] for name, case in cases))
+
+
+def gpu_table(rows: Sequence[gpu_rows.Row]) -> list[str]:
+    """Lines of Markdown: a row a case that has ours, a column a peer that was timed in one."""
+    whole = [row for row in rows if row.phase == "whole" and row.median_ms is not None]
+    cases = {case: {row.provider: row for row in whole if row.case() == case}
+             for case in dict.fromkeys(row.case() for row in whole)}  # fmt: skip
+    cases = {case: timed for case, timed in cases.items() if {"ours", FLOOR} <= set(timed)}
+    timed_somewhere = {provider for timed in cases.values() for provider in timed}
+    peers = [name for name in PROVIDERS if name in timed_somewhere - {"ours"}]
+
+    def cells(case: tuple[str, int, str]) -> list[str]:
+        timed, (head, tokens, form) = cases[case], case
+        mine = timed["ours"]
+        beside = [_gpu_cell(timed[name], mine) if name in timed else "" for name in peers]
+        name = f"{plots.FORM_TITLES[form]}, {head}, {tokens:,} tokens"
+        return [
+            name, f"{mine.median_ms:.3g} ms", f"{_over(mine, timed[FLOOR]):.2f}",
+            f"{mine.extra_mb:,.0f} MB", *beside,
+        ]  # fmt: skip
+
+    ordered = sorted(cases, key=lambda case: FORM_ORDER.index(case[2]))
+    headings = ["case", "ours", "over the bare products", "beyond results"]
+    return _markdown([*headings, *(f"`{name}`" for name in peers)], map(cells, ordered))
+
+
+def _gpu_cell(peer: gpu_rows.Row, mine: gpu_rows.Row) -> str:
+    return f"{_over(peer, mine):.2f}, {peer.extra_mb:,.0f} MB"
+
+
+def _over(one: gpu_rows.Row, other: gpu_rows.Row) -> float:
+    assert one.median_ms is not None and other.median_ms is not None
+    return one.median_ms / other.median_ms
 
 
 def _cases(rows: Sequence[Row], entropy: str) -> Iterator[tuple[str, list[Row]]]:

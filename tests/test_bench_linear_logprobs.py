@@ -12,14 +12,8 @@ from torch import Tensor
 from agro_kernels import configs
 from agro_kernels.configs import TileConfig
 from benchmarks import bench_linear_logprobs, tune_linear_logprobs
-from benchmarks.bench_linear_logprobs import (
-    PHASES,
-    Entrant,
-    Row,
-    algorithmic_gemms,
-    calls_for,
-    measure,
-)
+from benchmarks.bench_linear_logprobs import Entrant, calls_for, measure
+from benchmarks.gpu_rows import PHASES, Row, algorithmic_gemms
 from benchmarks.providers import FORMS, PROVIDERS, Inputs, Provider, make_inputs
 from benchmarks.shapes import SMOKE_SHAPE, SMOKE_SOFTCAP_SHAPE, Shape
 
@@ -130,6 +124,22 @@ def test_smoke_run_writes_rows_and_plots(tmp_path: Path) -> None:
     assert all(row["commit"] for row in rows)
     plots = {path.name for path in tmp_path.glob("*.png")}
     assert plots == {f"bench_linear_logprobs_smoke_{head}_forward_backward.png" for head in heads}
+
+
+def test_appended_rows_stand_beside_those_of_other_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_linear_logprobs, "plot", lambda *_: None)
+    arguments = ["--smoke", "--provider", "ours", "--form", "forward", "--results", str(tmp_path)]
+    assert bench_linear_logprobs.main([*arguments, "--tokens", "37", "64"]) == 0
+    path = tmp_path / "bench_linear_logprobs_smoke.csv"
+    before = read(path)
+    assert bench_linear_logprobs.main([*arguments, "--tokens", "64", "--append"]) == 0
+    after = read(path)
+    kept = [row for row in before if row["tokens"] == "37"]
+    assert kept and after[: len(kept)] == kept
+    assert sorted(row["tokens"] for row in after) == sorted(row["tokens"] for row in before)
+    assert after != before
 
 
 def test_smoke_run_with_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from tests.numerics import assert_close_to_truth
 
 options = pytest.mark.parametrize("name", OPTIONS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)
