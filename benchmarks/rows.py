@@ -1,4 +1,4 @@
-"""Dataclasses as lines of a CSV file: fields of str, bool, int, and of float that may be missing."""
+"""Dataclasses as lines of a CSV file: fields of str, bool and int, and float or None."""
 
 from dataclasses import fields
 from typing import Any, TypeVar
