@@ -33,6 +33,7 @@ those of other heads, tokens and forms.
 import argparse
 import csv
 import functools
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ from pathlib import Path
 import torch
 
 from agro_kernels import linear_logprobs_with_stats
+from agro_train import durable
 from benchmarks import timing
 from benchmarks.correctness import Errors, beyond_limits, errors, objection
 from benchmarks.gpu_rows import PHASES, Row, algorithmic_gemms
@@ -410,6 +412,16 @@ def other_rows(
     return [(row, line) for line in lines if (row := parsed(Row, line)).case() not in again]
 
 
+def start_csv(path: Path, kept: list[tuple[Row, dict[str, str]]], facts: list[str]) -> None:
+    """The headings and the kept rows, put in the place of the old file in one step."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*column_names(Row), *facts])
+    for row, line in kept:
+        writer.writerow([*texts(row), *(line.get(name, "") for name in facts)])
+    durable.replace(path, text.getvalue())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The process's exit status: 1 if ours failed or was wrong somewhere, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -444,7 +456,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {absent}")
     print_header()
 
-    rows: list[Row] = []
     shapes = shapes_of(options.head, tokens, options.smoke)
     options.results.mkdir(parents=True, exist_ok=True)
     stem = "bench_linear_logprobs" + ("_smoke" if options.smoke else "")
@@ -452,13 +463,10 @@ def main(arguments: list[str] | None = None) -> int:
     stem += "_entropy" if options.with_entropy else ""
     path = options.results / f"{stem}.csv"
     kept = other_rows(path, shapes, options.form) if options.append else []
-    with path.open("w", newline="") as file, each_shape_compiled_apart(providers):
+    start_csv(path, kept, list(facts))
+    rows: list[Row] = []
+    with path.open("a", newline="") as file, each_shape_compiled_apart(providers):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*column_names(Row), *facts])
-        for row, earlier in kept:
-            writer.writerow([*texts(row), *(earlier.get(name, "") for name in facts)])
-            rows.append(row)
-        file.flush()
         for shape in shapes:
             if set(providers) & set(COMPILED):
                 torch.compiler.reset()  # the programs of the last shape
@@ -484,9 +492,11 @@ def main(arguments: list[str] | None = None) -> int:
                 file.flush()
                 rows += found
     title = f"{where}, torch {facts['torch']}, {options.dtype}, commit {facts['commit']}"
+    title += " and earlier runs" if kept else ""
     for head in dict.fromkeys(row.head for row in rows):
         for form in dict.fromkeys(row.form for row in rows):
-            plot(rows, head, form, title, options.results / f"{stem}_{head}_{form}.png")
+            shown = [row for row, _ in kept] + rows
+            plot(shown, head, form, title, options.results / f"{stem}_{head}_{form}.png")
     print(f"written to {options.results}: {path.name} and a plot for each head and form")
     bad = [r for r in rows if r.provider == "ours" and r.status.startswith(("wrong", "failed"))]
     for row in bad:

@@ -66,7 +66,8 @@ SHARED_BYTES = {
     "gfx950": 160 * 1024,
 }
 
-# The head's sizes: Llama 3's, and a vocabulary that no tile divides.
+# Llama 3's vocabulary and one that no tile divides; a large and a small hidden size, for which
+# configs.py has different rows.
 NUM_TOKENS, VOCABULARY, RAGGED_VOCABULARY = 8192, 128256, 50257
 HIDDEN_SIZES = (4096, 1024)
 EXTRAS = frozenset({"bias", "token_temperature", "round_logits", "kept", "ragged"})

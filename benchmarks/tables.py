@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--entropy", choices=["no", "yes"], default="no")
     parser.add_argument("--peers", action="store_true", help="every peer's time over ours")
     options = parser.parse_args(arguments)
+    if options.gpu and (options.peers or options.entropy == "yes"):
+        parser.error("--gpu: expected without --peers and --entropy, which are for bench_cpu")
     name = "bench_linear_logprobs.csv" if options.gpu else "bench_cpu.csv"
     columns = plots.read_csv(options.csv or RESULTS / name)
     if options.gpu:

@@ -41,7 +41,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ MOST_ACCUMULATORS = {"gfx942": 256, "gfx950": 256}
 MOST_ACCUMULATORS_ELSEWHERE = 128
 REPETITIONS = 10
 REFINED = 3  # of the best tiles, for which group_n and max_splits are varied
+WORKERS = min(16, os.cpu_count() or 1)  # each with a weight of its own on the GPU
 COMPILED_TOKENS = 64  # of the call that compiles: the code does not depend on their number
 ERROR_SLACK = 4.0  # between two orders of a sum, the largest of many errors varies by about two
 # The errors are measured on these; no size is a multiple of a tile's.
@@ -163,17 +164,20 @@ def compile_ahead(
     heads = {shape.head: replace(shape, tokens=COMPILED_TOKENS) for shape in shapes}
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(tiles)), mp_context=spawned) as pool:
-        for tile in tiles:
-            pool.submit(compile_one, kernel, tile, list(heads.values()), dtype)
+        futures = [
+            pool.submit(compile_one, kernel, tile, list(heads.values()), dtype) for tile in tiles
+        ]
+    for tile, future in zip(tiles, futures, strict=True):
+        if (error := future.exception()) is not None:
+            print(f"{describe(tile)}: not compiled ahead, its process ended: {error}")
 
 
 def compile_one(kernel: str, tile: TileConfig, shapes: Sequence[Shape], dtype: torch.dtype) -> None:
     """A tile that is refused here is refused again, and then reported, where it is checked."""
     for shape in shapes:
-        inputs = make_inputs(shape, dtype, "cuda")
         with refusals_of(Candidate(tile)), instead_of_shipped(kernel, tile):
-            call_of(kernel, inputs)()
-        torch.cuda.synchronize()
+            call_of(kernel, make_inputs(shape, dtype, "cuda"))()
+            torch.cuda.synchronize()
 
 
 # --- One kernel -----------------------------------------------------------------------------------
@@ -261,7 +265,8 @@ def time_all(
             running = [shipped, *(candidate for candidate in found if candidate.status == "ok")]
             first = repetition * len(running) // repetitions
             for candidate in running[first:] + running[:first]:
-                with refusals_of(candidate), instead_of_shipped(kernel, candidate.tile):
+                refusals = nullcontext() if candidate is shipped else refusals_of(candidate)
+                with refusals, instead_of_shipped(kernel, candidate.tile):
                     call()  # compiles, and brings the clock to where this tile leaves it
                     seconds = timing.time_call(call, device)
                     candidate.seconds.setdefault(shape, []).append(seconds)
@@ -391,7 +396,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--pointers", action="store_true", help="no tensor descriptors")
     parser.add_argument("--quick", action="store_true", help="only the likely tiles")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that compile")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="processes that compile")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
     options = parser.parse_args(arguments)

@@ -22,7 +22,7 @@ import torch
 
 from agro_kernels import linear_logprobs_with_stats
 from benchmarks import correctness, timing
-from benchmarks.providers import PROVIDERS, GemmFloor, Step, make_inputs
+from benchmarks.providers import PROVIDERS, GemmFloor, Inputs, Step, make_inputs
 from benchmarks.shapes import ACCURACY_SHAPE, SMOKE_SHAPE, Shape
 
 FLOOR = GemmFloor.name
@@ -96,13 +96,7 @@ def _prepare(measured: Measured, job: Job, max_call_s: float) -> Any:
     """Warms up, checks, tunes and measures the memory; returns the timed call."""
     inputs = make_inputs(job.shape, job.dtype)
     if job.provider == FLOOR:
-        floor = GemmFloor(job.form, inputs)
-        measured.setting = floor.tune(timing.time_call)
-        measured.first_call_s = timing.time_call(floor)
-        if measured.first_call_s > max_call_s:
-            _stop(measured, measured.first_call_s, "timed once")
-        return lambda: timing.time_call(floor)
-
+        return _prepare_floor(measured, inputs, max_call_s)
     if job.form == "known_coefficients":
         with torch.no_grad():
             inputs.lse = linear_logprobs_with_stats(
@@ -133,17 +127,8 @@ def _prepare(measured: Measured, job: Job, max_call_s: float) -> Any:
     if wrong is not None:
         measured.status = wrong
         return None
-    measured.result_bytes = step.results().bytes()
-
-    step.release()
-    seconds_with_peak: list[float] = []
-    peak = timing.peak_bytes(lambda: seconds_with_peak.append(timing.time_call(step)))
-    measured.peak_bytes = max(0, peak - measured.result_bytes)
-    step.release()
-    timing.reset_peak()
-    measured.kept_bytes = timing.resident_bytes() - before
+    on_fresh_pages_s = _measure_memory(measured, step, before)
     measured.instruction_set = timing.ours_instruction_set()
-    on_fresh_pages_s = seconds_with_peak[0]
     if on_fresh_pages_s > VERY_SLOW * max_call_s:
         _stop(measured, on_fresh_pages_s, "timed once, on fresh pages")
         return None
@@ -155,6 +140,31 @@ def _prepare(measured: Measured, job: Job, max_call_s: float) -> Any:
         if call_s > max_call_s:
             _stop(measured, call_s, "timed once")
     return call
+
+
+def _prepare_floor(measured: Measured, inputs: Inputs, max_call_s: float) -> Callable[[], float]:
+    floor = GemmFloor(measured.job.form, inputs)
+    measured.setting = floor.tune(timing.time_call)
+    measured.first_call_s = timing.time_call(floor)
+    if measured.first_call_s > max_call_s:
+        _stop(measured, measured.first_call_s, "timed once")
+    return lambda: timing.time_call(floor)
+
+
+def _measure_memory(measured: Measured, step: Step, before: int) -> float:
+    """The seconds of the call that was watched, which takes all its memory from the system.
+
+    before: the process's bytes before the provider was made.
+    """
+    measured.result_bytes = step.results().bytes()
+    step.release()
+    seconds: list[float] = []
+    peak = timing.peak_bytes(lambda: seconds.append(timing.time_call(step)))
+    measured.peak_bytes = max(0, peak - measured.result_bytes)
+    step.release()
+    timing.reset_peak()
+    measured.kept_bytes = timing.resident_bytes() - before
+    return seconds[0]
 
 
 def _stop(measured: Measured, call_s: float, how: str) -> None:

@@ -245,6 +245,13 @@ def test_candidates_fit_the_architecture(architecture: str) -> None:
     assert not any(t.descriptors for t in tune_linear_logprobs.candidates("sm90", 2, 4096, True))
 
 
+def test_a_quick_search_has_the_likely_tiles_only() -> None:
+    quick = tune_linear_logprobs.candidates("sm90", 2, 2048, quick=True)
+    every = tune_linear_logprobs.candidates("sm90", 2, 2048)
+    assert set(quick) < set(every) and 10 < len(quick) < len(every) / 10
+    assert configs.select("linear_logprobs_fwd", "sm90", 2, 2048) in quick
+
+
 def test_tiles_of_today_are_among_the_candidates() -> None:
     """Or the grid of the search has holes where a good tile is known to be."""
     for architecture in configs.SHARED_BYTES:

@@ -1,5 +1,6 @@
 """The benchmarks' shared rooms, and bench_cpu from end to end on a tiny shape."""
 
+import csv
 import dataclasses
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_cpu, correctness, plots, tables, timing, turns
+from benchmarks import bench_cpu, correctness, gpu_rows, plots, tables, timing, turns
 from benchmarks.cpu_rows import Case, Row
 from benchmarks.providers import (
     FORM_GEMMS,
@@ -23,6 +24,7 @@ from benchmarks.providers import (
     Step,
     make_inputs,
 )
+from benchmarks.rows import column_names, texts
 from benchmarks.shapes import (
     ACCURACY_SHAPE,
     CPU_SHAPES,
@@ -425,6 +427,37 @@ def test_table_of_known_coefficients_takes_the_peers_own_turns(tmp_path: Path) -
     bench.rows.remove(next(row for row in bench.rows if row.provider == "torch"))
     *_, line = tables.peers_table(bench.rows, "no")
     assert line == "| known coefficients, bf16, A | 0.5 s | 3.00 | 2.20 | ~8.00* |"
+
+
+def test_table_of_a_gpu_has_a_column_for_each_peer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def timed(provider: str, tokens: int, ms: float | None, mb: float | None) -> gpu_rows.Row:
+        return gpu_rows.Row(
+            "llama3-8b", "forward", tokens, "whole", provider, False, "bf16", 4096, 128256,
+            "ok" if ms else "out of memory", median_ms=ms, extra_mb=mb,
+        )  # fmt: skip
+
+    path = tmp_path / "rows.csv"
+    rows = [
+        timed("floor", 4096, 2.0, None), timed("ours", 4096, 2.5, 1.0),
+        timed("torch", 4096, 5.0, 4200.0), timed("cce", 4096, 3.0, 0.0),
+        timed("floor", 8192, 4.0, None), timed("ours", 8192, 5.0, 2.0),
+        timed("torch", 8192, None, None),
+        timed("ours", 99, 1.0, 1.0),  # no floor: half a case
+    ]  # fmt: skip
+    lines = [texts(row) for row in rows]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([column_names(gpu_rows.Row), *lines])
+    assert tables.main(["--gpu", "--csv", str(path)]) == 0
+    headings, _, *table = capsys.readouterr().out.splitlines()
+    assert headings.endswith("| `torch` | `cce` |")
+    assert table == [
+        "| forward, llama3-8b, 4,096 tokens | 2.5 ms | 1.25 | 1 MB | 2.00, 4,200 MB | 1.20, 0 MB |",
+        "| forward, llama3-8b, 8,192 tokens | 5 ms | 1.25 | 2 MB |  |  |",
+    ]
+    with pytest.raises(SystemExit):
+        tables.main(["--gpu", "--peers"])
 
 
 def test_append_keeps_the_rows_of_other_cases(tmp_path: Path) -> None:

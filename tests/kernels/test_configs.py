@@ -55,6 +55,8 @@ def test_select_follows_the_hidden_size_the_layout_and_the_softcap() -> None:
     assert wide.descriptors and small.descriptors
     assert not configs.select(forward, "sm90", 2, 4096, aligned=False).descriptors
     assert configs.select(backward, "sm90", 2, 4096).block_v == 256
+    at_2048 = [configs.select(kernel, "sm90", 2, 2048).block_v for kernel in (forward, backward)]
+    assert at_2048 == [256, 128]
     assert configs.select(backward, "sm90", 2, 4096, softcap=True).block_v == 128
     assert configs.select(backward, "sm80", 2, 4096) == configs.select(backward, "sm80", 2, 64)
 
