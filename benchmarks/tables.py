@@ -1,13 +1,14 @@
 """The README's tables of bench_cpu and of bench_linear_logprobs, from their CSV files.
 
     python -m benchmarks.tables [--csv benchmarks/results/bench_cpu.csv] [--entropy no] [--peers]
+        [--precision highest]
     python -m benchmarks.tables --gpu [--csv benchmarks/results/bench_linear_logprobs.csv]
 
 A row a case: ours over the floor of the same turns, the fastest peer over ours of the same turns,
 and the fastest peer that never holds the (N, V) logits. With --peers every peer over ours instead,
-each at the precision at which it is the fastest. What ran alone is over ours of another minute, and
-a ~ says so; a * says that it was called once. With --gpu every peer's time over ours, of the same
-turns, and its memory beyond inputs and results.
+each at the precision at which it is the fastest, or of fp32 at --precision alone. What ran alone is
+over ours of another minute, and a ~ says so; a * says that it was called once. With --gpu every
+peer's time over ours, of the same turns, and its memory beyond inputs and results.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import gpu_rows, plots
-from benchmarks.bench_cpu import PEERS, RESULTS
+from benchmarks.bench_cpu import PEERS, PRECISIONS, RESULTS
 from benchmarks.cpu_rows import FORM_ORDER, Row, median_s
 from benchmarks.providers import PROVIDERS
 from benchmarks.rows import parsed
@@ -35,16 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="of bench_linear_logprobs")
     parser.add_argument("--entropy", choices=["no", "yes"], default="no")
     parser.add_argument("--peers", action="store_true", help="every peer's time over ours")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the peers' fp32")
     options = parser.parse_args(arguments)
-    if options.gpu and (options.peers or options.entropy == "yes"):
-        parser.error("--gpu: expected without --peers and --entropy, which are for bench_cpu")
+    if options.gpu and (options.peers or options.precision or options.entropy == "yes"):
+        parser.error("--gpu: expected no other choice, got one that is for bench_cpu")
     name = "bench_linear_logprobs.csv" if options.gpu else "bench_cpu.csv"
     columns = plots.read_csv(options.csv or RESULTS / name)
     if options.gpu:
         lines = gpu_table([parsed(gpu_rows.Row, line) for line in columns])
     else:
         shown = peers_table if options.peers else table
-        lines = shown([parsed(Row, line) for line in columns], options.entropy)
+        rows = [parsed(Row, line) for line in columns]
+        if options.precision is not None:
+            rows = [row for row in rows if _is_at(row, options.precision)]
+        lines = shown(rows, options.entropy)
     print("\n".join(lines))
     return 0
 
@@ -102,6 +107,10 @@ def _gpu_cell(peer: gpu_rows.Row, mine: gpu_rows.Row) -> str:
 def _over(one: gpu_rows.Row, other: gpu_rows.Row) -> float:
     assert one.median_ms is not None and other.median_ms is not None
     return one.median_ms / other.median_ms
+
+
+def _is_at(row: Row, precision: str) -> bool:
+    return row.provider == "ours" or row.dtype != "fp32" or row.precision == precision
 
 
 def _cases(rows: Sequence[Row], entropy: str) -> Iterator[tuple[str, list[Row]]]:

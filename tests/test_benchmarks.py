@@ -429,6 +429,20 @@ def test_table_of_known_coefficients_takes_the_peers_own_turns(tmp_path: Path) -
     assert line == "| known coefficients, bf16, A | 0.5 s | 3.00 | 2.20 | ~8.00* |"
 
 
+def test_table_of_one_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = bench_cpu.Bench(bench_cpu.parse([]), tmp_path / "rows.csv")
+    ours, torch_row, medium = (
+        dataclasses.replace(row_of(bench, CPU_SHAPES["A"], name, seconds), dtype="fp32")
+        for name, seconds in (("ours", 1.0), ("torch", 3.0), ("torch", 2.0))
+    )
+    bench.rows = [ours, torch_row, dataclasses.replace(medium, precision="medium")]
+    bench.write()
+    for precision, ratio in (("highest", "~3.00"), ("medium", "~2.00")):
+        arguments = ["--csv", str(bench.path), "--peers", "--precision", precision]
+        assert tables.main(arguments) == 0
+        assert ratio in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_table_of_a_gpu_has_a_column_for_each_peer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
