@@ -407,8 +407,9 @@ def other_rows(
     if not path.exists():
         return []
     again = {(shape.head.name, shape.tokens, form) for shape in shapes for form in forms}
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
+    from benchmarks.plots import read_csv
+
+    lines = read_csv(path)
     return [(row, line) for line in lines if (row := parsed(Row, line)).case() not in again]
 
 

@@ -3,8 +3,6 @@
 What the kernels compute is compared with float64, option by option, in test_triton_*.py.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -21,48 +19,25 @@ from agro_kernels import (
 )
 from tests.kernels.test_agro_loss import BETA, Batch
 from tests.kernels.test_library import CALLS, OPS
-from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
+from tests.kernels.test_linear_logprobs import assert_matches_truth
+from tests.numerics import HeadInputs, head_inputs
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("logprobs", "lse", "entropy", "dhidden", "dweight", "dbias")
 
 
 def inputs_of(dtype: torch.dtype, shape: tuple[int, int, int] = (300, 264, 1003)) -> HeadInputs:
     return head_inputs(*shape, dtype=dtype, device="cuda", bias=True, ignored=True)
 
 
-def results_and_gradients(inputs: HeadInputs, dtype: torch.dtype, *, ours: bool) -> list[Tensor]:
-    """logprobs, lse, entropy and the gradients of a scalar that depends on each of the three."""
-    leaves = [
-        tensor.to(dtype).detach().clone().requires_grad_()
-        for tensor in (inputs.hidden, inputs.weight, inputs.bias)
-        if tensor is not None
-    ]
-    hidden, weight, bias = leaves
-    temperature = torch.linspace(0.5, 2.0, len(hidden), device="cuda")
-    options: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": 5.0}
-    if ours:
-        stats = linear_logprobs_with_stats(hidden, weight, inputs.targets, **options)
-        logprobs, lse, entropy = stats.logprobs, stats.lse, stats.entropy
-    else:
-        logprobs, lse, entropy = plain_linear_logprobs(hidden, weight, inputs.targets, **options)
-    c = inputs.coefficients.to(logprobs.dtype)
-    (logprobs @ c + entropy @ c.flip(0) + (lse * c.cos()).sum()).backward()
-    return [logprobs.detach(), lse.detach(), entropy.detach(), *(leaf.grad for leaf in leaves)]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients_match_float64(dtype: torch.dtype) -> None:
     inputs = inputs_of(dtype)
-    ours = results_and_gradients(inputs, dtype, ours=True)
-    truth = results_and_gradients(inputs, torch.float64, ours=False)
-    plain = results_and_gradients(inputs, dtype, ours=False)
-    for name, *three in zip(NAMES, ours, truth, plain, strict=True):
-        assert_close_to_truth(*three, name)
+    temperature = torch.linspace(0.5, 2.0, len(inputs.hidden), device="cuda")
+    assert_matches_truth(inputs, dtype, temperature=temperature, softcap=5.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,11 +120,10 @@ def test_products_of_sizes_beyond_31_bits(shape: tuple[int, int, int]) -> None:
     hidden.requires_grad_()
     logprobs = linear_logprobs(hidden, weight, targets)
     rows = torch.tensor([0, n // 2, n - 1], device="cuda")
-    truth = reference.linear_logprobs(hidden[rows].double(), weight.double(), targets[rows])
     (dhidden,) = torch.autograd.grad(logprobs.sum(), hidden)
     hidden_rows = hidden[rows].detach().double().requires_grad_()
-    again = reference.linear_logprobs(hidden_rows, weight.double(), targets[rows])
-    (expected,) = torch.autograd.grad(again.sum(), hidden_rows)
+    truth = reference.linear_logprobs(hidden_rows, weight.double(), targets[rows])
+    (expected,) = torch.autograd.grad(truth.sum(), hidden_rows)
     torch.testing.assert_close(logprobs[rows].double(), truth, rtol=0.0, atol=1e-4)
     error = (dhidden[rows].double() - expected).norm() / expected.norm()
     assert error < 2.0**-8
