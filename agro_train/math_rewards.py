@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agro_train.types import Failure
 from agro_train.workers import Lost, Workers
 
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
@@ -17,7 +18,7 @@ class Check:
 
     reward: float | None  # 1.0 or 0.0; None: the gold answer could not be parsed
     answer: str | None = None  # the completion's answer in one spelling; None: none was found
-    timed_out: bool = False  # the check was killed; the reward is 0.0
+    failure: Failure | None = None  # the check was killed or ended itself; the reward is 0.0
 
 
 def gold_text(columns: Mapping[str, Any]) -> str | None:
@@ -34,7 +35,7 @@ def check(golds: Sequence[str], completions: Sequence[str], timeout_s: float) ->
     """
     jobs = [{"gold": g, "completion": c} for g, c in zip(golds, completions, strict=True)]
     return [
-        Check(reward=0.0, timed_out=True)
+        Check(reward=0.0, failure="timeout" if found is Lost.LATE else "error")
         if isinstance(found, Lost)
         else Check(float(found["equal"]) if found["gold"] else None, found["answer"])
         for found in _pool(timeout_s).map(jobs)

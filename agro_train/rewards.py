@@ -93,10 +93,10 @@ def _outcomes(spec: str, config: TrainConfig) -> Callable[[Sequence[Rollout]], l
 
 
 def math_outcomes(rollouts: Sequence[Rollout], timeout_s: float) -> list[Outcome]:
-    """A completion whose check was killed has reward 0 all the same: nobody could read it."""
+    """A completion whose check was lost has reward 0 all the same: nobody could read it."""
     golds = [gold_text(rollout.columns) or "" for rollout in rollouts]
     return [
-        Outcome(found.reward, "timeout" if found.timed_out else None)
+        Outcome(found.reward, found.failure)
         for found in check(golds, [rollout.completion for rollout in rollouts], timeout_s)
     ]
 

@@ -64,6 +64,23 @@ def test_check_that_hangs_is_killed_counted_and_the_rest_goes_on() -> None:
     math_rewards._pools.clear()  # ends the workers of this test's time limit
 
 
+class OneLateOneDead:
+    """Stands for a pool."""
+
+    def map(self, jobs: list[dict[str, str]]) -> list[Lost]:
+        assert len(jobs) == 2
+        return [Lost.LATE, Lost.DIED]
+
+
+def test_check_that_ends_its_process_is_an_error_and_no_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(math_rewards, "_pool", lambda _: OneLateOneDead())
+    rollouts = [Rollout("g", "", (1,), "7", (1,), "stop", None, columns={"answer": "7"})] * 2
+    scored = score(rollouts, load_rewards(TrainConfig(reward=["math"])))
+    assert [(r.reward, r.failure) for r in scored] == [(0.0, "timeout"), (0.0, "error")]
+
+
 @pytest.mark.parametrize("kind", ["prints", "dies"])
 def test_worker_may_print_and_may_die(kind: str) -> None:
     workers = Workers("tests.train.worker_main", size=1, timeout_s=20.0)
