@@ -35,7 +35,7 @@ def check(golds: Sequence[str], completions: Sequence[str], timeout_s: float) ->
     """
     jobs = [{"gold": g, "completion": c} for g, c in zip(golds, completions, strict=True)]
     return [
-        Check(reward=0.0, failure="timeout" if found is Lost.LATE else "error")
+        Check(reward=0.0, failure=found.value)
         if isinstance(found, Lost)
         else Check(float(found["equal"]) if found["gold"] else None, found["answer"])
         for found in _pool(timeout_s).map(jobs)

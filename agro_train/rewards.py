@@ -224,15 +224,13 @@ class OwnFunction:
         # A pickle, for columns may hold what JSON has no word for.
         job = base64.b64encode(pickle.dumps(arguments(rollouts))).decode()
         (answer,) = self.workers.map([job])
-        if answer is Lost.LATE:
-            if explain:
+        if isinstance(answer, Lost):
+            if explain and answer is Lost.LATE:
                 timeout_s = self.workers.timeout_s
                 logger.warning("reward: %s took longer than %g s", self.spec, timeout_s)
-            return "timeout"
-        if answer is Lost.DIED:
-            if explain:
+            elif explain:
                 logger.warning("reward: %s ended its process", self.spec)
-            return "error"
+            return answer.value
         if "error" in answer:
             if explain:
                 found = answer["error"], answer["traceback"]

@@ -16,12 +16,15 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from agro_train.types import Failure
+
 IDLE_DEATHS = 3  # while jobs wait: more, and no process of this kind stays
 
 
 class Lost(Enum):
     """What became of a job without a result, by the name of the failure it is."""
 
+    _value_: Failure
     LATE = "timeout"  # it took longer than it may; its worker was killed
     DIED = "error"  # its worker ended
 
