@@ -29,7 +29,7 @@ test-openrlhf: $(VENV)-verl/installed
 
 # The tests that need vLLM, on the CPU.
 test-vllm: $(VENV)-vllm/installed
-	$(VENV)-vllm/bin/python -m pytest -m vllm tests/train/vllm
+	$(VENV)-vllm/bin/python -m pytest -m vllm tests/train/engines/vllm
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

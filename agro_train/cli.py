@@ -119,9 +119,9 @@ def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
     if dry_run:
         print(config.to_yaml(), end="")
         return 0
-    from agro_train.rewards import BrokenReward
-    from agro_train.rollout import BrokenEngine
-    from agro_train.run import setup  # imports transformers, which a dry run does not need
+    from agro_train.engines.engine import BrokenEngine
+    from agro_train.rewards.functions import BrokenReward
+    from agro_train.setup import setup  # imports transformers, which a dry run does not need
     from agro_train.train import train
 
     try:
@@ -168,7 +168,7 @@ def _rollout(settings: Sequence[str], output: str | None, prompts: int | None) -
         if prompts is not None and prompts < 1:
             raise ValueError(f"--prompts: expected at least 1, got {prompts}")
         path = Path(output) if output else Path(config.output_dir) / "recorded.jsonl"
-        from agro_train.commands import record  # imports transformers
+        from agro_train.commands.record import record  # imports transformers
 
         written, left_out = record(config, path, prompts)
     except ValueError as error:
@@ -180,7 +180,7 @@ def _rollout(settings: Sequence[str], output: str | None, prompts: int | None) -
 
 
 def _score(source: Path, settings: Sequence[str], output: str | None) -> int:
-    from agro_train.commands import SCORE_KEYS, score_file
+    from agro_train.commands.score import SCORE_KEYS, score_file
 
     try:
         for setting in settings:
@@ -207,7 +207,7 @@ def _reasons(left_out: Mapping[str, int]) -> str:
 
 
 def _eval(model: str, settings: Sequence[str]) -> int:
-    from agro_train.commands import evaluate_model
+    from agro_train.commands.evaluate import evaluate_model
 
     try:
         folder, found, left_out = evaluate_model(model, settings)
@@ -230,7 +230,7 @@ def _serve(model: str, options: Sequence[str]) -> int:
                 "project's folder"
             )
         )
-    from agro_train.vllm_client import serve_command
+    from agro_train.engines.vllm_client import serve_command
 
     command, environment = serve_command(model, options)
     os.execve(command[0], command, environment)
@@ -274,7 +274,7 @@ def _refuse(error: ValueError | OSError) -> int:
 
 
 def _plot(runs: Sequence[Path], output: str | None) -> int:
-    from agro_train.plots import plot_comparison, plot_run
+    from agro_train.watch.plots import plot_comparison, plot_run
 
     try:
         for run in runs:
@@ -291,7 +291,7 @@ def _plot(runs: Sequence[Path], output: str | None) -> int:
 
 
 def _report(run: Path, output: str | None) -> int:
-    from agro_train.report import write_report
+    from agro_train.watch.report import write_report
 
     try:
         _check_run(run, "report")

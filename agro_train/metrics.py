@@ -1,10 +1,17 @@
 """What a step's completions tell by themselves, as columns of metrics.jsonl."""
 
 import math
+import resource
+import sys
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
-from agro_train.types import Rollout
+import torch
+
+from agro_kernels import AgroStats
+from agro_train.algorithm import coefficient_sizes
+from agro_train.config import TrainConfig
+from agro_train.types import Rollout, Scores
 
 
 def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -> dict[str, float]:
@@ -61,3 +68,57 @@ def spread_of(values: Sequence[float | None]) -> float:
     """Standard deviation (n - 1) of those that are there; NaN of fewer than two."""
     there = [value for value in values if value is not None]
     return stdev(there) if len(there) > 1 else math.nan
+
+
+def frac_reward_zero_std(scores: Scores) -> float:
+    """Share of groups whose rewards are all equal. They still learn: towards the reference."""
+    groups = scores.groups.unique(return_inverse=True)[1]
+    count = int(groups.max()) + 1
+    highest, lowest = torch.full((2, count), math.nan, dtype=torch.float64)
+    finite = scores.rewards.isfinite()
+    index, values = groups[finite], scores.rewards[finite]
+    highest = highest.scatter_reduce(0, index, values, "amax", include_self=False)
+    lowest = lowest.scatter_reduce(0, index, values, "amin", include_self=False)
+    return float((highest == lowest).double().mean())
+
+
+def measure(
+    scores: Scores, stats: AgroStats, config: TrainConfig, grad_norm: float, skipped: bool
+) -> dict[str, float]:
+    """Columns of metrics.jsonl that the update knows."""
+    log_ratio = scores.logprobs - scores.ref_logprobs
+    mismatch = {}
+    if len(scores.mismatch):
+        mismatch["sampling/sampling_logp_difference/mean"] = float(scores.mismatch.mean())
+        mismatch["sampling/sampling_logp_difference/max"] = float(scores.mismatch.max())
+    return {
+        "loss": float(stats.variance) / (2 * config.beta),
+        "grad_norm": grad_norm,
+        # Mean log(policy / reference), nats a completion: the KL where the policy did the sampling.
+        # No exp(-l) - 1 + l: one token that the policy has all but given up would dwarf the rest.
+        "kl": float(stats.log_ratio),
+        "kl_per_token": float(log_ratio.sum()) / int(scores.num_tokens),
+        "entropy": float(scores.entropy) / int(scores.num_tokens),
+        "agro/regularised_reward": float(stats.reward) - config.beta * float(stats.log_ratio),
+        "agro/variance": float(stats.variance),
+        "agro/kl_to_optimum": float(stats.kl_to_optimum),
+        "agro/lr_dominance": float(stats.lr_dominance),
+        "agro/logratio_abs_max": float(log_ratio.abs().max()),
+        **coefficient_sizes(scores, config),
+        "frac_reward_zero_std": frac_reward_zero_std(scores),
+        "groups": float(stats.num_groups),
+        "short_groups": float(stats.num_short_groups),
+        "dropped": float(stats.num_dropped),
+        "skipped": float(skipped),
+        **mismatch,
+    }
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that this process has held so far, in 1e9 bytes: on a CUDA device what torch
+    allocated there, on a CPU the resident set.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -6,20 +6,20 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
 
-from agro_train import checkpoint
-from agro_train.batch import build_batch
-from agro_train.data import derive_seed, shuffled
+from agro_train.data.batch import build_batch
+from agro_train.data.mix import in_recorded_order, replayed_groups
+from agro_train.engines.engine import BrokenEngine
 from agro_train.evaluate import Evaluation, evaluate, summarise
-from agro_train.metrics import describe
-from agro_train.mix import in_recorded_order, replayed_groups
-from agro_train.plots import plot_run
-from agro_train.report import write_report
-from agro_train.rewards import refuse_broken, score
-from agro_train.rollout import BrokenEngine
+from agro_train.metrics import describe, peak_memory_gb
+from agro_train.policy import checkpoint
+from agro_train.rewards.functions import refuse_broken, score
 from agro_train.run import Run
+from agro_train.seeds import derive_seed, shuffled
 from agro_train.step import update
-from agro_train.tracking import Display, peak_memory_gb
 from agro_train.types import Rollout
+from agro_train.watch.display import Display
+from agro_train.watch.plots import plot_run
+from agro_train.watch.report import write_report
 
 
 def train(run: Run) -> Path:

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Finish = Literal["stop", "length"]
@@ -101,3 +102,19 @@ class StepStats:
     metrics: Mapping[str, float]
     skipped: bool  # no gradient, or one that is not finite: the weights are untouched
     weights: tuple[float, ...]  # |coefficient| of every rank's completions, one after another
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the passes without gradients leave behind, of one rank or of all, one after another."""
+
+    rewards: Tensor  # (B,) float64
+    logprobs: Tensor  # (B,) float64: sums over each completion's tokens, under the policy
+    ref_logprobs: Tensor  # (B,) float64: the same under the reference
+    groups: Tensor  # (B,) int64
+    on_policy: Tensor  # (B,) bool
+    entropy: Tensor  # 0-d float64, nats: sum over tokens
+    num_tokens: Tensor  # 0-d int64
+    # (tokens,) float64, nats: how far the policy's log-probability of each token is from that of
+    # the engine that sampled it, where the engine told
+    mismatch: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))

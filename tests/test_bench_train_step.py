@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agro_train import tiny
+from agro_train.policy import tiny
 from benchmarks import bench_train_step
 from benchmarks.bench_train_step import Setting, Step, Steps
 from benchmarks.plots import read_csv

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from agro_train import durable
-from agro_train.environment import describe_program
+from agro_train.watch.environment import describe_program
 
 FIGURES = ("fig1", "landscape", "fig2", "fig4", "fig5", "beyond", "smollm2")
 

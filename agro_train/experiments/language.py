@@ -18,14 +18,16 @@ from statistics import fmean
 from transformers.utils import logging as transformers_logging
 
 from agro_train import config as configuration
-from agro_train.batch import build_batch
-from agro_train.commands import load_sampler, record
+from agro_train.commands.record import record
+from agro_train.commands.sampler import load_sampler
 from agro_train.config import TrainConfig
-from agro_train.data import derive_seed
+from agro_train.data.batch import build_batch
 from agro_train.evaluate import by_prompt, evaluate, mean_reward, summarise
-from agro_train.model import set_matmul_precision
-from agro_train.rewards import load_rewards, score
-from agro_train.run import Run, load_base, setup
+from agro_train.policy.load import set_matmul_precision
+from agro_train.rewards.functions import load_rewards, score
+from agro_train.run import Run
+from agro_train.seeds import derive_seed
+from agro_train.setup import load_base, setup
 from agro_train.step import score_batch
 from agro_train.train import take_step
 

@@ -18,7 +18,6 @@ from typing import TypeVar
 import torch
 
 from agro_train import durable
-from agro_train.environment import git_commit
 from agro_train.experiments.language import (
     QUICK_PROMPTS,
     Curve,
@@ -29,6 +28,7 @@ from agro_train.experiments.language import (
     start_name,
     version,
 )
+from agro_train.watch.environment import git_commit
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from agro_train.adapter import whole_tensor
-from agro_train.batch import build_batch
-from agro_train.run import spread
+from agro_train.data.batch import build_batch
+from agro_train.policy.adapter import whole_tensor
+from agro_train.setup import spread
 from agro_train.step import update
 from tests.train.gradients import CONFIG, lora_policy, numbers
 from tests.train.models import ragged_rollouts, tiny_policy

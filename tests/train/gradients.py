@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from agro_train.adapter import add_adapter
-from agro_train.batch import build_batch
 from agro_train.config import TrainConfig
-from agro_train.model import Policy
+from agro_train.data.batch import build_batch
+from agro_train.policy.adapter import add_adapter
+from agro_train.policy.policy import Policy
 from agro_train.step import update
 from agro_train.types import Rollout, TrainBatch
 from tests.train.models import ragged_rollouts, tiny_policy

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from agro_train import tiny
-from agro_train.model import Policy
+from agro_train.policy import tiny
+from agro_train.policy.policy import Policy
 from agro_train.types import Rollout
 
 SPECIAL = [

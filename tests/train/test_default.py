@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 
 from agro_train.cli import main
-from agro_train.data import read_jsonl
+from agro_train.data.rows import read_jsonl
 
 
 def test_default_run_learns_and_generalises(

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agro_train.adapter import AdapterOff
-from agro_train.batch import pack
 from agro_train.cli import main
-from agro_train.model import Policy
+from agro_train.data.batch import pack
+from agro_train.policy.adapter import AdapterOff
+from agro_train.policy.policy import Policy
 from agro_train.step import score_batch
 from agro_train.types import Rollout
 from tests.train.gradient_main import KINDS

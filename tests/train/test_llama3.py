@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from agro_train.cli import main
-from agro_train.data import read_jsonl
+from agro_train.data.rows import read_jsonl
 from tests.train.models import save_llama3_miniature
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from agro_train.cli import main
-from agro_train.data import read_jsonl
+from agro_train.data.rows import read_jsonl
 from tests.train.models import save_llama3_miniature
 
 ROOT = Path(__file__).parents[2]

@@ -31,8 +31,8 @@ from typing import Any
 import pytest
 import torch
 
-from agro_train import checkpoint
-from agro_train.data import read_jsonl
+from agro_train.data.rows import read_jsonl
+from agro_train.policy import checkpoint
 
 ROOT = Path(__file__).parents[2]
 STEPS = 5

@@ -9,10 +9,13 @@ from accelerate import Accelerator
 from torch import nn
 
 import agro_train.step
-from agro_train.batch import build_batch
-from agro_train.model import Policy, head_gradient, unwrap
-from agro_train.run import spread
-from agro_train.step import Scores, coefficients, measure, score_batch, update
+from agro_train.algorithm import coefficients
+from agro_train.data.batch import build_batch
+from agro_train.metrics import measure
+from agro_train.policy.policy import Policy, head_gradient, unwrap
+from agro_train.setup import spread
+from agro_train.step import score_batch, update
+from agro_train.types import Scores
 from tests.train.gradients import (
     CONFIG,
     assert_equal,

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 import agro_train.train
 from agro_train import config as configuration
 from agro_train.cli import main
-from agro_train.data import read_jsonl
-from agro_train.tracking import Display, RunFolder
+from agro_train.data.rows import read_jsonl
+from agro_train.watch.display import Display
+from agro_train.watch.run_folder import RunFolder
 from tests.train.models import rollout
 
 QUICK = [

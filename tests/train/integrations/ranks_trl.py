@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 
-from agro_train import tiny
 from agro_train.integrations.trl import AGROConfig
+from agro_train.policy import tiny
 from tests.train.integrations import test_trl as one
 
 

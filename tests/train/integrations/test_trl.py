@@ -36,7 +36,7 @@ from trl.kernels import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
 from agro_kernels import next_tokens, patch_model  # noqa: E402
-from agro_train import tiny  # noqa: E402
+from agro_train.algorithm import coefficients  # noqa: E402
 from agro_train.config import TrainConfig  # noqa: E402
 from agro_train.integrations.trl import (  # noqa: E402
     AGROConfig,
@@ -45,7 +45,8 @@ from agro_train.integrations.trl import (  # noqa: E402
     agro_logprobs,
     completion_sums,
 )
-from agro_train.step import Scores, coefficients  # noqa: E402
+from agro_train.policy import tiny  # noqa: E402
+from agro_train.types import Scores  # noqa: E402
 from benchmarks import curves_trl  # noqa: E402
 from tests.numerics import assert_close_to_truth, head_inputs  # noqa: E402
 
@@ -548,7 +549,7 @@ def test_both_trainers_of_the_curves_take_the_same_optimiser_steps(
 @pytest.mark.slow
 def test_smollm2_takes_a_step(tmp_path: Path) -> None:
     """A real model with a real vocabulary: SmolLM2-135M, one step of 2 x 2 completions."""
-    from agro_train.model import load_model, load_tokenizer
+    from agro_train.policy.load import load_model, load_tokenizer
 
     model = load_model("smollm2", TrainConfig(model="smollm2"))
     tokenizer = load_tokenizer("smollm2")

@@ -1,0 +1,1 @@
+"""What `agro` does around training: rollout, score, eval. One file a command."""

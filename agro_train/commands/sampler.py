@@ -1,0 +1,110 @@
+"""A model to sample from, with the prompts of its configuration: what rollout and eval share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from agro_train.config import TrainConfig
+from agro_train.data.prompts import load_prompts
+from agro_train.engines.transformers_engine import TransformersEngine
+from agro_train.policy import checkpoint, tiny
+from agro_train.policy.load import end_tokens, load_model, load_tokenizer, set_matmul_precision
+from agro_train.rewards.functions import check_columns, with_readable_gold
+from agro_train.setup import check_context, load_base
+from agro_train.types import Prompt
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model to sample from, and the prompts and rewards of its configuration."""
+
+    config: TrainConfig
+    source: str  # where the weights are
+    model: PreTrainedModel
+    tokenizer: Any
+    step: int | None  # optimiser steps the weights have taken; None: not a run's checkpoint
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    left_out: dict[str, int]  # training prompts, by reason
+    left_out_held: dict[str, int]  # held-out prompts, by reason
+
+    def engine(self) -> TransformersEngine:
+        """transformers', whatever sampled in the run."""
+        ends = end_tokens(self.model, self.tokenizer)
+        return TransformersEngine(
+            lambda function: function(self.model), self.tokenizer, ends, self.config
+        )
+
+
+def load_sampler(config: TrainConfig) -> Sampler:
+    """Loads `config.model`, which may also be a run's folder, for its newest checkpoint."""
+    source, step = find_model(config.model)
+    set_matmul_precision(config.matmul_precision)
+    if source == "tiny":
+        tokenizer, model, _ = load_base(config, None)
+    else:
+        tokenizer, model = load_tokenizer(source), load_model(source, config)
+    prompts, held_out, too_long = load_prompts(
+        config.data,
+        config.eval_data,
+        config.eval_prompts,
+        tokenizer,
+        config.prompt_template,
+        config.max_prompt_length,
+    )
+    if source == "tiny":
+        tiny.check_prompts([*prompts, *held_out])
+    for spec in config.reward:
+        check_columns(spec, [*prompts, *held_out])
+    context = getattr(model.config, "max_position_embeddings", None)
+    check_context(config, [*prompts, *held_out], context)
+    good, good_held = (with_readable_gold(part, config) for part in (prompts, held_out))
+    left_out, left_out_held = (
+        {"too_long": long, "unreadable_gold": len(before) - len(after)}
+        for long, before, after in zip(
+            too_long, (prompts, held_out), (good, good_held), strict=True
+        )
+    )
+    return Sampler(
+        config=config,
+        source=source,
+        model=model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        tokenizer=tokenizer,
+        step=step,
+        prompts=good,
+        held_out=good_held,
+        left_out=left_out,
+        left_out_held=left_out_held,
+    )
+
+
+def find_model(name: str) -> tuple[str, int | None]:
+    """What to load for `name`, and the steps it has taken if it is a run or its checkpoint."""
+    path = Path(name)
+    if is_run(path):
+        newest = checkpoint.newest(path, print)
+        if newest is None:
+            raise ValueError(
+                f"model: expected a run with a checkpoint, got {name!r}; there is none in it "
+                "(save_every sets how often one is written)"
+            )
+        path = newest
+    if (path / checkpoint.STATE).is_file():
+        return str(path), checkpoint.read_state(path).step
+    return name, None
+
+
+def is_run(path: Path) -> bool:
+    """A folder may have a config.yaml of anything's; metrics only a run's has."""
+    return (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
+
+
+def check_free(path: Path, key: str) -> None:
+    """Raises ValueError, naming the setting, where something is at `path`."""
+    if path.exists():
+        raise ValueError(
+            f"{key}: expected a new name, got {str(path)!r}, which exists; choose another"
+        )

@@ -1,0 +1,100 @@
+"""`agro score`: new rewards for a file of rollouts."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from agro_train.commands.sampler import check_free
+from agro_train.config import TrainConfig
+from agro_train.data.rows import numbered_rows
+from agro_train.data.tasks import Row
+from agro_train.rewards.functions import check_columns, load_rewards, score
+from agro_train.types import Prompt, Rollout
+
+SCORE_KEYS = ("reward", "reward_weights", "reward_timeout_s", "math_timeout_s")
+
+
+SCORED_AT_ONCE = 256  # rows, and the rest of the last one's group
+
+
+Scorable = tuple[tuple[int, Row], Rollout]  # a line's number, the line, and what a reward sees
+
+
+def score_file(source: Path, config: TrainConfig, output: Path) -> dict[str, float]:
+    """Copies a file of rollouts with new rewards and failures; all its other columns stay. Returns
+    the number of rows, their mean reward and how many have none.
+
+    Every row is checked before the first is scored, and the file appears when it is complete.
+    """
+    check_free(output, "output")
+    rewards = load_rewards(config)
+    rows = numbered_rows(source)
+    rollouts = [_scorable(row, f"{source}, line {number}") for number, row in rows]
+    for spec in config.reward:
+        check_columns(spec, [Prompt(r.group, r.prompt, (), r.columns) for r in rollouts])
+    partial = output.with_name(f".partial-{output.name}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    values: list[float | None] = []
+    try:
+        with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:
+            for chunk in _chunks(list(zip(rows, rollouts, strict=True))):
+                results = score([rollout for _, rollout in chunk], rewards)
+                for ((_, row), _), scored in zip(chunk, results, strict=True):
+                    file.write(_scored_line(row, scored) + "\n")
+                    values.append(scored.reward)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    there = [value for value in values if value is not None]
+    return {
+        "rows": len(values),
+        "mean": sum(there) / len(there) if there else float("nan"),
+        "without": len(values) - len(there),
+    }
+
+
+def _scored_line(row: Row, scored: Rollout) -> str:
+    new = {"reward": scored.reward, "rewards": dict(scored.rewards), "failure": scored.failure}
+    return json.dumps({**row, **new}, ensure_ascii=False, default=str)
+
+
+def _scorable(row: Row, where: str) -> Rollout:
+    """What a reward function sees of a line of a rollouts file."""
+    if not isinstance(row.get("completion"), str):
+        raise ValueError(
+            f"score: expected text in column completion in {where}, got "
+            f"{row.get('completion')!r}; reward functions read text"
+        )
+    columns = row.get("columns") or {}
+    names = Rollout.__dataclass_fields__
+    return Rollout(
+        group=_group(row),
+        prompt=row.get("prompt") or "",
+        prompt_ids=tuple(row.get("prompt_ids") or ()),
+        completion=row["completion"],
+        completion_ids=tuple(row.get("completion_ids") or ()),
+        finish=row.get("finish") or "stop",
+        reward=None,
+        columns={**{k: v for k, v in row.items() if k not in names}, **columns},
+    )
+
+
+def _group(row: Row) -> str:
+    return str(row.get("group") or row.get("prompt") or row.get("prompt_ids"))
+
+
+def _chunks(rows: Sequence[Scorable]) -> Iterator[list[Scorable]]:
+    """SCORED_AT_ONCE rows at a time and the rest of the last one's group: a function may compare
+    the completions of one prompt."""
+    rest = iter(rows)
+    held: list[Scorable] = []
+    while chunk := held + list(islice(rest, SCORED_AT_ONCE - len(held))):
+        held = []
+        for row in rest:
+            if row[1].group != chunk[-1][1].group:
+                held = [row]
+                break
+            chunk.append(row)
+        yield chunk

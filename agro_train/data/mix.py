@@ -1,0 +1,89 @@
+"""What each step is made of: fresh, replayed and recorded groups, as functions of (seed, step).
+
+Replayed groups are the run's own past ones, read back from rollouts/step-N.jsonl, so a resumed run
+that rewinds its record replays exactly what the uninterrupted one did.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from agro_train.config import TrainConfig
+from agro_train.data.recorded import read_rollouts
+from agro_train.seeds import derive_seed, shuffled
+from agro_train.types import Rollout
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The groups of one step, in this order."""
+
+    fresh: int
+    replayed: int
+    recorded: int
+    first_fresh: int  # fresh groups of all earlier steps together
+
+
+def plan(config: TrainConfig) -> list[Mix]:
+    """The mix of every step of a run.
+
+    A step replays `replayed_prompts_per_step` groups, each at most once and none older than
+    `replay_max_staleness` steps. While there are fewer (there are none in the first step), fresh
+    groups take their place.
+    """
+    recorded = config.recorded_prompts_per_step
+    window: deque[int] = deque(maxlen=config.replay_max_staleness)
+    steps, first_fresh, available = [], 0, 0
+    for _ in range(config.steps):
+        replayed = min(config.replayed_prompts_per_step, available)
+        fresh = config.prompts_per_step - recorded - replayed
+        steps.append(Mix(fresh, replayed, recorded, first_fresh))
+        first_fresh += fresh
+        available += fresh - (window[0] if len(window) == window.maxlen else 0)
+        window.append(fresh)
+    return steps
+
+
+def in_recorded_order(groups: Sequence[T], first: int, count: int, seed: int) -> list[T]:
+    """Recorded groups first .. first + count of a run. Their order is not that of the fresh
+    prompts: in a record of all prompts each group would come beside a fresh one of its own prompt.
+    """
+    return shuffled(groups, first, count, seed, "recorded order")
+
+
+def replayed_groups(
+    folder: Path, steps: Sequence[Mix], step: int, config: TrainConfig
+) -> list[list[Rollout]]:
+    """The groups that `step` (0 is the first) takes from the record of the steps before it."""
+    oldest = max(0, step - config.replay_max_staleness)
+    candidates = [(past, i) for past in range(oldest, step) for i in range(steps[past].fresh)]
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "replay", step))
+    order = torch.randperm(len(candidates), generator=generator).tolist()
+    chosen = [candidates[i] for i in order[: steps[step].replayed]]
+    size = config.num_generations
+    fresh = {
+        past: [r for r in read_rollouts(rollouts_path(folder, past + 1)) if r.source == "fresh"]
+        for past in sorted({past for past, _ in chosen})
+    }
+    for past, rollouts in fresh.items():
+        if len(rollouts) != steps[past].fresh * size:
+            raise ValueError(
+                f"replay: expected {steps[past].fresh * size} fresh rollouts in "
+                f"{rollouts_path(folder, past + 1)}, got {len(rollouts)}; the run's own record is "
+                "needed as it was written"
+            )
+    return [
+        [replace(r, source="replayed") for r in fresh[past][i * size : (i + 1) * size]]
+        for past, i in chosen
+    ]
+
+
+def rollouts_path(folder: Path, step: int) -> Path:
+    """The record of a step, counted from 1 as in metrics.jsonl."""
+    return folder / "rollouts" / f"step-{step:06d}.jsonl"

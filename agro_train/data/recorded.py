@@ -1,0 +1,227 @@
+"""Recorded rollouts: read from JSONL or parquet files, checked, and put into groups.
+
+A log of rollouts is a dataset: what `rollout_to_json` writes, `load_recorded` reads.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agro_train.data.prompts import render
+from agro_train.data.rows import numbered_rows, read_jsonl
+from agro_train.data.tasks import Row
+from agro_train.types import Finish, Rollout
+
+# What a recorded rollout's columns may hold. Every other column is the reward function's.
+TYPES: dict[str, tuple[type, ...]] = {
+    "reward": (int, float, type(None)),
+    "prompt": (str,),
+    "prompt_ids": (list,),
+    "completion": (str,),
+    "completion_ids": (list,),
+    "group": (str, int),
+    "finish": (str,),
+    "step": (int, type(None)),
+    "temperature": (int, float, type(None)),
+    "ref_logprob": (int, float, type(None)),
+    "columns": (dict,),
+}
+# Written with every rollout, and without a meaning for the run that reads it.
+IGNORED = ("source", "rewards", "failure")
+SPELLED = 100  # rollouts of a file whose ids are compared with the text beside them
+
+
+@dataclass(frozen=True)
+class RecordedFile:
+    path: Path
+    sha256: str  # of its bytes
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    files: tuple[RecordedFile, ...] = ()
+    groups: tuple[tuple[Rollout, ...], ...] = ()  # in the order of their first line
+
+    @property
+    def num_unrewarded(self) -> int:
+        """Rollouts whose reward is null or not finite: dropped from their groups."""
+        return sum(r.reward is None for group in self.groups for r in group)
+
+
+def rollout_to_json(rollout: Rollout) -> str:
+    """One line of a rollout log. Without the reference's log-probability: the line does not say
+    whose it is, and another run has another reference. Without the sampler's: they are for the
+    step's metrics. What JSON has no word for (a date or a decimal in a parquet column) is written
+    as text.
+    """
+    row = {name: getattr(rollout, name) for name in rollout.__dataclass_fields__}
+    del row["ref_logprob"], row["sampling_logprobs"]
+    return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """A log that the run itself wrote, as it was."""
+    rollouts = [Rollout(**row) for row in read_jsonl(path)]
+    return [
+        Rollout(
+            **{
+                **vars(rollout),
+                "prompt_ids": tuple(rollout.prompt_ids),
+                "completion_ids": tuple(rollout.completion_ids),
+            }
+        )
+        for rollout in rollouts
+    ]
+
+
+def load_recorded(
+    paths: Sequence[str], tokenizer: Any, template: str, *, vocab_size: int, context: int | None
+) -> Recorded:
+    """Reads the files and groups their rollouts.
+
+    A line needs `reward` (a number or null), `prompt_ids` or `prompt`, and `completion_ids` or
+    `completion`; lines with the same `group` (else the same prompt) belong together, however many
+    they are. A prompt given as text is rendered like a dataset's; a completion's text is tokenised
+    apart from it, and an end token is appended only where `finish` says "stop". `ref_logprob` is
+    the log-probability of the completion under the run's reference at the run's temperature, nats,
+    the sum over its tokens; where it is absent the reference is asked.
+
+    Args:
+        vocab_size: of the model: larger ids are refused.
+        context: tokens the model can read: longer rollouts are refused. None: unknown.
+    """
+    files: list[RecordedFile] = []
+    groups: dict[str, list[Rollout]] = {}
+    for path in map(Path, paths):
+        rows = numbered_rows(path)
+        if not rows:
+            raise ValueError(f"recorded: expected at least one rollout in {path}, got none")
+        rollouts = []
+        for number, row in rows:
+            where = f"{path}, line {number}"
+            rollout = _recorded_rollout(row, where, tokenizer, template, vocab_size)
+            length = len(rollout.prompt_ids) + len(rollout.completion_ids)
+            if context is not None and length > context:
+                raise ValueError(
+                    f"recorded: expected prompt and completion of at most {context} tokens, the "
+                    f"model's context, in {where}, got {length}; leave the rollout out"
+                )
+            group = groups.setdefault(rollout.group, [])
+            if group and group[0].prompt_ids != rollout.prompt_ids:
+                raise ValueError(
+                    f"recorded: expected one prompt in group {rollout.group!r}, got another in "
+                    f"{where}; give each prompt a group of its own over all files"
+                )
+            group.append(rollout)
+            rollouts.append(rollout)
+        _check_spelling(path, rows, tokenizer)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        files.append(RecordedFile(path, digest, tuple(rollouts)))
+    _check_groups(groups, files)
+    return Recorded(tuple(files), tuple(tuple(group) for group in groups.values()))
+
+
+def _check_groups(groups: dict[str, list[Rollout]], files: Sequence[RecordedFile]) -> None:
+    for name, rollouts in groups.items():
+        if len(rollouts) < 2:
+            single = sum(len(group) < 2 for group in groups.values())
+            raise ValueError(
+                f"recorded: expected at least 2 completions a prompt, got 1 for group {name!r} "
+                f"({rollouts[0].prompt[:40]!r}), one of {single} such in {len(groups)} groups; "
+                "a group of one has no variance to learn from"
+            )
+    rewarded = [sum(r.reward is not None for r in group) for group in groups.values()]
+    if groups and max(rewarded) < 2:
+        raise ValueError(
+            f"recorded: expected rewards, got no group with two in "
+            f"{', '.join(str(file.path) for file in files)}; agro score FILE reward=... writes them"
+        )
+
+
+def _check_spelling(path: Path, rows: Sequence[tuple[int, Row]], tokenizer: Any) -> None:
+    """Refuses a file whose ids another tokenizer made: they do not spell the text beside them.
+
+    A few may differ (text is trimmed, or cut at a stop string), so the majority decides.
+    """
+    both = [(n, row) for n, row in rows if row.get("completion") and row.get("completion_ids")]
+    wrong = []
+    for number, row in both[:SPELLED]:
+        ids, text = row["completion_ids"], row["completion"].strip()
+        spelt = tokenizer.decode(ids, skip_special_tokens=True)
+        if text not in spelt and text not in tokenizer.decode(ids):
+            wrong.append((number, text, spelt))
+    if 2 * len(wrong) > min(SPELLED, len(both)):
+        number, text, spelt = wrong[0]
+        raise ValueError(
+            f"recorded: expected completion_ids that spell {text[:40]!r} in {path}, line {number}, "
+            f"got {spelt[:40]!r}; they were recorded with another tokenizer: leave completion_ids "
+            "out and the text is tokenised"
+        )
+
+
+def _recorded_rollout(
+    row: Row, where: str, tokenizer: Any, template: str, vocab_size: int
+) -> Rollout:
+    # In a parquet file every row has every column; null stands for one that is not given.
+    row = {k: v for k, v in row.items() if v is not None or k == "reward"}
+    _check_types(row, where)
+    finish: Finish = row.get("finish", "stop")
+    if "prompt_ids" in row:
+        prompt_ids = row["prompt_ids"]
+        prompt = row.get("prompt") or tokenizer.decode(prompt_ids)
+    else:
+        rendered = render(row, tokenizer, template)
+        prompt_ids, prompt = list(rendered.ids), rendered.text
+    completion_ids = row.get("completion_ids")
+    if completion_ids is None:
+        completion_ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        completion_ids += [tokenizer.eos_token_id] if finish == "stop" else []
+    for name, ids in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
+        if not ids or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+            raise ValueError(
+                f"recorded: expected {name} of one or more ids in [0, {vocab_size}) in {where}, "
+                f"got {str(ids)[:60]}; was it recorded with another tokenizer?"
+            )
+    others = {k: v for k, v in row.items() if k not in TYPES and k not in IGNORED}
+    return Rollout(
+        group=str(row.get("group", prompt)),
+        prompt=prompt,
+        prompt_ids=tuple(prompt_ids),
+        completion=row.get("completion") or tokenizer.decode(completion_ids),
+        completion_ids=tuple(completion_ids),
+        finish=finish,
+        reward=_finite(row["reward"]),
+        step=row.get("step"),
+        temperature=row.get("temperature"),
+        source="recorded",
+        ref_logprob=_finite(row.get("ref_logprob")),
+        columns={**others, **row.get("columns", {})},
+    )
+
+
+def _check_types(row: Row, where: str) -> None:
+    for either in (("reward",), ("prompt_ids", "prompt"), ("completion_ids", "completion")):
+        if not any(name in row for name in either):
+            raise ValueError(
+                f"recorded: expected a column {' or '.join(either)} in {where}, "
+                f"got {', '.join(row)}"
+            )
+    for name, kind in TYPES.items():
+        if name in row and not isinstance(row[name], kind):
+            allowed = " or ".join(k.__name__ for k in kind).replace("NoneType", "null")
+            raise ValueError(
+                f"recorded: expected {allowed} as {name} in {where}, got {row[name]!r}"
+            )
+    if row.get("finish", "stop") not in ("stop", "length"):
+        raise ValueError(
+            f"recorded: expected stop or length as finish in {where}, got {row['finish']!r}"
+        )
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

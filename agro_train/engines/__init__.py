@@ -1,0 +1,1 @@
+"""What samples completions: transformers or vLLM. A new engine is one file with `engine.Engine`."""

@@ -1,0 +1,314 @@
+"""vLLM in a process beside this one, or as a server: requests of tokens, answers of tokens.
+
+Both are asked in the same way, and both take new weights through vLLM's own weight transfer
+interface, with the backend of `vllm_worker`.
+"""
+
+import http.client
+import json
+import os
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+from transformers import PretrainedConfig
+
+from agro_train.config import TrainConfig
+from agro_train.engines.engine import BrokenEngine
+
+MEMORY = Path("/dev/shm")  # files that never reach a disk, where the system has such a folder
+BACKEND = "agro"  # of weight transfer
+EXTENSION = "agro_train.engines.vllm_worker.WorkerExtension"
+AT_ONCE = 256  # requests to a server
+# Seconds for a request of tokens. Those of all ranks queue up at the server, and a step's may well
+# take an hour; a server that dies closes its connections, and is noticed at once all the same.
+TOKENS_S = 6 * 3600.0
+RETRY_S = 1.0
+FORGET_S = 10.0
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt_ids: tuple[int, ...]
+    parameters: dict[str, Any]  # of vLLM's SamplingParams
+
+
+@dataclass(frozen=True)
+class Answer:
+    ids: tuple[int, ...]  # as sampled, the end token included
+    logprobs: tuple[float, ...]  # of ids, nats; of the processed logits, so at the temperature
+    prompt_logprobs: tuple[float, ...]  # of prompt_ids[1:] at temperature 1, if they were asked for
+
+
+class Client(Protocol):
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answers, in the order of the requests."""
+
+    def load(self, files: Iterable[Path]) -> None:
+        """Takes all the weights, from files that are asked for one by one, and forgets what it has
+        computed with the old ones."""
+
+
+class Colocated:
+    """vLLM in a process of its own, on this one's device. It starts without weights."""
+
+    def __init__(
+        self, model: PretrainedConfig, dtype: torch.dtype, length: int, config: TrainConfig
+    ) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM, SamplingParams
+        from vllm.config import WeightTransferConfig
+
+        self.sampling_params = SamplingParams
+        with tempfile.TemporaryDirectory() as folder, broken("to start"):
+            model.save_pretrained(folder)
+            self.llm = LLM(
+                model=folder,
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                dtype=str(dtype).removeprefix("torch."),
+                max_model_len=length,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                enforce_eager=not torch.cuda.is_available(),
+                gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+                tensor_parallel_size=config.vllm_tensor_parallel_size,
+                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+                worker_extension_cls=EXTENSION,
+            )
+            self.llm.init_weight_transfer_engine({"init_info": {}})
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        with broken("to answer"):
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
+                [self.sampling_params(detokenize=False, **r.parameters) for r in requests],
+                use_tqdm=False,
+            )
+        answers = []
+        for output in outputs:
+            ids = tuple(output.outputs[0].token_ids)
+            read = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False)
+            answers.append(
+                Answer(
+                    ids,
+                    tuple(
+                        at[token].logprob
+                        for token, at in zip(ids, output.outputs[0].logprobs or [], strict=False)
+                    ),
+                    tuple(at[token].logprob for token, at in list(read)[1:]),
+                )
+            )
+        return answers
+
+    def load(self, files: Iterable[Path]) -> None:
+        taking = "to take new weights"
+        with broken(taking):
+            self.llm.start_weight_update()
+        for path in files:  # writes the file, and may fail on its own account
+            with broken(taking):
+                self.llm.update_weights({"update_info": {"path": str(path)}})
+        with broken(taking):
+            self.llm.finish_weight_update()
+            forget(lambda: bool(self.llm.reset_prefix_cache()))
+
+
+def forget(reset: Callable[[], bool]) -> None:
+    """Empties the prefix cache. It cannot be done while a request still holds a part of it, which
+    lasts a moment longer than the request."""
+    deadline = time.monotonic() + FORGET_S
+    while not reset():
+        if time.monotonic() > deadline:
+            raise BrokenEngine(
+                f"vllm: expected it to empty its prefix cache within {FORGET_S:g} s, got requests "
+                "that still use it; let nobody else ask the run's server"
+            )
+        time.sleep(0.05)
+
+
+@contextmanager
+def broken(what: str) -> Iterator[None]:
+    """Turns what vLLM raises, of which there is no common class, into BrokenEngine."""
+    try:
+        yield
+    except BrokenEngine:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise BrokenEngine(
+            f"vllm: expected it {what}, got {type(error).__name__}: {reason[0]}; its own messages "
+            "above say more"
+        ) from error
+
+
+class Server:
+    """A vLLM server, as `agro serve` starts one. `timeout_s` is for its start, and for every answer
+    but tokens."""
+
+    def __init__(self, base_url: str, timeout_s: float) -> None:
+        self.base_url, self.timeout_s = base_url.rstrip("/"), timeout_s
+
+    def check(self, length: int) -> None:
+        """Waits until the server is up. Raises ValueError if it is none that takes new weights, or
+        that reads fewer than `length` tokens."""
+        hint = "start it with `agro serve MODEL`"
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                found = self._call("/v1/models")
+                with self._answered():
+                    got = int(found["data"][0].get("max_model_len") or length)
+                break
+            except BrokenEngine as error:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"vllm_server_base_url: expected a vLLM server at {self.base_url}, got no "
+                        f"answer of one within {self.timeout_s:g} s ({error}); {hint}"
+                    ) from error
+                time.sleep(1.0)
+        if got < length:
+            raise ValueError(
+                f"vllm: expected a server that reads {length} tokens, the longest prompt and "
+                f"completion, got one that reads {got}; {hint} --max-model-len {length}"
+            )
+        try:
+            self._call("/init_weight_transfer_engine", {"init_info": {}})
+            self._tokens(Request((0,), {"max_tokens": 1}), self.timeout_s)
+        except BrokenEngine as error:
+            raise ValueError(
+                f"vllm: expected a server that takes new weights and tokens, got {error}; {hint}"
+            ) from error
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        with ThreadPoolExecutor(min(AT_ONCE, len(requests))) as threads:
+            return list(threads.map(self._tokens, requests))
+
+    def load(self, files: Iterable[Path]) -> None:
+        self._call("/start_weight_update", {})
+        for path in files:
+            self._call("/update_weights", {"update_info": {"path": str(path)}})
+        self._call("/finish_weight_update", {})
+
+        def emptied() -> bool:
+            found = self._call("/reset_prefix_cache", {})
+            with self._answered():
+                return bool(found["success"])
+
+        forget(emptied)
+
+    def _tokens(self, request: Request, timeout_s: float = TOKENS_S) -> Answer:
+        path = "/inference/v1/generate"
+        body = {"token_ids": list(request.prompt_ids), "sampling_params": request.parameters}
+        # Asked again once where the connection is refused, as it may be to one of many at once:
+        # the server then has not seen the request.
+        found = self._call(path, body, timeout_s, attempts=2)
+        with self._answered():
+            choice = found["choices"][0]
+            logprobs = (choice.get("logprobs") or {}).get("content") or []
+            read = zip(request.prompt_ids, found.get("prompt_logprobs") or [], strict=False)
+            return Answer(
+                tuple(int(token) for token in choice["token_ids"]),
+                tuple(float(at["logprob"]) for at in logprobs),
+                tuple(float(at[str(token)]["logprob"]) for token, at in list(read)[1:]),
+            )
+
+    def _call(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        timeout_s: float | None = None,
+        attempts: int = 1,
+    ) -> dict[str, Any]:
+        """GET without a body, else POST. Raises BrokenEngine, whatever goes wrong."""
+        request = urllib.request.Request(
+            self.base_url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with self._answered():
+            for left in reversed(range(attempts)):
+                try:
+                    text = self._read(request, timeout_s or self.timeout_s)
+                    break
+                except urllib.error.URLError as error:
+                    if not (left and isinstance(error.reason, ConnectionRefusedError)):
+                        raise
+                time.sleep(RETRY_S)
+            found: dict[str, Any] = json.loads(text) if text.strip() else {}
+            return found
+
+    def _read(self, request: urllib.request.Request, timeout_s: float) -> bytes:
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                text: bytes = response.read()
+                return text
+        except urllib.error.HTTPError as error:
+            reason = error.read().decode(errors="replace").strip()[:300]
+            raise BrokenEngine(
+                f"vllm: expected {request.full_url} to work, got status {error.code}: {reason}"
+            ) from error
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        """Turns what asking the server and reading its answer raise into BrokenEngine, on which
+        all ranks end together."""
+        try:
+            yield
+        except BrokenEngine:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            raise BrokenEngine(
+                f"vllm: expected an answer from {self.base_url}, got {error!r}; start the server "
+                "again with `agro serve MODEL`, and then the run with --resume"
+            ) from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BrokenEngine(
+                f"vllm: expected an answer from {self.base_url} in the form of vLLM's, got one "
+                f"that does not read as such ({error!r}); start a server with `agro serve MODEL`"
+            ) from error
+
+
+def serve_command(model: str, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line and environment of a server that takes a trainer's weights.
+
+    Only this machine reaches it, unless `options` (of `vllm serve`) has a --host: whoever reaches
+    it can change its weights.
+    """
+    defaults = {
+        "--weight-transfer-config": json.dumps({"backend": BACKEND}),
+        "--worker-extension-cls": EXTENSION,
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",
+        "--host": "127.0.0.1",
+    }
+    # What `vllm serve` runs; that command itself fails where the package is not called vllm, as the
+    # build for CPUs is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    for name, value in defaults.items():
+        command += [name, value]
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # The requests that start and end an update are among vLLM's development ones.
+    command.append("--enable-scale-out")  # requests of tokens
+    return [*command, *options], {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
+
+
+def weights_folder(config: TrainConfig) -> Path:
+    """Where weights lie on their way to vLLM: where both sides see them."""
+    if config.vllm_weights_dir:
+        return Path(config.vllm_weights_dir).resolve()
+    host = urlsplit(config.vllm_server_base_url).hostname
+    near = config.vllm_mode == "colocate" or host in ("localhost", "127.0.0.1", "::1")
+    if near:
+        return MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
+    return Path(config.output_dir).resolve()

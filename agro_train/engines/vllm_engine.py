@@ -1,0 +1,310 @@
+"""Completions by vLLM: tokens in, tokens out, the policy's weights sent ahead, and a look at
+whether they arrived.
+
+A completion's seed is that of the transformers engine, its tokens are not: vLLM draws its random
+numbers in its own way, and its kernels round in theirs. The samples count as the policy's own
+(`on_policy`), for the two distributions differ by rounding alone; how much that is, a step's
+`sampling/sampling_logp_difference` says. AGRO's pathwise term holds for samples of any
+distribution. Only the likelihood-ratio term (`lr_weight`) takes them for the policy's, and its
+expectation is then off by a share of about that difference, summed over a completion.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from agro_train.config import TrainConfig
+from agro_train.data.batch import pack
+from agro_train.engines.engine import BrokenEngine, completion_seed, cut
+from agro_train.engines.vllm_client import (
+    Answer,
+    Client,
+    Colocated,
+    Request,
+    Server,
+    weights_folder,
+)
+from agro_train.policy.adapter import merged_weights
+from agro_train.policy.logprobs import to_device
+from agro_train.policy.policy import unwrap
+from agro_train.types import Prompt, Rollout
+
+T = TypeVar("T")
+
+FILE_BYTES = 1 << 30  # a file of weights is full once it has this many
+PROBE_TOKENS = 32  # of the completion whose log-probabilities are compared
+# Mean |difference| of a token's log-probability, nats, that rounding may make.
+# In float32 it is about 1e-6. In bfloat16, for SmolLM2 with transformers' sdpa attention and a
+# float32 head against its eager attention and a bfloat16 head, it is 0.015 to 0.05 on greedy
+# tokens and 0.05 to 0.085 on random ones, as those of the probe come to be when the policy moves
+# away; one of its matrices replaced by noise makes it 0.3 and more.
+NOISE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+MOVED = 1e-5  # mean |change| of our log-probability, nats: in float32, more than rounding
+
+
+class VllmEngine:
+    """An `Engine`. Weights are sent when `step` is another one than before, by the main rank; every
+    rank asks for its own completions."""
+
+    def __init__(
+        self,
+        client: Client,
+        policy: nn.Module,
+        accelerator: Any,
+        tokenizer: Any,
+        end_tokens: set[int],
+        config: TrainConfig,
+    ) -> None:
+        self.client, self.policy, self.accelerator = client, policy, accelerator
+        self.tokenizer, self.end_tokens, self.config = tokenizer, end_tokens, config
+        self.sent: int | None = None  # the step whose weights vLLM has
+        self.probe: Rollout | None = None  # a completion that both sides are asked about
+        self.before: tuple[Tensor, Tensor] | None = None  # its log-probabilities: ours, vLLM's
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seeds: Sequence[int],
+        num_generations: int,
+        temperature: float,
+        step: int | None,
+    ) -> list[Rollout]:
+        if self.sent is None or step != self.sent:
+            self.send(prompts[0])
+            self.sent = step
+        asked = [
+            (prompt, completion_seed(seed, number))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for number in range(num_generations)
+        ]
+        requests = [self.request(prompt.ids, seed, temperature) for prompt, seed in asked]
+        answers = self.together(lambda: self.ask(requests))
+        return [
+            cut(
+                prompt,
+                list(answer.ids),
+                self.tokenizer,
+                self.end_tokens,
+                temperature,
+                step,
+                answer.logprobs if temperature else None,
+            )
+            for (prompt, _), answer in zip(asked, answers, strict=True)
+        ]
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        answers = self.client.ask(requests)
+        for answer in answers:
+            if not 0 < len(answer.ids) == len(answer.logprobs):
+                raise BrokenEngine(
+                    "vllm: expected tokens and as many log-probabilities, got "
+                    f"{len(answer.ids)} and {len(answer.logprobs)}; use vllm>=0.32, and start a "
+                    "server with `agro serve MODEL`"
+                )
+        return answers
+
+    def request(self, ids: tuple[int, ...], seed: int, temperature: float) -> Request:
+        """Every setting that shapes the distribution, spelled out, so that no default can."""
+        return Request(
+            ids,
+            {
+                "n": 1,
+                "seed": seed,
+                "temperature": temperature,
+                "top_p": 1.0,
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+                "max_tokens": self.config.max_completion_length,
+                "stop_token_ids": sorted(self.end_tokens),
+                "ignore_eos": True,  # the run's end tokens are all there
+                "logprobs": 0,  # of the token sampled, and no others
+            },
+        )
+
+    def send(self, prompt: Prompt) -> None:
+        """Sends the weights, and raises BrokenEngine if vLLM then does not compute with them."""
+        self.together(self.deliver)
+        if self.probe is None:  # only now: vLLM's first weights may be arbitrary ones
+            (self.probe,) = broadcast_object_list([self.together(lambda: self.new_probe(prompt))])
+        ours = self.our_logprobs()
+        self.before = ours, self.together(lambda: self.check(ours))
+
+    def check(self, ours: Tensor) -> Tensor:
+        """vLLM's log-probabilities of the probe, once they are seen to be `ours`."""
+        theirs, dtype = self.their_logprobs(), rollout_dtype(self.config)
+        apart = float((ours - theirs).abs().mean())
+        # Where our log-probabilities moved and vLLM's are the same to the last bit, it computed
+        # with the old weights, however near those may be. In bfloat16 that proves nothing: a small
+        # step of an adapter, merged, may round away, and the noise alone decides.
+        stale = (
+            dtype == torch.float32
+            and self.before is not None
+            and float((ours - self.before[0]).abs().mean()) > MOVED
+            and torch.equal(theirs, self.before[1])
+        )
+        if stale or not apart <= NOISE[dtype]:  # nor may it be NaN
+            found = "the same ones as before the update" if stale else f"others by {apart:.3g} nats"
+            raise BrokenEngine(
+                "vllm: expected the policy's log-probabilities after its weights were sent, got "
+                f"{found}; the weights did not arrive, or vLLM serves another model or computes in "
+                f"another dtype than {dtype}"
+            )
+        return theirs
+
+    def deliver(self) -> None:
+        """One file of weights after another; a rank that does not write takes part in gathering
+        sharded ones all the same."""
+        weights, where = merged_weights(unwrap(self.policy).model), weights_folder(self.config)
+        try:
+            if self.accelerator.is_main_process:
+                with tempfile.TemporaryDirectory(dir=where) as folder:
+                    dtype = rollout_dtype(self.config)
+                    self.client.load(files(weights, Path(folder), dtype))
+        except (OSError, SafetensorError) as error:
+            raise BrokenEngine(
+                f"vllm: expected to write weights to {where}, {FILE_BYTES / 1e9:.1f} GB and a "
+                f"tensor at a time, got {error}; make room there, or set vllm_weights_dir to a "
+                "folder that has it (and that a server sees, too)"
+            ) from error
+        finally:
+            for _ in weights:
+                pass
+
+    def new_probe(self, prompt: Prompt) -> Rollout:
+        """A greedy completion: likely tokens, on which rounding does least."""
+        request = self.request(prompt.ids, seed=0, temperature=0.0)
+        short = min(PROBE_TOKENS, max(1, self.config.max_completion_length - 1))
+        request.parameters.update(max_tokens=short, stop_token_ids=[])
+        (answer,) = self.ask([request])
+        return cut(prompt, list(answer.ids), self.tokenizer, set(), 0.0, None)
+
+    def our_logprobs(self) -> Tensor:
+        """(n,) float64 of the probe's tokens under the policy, nats. Every rank must call it."""
+        assert self.probe is not None, "there is a probe before weights are sent"
+        (micro,) = pack([self.probe], token_budget=1, share_prompts=False)
+        with torch.no_grad():
+            found = self.policy(to_device(micro, self.accelerator.device), 1.0).logprobs
+        logprobs: Tensor = found.double().cpu()
+        return logprobs
+
+    def their_logprobs(self) -> Tensor:
+        """(n,) float64 of the probe's tokens by vLLM, nats, all finite."""
+        assert self.probe is not None, "there is a probe before weights are sent"
+        ids = self.probe.prompt_ids + self.probe.completion_ids
+        request = self.request(ids, seed=0, temperature=0.0)
+        request.parameters.update(max_tokens=1, prompt_logprobs=0)
+        (answer,) = self.ask([request])
+        count = len(self.probe.completion_ids)
+        theirs = torch.tensor(answer.prompt_logprobs[-count:], dtype=torch.float64)
+        if len(theirs) != count or not theirs.isfinite().all():
+            raise BrokenEngine(
+                f"vllm: expected {count} finite log-probabilities of a prompt's tokens, got "
+                f"{theirs.tolist()}; use vllm>=0.32, and start a server with `agro serve MODEL`"
+            )
+        return theirs
+
+    def together(self, function: Callable[[], T]) -> T:
+        """function() on every rank; where it fails on one it fails on all, and none waits for it
+        for ever."""
+        failure, result = None, None
+        try:
+            result = function()
+        except BrokenEngine as error:
+            failure = error
+        failures = [text for text in gather_object([failure and str(failure)]) if text]
+        if failures:
+            raise BrokenEngine(failures[0]) from failure
+        return result  # type: ignore[return-value]
+
+
+def start(
+    config: TrainConfig,
+    policy: nn.Module,
+    accelerator: Any,
+    tokenizer: Any,
+    end_tokens: set[int],
+    longest_prompt: int,
+) -> VllmEngine:
+    """Starts vLLM, or finds the server. Raises ValueError, in one sentence, where it cannot."""
+    # At least two tokens: the probe's first, and one more that goes with its log-probability.
+    length = longest_prompt + max(2, config.max_completion_length)
+    client: Client
+    if config.vllm_mode == "server":
+        client = Server(config.vllm_server_base_url, config.vllm_server_timeout)
+        client.check(length)
+        make_weights_folder(config)
+    else:
+        if accelerator.num_processes > 1:
+            raise ValueError(
+                "vllm_mode: expected server with more than one process, got colocate; start a "
+                "server with `agro serve MODEL`"
+            )
+        if 0 < config.vllm_max_model_length < length:
+            raise ValueError(
+                f"vllm_max_model_length: expected at least {length}, the longest prompt and "
+                f"completion, got {config.vllm_max_model_length}; 0 sets it"
+            )
+        try:
+            import vllm  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"use_vllm: expected the package vllm, got none that works ({error}); pip install "
+                "'.[vllm]' in this project's folder, or set vllm_mode=server"
+            ) from error
+        make_weights_folder(config)
+        length = config.vllm_max_model_length or length
+        model = unwrap(policy).model.config
+        client = Colocated(model, rollout_dtype(config), length, config)
+    return VllmEngine(client, policy, accelerator, tokenizer, end_tokens, config)
+
+
+def make_weights_folder(config: TrainConfig) -> None:
+    folder = weights_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"vllm_weights_dir: expected a folder to write weights to, got {folder}: {error}"
+        ) from error
+
+
+def rollout_dtype(config: TrainConfig) -> torch.dtype:
+    """What the policy computes in, and so what vLLM should."""
+    low = config.mixed_precision == "bf16" or config.dtype == "bfloat16"
+    return torch.bfloat16 if low else torch.float32
+
+
+def files(
+    weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype
+) -> Iterator[Path]:
+    """safetensors files of `dtype`, FILE_BYTES and a tensor at most; each lasts until the next one
+    is asked for."""
+    held: dict[str, Tensor] = {}
+    size = 0
+
+    def written() -> Iterator[Path]:
+        path = folder / "weights.safetensors"
+        save_file(held, path)
+        yield path
+        path.unlink()
+        held.clear()
+
+    for name, weight in weights:
+        held[name] = weight.to(dtype).cpu().contiguous()
+        size += held[name].nbytes
+        if size >= FILE_BYTES:
+            yield from written()
+            size = 0
+    if held:
+        yield from written()

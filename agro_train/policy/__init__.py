@@ -1,0 +1,1 @@
+"""The model in training and its reference: loading, adapters, log-probabilities, checkpoints."""

@@ -1,0 +1,178 @@
+"""LoRA through peft: a frozen model, a small trained adapter, and the reference for nothing.
+
+The adapter lies inside the transformers model's own linear layers, so that the policy, generation
+and wrappers see the model they know. With the adapter off the same weights are the reference.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from agro_train.config import TrainConfig
+from agro_train.seeds import derive_seed
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+NAME = "default"  # peft's, of an only adapter
+PREFIX = "base_model.model."  # of a name in an adapter's file, before the model's own
+
+
+def add_adapter(model: PreTrainedModel, config: TrainConfig, checkpoint: Path | None) -> None:
+    """Freezes the model and puts an adapter into it, in place: fresh, or that of a checkpoint.
+
+    A fresh one changes nothing yet (B is zero). Its weights are float32 whatever the model's are:
+    steps of 1e-5 are lost in bfloat16.
+    """
+    targets = config.lora_target_modules
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "adapter"))
+        try:
+            model.add_adapter(lora)
+        except ValueError as error:  # no module of that name, or one that takes no adapter
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"lora_target_modules: expected names of linear layers, got {targets}: {reason}"
+            ) from error
+    lora.base_model_name_or_path = base_name(config)
+    for kind in ("output", "input"):
+        if isinstance(getattr(model, f"get_{kind}_embeddings")(), LoraLayer):
+            raise ValueError(
+                f"lora_target_modules: expected layers between embedding and head, got {targets}, "
+                f"which covers the {kind} embeddings; the fused head reads those weights themselves"
+            )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    if checkpoint is not None:
+        weights = load_file(checkpoint / WEIGHTS)
+        result = set_peft_model_state_dict(
+            model, {name.removeprefix(PREFIX): w for name, w in weights.items()}, NAME
+        )
+        left = [name for name in result.missing_keys if ".lora_" in name]
+        if left or result.unexpected_keys:
+            raise ValueError(
+                f"--resume: expected an adapter of lora_r={config.lora_r} on {targets} in "
+                f"{checkpoint}, got one with other weights: {(left + result.unexpected_keys)[0]}"
+            )
+
+
+def base_name(config: TrainConfig) -> str:
+    """Where the frozen weights are, as an adapter's file names them."""
+    if config.model == "tiny":
+        return str((Path(config.output_dir) / "base_model").resolve())
+    return os.path.abspath(config.model) if Path(config.model).exists() else config.model
+
+
+def base_of(folder: Path) -> str | None:
+    """The model that the adapter in `folder` belongs to; None where there is no adapter."""
+    if not (folder / CONFIG).is_file():
+        return None
+    beside = folder.parent / "base_model"  # the tiny model's, which moves with its run
+    if beside.is_dir():
+        return str(beside)
+    return str(json.loads((folder / CONFIG).read_text())["base_model_name_or_path"])
+
+
+def with_adapter_merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A plain model: its weights plus the adapter in `folder`."""
+    with warnings.catch_warnings():  # peft asks transformers by a name that is to go
+        warnings.simplefilter("ignore", FutureWarning)
+        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel), f"expected a plain model, got {type(merged)}"
+    return merged
+
+
+def save(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Writes what PeftModel.from_pretrained loads; of `weights`, by name, the adapter's.
+
+    Not save_pretrained, which asks the network whether the base model's vocabulary has grown.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    save_file(
+        {PREFIX + name: weight.contiguous() for name, weight in found.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    model.peft_config[NAME].save_pretrained(str(folder), inference_mode=True)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+class AdapterOff(nn.Module):
+    """The reference of a policy with an adapter: the policy itself, called with the adapter off.
+
+    It goes through the policy's own wrapper, hence the same kernels and the same precision.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert not torch.is_grad_enabled(), "the reference is read without gradients"
+        with adapter_off(self.policy):
+            return self.policy(*args, **kwargs)
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """As peft's own switch, which however also takes requires_grad away: a sharded weight that is
+    gathered for the first time with it off would never get a gradient again."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert layers, "expected a model with an adapter"
+    for layer in layers:
+        layer._disable_adapters = True
+    assert all(layer.disable_adapters for layer in layers), "peft's switch has another name"
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of the plain model that computes the same: what an engine is sent.
+
+    One at a time, whole even where they are sharded (every rank must then take part), tied ones
+    once; each in its own dtype. The sum is taken in float32.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        weight = whole_tensor(parameter)
+        owner, _, leaf = name.rpartition(".")
+        owner = owner.removesuffix(".base_layer")
+        if owner in layers and leaf == "weight":
+            layer = layers[owner]
+            a, b = (whole_tensor(part[NAME].weight) for part in (layer.lora_A, layer.lora_B))
+            delta = layer.scaling[NAME] * (b @ a)
+            delta = delta.T if getattr(layer, "fan_in_fan_out", False) else delta
+            weight = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        yield f"{owner}.{leaf}", weight
+
+
+def whole_tensor(parameter: Tensor) -> Tensor:
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

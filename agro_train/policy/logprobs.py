@@ -1,0 +1,59 @@
+"""Log-probabilities of whole completions under a model, micro-batch by micro-batch."""
+
+from dataclasses import replace
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from agro_train.config import TrainConfig
+from agro_train.data.batch import pack
+from agro_train.types import MicroBatch, Rollout
+
+# What a rank without a micro-batch of its own reads to keep step with the others: token 0 after
+# token 0. Its result is not used.
+FILLER = pack(
+    [Rollout("", "", (0,), "", (0,), finish="length", reward=None)],
+    token_budget=1,
+    share_prompts=False,
+)[0]
+
+
+def sequence_logprobs(
+    model: nn.Module,
+    micro: tuple[MicroBatch, ...],
+    count: int,
+    config: TrainConfig,
+    device: torch.device,
+) -> Tensor:
+    """(count,) float64 log-probabilities of whole completions, nats; 0 for rows not in `micro`."""
+    sums = torch.zeros(count, dtype=torch.float64)
+    with torch.no_grad():
+        for number, piece in enumerate(even_out(micro), start=1):
+            piece = to_device(piece, device)
+            logprobs = model(piece, config.temperature).logprobs
+            if number <= len(micro):
+                sums += row_sums(logprobs, token_rows(piece), count)
+    return sums
+
+
+def even_out(micro: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
+    """The same number on every rank, by repeating the last one: a rank that calls the sharded model
+    less often than the others would leave them waiting for ever."""
+    most: int = max(gather_object([len(micro)]))
+    return micro + (micro or (FILLER,))[-1:] * (most - len(micro))
+
+
+def token_rows(micro: MicroBatch) -> Tensor:
+    """(n,) the row in the batch of each predicted token's completion."""
+    return micro.rows.repeat_interleave(micro.cu_seqlens.diff())
+
+
+def row_sums(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """(count,) float64 sums of per-token values over each completion, on the CPU."""
+    sums = torch.zeros(count, dtype=torch.float64)
+    return sums.index_add_(0, rows.cpu(), values.double().cpu())
+
+
+def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    return replace(micro, **{name: value.to(device) for name, value in vars(micro).items()})

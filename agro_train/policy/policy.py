@@ -1,0 +1,159 @@
+"""Loading models, and the policy: a causal LM whose head gives log-probabilities."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from agro_kernels import linear_logprobs_with_stats, weighted_logprob_sum
+from agro_train.types import MicroBatch
+
+T = TypeVar("T")
+
+# Heads that scale their logits after the product; the policy would train another distribution.
+SCALED_LOGITS = ("logit_scale", "logits_scaling", "logits_scale")
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal LM read through the fused head; the (n, V) logits are never stored.
+
+    The head runs inside `forward`, so wrappers that gather weights around it (DDP, FSDP2) see it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        for name in SCALED_LOGITS:
+            if getattr(model.config, name, 1.0) not in (1.0, None):
+                raise ValueError(
+                    f"model: expected a head without logit scaling, got {name}="
+                    f"{getattr(model.config, name)} in {type(model).__name__}; it is not supported"
+                )
+        self.model = model
+
+    def forward(
+        self,
+        micro: MicroBatch | Callable[[PreTrainedModel], Any],
+        temperature: float = 1.0,
+        coefficients: Tensor | None = None,
+        lse: Tensor | None = None,
+        weight_grad: Tensor | None = None,
+    ) -> Any:
+        """Without coefficients: log-probability, entropy and lse of each target, fp32 (n,).
+        With coefficients (n,): the 0-d sum of coefficient * log-probability; `lse` from an earlier
+        pass over the same weights saves one product with the head, and the head adds its weight's
+        gradient to `weight_grad` itself, see `head_gradient`. A function in place of a micro-batch
+        is called with the model, see `whole`.
+        """
+        if not isinstance(micro, MicroBatch):
+            return micro(self.model)
+        hidden = self.hidden_states(micro)[micro.predictors]
+        head = self.model.get_output_embeddings()
+        options: dict[str, Any] = {
+            "bias": getattr(head, "bias", None),
+            "temperature": temperature,
+            "softcap": getattr(self.model.config, "final_logit_softcapping", None),
+        }
+        if coefficients is None:
+            return linear_logprobs_with_stats(hidden, head.weight, micro.targets, **options)
+        options |= {"lse": lse, "weight_grad": weight_grad}
+        return weighted_logprob_sum(hidden, head.weight, micro.targets, coefficients, **options)
+
+    def hidden_states(self, micro: MicroBatch) -> Tensor:
+        """(L, D) final hidden states of a packed micro-batch.
+
+        The mask or the sequence boundaries are always given explicitly, and use_cache is off: left
+        to itself transformers attends across packed sequences as soon as a cache is about.
+        """
+        kwargs: dict[str, Any] = {}
+        implementation = self.model.config._attn_implementation
+        if implementation == "flash_attention_2":
+            longest = int(micro.position_ids.max()) + 1
+            kwargs.update(
+                cu_seq_lens_q=micro.cu_inputs,
+                cu_seq_lens_k=micro.cu_inputs,
+                max_length_q=longest,
+                max_length_k=longest,
+            )
+        elif implementation == "eager":
+            lowest = torch.finfo(self.model.dtype).min
+            attends = micro.attends()
+            mask = torch.zeros_like(attends, dtype=self.model.dtype)
+            kwargs["attention_mask"] = mask.masked_fill(~attends, lowest)[None, None]
+        else:
+            kwargs["attention_mask"] = micro.attends()[None, None]
+        output = self.model.base_model(
+            input_ids=micro.input_ids[None],
+            position_ids=micro.position_ids[None],
+            use_cache=False,
+            **kwargs,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+
+def head_gradient(policy: nn.Module) -> Tensor | None:
+    """The gradient of the head's weight (V, D), zeros so far, for the head to add to by itself:
+    a second gradient of that size never waits to be added, which for a tied weight is until the
+    embedding's has come, at the end of the backward pass.
+
+    None where that cannot be: the weight is frozen; its gradient is not of the dtype that sums are
+    kept in; or a wrapper (DDP, FSDP2, torch.compile) has to see the gradient come from autograd.
+    """
+    if type(policy) is not Policy:  # FSDP2 changes the class
+        return None
+    weight = policy.model.get_output_embeddings().weight
+    if not weight.requires_grad or weight.dtype not in (torch.float32, torch.float64):
+        return None
+    gradient = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    weight.grad = gradient
+    return gradient
+
+
+def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
+    """Shards weights, gradients and with them the optimiser over the ranks, layer by layer (FSDP2).
+
+    Gradients are summed in float32 or better, and the root's inputs stay as they are: coefficients
+    and lse must not become bfloat16.
+    """
+    param_dtype = torch.bfloat16 if mixed_precision == "bf16" else None
+    reduce_dtype = torch.promote_types(policy.model.dtype, torch.float32)
+    policy_of_layers = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for layer in policy.model.base_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy_of_layers)
+    root = replace(policy_of_layers, cast_forward_inputs=False)
+    fully_shard(policy, mesh=mesh, mp_policy=root)
+
+
+def whole(policy: nn.Module, accelerator: Any, function: Callable[[PreTrainedModel], T]) -> T:
+    """function(the transformers model), for generation, in the precision that training uses.
+
+    Sharded weights are gathered once and stay until it returns, so that ranks may call the model
+    as often as each needs to.
+    """
+    with accelerator.autocast():
+        if not isinstance(policy, FSDPModule):
+            return function(unwrap(policy).model)
+        policy.set_reshard_after_forward(False)
+        try:
+            result: T = policy(function)
+        finally:
+            policy.set_reshard_after_forward(True)
+            # As FSDP2 has it: the root's weights are wanted again right away, by the backward.
+            policy.set_reshard_after_forward(False, recurse=False)
+            for module in policy.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return result
+
+
+def unwrap(policy: nn.Module) -> Policy:
+    """The policy inside a data-parallel wrapper."""
+    inner = policy.module if isinstance(policy, DistributedDataParallel) else policy
+    assert isinstance(inner, Policy), f"expected a Policy, got {type(inner).__name__}"
+    return inner

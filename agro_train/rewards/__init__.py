@@ -1,0 +1,1 @@
+"""Functions from completions to numbers. A new built-in reward is one file here."""

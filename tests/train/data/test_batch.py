@@ -1,0 +1,57 @@
+"""Packing: the shift and the budget."""
+
+import pytest
+import torch
+
+from agro_train.data.batch import build_batch, pack
+from tests.train.models import ragged_rollouts, rollout
+
+
+def test_shift_and_shared_prompt_are_as_documented() -> None:
+    rollouts = [
+        rollout("a", [5, 9, 5, 11], [7, 1], 1.0),
+        rollout("a", [5, 9, 5, 11], [8, 1], 0.0),
+    ]
+    (micro,) = pack(rollouts, token_budget=100, share_prompts=True)
+    assert micro.input_ids.tolist() == [5, 9, 5, 11, 7, 8]
+    assert micro.position_ids.tolist() == [0, 1, 2, 3, 4, 4]
+    assert micro.predictors.tolist() == [3, 4, 3, 5]
+    assert micro.targets.tolist() == [7, 1, 8, 1]
+    assert micro.cu_seqlens.tolist() == [0, 2, 4]
+    assert micro.attends()[5].tolist() == [True, True, True, True, False, True]
+
+
+def test_without_sharing_every_completion_has_its_own_prompt() -> None:
+    rollouts = [rollout("a", [5, 9], [7, 1]), rollout("a", [5, 9], [8, 1])]
+    (micro,) = pack(rollouts, token_budget=100, share_prompts=False)
+    assert micro.input_ids.tolist() == [5, 9, 7, 5, 9, 8]
+    assert micro.position_ids.tolist() == [0, 1, 2, 0, 1, 2]
+    assert micro.cu_inputs.tolist() == [0, 3, 6]
+    assert not micro.attends()[3:, :3].any()
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("budget", [1, 7, 12, 1000])
+def test_every_completion_is_packed_once_within_the_budget(budget: int, share: bool) -> None:
+    rollouts = ragged_rollouts()
+    micro = pack(rollouts, token_budget=budget, share_prompts=share)
+    assert torch.cat([m.rows for m in micro]).tolist() == list(range(len(rollouts)))
+    targets = torch.cat([m.targets for m in micro]).tolist()
+    assert targets == [token for r in rollouts for token in r.completion_ids]
+    for m in micro:
+        assert len(m.input_ids) <= budget or len(m.rows) == 1
+
+
+def test_batch_holds_groups_rewards_and_origin() -> None:
+    rollouts = [
+        rollout("x", [3], [4], 1.0),
+        rollout("y", [5], [6], None),
+        rollout("x", [3], [7], 0.5),
+    ]
+    batch = build_batch(
+        rollouts, [4, 2, 4], [True, False, True], token_budget=50, share_prompts=True
+    )
+    assert batch.groups.tolist() == [4, 2, 4]
+    assert batch.rewards[[0, 2]].tolist() == [1.0, 0.5]
+    assert batch.rewards[1].isnan()
+    assert batch.on_policy.tolist() == [True, False, True]

@@ -1,0 +1,89 @@
+"""What a step is made of: shares, staleness, and replay as a function of (seed, step)."""
+
+from pathlib import Path
+
+import pytest
+
+from agro_train.config import TrainConfig
+from agro_train.data.mix import Mix, plan, replayed_groups, rollouts_path
+from agro_train.data.recorded import rollout_to_json
+from agro_train.types import Rollout
+
+
+def config(**changes: object) -> TrainConfig:
+    settings = {"steps": 6, "prompts_per_step": 8, "num_generations": 2, "replay_max_staleness": 2}
+    return TrainConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def log(folder: Path, mix: list[Mix], step: int, size: int = 2) -> None:
+    """The record of a step: `fresh` groups whose completions name step and group, and one replayed
+    and one recorded group that must not come again."""
+    rows = [
+        Rollout(f"g{i}", "", (2,), "", (step + 3, i + 2), "stop", 0.5, step=step)
+        for i in range(mix[step].fresh)
+        for _ in range(size)
+    ]
+    old = [
+        Rollout("x", "", (2,), "", (9, 9), "stop", 0.5, step=step, source=source)
+        for source in ("replayed", "recorded")
+    ]
+    path = rollouts_path(folder, step + 1)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(rollout_to_json(r) + "\n" for r in rows + old))
+
+
+def test_fresh_groups_stand_in_until_there_are_some_to_replay() -> None:
+    steps = plan(config(replay_fraction=0.5))
+    assert [(s.fresh, s.replayed) for s in steps] == [(8, 0)] + [(4, 4)] * 5
+    assert [s.first_fresh for s in steps] == [0, 8, 12, 16, 20, 24]
+
+
+def test_shares_of_all_three_sources() -> None:
+    both = config(recorded=["a.jsonl"], recorded_fraction=0.25, replay_fraction=0.5)
+    both.check()
+    assert [(s.fresh, s.replayed, s.recorded) for s in plan(both)[:2]] == [(6, 0, 2), (2, 4, 2)]
+
+
+def test_nothing_but_replay_generates_when_the_record_is_too_old() -> None:
+    steps = plan(config(replay_fraction=1.0))
+    assert [s.fresh for s in steps] == [8, 0, 0, 8, 0, 0]
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_replay_is_no_older_than_allowed_and_takes_no_group_twice(
+    staleness: int, tmp_path: Path
+) -> None:
+    settings = config(replay_fraction=0.5, replay_max_staleness=staleness)
+    steps = plan(settings)
+    seen = set()
+    for step in range(6):
+        groups = replayed_groups(tmp_path, steps, step, settings)
+        assert len(groups) == steps[step].replayed
+        assert all(len(group) == 2 and group[0].group == group[1].group for group in groups)
+        for group in groups:
+            assert all(r.source == "replayed" and r.step is not None for r in group)
+            ages = {step - (r.step or 0) for r in group}
+            assert len(ages) == 1 and 1 <= min(ages) <= staleness
+            seen |= ages
+        assert len({group[0].completion_ids for group in groups}) == len(groups)
+        log(tmp_path, steps, step)
+    assert seen == set(range(1, staleness + 1))
+
+
+def test_replay_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
+    settings = config(replay_fraction=0.5)
+    steps = plan(settings)
+    for step in range(4):
+        log(tmp_path, steps, step)
+    first = replayed_groups(tmp_path, steps, 4, settings)
+    assert replayed_groups(tmp_path, steps, 4, settings) == first
+    other = config(replay_fraction=0.5, seed=1)
+    assert replayed_groups(tmp_path, steps, 4, other) != first
+
+
+def test_record_that_was_changed_is_refused(tmp_path: Path) -> None:
+    settings = config(replay_fraction=1.0)
+    steps = plan(settings)
+    log(tmp_path, steps, 0, size=1)
+    with pytest.raises(ValueError, match="expected 16 fresh rollouts in .*000001.jsonl, got 8"):
+        replayed_groups(tmp_path, steps, 1, settings)

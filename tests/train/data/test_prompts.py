@@ -1,0 +1,120 @@
+"""Prompts: read right, or refused with file and line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import Table, parquet
+
+from agro_train.data.prompts import load_prompts, load_rows, render
+from agro_train.data.rows import read_jsonl
+from agro_train.policy import tiny
+from agro_train.seeds import shuffled
+from tests.train.models import SPECIAL, save_llama3_miniature
+
+TOKENIZER = tiny.build_tokenizer()
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_columns_of_math_and_gsm8k_are_understood(tmp_path: Path) -> None:
+    math = load_rows(write(tmp_path / "m.jsonl", {"problem": "1+1", "solution": "2"}), "train")
+    gsm8k = load_rows(write(tmp_path / "g.jsonl", {"question": "1+1", "answer": "#### 2"}), "train")
+    assert math[0]["prompt"] == gsm8k[0]["prompt"] == "1+1"
+    assert math[0]["solution"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "data: expected at least one row"),
+        ('{"prompt": "1"}\n{"prompt": \n', "line 2"),
+        ('{"prompt": "1"}\n[1, 2]\n', "line 2"),
+        ('{"prompt": "1", "completions": 2}\n', "expected no column completions in .*, got one"),
+        ('{"text": "1"}\n', "expected a column prompt, problem, question .* got text"),
+        ('{"prompt": "1"}\n{"prompt": 2}\n', "expected text in column prompt, got 2 in row 2"),
+    ],
+)
+def test_bad_rows_are_refused_with_their_place(content: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_rows(write(tmp_path / "d.jsonl", content), "train")
+
+
+def test_file_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "1"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match="d.jsonl, line 2"):
+        read_jsonl(tmp_path / "d.jsonl")
+
+
+def test_unreachable_hub_dataset_is_refused() -> None:
+    with pytest.raises(ValueError, match="data: expected .* a hub dataset, got 'no/such-dataset'"):
+        load_rows("no/such-dataset", "train")
+
+
+def test_parquet_is_read_like_jsonl(tmp_path: Path) -> None:
+    rows = [{"problem": "1+1", "solution": "2"}, {"problem": "2+2", "solution": None}]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "d.parquet")
+    assert load_rows(str(tmp_path / "d.parquet"), "train") == load_rows(
+        write(tmp_path / "d.jsonl", *rows), "train"
+    )
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="data: expected a parquet file, got .*broken.parquet"):
+        load_rows(str(tmp_path / "broken.parquet"), "train")
+
+
+def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere.jsonl"):
+        read_jsonl(tmp_path / "nowhere.jsonl")
+
+
+def test_rows_are_held_out_of_a_file_and_long_prompts_left_out(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+{i}="} for i in range(20)] + [{"prompt": "1+" * 30}]
+    path = write(tmp_path / "d.jsonl", *rows)
+    train, held_out, too_long = load_prompts(path, "", 5, TOKENIZER, "{prompt}", 12)
+    assert sum(too_long) == 1
+    assert len(held_out) in (4, 5) and len(train) + len(held_out) == 20
+    assert not {p.text for p in train} & {p.text for p in held_out}
+    again, _, _ = load_prompts(path, "", 5, TOKENIZER, "{prompt}", 12)
+    assert [p.text for p in again] == [p.text for p in train]
+
+
+def test_limit_that_leaves_no_prompt_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", {"prompt": "12+34="}, {"prompt": "11+34="})
+    with pytest.raises(ValueError, match="max_prompt_length: .* got 2"):
+        load_prompts(path, "", 0, TOKENIZER, "{prompt}", 2)
+
+
+def test_chat_template_writes_the_only_begin_token(tmp_path: Path) -> None:
+    from agro_train.policy.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(save_llama3_miniature(tmp_path)))
+    prompt = render({"prompt": "Hi"}, tokenizer, "Q: {prompt} {x}")
+    assert prompt.ids.count(tokenizer.convert_tokens_to_ids(SPECIAL[0])) == 1
+    assert "Q: Hi {x}" in prompt.text
+
+
+def test_every_epoch_visits_every_prompt_once_and_is_a_function_of_the_step() -> None:
+    prompts = list(range(10))
+    steps = [shuffled(prompts, 4 * step, 4, seed=3) for step in range(5)]
+    visited = [p for step in steps for p in step]
+    assert sorted(visited[:10]) == sorted(visited[10:]) == prompts
+    assert visited[:10] != visited[10:] and visited[:10] != prompts
+    assert steps[3] == shuffled(prompts, 12, 4, seed=3)
+    assert steps[3] != shuffled(prompts, 12, 4, seed=4)
+
+
+def test_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="data: expected a prompt of one or more tokens, got ''"):
+        render({"prompt": ""}, TOKENIZER, "{prompt}")
+
+
+def test_tiny_model_refuses_characters_it_cannot_read() -> None:
+    tiny.check_prompts([render({"prompt": "1+2="}, TOKENIZER, "{prompt}")])
+    with pytest.raises(
+        ValueError, match="data: expected prompts of the characters .* got '1 \\+ 2'"
+    ):
+        tiny.check_prompts([render({"prompt": "1 + 2"}, TOKENIZER, "{prompt}")])

@@ -1,0 +1,164 @@
+"""Recorded rollouts: read right, or refused with file and line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import Table, parquet
+
+from agro_train.data.recorded import Recorded, load_recorded, read_rollouts, rollout_to_json
+from agro_train.policy import tiny
+from tests.train.models import ragged_rollouts
+
+TOKENIZER = tiny.build_tokenizer()
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def load(paths: list[str], context: int | None = None) -> Recorded:
+    return load_recorded(paths, TOKENIZER, "{prompt}", vocab_size=15, context=context)
+
+
+def test_rollout_log_is_a_dataset(tmp_path: Path) -> None:
+    rollouts = ragged_rollouts()
+    path = write(tmp_path / "r.jsonl", *(rollout_to_json(r) + "\n" for r in rollouts))
+    groups = load([path]).groups
+    assert [len(group) for group in groups] == [3, 2, 4]
+    flat = [r for group in groups for r in group]
+    assert [(r.prompt_ids, r.completion_ids, r.reward, r.group) for r in flat] == [
+        (r.prompt_ids, r.completion_ids, r.reward, r.group) for r in rollouts
+    ]
+
+
+def test_recorded_text_is_tokenised_apart_and_ended_only_where_it_stopped(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "1+2=", "completion": "3", "reward": 1},
+        {"prompt": "1+2=", "completion": "44", "reward": None, "finish": "length"},
+        GOOD,
+    ]
+    ((stopped, cut, _),) = load([write(tmp_path / "r.jsonl", *rows)]).groups
+    assert stopped.prompt_ids == tuple(TOKENIZER("1+2=")["input_ids"])
+    assert stopped.completion_ids == (*TOKENIZER("3")["input_ids"], TOKENIZER.eos_token_id)
+    assert cut.completion_ids == tuple(TOKENIZER("44")["input_ids"])
+    assert stopped.reward == 1.0 and cut.reward is None
+
+
+def test_recorded_reward_that_is_not_finite_counts_as_none(tmp_path: Path) -> None:
+    lines = ['{"prompt": "1", "completion": "2", "reward": NaN}\n', *[json.dumps(GOOD1) + "\n"] * 2]
+    ((nan, good, _),) = load([write(tmp_path / "r.jsonl", *lines)]).groups
+    assert nan.reward is None and good.reward == 1.0
+
+
+GOOD1 = {"prompt": "1", "completion": "2", "reward": 1.0}
+GOOD = {"prompt": "1+2=", "completion": "3", "reward": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "at least one rollout"),
+        ([GOOD], "at least 2 completions a prompt, got 1 for group"),
+        ([GOOD, {"prompt": "1+2=", "completion": "3"}], "a column reward in .*line 2"),
+        ([GOOD, {"completion": "3", "reward": 1}], "a column prompt_ids or prompt"),
+        ([GOOD, {"prompt": "1+2=", "reward": 1}], "a column completion_ids or completion"),
+        (
+            [GOOD, {**GOOD, "reward": "high"}],
+            "or null as reward in .*line 2, got 'high'",
+        ),
+        ([GOOD, {**GOOD, "completion_ids": [4, 99]}], "ids in \\[0, 15\\).*another tokenizer"),
+        ([GOOD, {**GOOD, "finish": "eos"}], "stop or length as finish in .*line 2, got 'eos'"),
+        ([GOOD, {**GOOD, "completion": 5}], "str as completion in .*line 2, got 5"),
+        ([GOOD, {**GOOD, "group": "1+2=", "prompt": "3"}], "one prompt in group '1\\+2='.*line 2"),
+        ([GOOD, {**GOOD, "completion_ids": []}], "one or more ids in"),
+    ],
+)
+def test_bad_recorded_rollout_is_refused_with_its_place(
+    rows: list[Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"recorded: expected .*{message}"):
+        load([write(tmp_path / "r.jsonl", *rows)])
+
+
+def test_single_completions_are_counted_in_the_refusal(tmp_path: Path) -> None:
+    rows = [{**GOOD, "prompt": f"{i}="} for i in range(3)] + [GOOD, GOOD]
+    with pytest.raises(ValueError, match="got 1 for group '0='.* one of 3 such in 4 groups"):
+        load([write(tmp_path / "r.jsonl", *rows)])
+
+
+def test_parquet_is_read_like_jsonl(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "1+2=", "completion": "3", "reward": 1.0, "group": "a", "finish": None},
+        {"prompt": "1+2=", "completion": "4", "reward": None, "group": "a", "finish": "length"},
+        {"prompt": "1+2=", "completion_ids": [5, 1], "reward": 0.5, "group": "b"},
+        {"prompt": "1+2=", "completion_ids": [6, 1], "reward": 0.0, "group": "b", "answer": "3"},
+    ]
+    parquet.write_table(Table.from_pylist(_every_column(rows)), tmp_path / "r.parquet")
+    from_parquet = load([str(tmp_path / "r.parquet")])
+    given = [{k: v for k, v in row.items() if v is not None or k == "reward"} for row in rows]
+    assert from_parquet.groups == load([write(tmp_path / "r.jsonl", *given)]).groups
+    assert [len(group) for group in from_parquet.groups] == [2, 2]
+    assert from_parquet.num_unrewarded == 1
+    assert from_parquet.groups[1][1].columns == {"answer": "3"}
+
+
+def _every_column(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = {name for row in rows for name in row}
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def test_ragged_group_may_span_files(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", GOOD, GOOD, GOOD)
+    second = write(tmp_path / "b.jsonl", GOOD, {**GOOD, "prompt": "3="}, {**GOOD, "prompt": "3="})
+    recorded = load([first, second])
+    assert [len(group) for group in recorded.groups] == [4, 2]
+    assert [len(file.rollouts) for file in recorded.files] == [3, 3]
+    assert recorded.files[0].sha256 != recorded.files[1].sha256
+
+
+def test_run_reads_its_own_log_as_it_was(tmp_path: Path) -> None:
+    rollouts = [
+        replace(r, step=3, temperature=0.7, rewards={"f": r.reward}, columns={"answer": "1"})
+        for r in ragged_rollouts()
+    ]
+    rollouts[0] = replace(rollouts[0], reward=None, failure="error", source="replayed")
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(rollout_to_json(r) + "\n" for r in rollouts))
+    assert read_rollouts(path) == rollouts
+
+
+def test_reference_logprob_is_read_and_not_logged(tmp_path: Path) -> None:
+    rows = [{**GOOD, "ref_logprob": -2.5}, {**GOOD, "ref_logprob": None}]
+    ((first, second),) = load([write(tmp_path / "r.jsonl", *rows)]).groups
+    assert first.ref_logprob == -2.5 and second.ref_logprob is None
+    assert "ref_logprob" not in rollout_to_json(first)
+
+
+def test_completion_beyond_the_context_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", GOOD, {**GOOD, "completion": "3" * 10})
+    with pytest.raises(
+        ValueError, match="at most 12 tokens, the model's context, .*line 2, got 15"
+    ):
+        load([path], context=12)
+    assert len(load([path], context=15).groups) == 1
+
+
+def test_recorded_rewards_that_are_all_missing_are_refused(tmp_path: Path) -> None:
+    rows = [{**GOOD, "reward": None}, {**GOOD, "reward": float("nan")}, GOOD]
+    with pytest.raises(ValueError, match="recorded: expected rewards, .*r.jsonl; agro score FILE"):
+        load([write(tmp_path / "r.jsonl", *rows)])
+
+
+def test_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    right = {**GOOD, "completion": "33", "completion_ids": [5, 5, 1]}
+    cut_at_a_stop_string = {**right, "completion_ids": [5, 5, 4]}
+    load([write(tmp_path / "a.jsonl", right, right, cut_at_a_stop_string)])
+    with_padding_inside = {**right, "completion_ids": [5, 0, 5, 1]}
+    load([write(tmp_path / "c.jsonl", with_padding_inside, with_padding_inside)])
+    wrong = {**right, "completion_ids": [7, 8, 1]}
+    with pytest.raises(ValueError, match="that spell '33' in .*line 2, got '56'; .*tokenizer"):
+        load([write(tmp_path / "b.jsonl", right, wrong, wrong)])

@@ -1,0 +1,457 @@
+"""What the vLLM engine does around vLLM: weights go out, are seen to have arrived, and whatever
+answers wrongly, or not at all, ends in one sentence. vLLM's place is taken by a model of the same
+shape with weights of its own; vLLM itself is in tests/train/vllm.
+"""
+
+import json
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.error import HTTPError, URLError
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from agro_train.config import TrainConfig
+from agro_train.data.batch import pack
+from agro_train.data.prompts import render
+from agro_train.engines import vllm_client, vllm_engine
+from agro_train.engines.engine import BrokenEngine
+from agro_train.engines.transformers_engine import generate
+from agro_train.engines.vllm_client import (
+    Answer,
+    Colocated,
+    Request,
+    Server,
+    serve_command,
+    weights_folder,
+)
+from agro_train.engines.vllm_engine import VllmEngine, files, make_weights_folder, start
+from agro_train.policy import tiny
+from agro_train.types import Prompt
+from tests.train.models import tiny_policy
+
+TOKENIZER = tiny.build_tokenizer()
+PROMPTS = [render({"prompt": text}, TOKENIZER, "{prompt}") for text in ("1+2=", "45+678=")]
+CONFIG = TrainConfig(max_completion_length=6)
+ASK: dict[str, Any] = {"seeds": [3, 4], "num_generations": 3, "temperature": 1.3}
+
+
+class OtherModel:
+    """Answers as vLLM does, from other weights than the policy's until it is sent those."""
+
+    def __init__(self) -> None:
+        self.policy = tiny_policy(seed=9, dtype=torch.float32)
+        self.asked: list[Request] = []
+        self.loads = 0
+        self.left_out: str | None = None  # a weight that gets lost on its way
+        self.dtypes: set[torch.dtype] = set()  # of the weights that came
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        self.asked += requests
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Request) -> Answer:
+        (rollout,) = generate(
+            self.policy.model,
+            TOKENIZER,
+            [Prompt("", "", request.prompt_ids, {})],
+            seeds=[request.parameters["seed"]],
+            num_generations=1,
+            temperature=request.parameters["temperature"],
+            max_completion_length=request.parameters["max_tokens"],
+            batch_size=1,
+            end_tokens=set(request.parameters["stop_token_ids"]) or {99},
+        )
+        temperature = request.parameters["temperature"] or 1.0
+        read: tuple[float, ...] = ()
+        if "prompt_logprobs" in request.parameters:
+            ids = request.prompt_ids
+            read = logprobs_of(self.policy, ids[:1], ids[1:], 1.0)
+        ours = logprobs_of(self.policy, rollout.prompt_ids, rollout.completion_ids, temperature)
+        return Answer(rollout.completion_ids, ours, read)
+
+    def load(self, files: Iterable[Path]) -> None:
+        self.loads += 1
+        mine = dict(self.policy.model.named_parameters())
+        for path in files:
+            for name, weight in load_file(path).items():
+                self.dtypes.add(weight.dtype)
+                if name != self.left_out:
+                    mine[name].data.copy_(weight)
+
+
+def logprobs_of(
+    policy: Any, prompt: tuple[int, ...], completion: tuple[int, ...], temperature: float
+) -> tuple[float, ...]:
+    rollout = vllm_engine.cut(
+        Prompt("", "", prompt, {}), list(completion), TOKENIZER, set(), temperature, None
+    )
+    (micro,) = pack([rollout], token_budget=1, share_prompts=False)
+    with torch.no_grad():
+        return tuple(policy(micro, temperature).logprobs.tolist())
+
+
+@pytest.fixture
+def engine() -> VllmEngine:
+    policy = tiny_policy(seed=0, dtype=torch.float32)
+    accelerator = Accelerator(cpu=True)
+    ends = {TOKENIZER.eos_token_id}
+    return VllmEngine(OtherModel(), policy, accelerator, TOKENIZER, ends, CONFIG)
+
+
+def take_a_step(engine: VllmEngine, size: float = 0.05) -> None:
+    for parameter in engine.policy.parameters():
+        parameter.data += size * torch.randn_like(parameter)
+
+
+def test_completions_come_from_the_policy_as_it_is(engine: VllmEngine) -> None:
+    for step in range(2):
+        rollouts = engine.complete(PROMPTS, **ASK, step=step)
+        assert [r.group for r in rollouts] == [p.group for p in PROMPTS for _ in range(3)]
+        for r in rollouts:
+            expected = logprobs_of(engine.policy, r.prompt_ids, r.completion_ids, 1.3)
+            assert r.sampling_logprobs == pytest.approx(expected, abs=1e-5)
+            assert r.step == step and r.temperature == 1.3
+        take_a_step(engine)
+    again = engine.complete(PROMPTS, **ASK, step=1)
+    assert [r.completion_ids for r in again] == [r.completion_ids for r in rollouts]
+    assert engine.client.loads == 2  # once a step, not once a request
+
+
+def test_every_completion_has_a_seed_of_its_own_and_no_sampling_default_applies(
+    engine: VllmEngine,
+) -> None:
+    engine.complete(PROMPTS, **ASK, step=0)
+    engine.complete(PROMPTS[1:], **{**ASK, "seeds": [4]}, step=0)
+    sampled = [r.parameters for r in engine.client.asked if r.parameters["temperature"]]
+    seeds = [parameters["seed"] for parameters in sampled]
+    assert len(set(seeds[:6])) == 6 and seeds[6:] == seeds[3:6]  # of the prompt, not of the batch
+    for parameters in sampled:
+        assert parameters["top_p"] == 1.0 and parameters["top_k"] == 0 == parameters["min_p"]
+        assert parameters["stop_token_ids"] == [TOKENIZER.eos_token_id]
+        assert parameters["ignore_eos"] and parameters["max_tokens"] == 6
+
+
+def test_probe_is_drawn_from_the_weights_that_were_sent(engine: VllmEngine) -> None:
+    engine.complete(PROMPTS, **ASK, step=0)
+    (expected,) = generate(
+        engine.policy.model,
+        TOKENIZER,
+        PROMPTS[:1],
+        seeds=[0],
+        num_generations=1,
+        temperature=0.0,
+        max_completion_length=5,
+        batch_size=1,
+        end_tokens={99},
+    )
+    assert engine.probe.completion_ids == expected.completion_ids
+
+
+@pytest.mark.parametrize("size", [0.05, 1e-6], ids=["large", "within the noise"])
+def test_update_that_does_not_arrive_is_noticed(
+    size: float, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.complete(PROMPTS, **ASK, step=0)
+    take_a_step(engine, size)
+    monkeypatch.setattr(engine.client, "load", list)  # reads the files, and forgets them
+    with pytest.raises(BrokenEngine, match="vllm: expected the policy's .* got the same ones as"):
+        engine.complete(PROMPTS, **ASK, step=1)
+
+
+def test_update_of_which_a_part_is_lost_is_noticed(engine: VllmEngine) -> None:
+    engine.complete(PROMPTS, **ASK, step=0)
+    take_a_step(engine)
+    engine.client.left_out = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(BrokenEngine, match=r"got others by 0\.\d+ nats; the weights did not"):
+        engine.complete(PROMPTS, **ASK, step=1)
+
+
+def test_logprobs_that_stay_are_stale_once_ours_moved_by_more_than_rounding(
+    engine: VllmEngine,
+) -> None:
+    engine.complete(PROMPTS, **ASK, step=0)
+    ours, theirs = engine.before
+    assert torch.equal(engine.check(ours + 1e-6), theirs)
+    with pytest.raises(BrokenEngine, match="got the same ones as before the update"):
+        engine.check(ours + 1e-4)
+
+
+def test_in_bfloat16_the_noise_alone_decides(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.config = replace(CONFIG, mixed_precision="bf16")
+    engine.complete(PROMPTS, **ASK, step=0)
+    assert engine.client.dtypes == {torch.bfloat16}  # what vLLM computes in, and half the bytes
+    ours, theirs = engine.before
+    assert 0 < (ours - theirs).abs().mean() < vllm_engine.NOISE[torch.bfloat16]
+    monkeypatch.setattr(engine.client, "load", list)
+    take_a_step(engine, 1e-5)  # as one of an adapter that is lost in the rounding of the sum
+    engine.complete(PROMPTS, **ASK, step=1)
+    take_a_step(engine, 0.3)
+    with pytest.raises(BrokenEngine, match=r"got others by \d+\.\d+ nats; the weights did not"):
+        engine.complete(PROMPTS, **ASK, step=2)
+
+
+def test_policy_that_is_not_finite_is_no_match(engine: VllmEngine) -> None:
+    engine.complete(PROMPTS, **ASK, step=0)
+    with pytest.raises(BrokenEngine, match="got others by nan nats"):
+        engine.check(engine.before[1] * float("nan"))
+
+
+@pytest.mark.parametrize(
+    "worse, message",
+    [
+        ({"logprobs": ()}, "expected tokens and as many log-probabilities, got 5 and 0"),
+        ({"ids": (), "logprobs": ()}, "expected tokens .* got 0 and 0"),
+        ({"prompt_logprobs": (-1.0,)}, "expected 5 finite log-probabilities of a prompt's tokens"),
+        ({"prompt_logprobs": (float("nan"),) * 5}, r"expected 5 finite .* got \[nan"),
+    ],
+)
+def test_answers_that_lack_something_are_one_sentence(
+    worse: dict[str, Any], message: str, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = engine.client.ask
+    monkeypatch.setattr(engine.client, "ask", lambda rs: [replace(a, **worse) for a in ask(rs)])
+    with pytest.raises(BrokenEngine, match=message):
+        engine.complete(PROMPTS, **ASK, step=0)
+
+
+def test_probe_of_the_longest_prompt_fits_completions_of_one_token(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for: list[int] = []
+    monkeypatch.setattr(Server, "check", lambda self, length: asked_for.append(length))
+    config = replace(CONFIG, max_completion_length=1, use_vllm=True, vllm_mode="server")
+    longest = len(PROMPTS[0].ids)
+    found = start(config, engine.policy, engine.accelerator, TOKENIZER, {1}, longest)
+    found.client = engine.client
+    found.complete(PROMPTS[:1], **{**ASK, "seeds": [3]}, step=0)
+    read = [len(r.prompt_ids) + r.parameters["max_tokens"] for r in engine.client.asked]
+    assert asked_for == [max(read)]
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_weights_folder_is_the_one_that_is_set(mode: str, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    config = replace(CONFIG, use_vllm=True, vllm_mode=mode, vllm_weights_dir=str(folder))
+    assert weights_folder(config) == folder
+    make_weights_folder(config)
+    assert folder.is_dir()
+    folder.rmdir()
+    folder.touch()
+    with pytest.raises(ValueError, match="vllm_weights_dir: expected a folder to write weights to"):
+        make_weights_folder(config)
+
+
+def test_colocated_client_tells_its_own_failures_from_those_of_the_files() -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such layer")
+
+    def full() -> Iterator[Path]:
+        raise OSError("no space left")
+        yield Path()
+
+    client = object.__new__(Colocated)
+    client.llm = SimpleNamespace(start_weight_update=lambda: None, update_weights=fail)
+    with pytest.raises(OSError, match="no space left"):
+        client.load(full())
+    with pytest.raises(BrokenEngine, match="to take new weights, got RuntimeError: no such layer"):
+        client.load([Path()])
+
+
+def test_weights_that_cannot_be_written_are_one_sentence(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "weights_folder", lambda _: Path("/dev/full"))
+    with pytest.raises(BrokenEngine, match="expected to write weights to /dev/full, 1.1 GB and a"):
+        engine.complete(PROMPTS, **ASK, step=0)
+
+
+def test_step_that_changes_nothing_is_no_failure(engine: VllmEngine) -> None:
+    for step in range(2):
+        engine.complete(PROMPTS, **ASK, step=step)
+
+
+def test_weights_go_out_in_files_of_limited_size(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = engine.policy.model
+    monkeypatch.setattr(vllm_engine, "FILE_BYTES", 200_000)
+    arrived: dict[str, torch.Tensor] = {}
+    count = 0
+    for path in files(iter(model.named_parameters()), tmp_path, torch.float32):
+        count += 1
+        arrived |= {name: weight.clone() for name, weight in load_file(path).items()}
+        assert list(tmp_path.iterdir()) == [path]
+    assert count > 2 and not list(tmp_path.iterdir())
+    assert all(torch.equal(arrived[name], p) for name, p in model.named_parameters())
+    assert arrived.keys() == dict(model.named_parameters()).keys()
+
+
+def test_colocated_engine_wants_one_process() -> None:
+    class TwoRanks:
+        num_processes = 2
+
+    config = replace(CONFIG, use_vllm=True)
+    with pytest.raises(ValueError, match="vllm_mode: expected server with more than one process"):
+        start(config, tiny_policy(), TwoRanks(), TOKENIZER, {1}, 8)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A server that answers one request of tokens and breaks down at the next."""
+
+    requests = 0
+
+    def do_GET(self) -> None:
+        self.answer({"data": [{"max_model_len": 20}]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/init_weight_transfer_engine":
+            self.answer({})
+        elif self.path == "/inference/v1/generate" and Handler.requests == 0:
+            Handler.requests += 1
+            self.answer({"choices": [{"token_ids": [1]}]})
+        elif self.path == "/inference/v1/generate":
+            self.connection.close()
+        else:
+            self.send_error(404)
+
+    def answer(self, body: dict[str, Any]) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def finish(self) -> None:
+        if not self.connection._closed:  # type: ignore[attr-defined]
+            super().finish()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_servers_failures_are_one_sentence_each(address: str) -> None:
+    server = Server(address, 5.0)
+    server.check(20)
+    with pytest.raises(ValueError, match="expected a server that reads 21 tokens, .* reads 20"):
+        server.check(21)
+    with pytest.raises(BrokenEngine, match="start_weight_update to work, got status 404"):
+        server.load([])
+    with pytest.raises(BrokenEngine, match="vllm: expected an answer from .* --resume"):
+        server.ask([Request((1, 2), {})])
+    with pytest.raises(
+        ValueError, match="expected a vLLM server at .* got no answer of one within 0"
+    ):
+        Server("http://127.0.0.1:9", 0.1).check(1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"<html>",
+        b"\xff",
+        b"",
+        b"null",
+        b"[1]",
+        b'{"choices": []}',
+        b'{"choices": [{"token_ids": [null]}]}',
+        b'{"choices": [{"token_ids": ["a"]}]}',
+        b'{"choices": [{"token_ids": [1], "logprobs": {"content": [{}]}}]}',
+        b'{"choices": [{"token_ids": [1]}], "prompt_logprobs": [null, {"3": {"logprob": 0}}]}',
+    ],
+)
+def test_answers_in_another_form_are_one_sentence(
+    text: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Server, "_read", lambda *_: text)
+    server = Server("http://127.0.0.1:9", 0.0)
+    for wrong in (lambda: server.ask([Request((1, 2), {})]), lambda: server.load([])):
+        with pytest.raises(BrokenEngine, match="an answer from http://127.0.0.1:9 in the form of"):
+            wrong()
+    with pytest.raises(ValueError, match="expected a vLLM server at .* in the form of vLLM's"):
+        server.check(1)
+
+
+def test_failure_that_breaks_off_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost:
+        def read(self) -> bytes:
+            raise ConnectionResetError
+
+        def close(self) -> None:
+            pass
+
+    def urlopen(request: Any, timeout: float) -> Any:
+        raise HTTPError(request.full_url, 500, "", {}, Lost())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(vllm_client.urllib.request, "urlopen", urlopen)
+    with pytest.raises(BrokenEngine, match=r"got ConnectionResetError\(\); start the server again"):
+        Server("http://127.0.0.1:9", 1.0).ask([Request((1,), {})])
+
+
+def test_tokens_may_take_longer_than_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[tuple[str, float]] = []
+
+    def read(self: Server, request: Any, timeout_s: float) -> bytes:
+        limits.append((request.selector, timeout_s))
+        card = {"data": [{"max_model_len": 8}], "choices": [{"token_ids": [1]}], "success": True}
+        return json.dumps(card).encode()
+
+    monkeypatch.setattr(Server, "_read", read)
+    server = Server("http://127.0.0.1:9", 5.0)
+    server.check(8)
+    server.load([Path()])
+    assert {limit for _, limit in limits} == {5.0}
+    server.ask([Request((1,), {})])
+    assert limits[-1] == ("/inference/v1/generate", vllm_client.TOKENS_S) and limits[-1][1] > 3600
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_refused_connection_is_tried_once_more_for_tokens_alone(
+    times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def urlopen(request: Any, timeout: float) -> Any:
+        tried.append(request.selector)
+        if len(tried) <= times:
+            raise URLError(ConnectionRefusedError())
+        return BytesIO(b'{"choices": [{"token_ids": [1]}]}')
+
+    monkeypatch.setattr(vllm_client, "RETRY_S", 0.0)
+    monkeypatch.setattr(vllm_client.urllib.request, "urlopen", urlopen)
+    server = Server("http://127.0.0.1:9", 5.0)
+    if times == 1:
+        assert server.ask([Request((1,), {})]) == [Answer((1,), (), ())]
+    else:
+        with pytest.raises(BrokenEngine, match="vllm: expected an answer from"):
+            server.ask([Request((1,), {})])
+    assert len(tried) == 2
+    tried.clear()
+    with pytest.raises(BrokenEngine, match="vllm: expected an answer from"):
+        server.load([])
+    assert len(tried) == 1
+
+
+def test_server_is_started_for_this_machine_only_and_ready_for_weights() -> None:
+    command, environment = serve_command("folder", ["--port", "8001"])
+    assert command[3:5] == ["--model", "folder"] and command[-2:] == ["--port", "8001"]
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1"

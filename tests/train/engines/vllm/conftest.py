@@ -1,0 +1,82 @@
+"""vLLM for real: in a process beside the tests, and as a server. `make test-vllm` runs these."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from agro_train.policy import tiny
+
+# For vLLM on a CPU: GiB for its cache, and no thread bound to a core that others use too.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's tokenizer, and a Llama whose heads are wide enough for vLLM's kernels,
+    with weights larger than at initialisation, so that errors show.
+    """
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny.build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        llama = LlamaForCausalLM(config)
+        for parameter in llama.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serve(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], tuple[str, int]]]:
+    """Starts `agro serve` on a free port. Gives the address, at which nothing may answer yet, and
+    the process group to kill.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    log = (tmp_path_factory.mktemp("serve") / "log").open("wb")
+
+    def start() -> tuple[str, int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "agro_train", "serve", str(model), "--port", str(port)]
+        options = ["--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
+        process = subprocess.Popen(
+            command + options, stdout=log, stderr=log, start_new_session=True
+        )
+        started.append(process)
+        return f"http://127.0.0.1:{port}", process.pid
+
+    yield start
+    for process in started:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+    log.close()

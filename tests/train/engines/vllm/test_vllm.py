@@ -1,0 +1,243 @@
+"""The policy's weights reach vLLM, its samples are the policy's, and a run survives its end."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from agro_train.cli import main
+from agro_train.config import TrainConfig
+from agro_train.data.batch import pack
+from agro_train.data.prompts import render
+from agro_train.data.rows import read_jsonl
+from agro_train.engines import vllm_engine
+from agro_train.engines.engine import BrokenEngine
+from agro_train.engines.transformers_engine import generate
+from agro_train.engines.vllm_engine import VllmEngine
+from agro_train.policy.load import end_tokens, load_model, load_tokenizer
+from agro_train.policy.policy import Policy
+from agro_train.types import Rollout
+
+# vLLM and what it imports warn of many things.
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+ROOT = Path(__file__).parents[4]
+Serve = Callable[[], tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def started(model: Path) -> VllmEngine:
+    config = TrainConfig(model=str(model), use_vllm=True, max_completion_length=8)
+    tokenizer, llama = load_tokenizer(str(model)), load_model(str(model), config)
+    ends = end_tokens(llama, tokenizer)
+    return vllm_engine.start(config, Policy(llama), Accelerator(cpu=True), tokenizer, ends, 20)
+
+
+@pytest.fixture
+def engine(started: VllmEngine) -> VllmEngine:
+    """One for all tests, each of which is a process of its own for accelerate."""
+    started.accelerator = Accelerator(cpu=True)
+    return started
+
+
+def ask(
+    engine: VllmEngine,
+    texts: list[str],
+    step: int,
+    *,
+    seed: int = 0,
+    num_generations: int = 4,
+    temperature: float = 1.3,
+) -> list[Rollout]:
+    prompts = [render({"prompt": text}, engine.tokenizer, "{prompt}") for text in texts]
+    return engine.complete(
+        prompts,
+        seeds=[seed + len(text) for text in texts],
+        num_generations=num_generations,
+        temperature=temperature,
+        step=step,
+    )
+
+
+def mismatch(engine: VllmEngine, rollouts: list[Rollout]) -> float:
+    """Largest difference of a token's log-probability between vLLM and the policy."""
+    worst = 0.0
+    with torch.no_grad():
+        for rollout in rollouts:
+            (micro,) = pack([rollout], token_budget=1, share_prompts=False)
+            ours = engine.policy(micro, rollout.temperature).logprobs
+            worst = max(worst, float((ours - micro.sampling_logprobs).abs().max()))
+    return worst
+
+
+def take_a_step(engine: VllmEngine, size: float) -> None:
+    for parameter in engine.policy.parameters():
+        parameter.data += size * torch.randn_like(parameter)
+
+
+def test_samples_are_the_policys_before_and_after_an_update(engine: VllmEngine) -> None:
+    texts = ["1+2=", "3", "45+678="]
+    before = ask(engine, texts, step=0)
+    assert mismatch(engine, before) < 1e-4
+    take_a_step(engine, 0.05)
+    assert mismatch(engine, before) > 0.01
+    after = ask(engine, texts, step=1)
+    assert mismatch(engine, after) < 1e-4
+
+
+def test_greedy_completions_are_those_of_transformers(engine: VllmEngine) -> None:
+    texts = ["1+2=", "45+678="]
+    ours = ask(engine, texts, step=1, num_generations=1, temperature=0.0)
+    theirs = generate(
+        engine.policy.model,
+        engine.tokenizer,
+        [render({"prompt": text}, engine.tokenizer, "{prompt}") for text in texts],
+        seeds=[0, 0],
+        num_generations=1,
+        temperature=0.0,
+        max_completion_length=8,
+        batch_size=2,
+        end_tokens=engine.end_tokens,
+    )
+    assert [(r.completion_ids, r.finish) for r in ours] == [
+        (r.completion_ids, r.finish) for r in theirs
+    ]
+
+
+def test_a_completion_depends_on_its_own_seed_only(engine: VllmEngine) -> None:
+    together = ask(engine, ["1+2=", "3", "45+678="], step=1, seed=5)
+    alone = ask(engine, ["45+678="], step=1, seed=5)
+    assert [r.completion_ids for r in alone] == [r.completion_ids for r in together[8:]]
+    other = ask(engine, ["45+678="], step=1, seed=6)
+    assert [r.completion_ids for r in other] != [r.completion_ids for r in alone]
+    ends = {r.finish for r in together}
+    for r in together:
+        assert (r.finish == "stop") == (r.completion_ids[-1] in engine.end_tokens)
+    assert ends == {"stop", "length"}
+
+
+def test_sampled_frequencies_are_the_tempered_softmax(engine: VllmEngine) -> None:
+    count = 3000
+    rollouts = ask(engine, ["1+2="], step=1, num_generations=count, temperature=1.7)
+    counts = torch.bincount(torch.tensor([r.completion_ids[0] for r in rollouts]), minlength=15)
+    ids = torch.tensor([rollouts[0].prompt_ids])
+    logits = engine.policy.model(input_ids=ids).logits[0, -1].detach()
+    expected = (logits / 1.7).softmax(-1) * count
+    assert float(((counts - expected) ** 2 / expected).sum()) < 36.1  # 0.1 % point, 14 degrees
+
+
+@pytest.mark.parametrize("size", [0.05, 1e-5], ids=["large", "within the noise"])
+def test_update_that_does_not_arrive_is_noticed(
+    size: float, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(engine, ["1+2="], step=2)
+    take_a_step(engine, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.client, "load", list)
+        with pytest.raises(BrokenEngine, match="got the same ones as before the update"):
+            ask(engine, ["1+2="], step=3)
+    assert mismatch(engine, ask(engine, ["1+2="], step=3)) < 1e-4  # sent again, it is there
+
+
+def test_update_of_other_weights_is_noticed(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(engine, ["1+2="], step=4)
+    take_a_step(engine, 0.05)
+    with monkeypatch.context() as patch:
+        real = vllm_engine.merged_weights
+        patch.setattr(
+            vllm_engine,
+            "merged_weights",
+            lambda m: ((n, -w if n.endswith("up_proj.weight") else w) for n, w in real(m)),
+        )
+        with pytest.raises(BrokenEngine, match="got others by .* nats"):
+            ask(engine, ["1+2="], step=5)
+    ask(engine, ["1+2="], step=5)
+
+
+def settings(model: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        "train",
+        "tiny-arithmetic",
+        f"model={model}",
+        f"output_dir={folder}",
+        "reward=tests.train.reward_functions:even_share",
+        "steps=2",
+        "prompts_per_step=3",
+        "num_generations=4",
+        "max_completion_length=8",
+        "token_budget=60",
+        "learning_rate=0.001",
+        "warmup_steps=0",
+        "eval_every=1",
+        "eval_prompts=4",
+        "eval_generations=2",
+        "use_vllm=true",
+        *more,
+    ]
+
+
+def check_run(folder: Path, steps: int = 2) -> None:
+    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "reward" in row]
+    assert [row["step"] for row in rows] == [*range(1, steps + 1)]
+    for row in rows:
+        assert 0 < row["sampling/sampling_logp_difference/mean"] < 1e-5
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+    assert rows[-1]["kl"] != 0.0
+    assert (folder / f"checkpoint-{steps}" / "model.safetensors").is_file()
+
+
+def test_run_with_vllm_beside_it(model: Path, tmp_path: Path) -> None:
+    assert main(settings(model, tmp_path / "run", "vllm_mode=colocate")) == 0
+    check_run(tmp_path / "run")
+
+
+def test_adapters_updates_reach_vllm(model: Path, tmp_path: Path) -> None:
+    more = ["vllm_mode=colocate", "use_peft=true", "lora_r=4", "learning_rate=0.01"]
+    assert main(settings(model, tmp_path / "run", *more, "save_every=0")) == 0
+    rows = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "reward" in row]
+    assert rows[1]["kl"] != 0.0 and rows[1]["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_sharded_run_of_two_processes_and_a_server_that_is_killed(
+    model: Path, serve: Serve, tmp_path: Path
+) -> None:
+    address, group = serve()
+    server = ["vllm_mode=server", f"vllm_server_base_url={address}", "vllm_server_timeout=120"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "agro_train", *settings(model, tmp_path / "two", *server, "fsdp=true")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_run(tmp_path / "two")
+
+    # The reward function kills the server while the third step is scored; the step is completed,
+    # and the server is missed by the next one to ask.
+    more = [*server, "steps=5", "eval_every=0", "reward=tests.train.vllm.killing:third_time"]
+    killed = subprocess.run(
+        [sys.executable, "-m", "agro_train", *settings(model, tmp_path / "killed", *more)],
+        cwd=ROOT,
+        env={**os.environ, "AGRO_TEST_KILL": str(group)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert killed.returncode == 2, killed.stderr[-3000:]
+    (sentence,) = [line for line in killed.stderr.splitlines() if line.startswith("agro: ")]
+    assert sentence.startswith(f"agro: vllm: expected an answer from {address}, got ")
+    check_run(tmp_path / "killed", steps=3)  # nothing of the three steps is lost
+
+    again, _ = serve()
+    resumed = main(["train", "--resume", str(tmp_path / "killed"), f"vllm_server_base_url={again}"])
+    assert resumed == 0
+    check_run(tmp_path / "killed", steps=5)

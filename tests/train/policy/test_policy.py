@@ -1,0 +1,127 @@
+"""The policy's head is the model's own, and a model it would misread is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from agro_train.cli import main
+from agro_train.data.batch import pack
+from agro_train.data.rows import read_jsonl
+from agro_train.policy import load
+from agro_train.policy.load import fingerprint, identity, set_matmul_precision
+from agro_train.policy.policy import Policy
+from tests.train.models import ragged_rollouts, tiny_policy
+
+SMALL = {
+    "vocab_size": 15,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_softcapped_head_gives_the_models_own_distribution(temperature: float) -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5)
+    model = Gemma2ForCausalLM(config).eval()
+    rollouts = ragged_rollouts()
+    (micro,) = pack(rollouts[:1], token_budget=100, share_prompts=False)
+    ours = Policy(model)(micro, temperature)
+    logits = model(input_ids=micro.input_ids[None]).logits[0] / temperature
+    expected = logits.log_softmax(-1)[micro.predictors]
+    logprobs = expected.gather(-1, micro.targets[:, None]).squeeze(-1)
+    torch.testing.assert_close(ours.logprobs, logprobs)
+    entropy = -(expected.exp() * expected).sum(-1)
+    torch.testing.assert_close(ours.entropy, entropy)
+
+
+def test_flash_attention_is_told_where_sequences_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what its variable-length kernel computes in its place, a sequence at a time."""
+
+    def varlen(
+        _module: Any,
+        query: torch.Tensor,  # (1, heads, L, D / heads)
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        assert attention_mask is None
+        bounds = kwargs["cu_seq_lens_q"]
+        assert bounds.dtype == torch.int32 and torch.equal(bounds, kwargs["cu_seq_lens_k"])
+        lengths = bounds.diff().tolist()
+        assert kwargs["max_length_q"] == kwargs["max_length_k"] == max(lengths)
+        calls.append(lengths)
+        copies = query.shape[1] // key.shape[1]
+        whole = (query, *(part.repeat_interleave(copies, 1) for part in (key, value)))
+        alone = zip(*(part.split(lengths, dim=2) for part in whole), strict=True)
+        scale = kwargs["scaling"]
+        outputs = [scaled_dot_product_attention(*a, is_causal=True, scale=scale) for a in alone]
+        return torch.cat(outputs, 2).transpose(1, 2), None
+
+    calls: list[list[int]] = []
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", varlen)
+    policy, other = tiny_policy(), tiny_policy()
+    other.model.config._attn_implementation = "flash_attention_2"
+    (micro,) = pack(ragged_rollouts(), token_budget=1000, share_prompts=False)
+    expected, found = policy(micro).logprobs, other(micro).logprobs
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert len(calls) == policy.model.config.num_hidden_layers and len(calls[0]) == 9
+
+
+def test_scaled_logits_are_refused() -> None:
+    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.1))
+    with pytest.raises(ValueError, match="model: expected a head without logit scaling, got logit"):
+        Policy(model)
+
+
+def test_fingerprint_tells_weights_apart() -> None:
+    one, same, other = (tiny_policy(seed).model for seed in (0, 0, 1))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+
+
+def test_identity_is_of_every_weight_and_of_the_configuration() -> None:
+    one, same, weight, rope = (tiny_policy().model for _ in range(4))
+    next(weight.parameters()).data.flatten()[1] += 1e-3  # which the sampled fingerprint passes over
+    rope.config.rope_parameters["rope_theta"] *= 2
+    same.config._name_or_path = "elsewhere"
+    assert identity(one) == identity(same)
+    assert len({identity(model) for model in (one, weight, rope)}) == 3
+
+
+def test_medium_precision_is_for_cpus_where_it_stays_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(load, "_has_amx", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert set_matmul_precision("auto") == "highest"
+        assert set_matmul_precision("medium") == torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_smollm2_trains_on_math_from_its_gguf_file(tmp_path: Path) -> None:
+    """The real model and its real vocabulary, one step of the shipped configuration cut short."""
+    rows = [
+        {"problem": f"Compute ${i} + 1$.", "solution": rf"It is $\boxed{{{i + 1}}}$."}
+        for i in range(6)
+    ]
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = ["steps=1", "prompts_per_step=2", "num_generations=2", "max_completion_length=24"]
+    arguments = [f"data={tmp_path / 'math.jsonl'}", f"output_dir={tmp_path / 'run'}"]
+    assert main(["train", "smollm2-math", *arguments, *short, "eval_prompts=1", "beta=0.1"]) == 0
+    (row,) = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "reward" in r]
+    assert row["kl"] == 0.0 and not row["skipped"] and row["groups"] == 2
+    assert 0.5 < row["entropy"] < 5  # nats: a language model that knows what it says
+    texts = [r["completion"] for r in read_jsonl(tmp_path / "run/rollouts/step-000001.jsonl")]
+    assert all(text.isprintable() or "\n" in text for text in texts) and any(texts)
