@@ -7,7 +7,7 @@ PIP_TRL = $(VENV)-trl/bin/python -m pip install --quiet --constraint constraints
 .PHONY: demo test test-openrlhf test-trl test-verl test-vllm lint sanitize clean
 
 # The ops once more on a machine without the native CPU kernels: what csrc serves otherwise.
-TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py library.py)
+TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py ops.py)
 
 demo: $(VENV)/installed
 	$(VENV)/bin/agro train smollm2-arithmetic output_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)

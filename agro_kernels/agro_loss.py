@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import agro_kernels.library  # noqa: F401  (registers the ops)
-from agro_kernels.agro_checks import check_options, check_sequences, check_tokens
+import agro_kernels.ops  # noqa: F401  (registers the ops)
+from agro_kernels.agro_options import check_options, check_sequences, check_tokens
 from agro_kernels.linear_logprobs import IGNORE_INDEX, linear_logprobs
 
 

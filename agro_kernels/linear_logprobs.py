@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import agro_kernels.library  # noqa: F401  (registers the ops)
-from agro_kernels.checks import check_head, check_head_options
+import agro_kernels.ops  # noqa: F401  (registers the ops)
+from agro_kernels.head import check_head, check_head_options
+from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
 from agro_kernels.reference import ROUNDED_LOGITS
-from agro_kernels.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
 IGNORE_INDEX = -100
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-import agro_kernels.library  # noqa: F401  (registers the ops)
-from agro_kernels.checks import (
+import agro_kernels.ops  # noqa: F401  (registers the ops)
+from agro_kernels.head import (
     FLOATING,
     check_constant,
     check_head,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels._torch.agro_loss import check_cu_seqlens, group_index
-from agro_kernels.agro_checks import check_options, check_sequences, check_tokens
+from agro_kernels.agro_options import check_options, check_sequences, check_tokens
 
 # exp of a log-ratio beyond this many nats would overflow fp32; a sample there has said all it can.
 MAX_LOG_WEIGHT = 80.0

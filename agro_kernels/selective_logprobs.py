@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-import agro_kernels.library  # noqa: F401  (registers the ops)
-from agro_kernels.checks import check_logits
+import agro_kernels.ops  # noqa: F401  (registers the ops)
+from agro_kernels.head import check_logits
 from agro_kernels.linear_logprobs import IGNORE_INDEX, split_temperature
 
 

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-import agro_kernels.library  # noqa: F401  (registers the ops)
-from agro_kernels.checks import check_constant, check_head, check_head_options
+import agro_kernels.ops  # noqa: F401  (registers the ops)
+from agro_kernels.head import check_constant, check_head, check_head_options
 from agro_kernels.linear_logprobs import (
     IGNORE_INDEX,
     cast_for_autocast,
     kept_bits,
     split_temperature,
 )
+from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
 from agro_kernels.reference import ROUNDED_LOGITS
-from agro_kernels.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
 
 def weighted_logprob_sum(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
-from agro_kernels.checks import check_target_values, check_token_temperature_values
+from agro_kernels.head import check_target_values, check_token_temperature_values
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # agro_head.dtype
 

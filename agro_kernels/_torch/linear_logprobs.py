@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agro_kernels.checks import check_target_values, check_token_temperature_values
+from agro_kernels.head import check_target_values, check_token_temperature_values
 
 # A tile of 2048 x 4096 fp32 logits is 32 MB. Below 1024 columns a GEMM on a CPU loses its speed.
 TOKEN_CHUNK = 2048

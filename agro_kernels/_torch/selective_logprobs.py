@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from agro_kernels.checks import check_target_values, check_token_temperature_values
+from agro_kernels.head import check_target_values, check_token_temperature_values
 
 # Elements of the fp32 copy that exists at a time: 16 MB, at least one row.
 CHUNK_ELEMENTS = 4 * 1024 * 1024

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agro_kernels import configs
+from agro_kernels import tiles as configs
+from agro_kernels._triton.counted import Head
 from agro_kernels._triton.gemm import add_product
-from agro_kernels._triton.head import Head
 from agro_kernels._triton.launch import gemm_arguments, select_config
 from agro_kernels._triton.primitives import (
     BANNED,

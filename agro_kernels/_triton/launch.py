@@ -5,8 +5,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from agro_kernels import configs
-from agro_kernels._triton.head import Head
+from agro_kernels import tiles as configs
+from agro_kernels._triton.counted import Head
 
 ROUNDED = {None: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

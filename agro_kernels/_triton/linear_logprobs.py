@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agro_kernels import configs
-from agro_kernels._triton.head import Head, counted_head
+from agro_kernels import tiles as configs
+from agro_kernels._triton.counted import Head, counted_head
 from agro_kernels._triton.head_gradients import head_gradients
 from agro_kernels._triton.launch import gemm_arguments, select_config
 from agro_kernels._triton.primitives import (

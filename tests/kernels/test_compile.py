@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agro_kernels import configs
+from agro_kernels import tiles as configs
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -21,7 +21,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The rows of benchmarks.compile_report, from a process in which Triton is not interpreted."""
     path = tmp_path_factory.mktemp("compile") / "report.csv"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--quick", "--csv", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.predict.compile_report",
+        "--quick",
+        "--csv",
+        str(path),
+    ]
     done = subprocess.run(
         [*command, "--target", *TARGETS], cwd=ROOT, env=environment, capture_output=True, text=True
     )

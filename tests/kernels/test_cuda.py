@@ -18,8 +18,8 @@ from agro_kernels import (
     weighted_logprob_sum,
 )
 from tests.kernels.test_agro_loss import BETA, Batch
-from tests.kernels.test_library import CALLS, OPS
 from tests.kernels.test_linear_logprobs import assert_matches_truth
+from tests.kernels.test_ops import CALLS, OPS
 from tests.numerics import HeadInputs, head_inputs
 
 pytestmark = [

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import agro_kernels  # noqa: F401  (registers pack_kept_ids)
-from agro_kernels import configs, reference
+from agro_kernels import reference
+from agro_kernels import tiles as configs
+from agro_kernels._triton import counted as heads
 from agro_kernels._triton import gemm, head_gradients, launch
-from agro_kernels._triton import head as heads
 from agro_kernels._triton import linear_logprobs as kernels
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 

@@ -15,7 +15,7 @@ from agro_train.experiments import fig1, tabular
 from agro_train.experiments.tabular import Claim, Groups
 from tests.enumeration import all_tuples, expectation
 
-RESULTS = Path(experiments.__file__).parent
+RESULTS = Path(__file__).parents[3] / "docs" / "experiments"
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from agro_train.cli import main
 from agro_train.experiments import landscape, tabular
 from agro_train.experiments.landscape import METHODS
 
-README = Path(experiments.__file__).parent / "README.md"
+README = Path(__file__).parents[3] / "docs" / "experiments" / "README.md"
 RATES = torch.tensor([0.05, 0.3, 0.5, 0.9], dtype=torch.float64)
 
 

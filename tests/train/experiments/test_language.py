@@ -19,7 +19,7 @@ from agro_train.experiments.language import QUICK, Curve, Point, Start, measure,
 from agro_train.experiments.sweep import Sweep
 from agro_train.seeds import shuffled
 
-HOME = Path(experiments.__file__).parent
+HOME = Path(__file__).parents[3] / "docs" / "experiments"
 FIGURES = ("fig2", "fig5", "fig4", "beyond")
 
 

@@ -47,7 +47,7 @@ from agro_train.integrations.trl import (  # noqa: E402
 )
 from agro_train.policy import tiny  # noqa: E402
 from agro_train.types import Scores  # noqa: E402
-from benchmarks import curves_trl  # noqa: E402
+from benchmarks.trainer import curves_trl  # noqa: E402
 from tests.numerics import assert_close_to_truth, head_inputs  # noqa: E402
 
 pytestmark = [
@@ -512,7 +512,7 @@ def test_the_pages_script_trains(
 def test_both_trainers_of_the_curves_take_the_same_optimiser_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """benchmarks/curves_trl.py: the same AdamW, learning rates and clipping, step for step."""
+    """curves_trl: the same AdamW, learning rates and clipping, step for step."""
     monkeypatch.setattr(curves_trl, "WARM_START_STEPS", 1)
     curves_trl.make_base(tmp_path)
     steps: list[Any] = []

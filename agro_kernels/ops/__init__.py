@@ -1,0 +1,8 @@
+"""The ops of the namespace `agro`, registered when this is imported: one file a family of ops.
+
+Schemas, shapes and gradients are here; `dispatch.py` says who serves which device.
+"""
+
+from agro_kernels.ops import agro_loss, linear_logprobs, selective_logprobs
+
+__all__ = ["agro_loss", "linear_logprobs", "selective_logprobs"]

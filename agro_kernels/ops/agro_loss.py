@@ -1,0 +1,100 @@
+"""AGRO's coefficients and loss: schemas, shapes, gradients."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from agro_kernels._torch import agro_loss as torch_agro_loss
+from agro_kernels.ops.dispatch import library, results_dtype, triton_if_possible
+
+_AGRO_OPTIONS = (
+    "float beta, float lr_weight, bool lr_cap, Tensor? on_policy, float? lr_baseline, "
+    "Tensor? importance_weights, Tensor? num_groups, float scale"
+)
+library.define(
+    "agro_coefficients(Tensor rewards, Tensor logprobs, Tensor ref_logprobs, Tensor groups, "
+    f"{_AGRO_OPTIONS}) -> (Tensor coefficients, Tensor moments, Tensor counts)"
+)
+library.define(
+    "agro_loss_fwd(Tensor logprobs, Tensor ref_logprobs, Tensor rewards, Tensor groups, "
+    f"Tensor cu_seqlens, {_AGRO_OPTIONS}) -> (Tensor loss, Tensor coefficients)"
+)
+library.define(
+    "agro_loss_bwd(Tensor dloss, Tensor coefficients, Tensor cu_seqlens, SymInt num_tokens, "
+    "ScalarType dtype) -> Tensor dlogprobs"
+)
+for _name in ("agro_coefficients", "agro_loss_fwd", "agro_loss_bwd"):
+    _everywhere = getattr(torch_agro_loss, _name)
+    _cuda = triton_if_possible(_name, "agro_loss", torch_agro_loss, float64=True)
+    library.impl(_name, _everywhere, "CompositeExplicitAutograd")
+    library.impl(_name, _cuda, "CUDA")
+
+
+def _agro_coefficients_fake(
+    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, groups: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
+    return (
+        rewards.new_empty(rewards.shape, dtype=torch.float64 if all_double else torch.float32),
+        rewards.new_empty(5, dtype=torch.float64),
+        rewards.new_empty(3, dtype=torch.int64),
+    )
+
+
+torch.library.register_fake("agro::agro_coefficients", _agro_coefficients_fake, lib=library)
+
+
+def _agro_loss_fwd_fake(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    groups: Tensor,
+    cu_seqlens: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    return (
+        logprobs.new_empty((), dtype=results_dtype(logprobs)),
+        rewards.new_empty(rewards.shape, dtype=torch.float64),
+    )
+
+
+torch.library.register_fake("agro::agro_loss_fwd", _agro_loss_fwd_fake, lib=library)
+
+
+def _agro_loss_bwd_fake(
+    dloss: Tensor, coefficients: Tensor, cu_seqlens: Tensor, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    return coefficients.new_empty(num_tokens, dtype=dtype)
+
+
+torch.library.register_fake("agro::agro_loss_bwd", _agro_loss_bwd_fake, lib=library)
+
+
+def _agro_loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logprobs, cu_seqlens, coefficients = inputs[0], inputs[4], output[1]
+    ctx.save_for_backward(coefficients, cu_seqlens)
+    ctx.shape_and_dtype = logprobs.shape[0], logprobs.dtype
+    ctx.num_inputs = len(inputs)
+    ctx.mark_non_differentiable(coefficients)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _agro_loss_backward(
+    ctx: Any, dloss: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * int(ctx.num_inputs)
+    coefficients, cu_seqlens = ctx.saved_tensors
+    num_tokens, dtype = ctx.shape_and_dtype
+    dlogprobs: Tensor = torch.ops.agro.agro_loss_bwd(
+        dloss, coefficients, cu_seqlens, num_tokens, dtype
+    )
+    return dlogprobs, *[None] * (ctx.num_inputs - 1)
+
+
+torch.library.register_autograd(
+    "agro::agro_loss_fwd", _agro_loss_backward, setup_context=_agro_loss_save, lib=library
+)

@@ -1,0 +1,67 @@
+"""Who serves which device.
+
+Torch's dispatcher picks the implementation by the device of the tensors: Triton on CUDA and ROCm,
+the native kernels of `csrc` on the CPU, and the blocked torch path of `_torch` everywhere else, for
+float64, and where Triton or the native part is missing.
+"""
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("agro", "DEF")
+
+
+@functools.cache
+def triton_import_error() -> ImportError | None:
+    """None if Triton can be imported, else why not. Asked at the first CUDA call, not on import."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        warnings.warn(
+            f"agro_kernels: triton cannot be imported ({error}), so the blocked torch path serves "
+            "CUDA tensors: right, in bounded memory, but several times slower; pip install triton",
+            stacklevel=2,
+        )
+        return error
+    return None
+
+
+def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernels choose their own precision: autocast would round the fp32 tiles inside them."""
+
+    @functools.wraps(kernel)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device_type=device_type, enabled=False):
+            return kernel(*args, **kwargs)
+
+    return call
+
+
+def triton_if_possible(
+    name: str, module: str, fallback: ModuleType, *, float64: bool = False
+) -> Callable[..., Any]:
+    """The function `name` of agro_kernels._triton.<module>, imported when it is first called.
+
+    float64: whether these kernels take float64 tensors; otherwise `fallback` serves them.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        in_float64 = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
+        if (in_float64 and not float64) or triton_import_error() is not None:
+            return getattr(fallback, name)(*args, **kwargs)
+        kernels = importlib.import_module(f"agro_kernels._triton.{module}")
+        return getattr(kernels, name)(*args, **kwargs)
+
+    return call
+
+
+def results_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32

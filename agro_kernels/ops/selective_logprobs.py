@@ -1,0 +1,91 @@
+"""selective_logprobs: schemas, shapes, gradients."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from agro_kernels._torch import selective_logprobs as torch_selective_logprobs
+from agro_kernels.ops.dispatch import library, results_dtype, triton_if_possible, without_autocast
+
+library.define(
+    "selective_logprobs_fwd(Tensor logits, Tensor targets, float temperature, "
+    "Tensor? token_temperature, int ignore_index) -> (Tensor logprobs, Tensor lse)"
+)
+library.define(
+    "selective_logprobs_bwd(Tensor dlogprobs, Tensor logits, Tensor targets, float temperature, "
+    "Tensor? token_temperature, int ignore_index, Tensor lse) -> Tensor dlogits"
+)
+for _name in ("selective_logprobs_fwd", "selective_logprobs_bwd"):
+    _everywhere = getattr(torch_selective_logprobs, _name)
+    _cuda = triton_if_possible(_name, "selective_logprobs", torch_selective_logprobs)
+    library.impl(_name, without_autocast(_everywhere), "CompositeExplicitAutograd")
+    library.impl(_name, without_autocast(_cuda), "CUDA")
+
+
+def _selective_logprobs_fwd_fake(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    token_temperature: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    dtype = results_dtype(logits)
+    return (
+        logits.new_empty(targets.shape, dtype=dtype),
+        logits.new_empty(targets.shape, dtype=dtype),
+    )
+
+
+torch.library.register_fake(
+    "agro::selective_logprobs_fwd", _selective_logprobs_fwd_fake, lib=library
+)
+
+
+def _selective_logprobs_bwd_fake(
+    dlogprobs: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    token_temperature: Tensor | None,
+    ignore_index: int,
+    lse: Tensor,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+torch.library.register_fake(
+    "agro::selective_logprobs_bwd", _selective_logprobs_bwd_fake, lib=library
+)
+
+
+def _selective_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, temperature, token_temperature, ignore_index = inputs
+    lse = output[1]
+    ctx.save_for_backward(logits, targets, token_temperature, lse)
+    ctx.options = temperature, ignore_index
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _selective_logprobs_backward(
+    ctx: Any, dlogprobs: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if dlogprobs is None:
+        return (None,) * 5
+    logits, targets, token_temperature, lse = ctx.saved_tensors
+    temperature, ignore_index = ctx.options
+    dlogits = torch.ops.agro.selective_logprobs_bwd(
+        dlogprobs, logits, targets, temperature, token_temperature, ignore_index, lse
+    )
+    return dlogits, None, None, None, None
+
+
+torch.library.register_autograd(
+    "agro::selective_logprobs_fwd",
+    _selective_logprobs_backward,
+    setup_context=_selective_logprobs_save,
+    lib=library,
+)

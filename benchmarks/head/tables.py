@@ -1,0 +1,180 @@
+"""The README's tables of bench_cpu and of bench_linear_logprobs, from their CSV files.
+
+    python -m benchmarks.tables [--csv benchmarks/results/bench_cpu.csv] [--entropy no] [--peers]
+        [--precision highest]
+    python -m benchmarks.tables --gpu [--csv benchmarks/results/bench_linear_logprobs.csv]
+
+A row a case: ours over the floor of the same turns, the fastest peer over ours of the same turns,
+and the fastest peer that never holds the (N, V) logits. With --peers every peer over ours instead,
+each at the precision at which it is the fastest, or of fp32 at --precision alone. What ran alone is
+over ours of another minute, and a ~ says so; a * says that it was called once. With --gpu every
+peer's time over ours, of the same turns, and its memory beyond inputs and results.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.head import gpu_rows
+from benchmarks.head.cpu import PEERS, PRECISIONS, RESULTS
+from benchmarks.head.cpu_rows import FORM_ORDER, Row, median_s
+from benchmarks.head.providers.registry import PROVIDERS
+from benchmarks.head.turns import FLOOR
+from benchmarks.measure import plots
+from benchmarks.measure.rows import parsed
+from benchmarks.measure.shapes import CPU_SHAPES
+
+HEADINGS = (
+    "case", "ours", "over the bare products", "beyond results",
+    "fastest peer", "its time over ours", "beyond results",
+    "fastest without logits", "its time over ours", "beyond results",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The README's tables of the benchmarks.")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--gpu", action="store_true", help="of bench_linear_logprobs")
+    parser.add_argument("--entropy", choices=["no", "yes"], default="no")
+    parser.add_argument("--peers", action="store_true", help="every peer's time over ours")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the peers' fp32")
+    options = parser.parse_args(arguments)
+    if options.gpu and (options.peers or options.precision or options.entropy == "yes"):
+        parser.error("--gpu: expected no other choice, got one that is for bench_cpu")
+    name = "bench_linear_logprobs.csv" if options.gpu else "bench_cpu.csv"
+    columns = plots.read_csv(options.csv or RESULTS / name)
+    if options.gpu:
+        lines = gpu_table([parsed(gpu_rows.Row, line) for line in columns])
+    else:
+        shown = peers_table if options.peers else table
+        rows = [parsed(Row, line) for line in columns]
+        if options.precision is not None:
+            rows = [row for row in rows if _is_at(row, options.precision)]
+        lines = shown(rows, options.entropy)
+    print("\n".join(lines))
+    return 0
+
+
+def table(rows: Sequence[Row], entropy: str) -> list[str]:
+    """Lines of Markdown; a case in which ours or every peer was not timed has none."""
+    return _markdown(HEADINGS, ([name, *_cells(case)] for name, case in _cases(rows, entropy)))
+
+
+def peers_table(rows: Sequence[Row], entropy: str) -> list[str]:
+    """Lines of Markdown: a row a case, a column a peer that was timed in one of them."""
+    cases = list(_cases(rows, entropy))
+    timed = {row.provider for _, case in cases for row in case}
+    peers = [name for name in PEERS if name in timed]
+
+    def cells(case: Sequence[Row]) -> Iterator[str]:
+        yield f"{_ours(case).median_s:.3g} s"
+        for name in peers:
+            same = [row for row in case if row.provider == name]
+            peer = _fastest(same) if same else None
+            yield "" if peer is None else _ratio(peer, _ours(case, peer))
+
+    headings = ["case", "ours", *(f"`{name}`" for name in peers)]
+    return _markdown(headings, ([name, *cells(case)] for name, case in cases))
+
+
+def gpu_table(rows: Sequence[gpu_rows.Row]) -> list[str]:
+    """Lines of Markdown: a row a case that has ours, a column a peer that was timed in one."""
+    whole = [row for row in rows if row.phase == "whole" and row.median_ms is not None]
+    cases = {case: {row.provider: row for row in whole if row.case() == case}
+             for case in dict.fromkeys(row.case() for row in whole)}  # fmt: skip
+    cases = {case: timed for case, timed in cases.items() if {"ours", FLOOR} <= set(timed)}
+    timed_somewhere = {provider for timed in cases.values() for provider in timed}
+    peers = [name for name in PROVIDERS if name in timed_somewhere - {"ours"}]
+
+    def cells(case: tuple[str, int, str]) -> list[str]:
+        timed, (head, tokens, form) = cases[case], case
+        mine = timed["ours"]
+        beside = [_gpu_cell(timed[name], mine) if name in timed else "" for name in peers]
+        name = f"{plots.FORM_TITLES[form]}, {head}, {tokens:,} tokens"
+        return [
+            name, f"{mine.median_ms:.3g} ms", f"{_over(mine, timed[FLOOR]):.2f}",
+            f"{mine.extra_mb:,.0f} MB", *beside,
+        ]  # fmt: skip
+
+    ordered = sorted(cases, key=lambda case: FORM_ORDER.index(case[2]))
+    headings = ["case", "ours", "over the bare products", "beyond results"]
+    return _markdown([*headings, *(f"`{name}`" for name in peers)], map(cells, ordered))
+
+
+def _gpu_cell(peer: gpu_rows.Row, mine: gpu_rows.Row) -> str:
+    return f"{_over(peer, mine):.2f}, {peer.extra_mb:,.0f} MB"
+
+
+def _over(one: gpu_rows.Row, other: gpu_rows.Row) -> float:
+    assert one.median_ms is not None and other.median_ms is not None
+    return one.median_ms / other.median_ms
+
+
+def _is_at(row: Row, precision: str) -> bool:
+    return row.provider == "ours" or row.dtype != "fp32" or row.precision == precision
+
+
+def _cases(rows: Sequence[Row], entropy: str) -> Iterator[tuple[str, list[Row]]]:
+    """The name and the timed rows of each case that has ours and a peer."""
+    for form in FORM_ORDER:
+        for dtype in ("bf16", "fp32"):
+            for shape in CPU_SHAPES:
+                case = [row for row in rows if row.case() == (shape, dtype, form, entropy)]
+                if form == "known_coefficients":  # what has no form of its own
+                    key = (shape, dtype, "forward_backward", entropy)
+                    case += [row for row in rows if row.case() == key and row.provider != "ours"]
+                timed = [row for row in case if row.median_s is not None]
+                if {"ours"} < {row.provider for row in timed} - {FLOOR}:
+                    yield f"{plots.FORM_TITLES[form]}, {dtype}, {shape}", timed
+
+
+def _cells(case: Sequence[Row]) -> list[str]:
+    peers = [row for row in case if row.provider in PEERS]
+    without_logits = [row for row in peers if row.stores_logits == "no"]
+    mine = _ours(case)
+    relative = "" if mine.relative is None else f"{mine.relative:.2f}"
+    cells = [f"{mine.median_s:.3g} s", relative, _megabytes(mine)]
+    for some in (peers, without_logits):
+        if not some:
+            cells += ["", "", ""]
+            continue
+        peer = _fastest(some)
+        cells += [f"`{peer.label()}`", _ratio(peer, mine), _megabytes(peer)]
+    return cells
+
+
+def _ours(case: Sequence[Row], peer: Row | None = None) -> Row:
+    """Of our rows that of the turns with the peer, else with the fastest peer."""
+    fastest = _fastest([row for row in case if row.provider in PEERS])
+    wanted = [(peer or fastest).label(), fastest.label()]
+    return max(
+        (row for row in case if row.provider == "ours"),
+        key=lambda row: [label in row.turns() for label in wanted],
+    )
+
+
+def _fastest(rows: Sequence[Row]) -> Row:
+    """Its row in turns where there is one, of the case itself before what stands for it."""
+    first = min(rows, key=median_s)
+    same = [row for row in rows if row.label() == first.label() and row.in_turn_with]
+    return same[0] if same else first
+
+
+def _ratio(peer: Row, mine: Row) -> str:
+    """The peer's time over ours; ~ where they did not take turns, * where it was called once."""
+    in_turn = peer.turns() == mine.turns() and peer.form == mine.form
+    ratio = median_s(peer) / median_s(mine)
+    return f"{'' if in_turn else '~'}{ratio:.2f}{'' if peer.n > 1 else '*'}"
+
+
+def _megabytes(row: Row) -> str:
+    return "" if row.peak_mb is None else f"{row.peak_mb:.0f} MB"
+
+
+def _markdown(headings: Sequence[str], rows: Iterator[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return lines + ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

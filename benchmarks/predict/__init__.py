@@ -1,0 +1,1 @@
+"""Without the device: what the compiler makes of the kernels, what datasheets predict."""

@@ -1,0 +1,388 @@
+"""What the compiler makes of every Triton kernel, for GPUs that are not here.
+
+    python -m benchmarks.compile_report [--target sm_90 ...] [--quick] [--csv PATH]
+
+The launchers are called with tensors that have shapes and no memory; what they would launch is
+compiled for the target, with its rows of configs.py. No GPU is needed and nothing runs. One line a
+case: registers and spilled bytes of a thread, shared memory of a program, how many programs a
+multiprocessor holds at once, and how many of the instructions that make a kernel fast its code has:
+matrix products (wgmma, tcgen05, mma.sync, mfma), hardware exp2, copies to shared memory that
+bypass the registers (cp.async, TMA).
+
+    target  case                             tile           loads      registers spilled_bytes ...
+    sm_90   linear_logprobs_fwd entropy bf16 128x256x64 8 4 descriptor 255       0             ...
+"""
+
+import argparse
+import contextlib
+import csv
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton._utils import canonicalize_dtype
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from agro_kernels._triton import (
+    agro_loss,
+    head_gradients,
+    launch,
+    linear_logprobs,
+    selective_logprobs,
+)
+from agro_kernels._triton.counted import Head
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+MATRIX_INSTRUCTIONS = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+    "gfx950": "v_mfma",
+}
+# Shared memory of a multiprocessor, in bytes; on NVIDIA's each program also costs 1 KB of it.
+SHARED_BYTES = {
+    "sm_80": 164 * 1024,
+    "sm_90": 228 * 1024,
+    "sm_100": 228 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
+
+# Llama 3's vocabulary and one that no tile divides; a large and a small hidden size, for which
+# configs.py has different rows.
+NUM_TOKENS, VOCABULARY, RAGGED_VOCABULARY = 8192, 128256, 50257
+HIDDEN_SIZES = (4096, 1024)
+EXTRAS = frozenset({"bias", "token_temperature", "round_logits", "kept", "ragged"})
+EVERYTHING = EXTRAS | {"softcap"}
+# Name -> what the call has. "everything" comes without the softcap too, for which configs.py may
+# have another row, and first: of calls with the same tile --quick takes the first.
+FWD_CALLS = {
+    "everything": EVERYTHING | {"entropy"},
+    "all but softcap": EXTRAS | {"entropy"},
+    "logprobs": frozenset[str](),
+    "entropy": frozenset({"entropy"}),
+    "entropy ragged": frozenset({"entropy", "ragged"}),
+    "softcap": frozenset({"entropy", "softcap"}),
+    "kept": frozenset({"entropy", "kept"}),
+}
+BWD_CALLS = {
+    "everything": EVERYTHING | {"dlogprobs", "dlse", "dentropy"},
+    "all but softcap": EXTRAS | {"dlogprobs", "dlse", "dentropy"},
+    "entropy": frozenset({"dlogprobs", "dentropy"}),
+    "entropy ragged": frozenset({"dlogprobs", "dentropy", "ragged"}),
+    "dlogprobs": frozenset({"dlogprobs"}),
+    "dlogprobs ragged": frozenset({"dlogprobs", "ragged"}),
+    "dlogprobs softcap": frozenset({"dlogprobs", "softcap"}),
+    "dlogprobs kept": frozenset({"dlogprobs", "kept"}),
+    "dlogprobs, all but softcap": EXTRAS | {"dlogprobs"},
+    "dlogprobs, everything": EVERYTHING | {"dlogprobs"},
+}
+# The ones that --quick compiles: what needs most of a machine, and what the trainer calls.
+QUICK_CALLS = {"all but softcap", "everything", "dlogprobs"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with its arguments' types and constants, as one call launches it."""
+
+    name: str
+    kernel: triton.JITFunction
+    signature: dict[str, str]
+    constants: dict[str, object]
+    aligned: frozenset[str]  # arguments that are multiples of 16 (pointers: bytes)
+    options: dict[str, int]  # num_warps, num_stages
+
+    @property
+    def tile(self) -> str:
+        if "BLOCK_D" not in self.constants:
+            return "-"
+        blocks = "x".join(str(self.constants[f"BLOCK_{letter}"]) for letter in "NVD")
+        return f"{blocks} {self.options['num_warps']} {self.options['num_stages']}"
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        constants = tuple(sorted((name, str(value)) for name, value in self.constants.items()))
+        return self.kernel.fn.__name__, tuple(self.signature.values()), constants, self.aligned
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report. registers and spilled_bytes are of a thread."""
+
+    target: str
+    case: str
+    tile: str  # BLOCK_N x BLOCK_V x BLOCK_D, warps, stages
+    loads: str  # of the operands of the product: by descriptor (TMA) or by pointer
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    programs: int  # on a multiprocessor at once
+    matrix: int
+    exp2: int
+    async_copies: int
+    tma_copies: int
+
+
+# --- What is launched -----------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self, kernel: triton.JITFunction) -> None:
+        self.kernel = kernel
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda **arguments: self.launches.append(arguments)
+
+
+@contextlib.contextmanager
+def recorded(target: str) -> Iterator[dict[str, Recorder]]:
+    """The head's kernels by name, while its launchers take a tensor without memory for a GPU's."""
+    recorders = {}
+    with contextlib.ExitStack() as stack:
+        for module in (linear_logprobs, head_gradients):
+            for name in (name for name in vars(module) if name.endswith("_kernel")):
+                recorders[name] = Recorder(getattr(module, name))
+                stack.enter_context(mock.patch.object(module, name, recorders[name]))
+        architecture = target.replace("_", "")
+        stack.enter_context(mock.patch.object(launch, "architecture", lambda _: architecture))
+        stack.enter_context(
+            mock.patch.object(head_gradients, "add_product", lambda *_, **keywords: None)
+        )
+        yield recorders
+
+
+def head_of(call: frozenset[str], dtype: torch.dtype, hidden_size: int, aligned: bool) -> Head:
+    n, v = NUM_TOKENS, RAGGED_VOCABULARY if "ragged" in call else VOCABULARY
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weight = empty(v, hidden_size + (0 if aligned else 1), dtype=dtype)[:, :hidden_size]
+    return Head(
+        index=None,
+        num_tokens=n,
+        hidden=empty(n, hidden_size, dtype=dtype),
+        weight=weight,
+        targets=empty(n, dtype=torch.int64),
+        bias=empty(v, dtype=dtype) if "bias" in call else None,
+        temperature=0.7,
+        token_temperature=empty(n) if "token_temperature" in call else None,
+        softcap=30.0 if "softcap" in call else 0.0,
+        ignore_index=-100,
+        round_logits=torch.bfloat16 if "round_logits" in call else None,
+        kept=empty(n, -(-v // 32), dtype=torch.int32) if "kept" in call else None,
+    )
+
+
+def head_cases(target: str, quick: bool) -> list[Case]:
+    """The kernels of linear_logprobs: every row of configs.py, and every kind of call it is for."""
+    cases: dict[tuple[object, ...], Case] = {}
+
+    def add(name: str, recorder: Recorder) -> None:
+        for arguments in recorder.launches[:1]:  # later ones differ in numbers only
+            case = case_of(name, recorder.kernel, arguments)
+            same = (case.kernel, case.tile, "dlogprobs" in name) if quick else case.identity
+            cases.setdefault(same, case)
+        recorder.launches.clear()
+
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    with recorded(target) as kernels:
+        for dtype, d, aligned in itertools.product(dtypes, HIDDEN_SIZES, (True, False)):
+            suffix = canonicalize_dtype(dtype) + ("" if aligned else " unaligned")
+            for name, call in FWD_CALLS.items():
+                if unwanted(name, suffix, quick):
+                    continue
+                linear_logprobs._statistics(head_of(call, dtype, d, aligned), "entropy" in call)
+                add(f"linear_logprobs_fwd {name} {suffix}", kernels["linear_logprobs_fwd_kernel"])
+                add("linear_logprobs_fwd_merge", kernels["linear_logprobs_fwd_merge_kernel"])
+            for name, call in BWD_CALLS.items():
+                if unwanted(name, suffix, quick):
+                    continue
+                head = head_of(call, dtype, d, aligned)
+                per_token = torch.empty(NUM_TOKENS, device="meta")
+                head_gradients.head_gradients(
+                    head,
+                    lse=per_token,
+                    output_mask=[True, True, False],
+                    **{
+                        argument: per_token if argument in call else None
+                        for argument in ("dlogprobs", "dlse", "dentropy")
+                    },
+                    entropy=per_token if "dentropy" in call else None,
+                )
+                add(f"linear_logprobs_bwd {name} {suffix}", kernels["linear_logprobs_bwd_kernel"])
+    return list(cases.values())
+
+
+def unwanted(call: str, suffix: str, quick: bool) -> bool:
+    """fp16 has the instructions of bf16, and fp32 one row: of both only what needs most."""
+    if quick and (call not in QUICK_CALLS or suffix not in ("bf16", "fp32")):
+        return True
+    return not suffix.startswith("bf16") and "everything" not in call
+
+
+def case_of(name: str, kernel: triton.JITFunction, arguments: dict[str, Any]) -> Case:
+    """A launch's arguments by type, specialised as Triton's JIT does it."""
+    options: dict[str, int] = {
+        key: arguments.pop(key) for key in ("num_warps", "num_stages") if key in arguments
+    }
+    signature: dict[str, str] = {}
+    constants: dict[str, object] = {}
+    aligned = set()
+    for parameter in kernel.params:
+        value = arguments[parameter.name]
+        specialised = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, TensorDescriptor):
+            dtype, block = canonicalize_dtype(value.base.dtype), value.block_shape
+            signature[parameter.name] = f"tensordesc<{dtype}{list(block)}>".replace(" ", "")
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = f"*{canonicalize_dtype(value.dtype)}"
+            aligned.add(parameter.name)
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if specialised and value % 16 == 0:
+                aligned.add(parameter.name)
+    return Case(name, kernel, signature, constants, frozenset(aligned), options)
+
+
+def other_cases() -> list[Case]:
+    """The kernels of agro_loss, all options on, and of selective_logprobs."""
+    return [
+        Case(name, kernel, signature, constants, frozenset(), {})
+        for module in (agro_loss, selective_logprobs)
+        for name, kernel, signature, constants in module.compile_cases()
+    ]
+
+
+# --- What the compiler says of it -----------------------------------------------------------------
+
+
+def compile_case(case: Case, target: str) -> Row:
+    """Compile one case and read the compiler's own numbers back."""
+    source = ASTSource(
+        fn=case.kernel,
+        signature=case.signature,
+        constexprs=case.constants,
+        attrs={
+            (case.kernel.arg_names.index(argument),): [["tt.divisibility", 16]]
+            for argument in case.aligned
+        },
+    )
+    compiled = triton.compile(source, target=TARGETS[target], options=case.options)
+    if "cubin" in compiled.asm:
+        code = compiled.asm["ptx"]
+        registers, spilled_bytes = cubin_usage(compiled.asm["cubin"])
+    else:
+        code = compiled.asm["amdgcn"]
+        registers, spills = (
+            int(re.findall(rf"\.{key}:\s*(\d+)", code)[0])
+            for key in ("vgpr_count", "vgpr_spill_count")
+        )
+        spilled_bytes = 4 * spills
+    by_descriptor = any(kind.startswith("tensordesc") for kind in case.signature.values())
+    return Row(
+        target=target,
+        case=case.name,
+        tile=case.tile,
+        loads="descriptor" if by_descriptor else "pointer",
+        registers=registers,
+        spilled_bytes=spilled_bytes,
+        shared_bytes=compiled.metadata.shared,
+        programs=programs_at_once(target, registers, compiled.metadata),
+        matrix=code.count(MATRIX_INSTRUCTIONS[target]),
+        exp2=code.count("ex2.approx") + code.count("v_exp_f32"),
+        async_copies=len(re.findall(r"cp\.async\.c[ag]|_load_\w+ .*\blds\b", code)),
+        tma_copies=code.count("cp.async.bulk.tensor"),
+    )
+
+
+def programs_at_once(target: str, registers: int, metadata: Any) -> int:
+    """Programs of a kernel that fit a multiprocessor (AMD: compute unit) together.
+
+    NVIDIA: 65536 registers, dealt to a warp of 32 threads in units of 256; 64 warps; on sm_100 512
+    columns of tensor memory. AMD: four SIMDs with 512 registers a lane, in units of 8, and 8 waves.
+    """
+    warps: int = metadata.num_warps
+    if target.startswith("gfx"):
+        waves = 4 * min(8, 512 // (-(-registers // 8) * 8))
+        programs = waves // warps
+        shared: int = metadata.shared
+    else:
+        programs = min(65536 // (-(-registers // 8) * 256), 64) // warps
+        shared = metadata.shared + 1024
+        tensor_memory = getattr(metadata, "tmem_size", 0) or 0
+        if tensor_memory:
+            programs = min(programs, 512 // tensor_memory)
+    return min(programs, SHARED_BYTES[target] // shared) if shared else programs
+
+
+def cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of a thread, by the cuobjdump in Triton's wheel.
+
+    Our kernels keep no array on the stack: whatever is there are spilled registers.
+    """
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return int(re.findall(r"REG:(\d+)", usage)[0]), int(re.findall(r"STACK:(\d+)", usage)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="only what needs most of a machine")
+    parser.add_argument("--csv", type=Path, help="also write the table there")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
+    rows = []
+    names = [field.name for field in fields(Row)]
+    widths = [7, 50, 16, 10, *(max(len(name), 6) for name in names[4:])]
+    print(" ".join(name.ljust(width) for name, width in zip(names, widths, strict=True)))
+    for target in arguments.target:
+        cases = head_cases(target, arguments.quick)
+        if not arguments.quick or target == arguments.target[0]:
+            cases += other_cases()
+        for case in cases:
+            rows.append(row := asdict(compile_case(case, target)))
+            cells = zip(row.values(), widths, strict=True)
+            print(" ".join(str(value).ljust(width) for value, width in cells), flush=True)
+    if arguments.csv is not None:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Whole models and training steps, beside TRL's."""

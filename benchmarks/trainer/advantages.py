@@ -1,0 +1,140 @@
+"""What AGRO's advantages and its linear loss cost by themselves, beside verl's RLOO and PPO loss.
+
+    python -m benchmarks.bench_advantages [--prompts 128] [--generations 8] [--tokens 1024]
+        [--micro-batch 32] [--repetitions 20]
+
+Question: what do the adapters of verl, OpenRLHF and the recipes for others change in time and
+memory? They put another number in the advantage's place and, in verl, another loss over
+log-probabilities that the trainer has computed already; this measures both, on recorded numbers.
+
+    agro_coefficients  one number a completion, from its reward and two sums of log-probabilities
+    verl advantage     of rloo and agro, from rewards (B, T), mask (B, T) and uids (B,)
+    verl loss          of vanilla and agro, forward and backward to the log-probabilities of one
+                       micro-batch (b, T)
+
+Method: one process, fp32 on the CPU, one call not counted, median of the repetitions, and the most
+memory during a call beyond what was held before. The rows of verl need verl, see `make test-verl`;
+without it they say so. The advantages of verl's `agro` and `rloo` must agree to 1e-4, since all
+groups are of one size, and the gradients of the two losses, since the ratio is 1.
+
+Sample output:
+
+    verl advantage agro      6.1 ms   (5.9 to 6.4, n=20)      21.0 MB
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from agro_kernels import agro_coefficients
+from benchmarks.measure import timing
+
+BETA = 0.05
+
+
+def report(name: str, call: Callable[[], object], repetitions: int) -> None:
+    call()
+    peak = timing.peak_bytes(call)
+    times = timing.summary(timing.time_calls(call, repetitions))
+    spread = f"({times.min_s * 1e3:.2f} to {times.p80_s * 1e3:.2f}, n={times.n})"
+    print(f"{name:20s} {times.median_s * 1e3:8.2f} ms   {spread:28s} {peak / 1e6:8.1f} MB")
+
+
+def coefficients(options: argparse.Namespace) -> None:
+    rows = options.prompts * options.generations
+    rewards = torch.randint(0, 2, (rows,)).double()
+    sums = -100 * torch.rand(2, rows, dtype=torch.float64)
+    groups = torch.arange(rows) // options.generations
+    report(
+        "agro_coefficients",
+        lambda: agro_coefficients(rewards, *sums, groups, beta=BETA, scale=1 / BETA),
+        options.repetitions,
+    )
+
+
+def verl_functions(options: argparse.Namespace) -> bool:
+    """Whether verl's functions and ours agree; prints a row for each."""
+    import numpy as np
+    from hydra import compose, initialize_config_module
+    from verl.trainer.config import AlgoConfig, KLControlConfig
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
+    from verl.utils.config import omega_conf_to_dataclass
+
+    rows = options.prompts * options.generations
+    mask = torch.arange(options.tokens) < torch.randint(1, options.tokens + 1, (rows, 1))
+    rewards = torch.randn(rows, options.tokens) * mask
+    uids = np.repeat([f"{i:032x}" for i in range(options.prompts)], options.generations)
+    config = AlgoConfig(use_kl_in_reward=True, kl_ctrl=KLControlConfig(kl_coef=BETA))
+    advantages = {}
+    for name in ("rloo", "agro"):
+        estimate = get_adv_estimator_fn(name)
+
+        def call(estimate: Any = estimate) -> Any:
+            return estimate(rewards, mask.long(), index=uids, config=config)
+
+        advantages[name] = call()[0]
+        report(f"verl advantage {name}", call, options.repetitions)
+    agree = bool(torch.allclose(advantages["rloo"], advantages["agro"], rtol=1e-4, atol=1e-4))
+
+    sizes = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        whole = compose("ppo_trainer", overrides=sizes)
+    actor = omega_conf_to_dataclass(whole.actor_rollout_ref.actor)
+    actor.global_batch_info.update(dp_size=1, global_batch_size=rows)
+    part = slice(0, options.micro_batch)
+    logprobs = -torch.rand(rows, options.tokens)[part]
+    gradients = {}
+    for name in ("vanilla", "agro"):
+        loss_of = get_policy_loss_fn(name)
+        leaf = logprobs.clone().requires_grad_()
+
+        def call(loss_of: Any = loss_of, leaf: Any = leaf) -> Any:
+            leaf.grad = None
+            loss, _ = loss_of(
+                old_log_prob=logprobs,
+                log_prob=leaf,
+                advantages=advantages["agro"][part],
+                response_mask=mask[part].long(),
+                loss_agg_mode="seq-mean-token-sum",
+                config=actor,
+            )
+            loss.backward()
+
+        call()
+        assert leaf.grad is not None
+        gradients[name] = leaf.grad
+        report(f"verl loss {name}", call, options.repetitions)
+    return agree and bool(torch.allclose(*gradients.values(), rtol=1e-4, atol=1e-7))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--generations", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, default=32)
+    parser.add_argument("--repetitions", type=int, default=20)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    facts = timing.machine_facts()
+    versions = f"verl {timing.version_or('verl', 'not installed')}"
+    print(" ".join([*(facts[name] for name in ("cpu", "torch", "commit")), versions]))
+    coefficients(options)
+    if "not installed" in versions:
+        return 0
+    with warnings.catch_warnings():  # verl and Ray warn of each other's old names
+        warnings.simplefilter("ignore")
+        if not verl_functions(options):
+            print("wrong: verl's functions and ours do not agree")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

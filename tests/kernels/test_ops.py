@@ -1,0 +1,251 @@
+"""The registration of the ops: schemas, fakes and gradients agree with what the kernels do."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from agro_kernels.ops import linear_logprobs as library
+from tests.kernels.test_agro_loss import Batch
+from tests.numerics import head_inputs
+
+OPS = torch.ops.agro
+
+
+Options = tuple[float, Tensor | None, float, int, torch.dtype | None, Tensor | None]
+
+
+def options(n: int, v: int, kind: str) -> Options:
+    """temperature, token_temperature, softcap, ignore_index, round_logits, kept of the head ops."""
+    if kind == "few":
+        return 0.7, None, 0.0, -100, None, None
+    kept_ids = torch.randint(0, v, (n, 5))
+    kept_ids[::3] = -1
+    kept = OPS.pack_kept_ids(kept_ids, v)
+    return 1.0, torch.linspace(0.5, 2.0, n), 3.0, -100, torch.bfloat16, kept
+
+
+def head(dtype: torch.dtype, *, leaves: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, targets, bias; opcheck compares inputs, so none is NaN."""
+    inputs = head_inputs(9, 8, 33, dtype=dtype, bias=True, ignored=True)
+    assert inputs.bias is not None
+    tensors = (inputs.hidden.nan_to_num(), inputs.weight, inputs.bias)
+    hidden, weight, bias = (tensor.requires_grad_(leaves) for tensor in tensors)
+    return hidden, weight, inputs.targets, bias
+
+
+def linear_logprobs_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for kind, with_entropy in (("few", True), ("all", True), ("all", False)):
+        yield (*head(dtype, leaves=True), *options(9, 33, kind), with_entropy)
+    hidden, weight, targets, _ = head(dtype)
+    yield hidden.requires_grad_(), weight, targets, None, *options(9, 33, "few"), False
+    yield hidden.detach(), weight, targets.clamp_min(0), None, *options(9, 33, "few"), True
+
+
+def linear_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for kind, mask in (
+        ("few", [True, True, True]),
+        ("all", [True, True, True]),
+        ("all", [True, False, False]),
+        ("few", [False, True, False]),
+    ):
+        arguments = (*head(dtype), *options(9, 33, kind))
+        logprobs, lse, entropy = OPS.linear_logprobs_fwd(*arguments, True)
+        upstream = logprobs.sin(), None if mask[2] else lse.cos(), entropy.cos()
+        yield *upstream, *arguments, lse, entropy, mask
+
+
+def linear_logprobs_bwd_accumulate_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for arguments in linear_logprobs_bwd_calls(dtype):
+        yield *arguments, torch.ones(33, 8, dtype=results_dtype(dtype))
+
+
+def target_logprobs_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for kind in ("few", "all"):
+        arguments = (*head(dtype, leaves=True), *options(9, 33, kind))
+        with torch.no_grad():
+            lse = OPS.linear_logprobs_fwd(*arguments, False)[1]
+        yield *arguments, lse
+
+
+def pack_kept_ids_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for ids in (torch.tensor([[1, 32, -1], [-1, -1, -1]]), torch.tensor([[31, 0, 31]]).int()):
+        yield ids, 33
+
+
+def selective_logprobs_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    logits, targets = torch.randn(3, 4, 17).to(dtype), torch.randint(0, 17, (3, 4))
+    targets[1, 1] = -100
+    yield logits.requires_grad_(), targets, 1.0, torch.linspace(0.5, 2.0, 12), -100
+    yield logits[:, 1:], targets[:, 1:], 0.7, None, -100
+
+
+def selective_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for logits, *rest in selective_logprobs_fwd_calls(dtype):
+        logprobs, lse = OPS.selective_logprobs_fwd(logits.detach(), *rest)
+        yield logprobs.cos(), logits.detach(), *rest, lse
+
+
+def agro_coefficients_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    batch = Batch()
+    for name in ("off-policy", "mixed-capped", "importance-weighted", "global-count"):
+        rewards, logprobs, ref_logprobs, groups = batch.sums
+        sums = rewards.to(dtype), logprobs.to(dtype), ref_logprobs.to(dtype)
+        yield *sums, groups, *batch.op_options(name)
+
+
+def agro_loss_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    batch = Batch()
+    for name in ("off-policy", "mixed-capped", "importance-weighted", "global-count"):
+        logprobs, ref_logprobs, *rest = batch.tokens
+        leaf = logprobs.to(dtype, copy=True).requires_grad_()
+        yield leaf, ref_logprobs.to(dtype), *rest, *batch.op_options(name)
+
+
+def agro_loss_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    batch = Batch()
+    coefficients = torch.linspace(-1.0, 1.0, len(batch.rewards), dtype=torch.float64)
+    yield torch.tensor(2.0), coefficients, batch.cu_seqlens, len(batch.logprobs), dtype
+
+
+def results_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+CALLS: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
+    "agro_coefficients": agro_coefficients_calls,
+    "agro_loss_bwd": agro_loss_bwd_calls,
+    "agro_loss_fwd": agro_loss_fwd_calls,
+    "linear_logprobs_bwd": linear_logprobs_bwd_calls,
+    "linear_logprobs_bwd_accumulate": linear_logprobs_bwd_accumulate_calls,
+    "linear_logprobs_fwd": linear_logprobs_fwd_calls,
+    "pack_kept_ids": pack_kept_ids_calls,
+    "selective_logprobs_bwd": selective_logprobs_bwd_calls,
+    "selective_logprobs_fwd": selective_logprobs_fwd_calls,
+    "target_logprobs": target_logprobs_calls,
+}
+# Pack bits and pick one logit a token: a handful of elementwise torch operations on any device.
+WITHOUT_A_CUDA_KERNEL = {"pack_kept_ids", "target_logprobs"}
+
+
+def test_every_op_is_checked_here() -> None:
+    registered = [name for name in torch._C._dispatch_get_all_op_names() if "agro::" in name]
+    assert sorted(CALLS) == sorted(name.removeprefix("agro::") for name in registered)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_op_passes_opcheck(name: str, dtype: torch.dtype) -> None:
+    """Schema (what it mutates and aliases), fake, autograd registration, and AOT tracing."""
+    for index, arguments in enumerate(CALLS[name](dtype)):
+        # Tracing takes a second: once an op is enough, the others differ in options only.
+        traced = index == 0 and dtype == torch.float32
+        checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        checks += ["test_aot_dispatch_dynamic"] if traced else []
+        torch.library.opcheck(getattr(OPS, name), arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("mask", [[True, True, True], [True, False, False], [False, True, False]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gradients_nobody_asked_for_are_empty(dtype: torch.dtype, mask: list[bool]) -> None:
+    arguments = (*head(dtype), *options(9, 33, "few"))
+    logprobs, lse, entropy = OPS.linear_logprobs_fwd(*arguments, False)
+    gradients = OPS.linear_logprobs_bwd(logprobs, None, None, *arguments, lse, entropy, mask)
+    for gradient, asked, shape in zip(gradients, mask, [(9, 8), (33, 8), (33,)], strict=True):
+        assert gradient.shape == (shape if asked else (0,))
+        assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - WITHOUT_A_CUDA_KERNEL))
+def test_cuda_has_a_kernel_of_its_own(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"agro::{name}", "CUDA")
+
+
+def test_cuda_falls_back_without_triton_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises ImportError
+    library.triton_import_error.cache_clear()
+    inputs = head_inputs(5, 8, 33)
+    kernel = library._triton_if_possible(
+        "linear_logprobs_fwd", "linear_logprobs", library.torch_linear_logprobs
+    )
+    arguments = (
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets,
+        None,
+        1.0,
+        None,
+        0.0,
+        -100,
+        None,
+        None,
+        False,
+    )
+    with pytest.warns(UserWarning, match="triton cannot be imported .*triton") as warned:
+        logprobs, _, _ = kernel(*arguments)
+        kernel(*arguments)
+    assert len(warned) == 1
+    assert isinstance(library.triton_import_error(), ImportError)
+    expected, _, _ = library.torch_linear_logprobs.linear_logprobs_fwd(*arguments)
+    assert torch.equal(logprobs, expected)
+    library.triton_import_error.cache_clear()
+
+
+def test_float64_is_never_sent_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "agro_kernels._triton.linear_logprobs", None)
+    inputs = head_inputs(5, 8, 33, dtype=torch.float64)
+    kernel = library._triton_if_possible(
+        "linear_logprobs_fwd", "linear_logprobs", library.torch_linear_logprobs
+    )
+    arguments = (
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets,
+        None,
+        1.0,
+        None,
+        0.0,
+        -100,
+        None,
+        None,
+        False,
+    )
+    assert kernel(*arguments)[0].dtype == torch.float64
+
+
+def test_kernels_switch_autocast_off() -> None:
+    inputs = head_inputs(5, 8, 33)
+    arguments = (
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets,
+        None,
+        1.0,
+        None,
+        0.0,
+        -100,
+        None,
+        None,
+        True,
+    )
+    expected = OPS.linear_logprobs_fwd(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = OPS.linear_logprobs_fwd(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_cpu_calls_do_not_import_triton() -> None:
+    program = (
+        "import sys, torch, agro_kernels\n"
+        "h, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)\n"
+        "agro_kernels.linear_logprobs(h, w, torch.tensor([0, 1, 2])).sum().backward()\n"
+        "kernels = [m for m in sys.modules if m.startswith('agro_kernels._triton')]\n"
+        "assert not kernels, kernels\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
