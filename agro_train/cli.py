@@ -10,6 +10,7 @@ from pathlib import Path
 
 from agro_train import config as configuration
 from agro_train.experiments import FIGURES, reproduce
+from agro_train.refusal import Refusal
 
 DESCRIPTION = "Fine-tune a language model with AGRO."
 TRAIN = (
@@ -148,7 +149,7 @@ def _train(settings: Sequence[str], resume: str | None, dry_run: bool) -> int:
     return status
 
 
-def _full_disk(error: Exception, folder: str) -> ValueError:
+def _full_disk(error: Exception, folder: str) -> Refusal:
     """The sentence for a disk that takes no more. Any other error deserves its traceback."""
     from agro_train.durable import no_room
 
@@ -156,7 +157,7 @@ def _full_disk(error: Exception, folder: str) -> ValueError:
     if reason is None:
         raise error
     started = (Path(folder) / "config.yaml").is_file()
-    return ValueError(
+    return Refusal(
         f"output_dir: expected room to write to {folder!r}, got {reason!r}; what was saved before "
         f"is whole: make room and {f'go on with --resume {folder}' if started else 'start again'}"
     )
@@ -166,7 +167,7 @@ def _rollout(settings: Sequence[str], output: str | None, prompts: int | None) -
     try:
         config = _config(settings, None)
         if prompts is not None and prompts < 1:
-            raise ValueError(f"--prompts: expected at least 1, got {prompts}")
+            raise Refusal(f"--prompts: expected at least 1, got {prompts}")
         path = Path(output) if output else Path(config.output_dir) / "recorded.jsonl"
         from agro_train.commands.record import record  # imports transformers
 
@@ -185,9 +186,9 @@ def _score(source: Path, settings: Sequence[str], output: str | None) -> int:
     try:
         for setting in settings:
             if setting.partition("=")[0] not in SCORE_KEYS:
-                raise ValueError(f"arguments: expected {', '.join(SCORE_KEYS)}, got {setting!r}")
+                raise Refusal(f"arguments: expected {', '.join(SCORE_KEYS)}, got {setting!r}")
         if not any(setting.startswith("reward=") for setting in settings):
-            raise ValueError("reward: expected reward=FUNCTION, got none; which shall score them?")
+            raise Refusal("reward: expected reward=FUNCTION, got none; which shall score them?")
         path = Path(output) if output else source.with_suffix(".scored.jsonl")
         found = score_file(source, configuration.load(None, settings), path)
     except ValueError as error:
@@ -240,11 +241,11 @@ def _reproduce(figure: str, settings: Sequence[str], quick: bool) -> int:
     output_dir = f"runs/{figure}"
     try:
         if figure not in FIGURES:
-            raise ValueError(f"figure: expected one of {', '.join(FIGURES)}, got {figure!r}")
+            raise Refusal(f"figure: expected one of {', '.join(FIGURES)}, got {figure!r}")
         for setting in settings:
             key, _, output_dir = setting.partition("=")
             if key != "output_dir" or not output_dir:
-                raise ValueError(f"arguments: expected output_dir=DIR, got {setting!r}")
+                raise Refusal(f"arguments: expected output_dir=DIR, got {setting!r}")
     except ValueError as error:
         return _refuse(error)
     try:
@@ -257,11 +258,11 @@ def _config(settings: Sequence[str], resume: str | None) -> configuration.TrainC
     overrides = [setting for setting in settings if "=" in setting]
     names = [setting for setting in settings if "=" not in setting]
     if len(names) > 1:
-        raise ValueError(f"arguments: expected one configuration, got {', '.join(names)}")
+        raise Refusal(f"arguments: expected one configuration, got {', '.join(names)}")
     if resume is None:
         return configuration.load(configuration.find(names[0]) if names else None, overrides)
     if names:
-        raise ValueError(
+        raise Refusal(
             f"arguments: expected no configuration with --resume, got {names[0]}; "
             "the run's own config.yaml is used"
         )
@@ -303,7 +304,7 @@ def _report(run: Path, output: str | None) -> int:
 
 def _check_run(run: Path, command: str) -> None:
     if not (run / "metrics.jsonl").is_file():
-        raise ValueError(
+        raise Refusal(
             f"{command}: expected the folder of a run, got {str(run)!r}; it has no metrics"
         )
 

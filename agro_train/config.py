@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from agro_kernels import POLICY_GRADIENT_FORMS
+from agro_train.refusal import Refusal
 
 # Policy-gradient forms that also need log-probabilities recorded while sampling.
 FORMS_WITH_SAMPLER = ("stale", "importance_weighted")
@@ -133,7 +134,7 @@ class TrainConfig:
     run_name: str = ""  # the trackers' name for the run; empty: that of output_dir's last folder
 
     def check(self) -> None:
-        """Raises ValueError, in one sentence, for what cannot work."""
+        """Raises Refusal, in one sentence, for what cannot work."""
         choices = {
             "dtype": ("float32", "bfloat16"),
             "mixed_precision": ("no", "bf16"),
@@ -145,18 +146,18 @@ class TrainConfig:
         }
         for key, allowed in choices.items():
             if (got := getattr(self, key)) not in allowed:
-                raise ValueError(f"{key}: expected one of {', '.join(allowed)}, got {got!r}")
+                raise Refusal(f"{key}: expected one of {', '.join(allowed)}, got {got!r}")
         for key, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{key}: expected a finite number, got {value}")
+                raise Refusal(f"{key}: expected a finite number, got {value}")
         if "{prompt}" not in self.prompt_template:
-            raise ValueError(
+            raise Refusal(
                 f"prompt_template: expected {{prompt}} in it, got {self.prompt_template!r}; the "
                 "dataset's question goes there"
             )
         for key in ("adam_beta1", "adam_beta2"):
             if not 0 <= (got := getattr(self, key)) < 1:
-                raise ValueError(f"{key}: expected a number from 0 to below 1, got {got}")
+                raise Refusal(f"{key}: expected a number from 0 to below 1, got {got}")
         at_least = {
             "steps": 1,
             "prompts_per_step": 1,
@@ -182,7 +183,7 @@ class TrainConfig:
         }
         for key, least in at_least.items():
             if (got := getattr(self, key)) < least:
-                raise ValueError(f"{key}: expected at least {least}, got {got}")
+                raise Refusal(f"{key}: expected at least {least}, got {got}")
         for key in (
             "beta",
             "temperature",
@@ -194,9 +195,9 @@ class TrainConfig:
             "vllm_gpu_memory_utilization",
         ):
             if not (got := getattr(self, key)) > 0:
-                raise ValueError(f"{key}: expected a number above 0, got {got}")
+                raise Refusal(f"{key}: expected a number above 0, got {got}")
         if self.num_generations < 2:
-            raise ValueError(
+            raise Refusal(
                 f"num_generations: expected at least 2, got {self.num_generations}; "
                 "a group of one has no variance to learn from"
             )
@@ -207,28 +208,28 @@ class TrainConfig:
         self._check_vllm()
         self.variance_baseline()
         if self.algorithm != "agro" and (self.lr_weight or self.lr_cap):
-            raise ValueError(
+            raise Refusal(
                 f"lr_weight and lr_cap: expected 0 and false with algorithm={self.algorithm}, got "
                 f"{self.lr_weight} and {self.lr_cap}; they belong to algorithm=agro"
             )
         if self.lr_weight and self.offline:
-            raise ValueError(
+            raise Refusal(
                 f"lr_weight: expected 0 where every group is recorded, got {self.lr_weight}; the "
                 "likelihood-ratio term holds only for samples of the current policy"
             )
         if self.share_prompts and self.attn_implementation == "flash_attention_2":
-            raise ValueError(
+            raise Refusal(
                 "share_prompts: expected false with attn_implementation=flash_attention_2, "
                 "got true; its variable-length kernels know no shared prefix"
             )
 
     def _check_adapter(self) -> None:
         if not self.lora_target_modules:
-            raise ValueError(
+            raise Refusal(
                 "lora_target_modules: expected all-linear or names of linear layers, got none"
             )
         if self.use_peft and self.fsdp and self.dtype != "float32":
-            raise ValueError(
+            raise Refusal(
                 f"dtype: expected float32 with use_peft and fsdp, got {self.dtype}; a shard holds "
                 "weights of one dtype, and the adapter's are float32 (mixed_precision=bf16 "
                 "computes in bfloat16 all the same)"
@@ -237,10 +238,10 @@ class TrainConfig:
     def _check_shares(self) -> None:
         for key in ("recorded_fraction", "replay_fraction"):
             if not 0 <= (got := getattr(self, key)) <= 1:
-                raise ValueError(f"{key}: expected 0 to 1, got {got}; it is a share")
+                raise Refusal(f"{key}: expected 0 to 1, got {got}; it is a share")
         recorded = self.recorded_fraction if self.recorded else 0.0
         if recorded + self.replay_fraction > 1:
-            raise ValueError(
+            raise Refusal(
                 f"replay_fraction: expected at most the {1 - recorded:g} that recorded_fraction="
                 f"{recorded:g} leaves, got {self.replay_fraction}; lower one of them"
             )
@@ -249,42 +250,40 @@ class TrainConfig:
             ("replay_fraction", self.replay_fraction, self.replayed_prompts_per_step),
         ):
             if share and not groups:
-                raise ValueError(
+                raise Refusal(
                     f"{key}: expected a share of one group or more of prompts_per_step="
                     f"{self.prompts_per_step}, got {share}; raise one of them, or set {key}=0"
                 )
 
     def _check_rewards(self) -> None:
         if not self.reward or len(set(self.reward)) < len(self.reward):
-            raise ValueError(
-                f"reward: expected one or more functions, each once, got {self.reward}"
-            )
+            raise Refusal(f"reward: expected one or more functions, each once, got {self.reward}")
         weights = self.reward_weights
         if weights and len(weights) != len(self.reward):
-            raise ValueError(
+            raise Refusal(
                 f"reward_weights: expected {len(self.reward)} numbers, one for each function in "
                 f"reward, got {len(weights)}"
             )
         if not all(math.isfinite(weight) for weight in weights):
-            raise ValueError(f"reward_weights: expected finite numbers, got {weights}")
+            raise Refusal(f"reward_weights: expected finite numbers, got {weights}")
 
     def _check_trackers(self) -> None:
         names = self.report_to
         if set(names) - set(TRACKERS) or len(set(names)) < len(names):
-            raise ValueError(
+            raise Refusal(
                 f"report_to: expected {', '.join(TRACKERS)}, each at most once, got {names}"
             )
         if not self.project or "/" in self.project:
-            raise ValueError(f"project: expected a name without slashes, got {self.project!r}")
+            raise Refusal(f"project: expected a name without slashes, got {self.project!r}")
 
     def _check_vllm(self) -> None:
         if not self.vllm_server_base_url.startswith(("http://", "https://")):
-            raise ValueError(
+            raise Refusal(
                 "vllm_server_base_url: expected http://HOST:PORT, got "
                 f"{self.vllm_server_base_url!r}"
             )
         if self.vllm_gpu_memory_utilization > 1:
-            raise ValueError(
+            raise Refusal(
                 "vllm_gpu_memory_utilization: expected a share of at most 1, got "
                 f"{self.vllm_gpu_memory_utilization}"
             )
@@ -318,7 +317,7 @@ class TrainConfig:
         except ValueError:
             value = -1.0
         if not 0 <= value <= 1:
-            raise ValueError(
+            raise Refusal(
                 f"lr_baseline: expected auto or a number from 0 to 1, got {self.lr_baseline!r}"
             )
         return value
@@ -340,7 +339,7 @@ def find(name: str) -> Path:
     stem = Path(name).stem
     if stem in shipped() and name in (stem, f"{stem}.yaml", f"configs/{stem}.yaml"):
         return shipped()[stem]
-    raise ValueError(
+    raise Refusal(
         f"config: expected a YAML file or one of {', '.join(shipped())}, got {name!r}; "
         "there is no such file"
     )
@@ -350,12 +349,12 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
     """The configuration of a YAML file (None: the embedded default) with `key=value` overrides."""
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"arguments: expected key=value, got {override!r}")
+            raise Refusal(f"arguments: expected key=value, got {override!r}")
     source = Path(path) if path is not None else find("tiny-arithmetic")
     try:
         given = OmegaConf.load(source)
         if not OmegaConf.is_dict(given):
-            raise ValueError(f"config: expected keys and values in {source}, got a list")
+            raise Refusal(f"config: expected keys and values in {source}, got a list")
         changes = OmegaConf.from_dotlist(list(overrides))
         for settings in (given, changes):  # a single one may stand without its brackets
             for key in ("reward", "reward_weights", "report_to", "lora_target_modules"):
@@ -364,10 +363,10 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), given, changes)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(_explain(error, source)) from error
+        raise Refusal(_explain(error, source)) from error
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"config: expected a YAML file, got {source}: {problem}") from error
+        raise Refusal(f"config: expected a YAML file, got {source}: {problem}") from error
     assert isinstance(config, TrainConfig), "OmegaConf returns the structured type it was given"
     config.check()
     return config
@@ -377,12 +376,12 @@ def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration of the run in `folder`, with only what may change in mid-run overridden."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ValueError(
+        raise Refusal(
             f"--resume: expected the folder of a run, got {str(folder)!r}; it has no config.yaml"
         )
     for override in overrides:
         if (key := override.partition("=")[0]) not in RESUMABLE:
-            raise ValueError(
+            raise Refusal(
                 f"{key}: expected only {', '.join(RESUMABLE)} with --resume, got {override}; "
                 "the rest continues as it began"
             )

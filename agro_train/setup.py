@@ -34,6 +34,7 @@ from agro_train.policy.load import (
 )
 from agro_train.policy.policy import Policy, shard, whole
 from agro_train.policy.reference_cache import check_cache_folder, with_ref_logprobs
+from agro_train.refusal import Refusal
 from agro_train.rewards.functions import check_columns, load_rewards, with_readable_gold
 from agro_train.run import Run
 from agro_train.seeds import derive_seed
@@ -63,7 +64,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     evaluated = state is not None and folder.evaluated(taken)
     ended = folder.page.exists() and (evaluated or not config.evaluates)
     if taken > config.steps or (taken == config.steps and ended):
-        raise ValueError(
+        raise Refusal(
             f"steps: expected more than the {taken} that {folder.path} has already taken, got "
             f"{config.steps}; add steps=N to go on"
         )
@@ -75,7 +76,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     tokenizer, base, warm_loss = load_base(config, folder.path if newest is not None else None)
     base_model = fingerprint(base)
     if state is not None and state.base_model != base_model:
-        raise ValueError(
+        raise Refusal(
             f"--resume: expected a checkpoint of model={config.model}, got {newest}, which started "
             "from other weights; give the model that the run began with"
         )
@@ -215,12 +216,12 @@ def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
     if accelerator.is_main_process:
         try:
             found = [checkpoint.newest(folder, accelerator.print)]
-        except ValueError as error:
+        except Refusal as error:
             found = [error]
         if found == [None]:
             accelerator.print(f"{folder}: no checkpoint was written yet; starting again at step 0")
     (newest,) = broadcast_object_list(found)
-    if isinstance(newest, ValueError):
+    if isinstance(newest, Refusal):
         raise newest
     path: Path | None = newest
     return path
@@ -233,7 +234,7 @@ def readable(prompts: list[Prompt], config: TrainConfig, accelerator: Accelerato
     mine = with_readable_gold(prompts[bounds[rank] : bounds[rank + 1]], config)
     kept: list[Prompt] = gather_object(mine)
     if prompts and not kept:
-        raise ValueError(
+        raise Refusal(
             f"data: expected gold answers that math-verify can parse, got none in {len(prompts)} "
             f"prompts, the first of which is {prompts[0].text[:40]!r}"
         )
@@ -241,10 +242,10 @@ def readable(prompts: list[Prompt], config: TrainConfig, accelerator: Accelerato
 
 
 def check_context(config: TrainConfig, prompts: Sequence[Prompt], context: int | None) -> None:
-    """Raises ValueError where a completion could run out of the model's context."""
+    """Raises Refusal where a completion could run out of the model's context."""
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
     if context is not None and longest + config.max_completion_length > context:
-        raise ValueError(
+        raise Refusal(
             f"max_completion_length: expected at most {context - longest}, what the longest prompt "
             f"of {longest} tokens leaves of the model's {context}, got "
             f"{config.max_completion_length}; lower it or max_prompt_length"
@@ -252,15 +253,15 @@ def check_context(config: TrainConfig, prompts: Sequence[Prompt], context: int |
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raises ValueError for what a launcher's configuration would silently do to the gradient."""
+    """Raises Refusal for what a launcher's configuration would silently do to the gradient."""
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(
+        raise Refusal(
             f"accelerate launch: expected distributed_type MULTI_GPU or MULTI_CPU, got {kind}; the "
             "trainer shards by itself, with fsdp=true"
         )
     if (steps := accelerator.gradient_accumulation_steps) != 1:
-        raise ValueError(
+        raise Refusal(
             f"accelerate launch: expected gradient_accumulation_steps 1, got {steps}; token_budget "
             "cuts a step into micro-batches, of any number"
         )
@@ -269,10 +270,10 @@ def check_launch(accelerator: Accelerator) -> None:
 def check_ranks(
     config: TrainConfig, accelerator: Accelerator, num_held_out: int, mix: Sequence[Mix]
 ) -> None:
-    """Raises ValueError for what the launch cannot carry."""
+    """Raises Refusal for what the launch cannot carry."""
     ranks = accelerator.num_processes
     if config.fsdp and not torch.distributed.is_initialized():
-        raise ValueError(
+        raise Refusal(
             "fsdp: expected a distributed launch, got a single process; start it with "
             "accelerate launch -m agro_train, or set fsdp=false"
         )
@@ -283,7 +284,7 @@ def check_ranks(
         ("held-out prompts", num_held_out),
     ):
         if 0 < count < ranks:
-            raise ValueError(
+            raise Refusal(
                 f"{what}: expected none or one for each of {ranks} processes, got {count}"
             )
 

@@ -10,6 +10,7 @@ from agro_train.commands.sampler import Sampler, check_free, find_model, is_run,
 from agro_train.data.recorded import rollout_to_json
 from agro_train.evaluate import Estimate, Evaluation, estimates, evaluate
 from agro_train.metrics import share
+from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards
 
 
@@ -38,14 +39,14 @@ def evaluate_model(
     rewards = load_rewards(config)
     sampler = load_sampler(config)
     if not sampler.held_out and any(sampler.left_out_held.values()):
-        raise ValueError(
+        raise Refusal(
             f"eval_prompts: expected held-out prompts to evaluate on, got none but "
             f"{sampler.left_out_held['too_long']} that are too long and "
             f"{sampler.left_out_held['unreadable_gold']} whose gold answer cannot be parsed; raise "
             "max_prompt_length or mend the answers"
         )
     if not sampler.held_out:
-        raise ValueError(
+        raise Refusal(
             f"eval_prompts: expected held-out prompts to evaluate on, got none in {config.data}; "
             "give eval_prompts=N or eval_data=FILE"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from agro_train.commands.sampler import check_free, load_sampler
 from agro_train.config import TrainConfig
 from agro_train.data.recorded import rollout_to_json
+from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards, score
 from agro_train.seeds import derive_seed
 
@@ -21,7 +22,7 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
     sampler = load_sampler(config)
     prompts = sampler.prompts[:count]
     if not prompts:
-        raise ValueError(
+        raise Refusal(
             f"data: expected gold answers that math-verify can parse, got none in {config.data}; "
             "choose another reward, or mend the column of answers"
         )

@@ -12,6 +12,7 @@ from agro_train.data.prompts import load_prompts
 from agro_train.engines.transformers_engine import TransformersEngine
 from agro_train.policy import checkpoint, tiny
 from agro_train.policy.load import end_tokens, load_model, load_tokenizer, set_matmul_precision
+from agro_train.refusal import Refusal
 from agro_train.rewards.functions import check_columns, with_readable_gold
 from agro_train.setup import check_context, load_base
 from agro_train.types import Prompt
@@ -87,7 +88,7 @@ def find_model(name: str) -> tuple[str, int | None]:
     if is_run(path):
         newest = checkpoint.newest(path, print)
         if newest is None:
-            raise ValueError(
+            raise Refusal(
                 f"model: expected a run with a checkpoint, got {name!r}; there is none in it "
                 "(save_every sets how often one is written)"
             )
@@ -103,8 +104,8 @@ def is_run(path: Path) -> bool:
 
 
 def check_free(path: Path, key: str) -> None:
-    """Raises ValueError, naming the setting, where something is at `path`."""
+    """Raises Refusal, naming the setting, where something is at `path`."""
     if path.exists():
-        raise ValueError(
+        raise Refusal(
             f"{key}: expected a new name, got {str(path)!r}, which exists; choose another"
         )

@@ -10,6 +10,7 @@ from agro_train.commands.sampler import check_free
 from agro_train.config import TrainConfig
 from agro_train.data.rows import numbered_rows
 from agro_train.data.tasks import Row
+from agro_train.refusal import Refusal
 from agro_train.rewards.functions import check_columns, load_rewards, score
 from agro_train.types import Prompt, Rollout
 
@@ -63,7 +64,7 @@ def _scored_line(row: Row, scored: Rollout) -> str:
 def _scorable(row: Row, where: str) -> Rollout:
     """What a reward function sees of a line of a rollouts file."""
     if not isinstance(row.get("completion"), str):
-        raise ValueError(
+        raise Refusal(
             f"score: expected text in column completion in {where}, got "
             f"{row.get('completion')!r}; reward functions read text"
         )

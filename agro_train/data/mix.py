@@ -14,6 +14,7 @@ import torch
 
 from agro_train.config import TrainConfig
 from agro_train.data.recorded import read_rollouts
+from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed, shuffled
 from agro_train.types import Rollout
 
@@ -73,7 +74,7 @@ def replayed_groups(
     }
     for past, rollouts in fresh.items():
         if len(rollouts) != steps[past].fresh * size:
-            raise ValueError(
+            raise Refusal(
                 f"replay: expected {steps[past].fresh * size} fresh rollouts in "
                 f"{rollouts_path(folder, past + 1)}, got {len(rollouts)}; the run's own record is "
                 "needed as it was written"

@@ -9,6 +9,7 @@ import torch
 
 from agro_train.data.rows import numbered_rows
 from agro_train.data.tasks import TASKS, Row, Split
+from agro_train.refusal import Refusal
 from agro_train.types import Prompt
 
 # The question's column as TRL, MATH and GSM8K name it; the first one present counts.
@@ -24,22 +25,22 @@ def load_rows(source: str, split: Split) -> list[Row]:
     else:
         rows = _hub_rows(source, split)
     if not rows:
-        raise ValueError(f"data: expected at least one row in {source}, got none")
+        raise Refusal(f"data: expected at least one row in {source}, got none")
     column = next((name for name in PROMPT_COLUMNS if name in rows[0]), None)
     if column is None:
-        raise ValueError(
+        raise Refusal(
             f"data: expected a column {', '.join(PROMPT_COLUMNS)} in {source}, "
             f"got {', '.join(rows[0])}; rename the question's column"
         )
     reserved = {"prompts", "completions", "completion_ids"} & set(rows[0])
     if reserved:
-        raise ValueError(
+        raise Refusal(
             f"data: expected no column {', '.join(sorted(reserved))} in {source}, got one; reward "
             "functions get the completions under that name"
         )
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get(column), str):
-            raise ValueError(
+            raise Refusal(
                 f"data: expected text in column {column}, got {row.get(column)!r} in row {number} "
                 f"of {source}"
             )
@@ -53,7 +54,7 @@ def _hub_rows(source: str, split: Split) -> list[Row]:
         dataset = load_dataset(source, split="train" if split == "train" else "test")
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise Refusal(
             f"data: expected {', '.join(TASKS)}, a .jsonl or .parquet file or a hub dataset, got "
             f"{source!r}: {reason}"
         ) from error
@@ -85,7 +86,7 @@ def load_prompts(
         kept.append([prompt for prompt in prompts if len(prompt.ids) <= max_length])
         dropped.append(len(prompts) - len(kept[-1]))
     if not kept[0]:
-        raise ValueError(
+        raise Refusal(
             f"max_prompt_length: expected a limit that keeps some prompts, got {max_length}; "
             f"all {len(rows)} training prompts are longer"
         )
@@ -107,6 +108,6 @@ def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> Prompt:
         )
     ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
     if not ids:
-        raise ValueError(f"data: expected a prompt of one or more tokens, got {text!r}")
+        raise Refusal(f"data: expected a prompt of one or more tokens, got {text!r}")
     group = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Prompt(group=group, text=text, ids=tuple(ids), columns=dict(row))

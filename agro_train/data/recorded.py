@@ -14,6 +14,7 @@ from typing import Any
 from agro_train.data.prompts import render
 from agro_train.data.rows import numbered_rows, read_jsonl
 from agro_train.data.tasks import Row
+from agro_train.refusal import Refusal
 from agro_train.types import Finish, Rollout
 
 # What a recorded rollout's columns may hold. Every other column is the reward function's.
@@ -100,20 +101,20 @@ def load_recorded(
     for path in map(Path, paths):
         rows = numbered_rows(path)
         if not rows:
-            raise ValueError(f"recorded: expected at least one rollout in {path}, got none")
+            raise Refusal(f"recorded: expected at least one rollout in {path}, got none")
         rollouts = []
         for number, row in rows:
             where = f"{path}, line {number}"
             rollout = _recorded_rollout(row, where, tokenizer, template, vocab_size)
             length = len(rollout.prompt_ids) + len(rollout.completion_ids)
             if context is not None and length > context:
-                raise ValueError(
+                raise Refusal(
                     f"recorded: expected prompt and completion of at most {context} tokens, the "
                     f"model's context, in {where}, got {length}; leave the rollout out"
                 )
             group = groups.setdefault(rollout.group, [])
             if group and group[0].prompt_ids != rollout.prompt_ids:
-                raise ValueError(
+                raise Refusal(
                     f"recorded: expected one prompt in group {rollout.group!r}, got another in "
                     f"{where}; give each prompt a group of its own over all files"
                 )
@@ -130,14 +131,14 @@ def _check_groups(groups: dict[str, list[Rollout]], files: Sequence[RecordedFile
     for name, rollouts in groups.items():
         if len(rollouts) < 2:
             single = sum(len(group) < 2 for group in groups.values())
-            raise ValueError(
+            raise Refusal(
                 f"recorded: expected at least 2 completions a prompt, got 1 for group {name!r} "
                 f"({rollouts[0].prompt[:40]!r}), one of {single} such in {len(groups)} groups; "
                 "a group of one has no variance to learn from"
             )
     rewarded = [sum(r.reward is not None for r in group) for group in groups.values()]
     if groups and max(rewarded) < 2:
-        raise ValueError(
+        raise Refusal(
             f"recorded: expected rewards, got no group with two in "
             f"{', '.join(str(file.path) for file in files)}; agro score FILE reward=... writes them"
         )
@@ -157,7 +158,7 @@ def _check_spelling(path: Path, rows: Sequence[tuple[int, Row]], tokenizer: Any)
             wrong.append((number, text, spelt))
     if 2 * len(wrong) > min(SPELLED, len(both)):
         number, text, spelt = wrong[0]
-        raise ValueError(
+        raise Refusal(
             f"recorded: expected completion_ids that spell {text[:40]!r} in {path}, line {number}, "
             f"got {spelt[:40]!r}; they were recorded with another tokenizer: leave completion_ids "
             "out and the text is tokenised"
@@ -183,7 +184,7 @@ def _recorded_rollout(
         completion_ids += [tokenizer.eos_token_id] if finish == "stop" else []
     for name, ids in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
         if not ids or not all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
-            raise ValueError(
+            raise Refusal(
                 f"recorded: expected {name} of one or more ids in [0, {vocab_size}) in {where}, "
                 f"got {str(ids)[:60]}; was it recorded with another tokenizer?"
             )
@@ -207,18 +208,16 @@ def _recorded_rollout(
 def _check_types(row: Row, where: str) -> None:
     for either in (("reward",), ("prompt_ids", "prompt"), ("completion_ids", "completion")):
         if not any(name in row for name in either):
-            raise ValueError(
+            raise Refusal(
                 f"recorded: expected a column {' or '.join(either)} in {where}, "
                 f"got {', '.join(row)}"
             )
     for name, kind in TYPES.items():
         if name in row and not isinstance(row[name], kind):
             allowed = " or ".join(k.__name__ for k in kind).replace("NoneType", "null")
-            raise ValueError(
-                f"recorded: expected {allowed} as {name} in {where}, got {row[name]!r}"
-            )
+            raise Refusal(f"recorded: expected {allowed} as {name} in {where}, got {row[name]!r}")
     if row.get("finish", "stop") not in ("stop", "length"):
-        raise ValueError(
+        raise Refusal(
             f"recorded: expected stop or length as finish in {where}, got {row['finish']!r}"
         )
 

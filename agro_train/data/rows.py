@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from agro_train.data.tasks import Row
+from agro_train.refusal import Refusal
 
 
 def read_jsonl(path: Path) -> list[Row]:
@@ -14,7 +15,7 @@ def read_jsonl(path: Path) -> list[Row]:
 def numbered_rows(path: Path) -> list[tuple[int, Row]]:
     """The rows of a JSONL or parquet file, each with its line (its row) counted from 1."""
     if not path.is_file():
-        raise ValueError(
+        raise Refusal(
             f"data: expected a JSONL or parquet file, got {str(path)!r}; there is no such file"
         )
     if path.suffix == ".parquet":
@@ -27,11 +28,11 @@ def numbered_rows(path: Path) -> list[tuple[int, Row]]:
             try:
                 row = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                raise ValueError(
+                raise Refusal(
                     f"data: expected a JSON object in {path}, line {number}, got {line[:60]!r}"
                 ) from error
             if not isinstance(row, dict):
-                raise ValueError(
+                raise Refusal(
                     f"data: expected a JSON object in {path}, line {number}, got {line[:60]!r}"
                 )
             rows.append((number, row))
@@ -46,5 +47,5 @@ def _parquet_rows(path: Path) -> list[Row]:
         rows: list[Row] = parquet.read_table(path).to_pylist()
     except ArrowException as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"data: expected a parquet file, got {str(path)!r}: {reason}") from error
+        raise Refusal(f"data: expected a parquet file, got {str(path)!r}: {reason}") from error
     return rows

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed
 from agro_train.types import Prompt, Rollout
 
 
-class BrokenEngine(ValueError):
+class BrokenEngine(Refusal):
     """The engine has stopped answering, or does not have the weights it was sent."""
 
 

@@ -25,6 +25,7 @@ from transformers import PretrainedConfig
 
 from agro_train.config import TrainConfig
 from agro_train.engines.engine import BrokenEngine
+from agro_train.refusal import Refusal
 
 MEMORY = Path("/dev/shm")  # files that never reach a disk, where the system has such a folder
 BACKEND = "agro"  # of weight transfer
@@ -159,7 +160,7 @@ class Server:
         self.base_url, self.timeout_s = base_url.rstrip("/"), timeout_s
 
     def check(self, length: int) -> None:
-        """Waits until the server is up. Raises ValueError if it is none that takes new weights, or
+        """Waits until the server is up. Raises Refusal if it is none that takes new weights, or
         that reads fewer than `length` tokens."""
         hint = "start it with `agro serve MODEL`"
         deadline = time.monotonic() + self.timeout_s
@@ -171,13 +172,13 @@ class Server:
                 break
             except BrokenEngine as error:
                 if time.monotonic() > deadline:
-                    raise ValueError(
+                    raise Refusal(
                         f"vllm_server_base_url: expected a vLLM server at {self.base_url}, got no "
                         f"answer of one within {self.timeout_s:g} s ({error}); {hint}"
                     ) from error
                 time.sleep(1.0)
         if got < length:
-            raise ValueError(
+            raise Refusal(
                 f"vllm: expected a server that reads {length} tokens, the longest prompt and "
                 f"completion, got one that reads {got}; {hint} --max-model-len {length}"
             )
@@ -185,7 +186,7 @@ class Server:
             self._call("/init_weight_transfer_engine", {"init_info": {}})
             self._tokens(Request((0,), {"max_tokens": 1}), self.timeout_s)
         except BrokenEngine as error:
-            raise ValueError(
+            raise Refusal(
                 f"vllm: expected a server that takes new weights and tokens, got {error}; {hint}"
             ) from error
 

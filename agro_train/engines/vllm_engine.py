@@ -34,6 +34,7 @@ from agro_train.engines.vllm_client import (
 from agro_train.policy.adapter import merged_weights
 from agro_train.policy.logprobs import to_device
 from agro_train.policy.policy import unwrap
+from agro_train.refusal import Refusal
 from agro_train.types import Prompt, Rollout
 
 T = TypeVar("T")
@@ -236,7 +237,7 @@ def start(
     end_tokens: set[int],
     longest_prompt: int,
 ) -> VllmEngine:
-    """Starts vLLM, or finds the server. Raises ValueError, in one sentence, where it cannot."""
+    """Starts vLLM, or finds the server. Raises Refusal, in one sentence, where it cannot."""
     # At least two tokens: the probe's first, and one more that goes with its log-probability.
     length = longest_prompt + max(2, config.max_completion_length)
     client: Client
@@ -246,19 +247,19 @@ def start(
         make_weights_folder(config)
     else:
         if accelerator.num_processes > 1:
-            raise ValueError(
+            raise Refusal(
                 "vllm_mode: expected server with more than one process, got colocate; start a "
                 "server with `agro serve MODEL`"
             )
         if 0 < config.vllm_max_model_length < length:
-            raise ValueError(
+            raise Refusal(
                 f"vllm_max_model_length: expected at least {length}, the longest prompt and "
                 f"completion, got {config.vllm_max_model_length}; 0 sets it"
             )
         try:
             import vllm  # noqa: F401
         except ImportError as error:
-            raise ValueError(
+            raise Refusal(
                 f"use_vllm: expected the package vllm, got none that works ({error}); pip install "
                 "'.[vllm]' in this project's folder, or set vllm_mode=server"
             ) from error
@@ -274,7 +275,7 @@ def make_weights_folder(config: TrainConfig) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
+        raise Refusal(
             f"vllm_weights_dir: expected a folder to write weights to, got {folder}: {error}"
         ) from error
 

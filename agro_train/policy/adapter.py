@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from agro_train.config import TrainConfig
+from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
@@ -48,13 +49,13 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, checkpoint: Path | 
             model.add_adapter(lora)
         except ValueError as error:  # no module of that name, or one that takes no adapter
             reason = " ".join(str(error).split())
-            raise ValueError(
+            raise Refusal(
                 f"lora_target_modules: expected names of linear layers, got {targets}: {reason}"
             ) from error
     lora.base_model_name_or_path = base_name(config)
     for kind in ("output", "input"):
         if isinstance(getattr(model, f"get_{kind}_embeddings")(), LoraLayer):
-            raise ValueError(
+            raise Refusal(
                 f"lora_target_modules: expected layers between embedding and head, got {targets}, "
                 f"which covers the {kind} embeddings; the fused head reads those weights themselves"
             )
@@ -68,7 +69,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, checkpoint: Path | 
         )
         left = [name for name in result.missing_keys if ".lora_" in name]
         if left or result.unexpected_keys:
-            raise ValueError(
+            raise Refusal(
                 f"--resume: expected an adapter of lora_r={config.lora_r} on {targets} in "
                 f"{checkpoint}, got one with other weights: {(left + result.unexpected_keys)[0]}"
             )

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from agro_train import durable
 from agro_train.policy import adapter
 from agro_train.policy.policy import unwrap
+from agro_train.refusal import Refusal
 
 # Not shards, on the CPU, and of a model with an adapter only the adapter.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -125,12 +126,12 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
             return path
         refused.append(f"{path.name}, where {found}")
     if refused:
-        raise ValueError(
+        raise Refusal(
             f"checkpoint: expected a whole checkpoint in {str(folder)!r}, got only damaged ones: "
             f"{'; '.join(refused)}"
         )
     if (folder / NEWEST).exists():  # to start again would drop a record that had been saved
-        raise ValueError(
+        raise Refusal(
             f"checkpoint: expected a run with one, got {str(folder)!r}; there is none left in it: "
             "put one back, or start another run"
         )

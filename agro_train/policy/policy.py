@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from agro_kernels import linear_logprobs_with_stats, weighted_logprob_sum
+from agro_train.refusal import Refusal
 from agro_train.types import MicroBatch
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class Policy(nn.Module):
         super().__init__()
         for name in SCALED_LOGITS:
             if getattr(model.config, name, 1.0) not in (1.0, None):
-                raise ValueError(
+                raise Refusal(
                     f"model: expected a head without logit scaling, got {name}="
                     f"{getattr(model.config, name)} in {type(model).__name__}; it is not supported"
                 )

@@ -22,6 +22,7 @@ from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
 from agro_train.data.recorded import Recorded, RecordedFile
 from agro_train.policy.logprobs import sequence_logprobs
+from agro_train.refusal import Refusal
 from agro_train.types import Rollout
 
 # Log-probabilities of one file's rollouts by their place in it, nats.
@@ -111,13 +112,13 @@ def cache_folder() -> Path:
 
 
 def check_cache_folder() -> None:
-    """Raises ValueError if nothing could be kept, which is better known before it is computed."""
+    """Raises Refusal if nothing could be kept, which is better known before it is computed."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(
+        raise Refusal(
             f"XDG_CACHE_HOME: expected a folder that can be written, got {str(folder)!r}: "
             f"{error.strerror}; set it to another"
         ) from error
@@ -141,7 +142,7 @@ def read(path: Path, count: int, say: Callable[[str], None]) -> Known:
     try:
         known = {int(place): float(value) for place, value in json.loads(path.read_text()).items()}
         if not all(0 <= i < count and math.isfinite(value) for i, value in known.items()):
-            raise ValueError("a value that cannot be")
+            raise Refusal("a value that cannot be")
     except (ValueError, TypeError, AttributeError) as error:  # cut short, or not what was written
         say(f"{path}: not a whole cache of log-probabilities ({error}); they are computed again")
         return {}
@@ -159,7 +160,7 @@ def _check_claims(file: RecordedFile, values: Mapping[int, float]) -> None:
         rollout = file.rollouts[i]
         assert rollout.ref_logprob is not None, "only rollouts that have one are checked"
         if abs(rollout.ref_logprob - value) > TOLERANCE * len(rollout.completion_ids):
-            raise ValueError(
+            raise Refusal(
                 f"recorded: expected ref_logprob of this run's reference at this temperature in "
                 f"{file.path}, rollout {i + 1}, got {rollout.ref_logprob:g} where the reference "
                 f"gives {value:g}; leave the column out and it is computed"

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from agro_kernels import IGNORE_INDEX, linear_logprobs
 from agro_train.data.tasks import TASKS, Row
+from agro_train.refusal import Refusal
 from agro_train.types import Prompt
 
 ALPHABET = "0123456789+=,"
@@ -54,11 +55,11 @@ def build_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
 
 
 def check_prompts(prompts: list[Prompt]) -> None:
-    """Raises ValueError for a prompt with characters that the tokenizer does not know."""
+    """Raises Refusal for a prompt with characters that the tokenizer does not know."""
     for prompt in prompts:
         unknown = set(prompt.text) - set(ALPHABET)
         if unknown:
-            raise ValueError(
+            raise Refusal(
                 f"data: expected prompts of the characters {ALPHABET} for model=tiny, got "
                 f"{prompt.text[:40]!r}; choose another model"
             )

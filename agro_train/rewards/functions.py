@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from agro_train.config import TrainConfig
+from agro_train.refusal import Refusal
 from agro_train.rewards.math_verify import check, gold_text, parseable
 from agro_train.rewards.number import number_reward
 from agro_train.rewards.own import Outcome, OwnFunction, arguments
@@ -66,14 +67,14 @@ def math_outcomes(rollouts: Sequence[Rollout], timeout_s: float) -> list[Outcome
 
 
 def check_columns(spec: str, prompts: Sequence[Prompt]) -> None:
-    """Raises ValueError where a prompt lacks what a built-in reward compares with."""
+    """Raises Refusal where a prompt lacks what a built-in reward compares with."""
     needs = {"number": ("answer",), "math": ("solution", "answer")}.get(spec, ())
     for prompt in prompts if needs else ():
         values = (prompt.columns.get(name) for name in needs)
         gold = next((value for value in values if value is not None), None)
         if not isinstance(gold, str) or (spec == "number" and not re.fullmatch(r"-?\d+", gold)):
             kind = "an integer as text" if spec == "number" else "text"
-            raise ValueError(
+            raise Refusal(
                 f"reward: expected {kind} in column {' or '.join(needs)} for reward={spec}, got "
                 f"{gold!r} for the prompt {prompt.text[:40]!r}"
             )
@@ -116,7 +117,7 @@ def _weighted_sum(rewards: Rewards, outcomes: Sequence[Outcome]) -> float | None
     return sum(opinions) if opinions else None
 
 
-class BrokenReward(ValueError):
+class BrokenReward(Refusal):
     """No completion of a run's first step could be scored."""
 
 

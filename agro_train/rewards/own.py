@@ -40,7 +40,7 @@ class OwnFunction:
 
     @classmethod
     def start(cls, spec: str, timeout_s: float) -> "OwnFunction":
-        """Raises ValueError where there is no such function."""
+        """Raises Refusal where there is no such function."""
         workers = Workers(
             "agro_train.rewards.own_worker",
             spec,

@@ -20,6 +20,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from agro_train.refusal import Refusal
+
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
@@ -33,7 +35,7 @@ def main(timeout_s: float, spec: str) -> None:
     os.dup2(2, 1)
     try:
         function = load_function(spec)
-    except ValueError as error:
+    except Refusal as error:
         results.write(" ".join(str(error).split()) + "\n")
         return
     results.write("ready\n")
@@ -48,28 +50,28 @@ def main(timeout_s: float, spec: str) -> None:
 
 
 def load_function(spec: str) -> RewardFunction:
-    """The function of `module:function`. Raises ValueError, one sentence, where there is none."""
+    """The function of `module:function`. Raises Refusal, one sentence, where there is none."""
     module_name, _, function_name = spec.partition(":")
     if not (module_name and function_name):
-        raise ValueError(f"reward: expected number, math or module:function, got {spec!r}")
+        raise Refusal(f"reward: expected number, math or module:function, got {spec!r}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise Refusal(
             f"reward: expected an importable module in {spec!r}, got none ({error}); it is looked "
             f"up in the Python path and in {Path.cwd()}"
         ) from error
     except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
         traceback.print_exc()
-        raise ValueError(
+        raise Refusal(
             f"reward: expected an importable module in {spec!r}, got {error!r} while it was "
             "imported; the traceback above shows where"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(
+        raise Refusal(
             f"reward: expected a function {function_name} in {module.__file__}, got {function!r}"
         )
     return function  # type: ignore[no-any-return]
@@ -85,17 +87,17 @@ def work(function: RewardFunction, job: str) -> dict[str, Any]:
 
 
 def call(function: RewardFunction, arguments: Mapping[str, Sequence[Any]]) -> list[float | None]:
-    """The function's values, one a completion. Raises ValueError for what are not such values."""
+    """The function's values, one a completion. Raises Refusal for what are not such values."""
     count = len(arguments["completions"])
     values = function(**arguments)
     if not isinstance(values, Sequence) or len(values) != count:
         got = f"{len(values)}" if isinstance(values, Sequence) else type(values).__name__
-        raise ValueError(
+        raise Refusal(
             f"reward: expected a list of {count} numbers from the reward function, got {got}"
         )
     for value in values:
         if value is not None and not isinstance(value, Real):
-            raise ValueError(
+            raise Refusal(
                 f"reward: expected a number or None from the reward function, got {value!r}"
             )
     return [None if value is None else float(value) for value in values]

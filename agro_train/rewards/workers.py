@@ -16,6 +16,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from agro_train.refusal import Refusal
 from agro_train.types import Failure
 
 IDLE_DEATHS = 3  # while jobs wait: more, and no process of this kind stays
@@ -29,7 +30,7 @@ class Lost(Enum):
     DIED = "error"  # its worker ended
 
 
-class CannotStart(ValueError):
+class CannotStart(Refusal):
     """No worker of the kind can be had; the message says why."""
 
 

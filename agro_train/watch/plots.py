@@ -9,6 +9,8 @@ from typing import Any
 
 import matplotlib
 
+from agro_train.refusal import Refusal
+
 matplotlib.use("Agg")
 
 import yaml  # noqa: E402
@@ -161,7 +163,7 @@ def read_yaml(run: Path) -> dict[str, Any]:
         return {}
     given = yaml.safe_load(path.read_text())
     if not isinstance(given, dict):
-        raise ValueError(f"config: expected keys and values in {path}, got {given!r}")
+        raise Refusal(f"config: expected keys and values in {path}, got {given!r}")
     defaults = asdict(TrainConfig())
     for key, value in given.items():  # a list's only item may stand without its brackets
         if isinstance(defaults.get(key), list) and not isinstance(value, list):

@@ -10,6 +10,7 @@ from pathlib import Path
 from agro_train import durable
 from agro_train.data.recorded import rollout_to_json
 from agro_train.data.rows import read_jsonl
+from agro_train.refusal import Refusal
 from agro_train.types import Rollout
 
 
@@ -23,7 +24,7 @@ class RunFolder:
         self.page = path / "report.html"  # the last thing that a run writes
 
     def check_unused(self) -> None:
-        """Raises ValueError if a run is already there.
+        """Raises Refusal if a run is already there.
 
         What a run leaves that ended before its first step cannot be resumed and is no record of
         anything: such a folder may be used again.
@@ -31,7 +32,7 @@ class RunFolder:
         logs = self.path / "rollouts"  # made by `create`: without it config.yaml is not a run's
         stepped = any(logs.glob("step-*.jsonl")) or any(self.path.glob("checkpoint-*"))
         if (self.config.exists() or self.metrics.exists()) and (stepped or not logs.is_dir()):
-            raise ValueError(
+            raise Refusal(
                 f"output_dir: expected a folder without a run, got {str(self.path)!r}, which has "
                 f"one; choose another, or continue it with --resume {self.path}"
             )

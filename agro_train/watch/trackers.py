@@ -9,14 +9,15 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from agro_train.config import TrainConfig
+from agro_train.refusal import Refusal
 
 
 def check_trackers(report_to: Sequence[str]) -> None:
-    """Raises ValueError, naming what to install, for a tracker whose package is not there."""
+    """Raises Refusal, naming what to install, for a tracker whose package is not there."""
     available = {str(tracker) for tracker in get_available_trackers()}
     for name in report_to:
         if name not in available:
-            raise ValueError(
+            raise Refusal(
                 f"report_to: expected installed trackers, got {name}, whose package is not there; "
                 f"pip install {name}, or leave it out"
             )
