@@ -80,7 +80,8 @@ class TrainConfig:
     math_timeout_s: float = 5.0  # for checking one completion against the gold answer
 
     # Algorithm.
-    algorithm: str = "agro"  # agro | pg_<form>, the KL-regularised policy gradients
+    # agro | pg_<form>, the KL-regularised policy gradients | module:function, docs/algorithms.md
+    algorithm: str = "agro"
     beta: float = 0.01  # KL strength, reward units per nat
     lr_weight: float = 0.0  # weight of the on-policy likelihood-ratio term; 1.0 is the paper's
     lr_cap: bool = False  # cap that weight per group, so that coefficients stay monotone in R
@@ -139,13 +140,14 @@ class TrainConfig:
             "dtype": ("float32", "bfloat16"),
             "mixed_precision": ("no", "bf16"),
             "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
-            "algorithm": ALGORITHMS,
+            "algorithm": (*ALGORITHMS, "module:function"),
             "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
             "matmul_precision": ("auto", "highest", "high", "medium"),
             "vllm_mode": ("colocate", "server"),
         }
         for key, allowed in choices.items():
-            if (got := getattr(self, key)) not in allowed:
+            own = key == "algorithm" and ":" in self.algorithm  # loaded and tried by algorithm.py
+            if (got := getattr(self, key)) not in allowed and not own:
                 raise Refusal(f"{key}: expected one of {', '.join(allowed)}, got {got!r}")
         for key, value in asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.utils import logging as transformers_logging
 
 from agro_train import durable
+from agro_train.algorithm import try_algorithm
 from agro_train.config import TrainConfig
 from agro_train.data.mix import Mix, in_recorded_order, plan
 from agro_train.data.prompts import load_prompts
@@ -54,6 +55,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     if not resume:
         folder.check_unused()
     check_trackers(config.report_to)
+    try_algorithm(config)
     rewards = load_rewards(config)
     mix = plan(config)
     accelerator = start_accelerator(config)
