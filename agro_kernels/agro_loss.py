@@ -59,6 +59,10 @@ class AgroStats(NamedTuple):
     """Groups with fewer than two kept rows, which contribute nothing, int64."""
     num_dropped: Tensor
     """Rows that were not kept, int64."""
+    taper_weight: Tensor
+    """Mean taper weight of the rows whose probability is lowered, float64; 1 without a taper."""
+    sampler_log_ratio: Tensor
+    """Mean log(pi / sampler) of the kept rows with known sampling_logprobs, nats, float64."""
 
 
 class AgroCoefficients(NamedTuple):
@@ -81,6 +85,8 @@ def agro_coefficients(
     importance_weights: Tensor | None = None,
     num_groups: int | Tensor | None = None,
     scale: float = 1.0,
+    sampling_logprobs: Tensor | None = None,
+    taper: float | Tensor = 0.0,
 ) -> AgroCoefficients:
     """What to multiply each sequence's log-probability with, so that minimising the sum is AGRO.
 
@@ -128,12 +134,27 @@ def agro_coefficients(
             global count when this call holds only some of the groups. A count below 1 is taken as
             1.
         scale: factor on everything, > 0. 1 / beta gives the size of a policy gradient.
+        sampling_logprobs: (B,) any float dtype, nats: sum of token log-probabilities of each
+            sequence under whatever sampled it, mu, at that time. Where logprobs holds summed
+            log-ratios to the reference, so must this: log(mu / pi_ref), which is 0 for samples of
+            the reference. NaN or infinite: unknown, and that row is not tapered. None: no row is.
+        taper: exponent >= 0 of the taper. Where the pathwise part of a coefficient lowers a
+            probability (c_i > 0), it is multiplied by
+
+                w_i = min(1, pi(y_i) / mu(y_i)) ^ taper
+
+            a constant: no gradient flows through it. 0 is AGRO as it stands, 1 the ratio itself,
+            and inf gives w_i = 0 in every row whose sampler is known (one-sided AGRO: what a
+            limit would make of a ratio of 1 hangs on rounding). A tensor (B,) has one exponent a
+            row: 1 / length makes it the ratio per token. The optimum stays the same from any
+            data; on fresh samples of the policy's own, where pi = mu, every finite taper is AGRO.
 
     Returns:
         coefficients (B,) fp32 (float64 if rewards, logprobs and ref_logprobs all are), and the
         stats. Rows whose reward, log-ratio or importance weight is not finite (or whose weight is
-        negative) are left out of their group before anything is computed, get exactly 0 and are
-        counted. So do the rows of groups with fewer than two kept rows.
+        negative, or whose entry in a tensor taper is negative or NaN) are left out of their group
+        before anything is computed, get exactly 0 and are counted. So do the rows of groups with
+        fewer than two kept rows.
     """
     check_sequences(rewards, groups, logprobs=logprobs, ref_logprobs=ref_logprobs)
     check_options(
@@ -145,6 +166,8 @@ def agro_coefficients(
         importance_weights=importance_weights,
         num_groups=num_groups,
         scale=scale,
+        sampling_logprobs=sampling_logprobs,
+        taper=taper,
     )
     coefficients, moments, counts = torch.ops.agro.agro_coefficients(
         rewards.detach(),
@@ -159,8 +182,13 @@ def agro_coefficients(
         None if importance_weights is None else importance_weights.detach(),
         _count_tensor(num_groups, rewards.device),
         scale,
+        None if sampling_logprobs is None else sampling_logprobs.detach(),
+        0.0 if isinstance(taper, Tensor) else taper,
+        taper.detach() if isinstance(taper, Tensor) else None,
     )
-    return AgroCoefficients(coefficients, AgroStats(*moments.unbind(), *counts.unbind()))
+    of_agro, of_taper = moments.split([5, 2])
+    stats = AgroStats(*of_agro.unbind(), *counts.unbind(), *of_taper.unbind())
+    return AgroCoefficients(coefficients, stats)
 
 
 def agro_loss(
@@ -178,6 +206,8 @@ def agro_loss(
     importance_weights: Tensor | None = None,
     num_groups: int | Tensor | None = None,
     scale: float = 1.0,
+    sampling_logprobs: Tensor | None = None,
+    taper: float | Tensor = 0.0,
 ) -> Tensor:
     """Half the variance of the regularised reward within groups, averaged over groups.
 
@@ -188,9 +218,9 @@ def agro_loss(
         R = rewards - beta * log_ratio
         loss = torch.stack([R[groups == g].var() / 2 for g in groups.unique()]).mean()
 
-    The likelihood-ratio term (`lr_weight`) changes the gradient and not the value. The gradient of
-    each token is the coefficient of its sequence, see `agro_coefficients`, which also says what the
-    options mean.
+    `lr_weight` and `taper` change the gradient and not the value, which stays half the variance of
+    every row. The gradient of each token is the coefficient of its sequence, see
+    `agro_coefficients`, which also says what the options mean.
 
     Args:
         logprobs: (N,) any float dtype, nats: log-probabilities of the tokens of all B sequences,
@@ -201,8 +231,9 @@ def agro_loss(
         cu_seqlens: (B + 1,) int32 or int64: sequence b is tokens cu_seqlens[b]:cu_seqlens[b + 1].
             On CUDA the values cannot be checked without waiting for the device: a sequence with
             bounds outside 0..N is dropped there, on CPU it is an error.
-        beta, lr_weight, lr_cap, on_policy, lr_baseline, importance_weights, num_groups, scale:
-            as for `agro_coefficients`.
+        beta, lr_weight, lr_cap, on_policy, lr_baseline, importance_weights, num_groups, scale,
+        sampling_logprobs, taper: as for `agro_coefficients`, sampling_logprobs being (B,) sums
+            of token log-probabilities.
 
     Returns:
         0-d, fp32 (float64 if logprobs is). 0 if no group has two valid sequences.
@@ -223,6 +254,8 @@ def agro_loss(
         importance_weights=importance_weights,
         num_groups=num_groups,
         scale=scale,
+        sampling_logprobs=sampling_logprobs,
+        taper=taper,
     )
     outputs: tuple[Tensor, Tensor] = torch.ops.agro.agro_loss_fwd(
         logprobs,
@@ -238,6 +271,9 @@ def agro_loss(
         None if importance_weights is None else importance_weights.detach(),
         _count_tensor(num_groups, rewards.device),
         scale,
+        None if sampling_logprobs is None else sampling_logprobs.detach(),
+        0.0 if isinstance(taper, Tensor) else taper,
+        taper.detach() if isinstance(taper, Tensor) else None,
     )
     return outputs[0]
 
@@ -259,6 +295,8 @@ def linear_agro_loss(
     importance_weights: Tensor | None = None,
     num_groups: int | Tensor | None = None,
     scale: float = 1.0,
+    sampling_logprobs: Tensor | None = None,
+    taper: float | Tensor = 0.0,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -297,6 +335,8 @@ def linear_agro_loss(
         importance_weights=importance_weights,
         num_groups=num_groups,
         scale=scale,
+        sampling_logprobs=sampling_logprobs,
+        taper=taper,
     )
     logprobs = linear_logprobs(
         hidden,
@@ -324,6 +364,8 @@ def linear_agro_loss(
         importance_weights=importance_weights,
         num_groups=num_groups,
         scale=scale,
+        sampling_logprobs=sampling_logprobs,
+        taper=taper,
     )
 
 

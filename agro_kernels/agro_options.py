@@ -71,6 +71,8 @@ def check_options(
     importance_weights: Tensor | None = None,
     num_groups: int | Tensor | None = None,
     scale: float = 1.0,
+    sampling_logprobs: Tensor | None = None,
+    taper: float | Tensor = 0.0,
 ) -> None:
     """Raise unless the options of `agro_coefficients` make sense together with rewards (B,)."""
     _check_positive("beta", beta, "without regularisation the loss has no optimum in the policy")
@@ -101,6 +103,19 @@ def check_options(
                 f"importance_weights: expected None with lr_weight > 0, got both (lr_weight = "
                 f"{lr_weight}); reweighted samples are off-policy, set lr_weight to 0"
             )
+    for name, per_row in {"sampling_logprobs": sampling_logprobs, "taper": taper}.items():
+        if isinstance(per_row, Tensor):
+            _check_shape(name, per_row, "(B,)", tuple(rewards.shape), rewards)
+            if not per_row.is_floating_point():
+                raise TypeError(
+                    f"{name}: expected a float dtype, got {per_row.dtype}; call .float()"
+                )
+    if sampling_logprobs is not None:
+        check_tensor("sampling_logprobs", sampling_logprobs)
+    if not isinstance(taper, Tensor) and not taper >= 0:
+        raise ValueError(
+            f"taper: expected a number >= 0, got {taper}; 0 tapers nothing, 1 by the ratio itself"
+        )
     if isinstance(num_groups, Tensor) and num_groups.ndim != 0:
         raise ValueError(
             f"num_groups: expected an int or a 0-d tensor, got shape {tuple(num_groups.shape)}; "

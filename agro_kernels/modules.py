@@ -221,6 +221,7 @@ class LinearAgroLoss(nn.Module):
         lr_cap: bool = False,
         lr_baseline: float | str = "auto",
         scale: float = 1.0,
+        taper: float = 0.0,
         temperature: float = 1.0,
         softcap: float | None = None,
         ignore_index: int = IGNORE_INDEX,
@@ -232,6 +233,7 @@ class LinearAgroLoss(nn.Module):
             "lr_cap": lr_cap,
             "lr_baseline": lr_baseline,
             "scale": scale,
+            "taper": taper,
             "temperature": temperature,
             "softcap": softcap,
             "ignore_index": ignore_index,
@@ -248,8 +250,8 @@ class LinearAgroLoss(nn.Module):
         cu_seqlens: Tensor,
         **per_batch: Any,
     ) -> Tensor:
-        """0-d loss. per_batch: bias, on_policy, importance_weights, num_groups, or an option that
-        this batch has its own value of."""
+        """0-d loss. per_batch: bias, on_policy, importance_weights, sampling_logprobs, num_groups,
+        or an option that this batch has its own value of."""
         return linear_agro_loss(
             hidden,
             weight,

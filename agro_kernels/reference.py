@@ -4,6 +4,7 @@ The kernels are tested against this file. It stores (N, V) logits, so it is for 
 small shapes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -171,6 +172,8 @@ def agro_sequence_loss(
     importance_weights: Tensor | None = None,
     num_groups: int | None = None,
     scale: float = 1.0,
+    sampling_logprobs: Tensor | None = None,
+    taper: float | Tensor = 0.0,
 ) -> Tensor:
     """Half the variance of R = r - beta * log(pi / pi_ref) in a group, averaged over groups, 0-d.
 
@@ -179,10 +182,17 @@ def agro_sequence_loss(
     The likelihood-ratio term of on-policy rows adds no value, only e_i * grad logprob_i, with the
     mean m and variance v taken over the n - 1 other rows,
     e_i = ((R_i - m)^2 - lr_baseline * n / (n - 1) * v) / (2 n).
+
+    The taper adds no value either. Where the variance's gradient lowers a probability, its factor
+    of grad logprob_i, beta * sum_j (R_j - R_i) / (n (n - 1)) > 0 (each term times the importance
+    weights of i and j), shrinks to min(1, pi / mu)^taper of itself; mu is the law that sampled row
+    i, with the logarithm sampling_logprobs[i]. Rows where that is not finite keep it whole.
     """
     weights = torch.ones_like(rewards) if importance_weights is None else importance_weights
     regularized = rewards - beta * (logprobs - ref_logprobs)
     kept = regularized.isfinite() & weights.isfinite() & (weights >= 0)
+    if sampling_logprobs is not None and isinstance(taper, Tensor):
+        kept &= taper >= 0
     members = [((groups == group) & kept).nonzero().squeeze(1) for group in groups.unique()]
     members = [rows for rows in members if len(rows) >= 2]
     total = logprobs.new_zeros(())
@@ -197,6 +207,14 @@ def agro_sequence_loss(
         if lr_cap and best > 0:  # where d/dR of the best row's coefficient would change its sign
             kept_share = (n - 2) / (n - 2 + shrink) if n >= 3 else 1.0
             weight = min(lr_weight, beta * (n - 1) / n * kept_share / best)
+        if sampling_logprobs is not None:
+            push = beta * (w[:, None] * w * (reg - reg[:, None])).sum(1) / (n * (n - 1))
+            exponents = taper[rows] if isinstance(taper, Tensor) else [taper] * n
+            for i, row in enumerate(rows):
+                log_sampler_ratio = float(logprobs[row].detach() - sampling_logprobs[row])
+                if push[i] > 0 and math.isfinite(log_sampler_ratio):
+                    taken = 1 - taper_weight(log_sampler_ratio, float(exponents[i]))
+                    total = total - taken * push[i] * (logprobs[row] - logprobs[row].detach())
         for i, row in enumerate(rows):
             if lr_weight == 0 or (on_policy is not None and not on_policy[row]):
                 continue
@@ -207,6 +225,11 @@ def agro_sequence_loss(
             score = logprobs[row] - logprobs[row].detach()
             total = total + weight * lr_term * score
     return scale * total / max(1, len(members) if num_groups is None else num_groups)
+
+
+def taper_weight(log_ratio: float, taper: float) -> float:
+    """min(1, exp(log_ratio)) ** taper, and 0 for taper inf, whatever the ratio."""
+    return 0.0 if taper == math.inf else math.exp(taper * min(0.0, log_ratio))
 
 
 def agro_coefficients(

@@ -4,6 +4,8 @@ Groups are renumbered by a sort and summed by index, so nothing waits for the
 device and no (B, B) table is formed.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,11 @@ def agro_coefficients(
     importance_weights: Tensor | None,
     num_groups: Tensor | None,
     scale: float,
+    sampling_logprobs: Tensor | None,
+    taper: float,
+    row_taper: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients (B,), moments (5,) float64, counts (3,) int64, in the order of `AgroStats`."""
+    """Coefficients (B,), moments (7,) float64, counts (3,) int64; `AgroStats` has both in it."""
     coefficients, _, moments, counts = _from_log_ratios(
         rewards,
         logprobs.double() - ref_logprobs.double(),
@@ -35,6 +40,9 @@ def agro_coefficients(
         importance_weights,
         num_groups,
         scale,
+        None if sampling_logprobs is None else logprobs.double() - sampling_logprobs.double(),
+        taper,
+        row_taper,
     )
     all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
     return coefficients.to(torch.float64 if all_double else torch.float32), moments, counts
@@ -54,13 +62,20 @@ def agro_loss_fwd(
     importance_weights: Tensor | None,
     num_groups: Tensor | None,
     scale: float,
+    sampling_logprobs: Tensor | None,
+    taper: float,
+    row_taper: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and the coefficients (B,) float64 that the backward needs."""
     check_cu_seqlens(cu_seqlens, logprobs.shape[0])
     owner = sequence_of_token(cu_seqlens, logprobs.shape[0])
     # The log-ratio of every token comes first: two sums of thousands of nats would cancel.
-    token_log_ratios = logprobs.double() - ref_logprobs.double()
-    log_ratios = token_log_ratios.new_zeros(rewards.shape[0]).index_add_(0, owner, token_log_ratios)
+    nothing = torch.zeros(rewards.shape[0], dtype=torch.float64, device=rewards.device)
+    log_ratios = nothing.index_add(0, owner, logprobs.double() - ref_logprobs.double())
+    sampler_log_ratios = None
+    if sampling_logprobs is not None:
+        sums = nothing.index_add(0, owner, logprobs.double())
+        sampler_log_ratios = sums - sampling_logprobs.double()
     coefficients, loss, _, _ = _from_log_ratios(
         rewards,
         log_ratios,
@@ -73,6 +88,9 @@ def agro_loss_fwd(
         importance_weights,
         num_groups,
         scale,
+        sampler_log_ratios,
+        taper,
+        row_taper,
     )
     return loss.to(_loss_dtype(logprobs)), coefficients
 
@@ -105,6 +123,9 @@ def _from_log_ratios(
     importance_weights: Tensor | None,
     num_groups: Tensor | None,
     scale: float,
+    sampler_log_ratios: Tensor | None,
+    taper: float,
+    row_taper: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coefficients (B,), loss, moments and counts from log_ratios (B,) float64; all float64."""
     rewards = rewards.double()
@@ -112,6 +133,8 @@ def _from_log_ratios(
         torch.ones_like(rewards) if importance_weights is None else importance_weights.double()
     )
     kept = rewards.isfinite() & log_ratios.isfinite() & weights.isfinite() & (weights >= 0)
+    if sampler_log_ratios is not None and row_taper is not None:
+        kept &= row_taper >= 0
     # Selected, not multiplied: a mask times NaN is NaN.
     rewards, log_ratios = rewards.where(kept, 0.0), log_ratios.where(kept, 0.0)
     weights = weights.where(kept, 0.0)
@@ -132,6 +155,18 @@ def _from_log_ratios(
     variance = (weight * squares / (n * (n - 1))).where(valid, 0.0)
 
     coefficients = -beta * weights * deviation * (weight / (n * (n - 1)))[group]
+    if sampler_log_ratios is not None:
+        known = kept & sampler_log_ratios.isfinite()
+        sampler_log_ratios = sampler_log_ratios.where(known, 0.0)
+        lowered = coefficients > 0
+        tapers = taper_weights(sampler_log_ratios, taper if row_taper is None else row_taper)
+        tapers = tapers.where(known & lowered, 1.0)
+        coefficients = coefficients * tapers
+        sampler_log_ratio = sampler_log_ratios.sum() / known.sum().clamp(min=1)
+        taper_weight = tapers.where(lowered, 0.0).sum() / lowered.sum().clamp(min=1)
+        taper_weight = taper_weight.where(lowered.any(), 1.0)
+    else:
+        sampler_log_ratio, taper_weight = rewards.new_zeros(()), rewards.new_ones(())
     if lr_weight > 0:
         n_row = n[group]
         of_others = (squares[group] - n_row / (n_row - 1) * deviation**2) / (n_row - 2).clamp(min=1)
@@ -170,9 +205,21 @@ def _from_log_ratios(
             mean_variance,
             mean_variance / (2 * beta**2),
             largest_deviation / (2 * beta),
+            taper_weight,
+            sampler_log_ratio,
         ]
     )
     return coefficients, loss, moments, counted
+
+
+def taper_weights(sampler_log_ratios: Tensor, taper: float | Tensor) -> Tensor:
+    """min(1, pi / mu) ** taper, (B,) float64, of finite log(pi / mu) (B,); 0 where taper is inf."""
+    lowered_by = sampler_log_ratios.clamp(max=0.0)
+    if isinstance(taper, Tensor):
+        one_sided = taper == math.inf  # apart, because inf * 0 is NaN
+        weights = (taper.double().where(~one_sided, 0.0) * lowered_by).exp()
+        return weights.where(~one_sided, 0.0)
+    return torch.zeros_like(lowered_by) if taper == math.inf else (taper * lowered_by).exp()
 
 
 def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -11,7 +11,8 @@ from agro_kernels.ops.dispatch import library, results_dtype, triton_if_possible
 
 _AGRO_OPTIONS = (
     "float beta, float lr_weight, bool lr_cap, Tensor? on_policy, float? lr_baseline, "
-    "Tensor? importance_weights, Tensor? num_groups, float scale"
+    "Tensor? importance_weights, Tensor? num_groups, float scale, Tensor? sampling_logprobs, "
+    "float taper, Tensor? row_taper"
 )
 library.define(
     "agro_coefficients(Tensor rewards, Tensor logprobs, Tensor ref_logprobs, Tensor groups, "
@@ -38,7 +39,7 @@ def _agro_coefficients_fake(
     all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
     return (
         rewards.new_empty(rewards.shape, dtype=torch.float64 if all_double else torch.float32),
-        rewards.new_empty(5, dtype=torch.float64),
+        rewards.new_empty(7, dtype=torch.float64),
         rewards.new_empty(3, dtype=torch.int64),
     )
 

@@ -23,6 +23,12 @@ OPTIONS = {
     "mixed-capped": {"lr_weight": 0.5, "on_policy": True, "lr_cap": True},
     "importance-weighted": {"importance_weights": True},
     "global-count": {"num_groups": 10, "lr_weight": 0.3},
+    "tapered": {"sampling_logprobs": True, "taper": 1.0},
+    "tapered-on-policy": {"sampling_logprobs": True, "taper": 0.5, "lr_weight": 1.0, "scale": 3.0},
+    "tapered-by-row": {"sampling_logprobs": True, "taper": True, "lr_weight": 1.0, "lr_cap": True},
+    "tapered-weighted": {"sampling_logprobs": True, "taper": 2.0, "importance_weights": True},
+    "one-sided": {"sampling_logprobs": True, "taper": math.inf},
+    "untapered": {"sampling_logprobs": True, "lr_weight": 0.5},
 }
 options = pytest.mark.parametrize("name", OPTIONS)
 
@@ -42,6 +48,12 @@ class Batch:
         self.rewards = torch.randn(num_rows, generator=generator, dtype=torch.float64)
         self.on_policy = torch.rand(num_rows, generator=generator) < 0.5
         self.weights = torch.rand(num_rows, generator=generator, dtype=torch.float64)
+        # Some samplers gave a row more than the policy, some less; of three rows nobody knows.
+        noise = torch.randn(num_rows, generator=generator, dtype=torch.float64)
+        self.sampling_logprobs = self.sums[1] + noise
+        self.sampling_logprobs[[2, 8, 13]] = torch.tensor([math.nan, math.inf, -math.inf]).double()
+        self.row_taper = 2 * torch.rand(num_rows, generator=generator, dtype=torch.float64)
+        self.row_taper[[1, 4]] = torch.tensor([0.0, math.inf]).double()
 
     def options(self, name: str) -> dict:
         """For the public functions."""
@@ -50,12 +62,17 @@ class Batch:
             filled["on_policy"] = self.on_policy
         if "importance_weights" in filled:
             filled["importance_weights"] = self.weights
+        if "sampling_logprobs" in filled:
+            filled["sampling_logprobs"] = self.sampling_logprobs
+        if filled.get("taper") is True:
+            filled["taper"] = self.row_taper
         return filled
 
     def op_options(self, name: str) -> tuple:
         """The same for the ops, positional."""
         given = self.options(name)
-        num_groups = given.get("num_groups")
+        num_groups, taper = given.get("num_groups"), given.get("taper", 0.0)
+        per_row = isinstance(taper, Tensor)
         return (
             BETA,
             given.get("lr_weight", 0.0),
@@ -65,6 +82,9 @@ class Batch:
             given.get("importance_weights"),
             None if num_groups is None else torch.tensor(float(num_groups)).double(),
             given.get("scale", 1.0),
+            given.get("sampling_logprobs"),
+            0.0 if per_row else taper,
+            taper if per_row else None,
         )
 
     @property
@@ -156,6 +176,8 @@ def test_stats_are_what_they_say() -> None:
         num_groups=torch.tensor(2),
         num_short_groups=torch.tensor(2),
         num_dropped=torch.tensor(2),
+        taper_weight=torch.tensor(1.0).double(),
+        sampler_log_ratio=torch.tensor(0.0).double(),
     )
     for value, expected in zip(stats, exact, strict=True):
         assert_close(value, expected)
@@ -180,6 +202,119 @@ def test_order_and_names_of_groups_do_not_matter(name: str) -> None:
     )
     assert_close(permuted.coefficients, ours.coefficients[order])
     assert_close(torch.stack(permuted.stats[:5]), torch.stack(ours.stats[:5]))
+
+
+def test_taper_shrinks_only_what_lowers_a_probability() -> None:
+    """By min(1, pi / mu) ** taper, row by row; the rows that are raised keep every bit."""
+    batch = Batch()
+    rewards, logprobs, ref_logprobs, groups = batch.sums
+    plain = agro_coefficients(*batch.sums, beta=BETA).coefficients
+    for taper in (0.5, 1.0, batch.row_taper):
+        tapered = agro_coefficients(
+            *batch.sums, beta=BETA, sampling_logprobs=batch.sampling_logprobs, taper=taper
+        )
+        ratio = (logprobs - batch.sampling_logprobs).exp()
+        weights = ratio.clamp(max=1.0) ** taper
+        if isinstance(taper, Tensor):
+            weights = weights.where(taper != math.inf, 0.0)
+        weights = weights.where(batch.sampling_logprobs.isfinite(), 1.0).where(plain > 0, 1.0)
+        assert_close(tapered.coefficients, plain * weights)
+        raised = plain <= 0
+        assert torch.equal(tapered.coefficients[raised], plain[raised])
+        assert 0 < (weights < 1).sum() < (plain > 0).sum()
+        assert_close(tapered.stats.taper_weight, weights[plain > 0].mean())
+        known = batch.sampling_logprobs.isfinite()
+        assert_close(
+            tapered.stats.sampler_log_ratio, (logprobs - batch.sampling_logprobs)[known].mean()
+        )
+
+
+def test_one_sided_is_weight_0_in_every_row_of_a_known_sampler() -> None:
+    """Also where pi >= mu: at pi = mu the limit of a growing exponent would hang on rounding."""
+    batch = Batch()
+    plain = agro_coefficients(*batch.sums, beta=BETA).coefficients
+    tapered = agro_coefficients(
+        *batch.sums, beta=BETA, sampling_logprobs=batch.sampling_logprobs, taper=math.inf
+    ).coefficients
+    known = batch.sampling_logprobs.isfinite()
+    assert torch.equal(tapered, plain.where((plain <= 0) | ~known, 0.0))
+    assert (plain[~known] > 0).any() and (plain[known] > 0).any()
+
+
+ANYTHING = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30, 0.0] * 3).double()
+
+
+@options
+def test_without_an_exponent_or_a_sampler_agro_is_as_it_was(name: str) -> None:
+    """Bit for bit, whatever sampling_logprobs hold."""
+    batch = Batch()
+    filled = batch.options(name)
+    sampled, exponent = filled.pop("sampling_logprobs", None), filled.pop("taper", 0.0)
+    plain = agro_coefficients(*batch.sums, **filled)
+    for extra in (
+        {"sampling_logprobs": ANYTHING},
+        {"sampling_logprobs": ANYTHING, "taper": torch.zeros(18)},
+        {"sampling_logprobs": sampled},
+        {"taper": exponent},
+        {"sampling_logprobs": torch.full((18,), math.nan), "taper": exponent},
+    ):
+        ours = agro_coefficients(*batch.sums, **filled, **extra)
+        assert torch.equal(ours.coefficients, plain.coefficients)
+        assert ours.stats.taper_weight == 1
+        assert torch.equal(torch.stack(ours.stats[:8]), torch.stack(plain.stats[:8]))
+
+
+@options
+def test_own_samples_are_agro_at_every_finite_taper(name: str) -> None:
+    batch = Batch()
+    own = {"sampling_logprobs": batch.sums[1]}
+    filled = {**batch.options(name), "taper": 0.0}
+    plain = agro_coefficients(*batch.sums, **filled)
+    for taper in (0.5, 1.0, 1e300, torch.linspace(0, 9, 18)):
+        ours = agro_coefficients(*batch.sums, **{**filled, **own, "taper": taper})
+        assert torch.equal(ours.coefficients, plain.coefficients)
+        assert ours.stats.taper_weight == 1 and ours.stats.sampler_log_ratio == 0
+
+
+def test_taper_leaves_the_value_and_the_likelihood_ratio_term_alone() -> None:
+    batch = Batch()
+    taper = {"sampling_logprobs": batch.sampling_logprobs, "taper": 1.0}
+    options = {"beta": BETA, "lr_weight": 0.7, "on_policy": batch.on_policy}
+    plain, tapered = (agro_loss(*batch.tokens, **options, **more) for more in ({}, taper))
+    assert torch.equal(plain, tapered)
+    parts = []
+    for more in ({}, taper):
+        both = agro_coefficients(*batch.sums, **options, **more).coefficients
+        pathwise = agro_coefficients(*batch.sums, beta=BETA, **more).coefficients
+        parts.append(both - pathwise)
+    assert_close(*parts)
+
+
+def test_log_ratios_to_the_reference_may_stand_for_log_probabilities() -> None:
+    """In logprobs, with zeros as ref_logprobs; then sampling_logprobs is log(mu / pi_ref)."""
+    batch = Batch()
+    rewards, logprobs, ref_logprobs, groups = batch.sums
+    sampled = batch.sampling_logprobs
+    ours, shifted = (
+        agro_coefficients(rewards, *sums, groups, beta=BETA, sampling_logprobs=mu, taper=1.0)
+        for *sums, mu in (
+            (logprobs, ref_logprobs, sampled),
+            (logprobs - ref_logprobs, torch.zeros_like(logprobs), sampled - ref_logprobs),
+        )
+    )
+    assert_close(shifted.coefficients, ours.coefficients)
+
+
+def test_rows_whose_exponent_is_negative_or_nan_are_dropped() -> None:
+    batch = Batch()
+    exponents = batch.row_taper.clone()
+    exponents[5], exponents[7] = -1.0, math.nan
+    tapered = {"beta": BETA, "sampling_logprobs": batch.sampling_logprobs}
+    ours = agro_coefficients(*batch.sums, **tapered, taper=exponents)
+    batch.rewards[[5, 7]] = math.nan
+    without = agro_coefficients(*batch.sums, **tapered, taper=batch.row_taper)
+    assert torch.equal(ours.coefficients, without.coefficients)
+    assert int(ours.stats.num_dropped) == 2
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 7, 8, 32])
@@ -291,7 +426,8 @@ def test_empty_batches_give_zero() -> None:
     ids = torch.zeros(0, dtype=torch.int64)
     result = agro_coefficients(empty, empty, empty, ids, beta=BETA, lr_weight=1.0, lr_cap=True)
     assert result.coefficients.shape == (0,)
-    assert not any(result.stats)
+    assert not any(result.stats._replace(taper_weight=torch.zeros(())))
+    assert result.stats.taper_weight == 1
     leaf = torch.zeros(0, requires_grad=True)
     loss = agro_loss(leaf, empty, empty, ids, torch.zeros(1, dtype=torch.int32), beta=BETA)
     loss.backward()
@@ -417,6 +553,35 @@ def test_gradients_flow_to_logprobs_only() -> None:
             {"importance_weights": torch.ones(18, dtype=torch.int64)},
             TypeError,
             "importance_weights: expected a float dtype, got torch.int64",
+        ),
+        ({"taper": -0.5}, ValueError, "taper: expected a number >= 0, got -0.5; 0 tapers nothing"),
+        ({"taper": math.nan}, ValueError, "taper: expected a number >= 0, got nan"),
+        ({"taper": torch.ones(3)}, ValueError, r"taper: .*\(B,\) = \(18,\), got \(3,\)"),
+        ({"taper": torch.ones(18).long()}, TypeError, "taper: expected a float dtype, got .*int64"),
+        (
+            {"taper": torch.ones(18, device="meta")},
+            ValueError,
+            "taper: expected device cpu as rewards, got meta",
+        ),
+        (
+            {"sampling_logprobs": torch.ones(41)},
+            ValueError,
+            r"sampling_logprobs: expected shape \(B,\) = \(18,\), got \(41,\); rewards has B = 18",
+        ),
+        (
+            {"sampling_logprobs": torch.ones(18).int()},
+            TypeError,
+            "sampling_logprobs: expected a float dtype, got torch.int32",
+        ),
+        (
+            {"sampling_logprobs": torch.ones(18, device="meta")},
+            ValueError,
+            "sampling_logprobs: expected device cpu as rewards, got meta",
+        ),
+        (
+            {"sampling_logprobs": [0.0] * 18},
+            TypeError,
+            "sampling_logprobs: expected a torch.Tensor, got list",
         ),
         ({"num_groups": torch.ones(2)}, ValueError, r"num_groups: .*got shape \(2,\)"),
         ({"groups": torch.zeros(18)}, TypeError, "groups: expected an integer dtype"),
