@@ -5,6 +5,7 @@ from another. A new one is a function here and a line in `ALGORITHMS`; one of a 
 `algorithm=module:function`, see docs/algorithms.md.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -75,6 +76,8 @@ def try_algorithm(config: TrainConfig) -> None:
         rewards=rewards,
         logprobs=-10 * lengths,
         ref_logprobs=-11 * lengths,
+        sampling_logprobs=torch.full_like(rewards, math.nan),
+        lengths=torch.full_like(groups, 10),
         groups=groups,
         on_policy=torch.ones(len(groups), dtype=torch.bool),
         entropy=torch.tensor(1.0, dtype=torch.float64),
@@ -86,6 +89,14 @@ def try_algorithm(config: TrainConfig) -> None:
 def coefficients(scores: Scores, config: TrainConfig) -> tuple[Tensor, AgroStats]:
     """(B,) coefficients of the configured algorithm, and AGRO's statistics of the batch."""
     return load_algorithm(config.algorithm)(scores, config), _agro(scores, config).stats
+
+
+def taper(scores: Scores, config: TrainConfig) -> float | Tensor:
+    """The exponent of the ratio to the sampler, for all rows or (B,): per token it is divided by
+    the completion's length, so that the ratio is the geometric mean of its tokens'."""
+    if config.off_policy_taper_per == "token" and math.isfinite(config.off_policy_taper):
+        return config.off_policy_taper / scores.lengths.clamp(min=1)
+    return config.off_policy_taper
 
 
 def coefficient_sizes(scores: Scores, config: TrainConfig) -> dict[str, float]:
@@ -117,6 +128,8 @@ def _agro(scores: Scores, config: TrainConfig) -> AgroCoefficients:
         lr_cap=config.lr_cap,
         lr_baseline=config.variance_baseline(),
         on_policy=scores.on_policy,
+        sampling_logprobs=scores.sampling_logprobs,
+        taper=taper(scores, config),
         scale=1.0 / config.beta,
     )
 

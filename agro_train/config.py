@@ -69,6 +69,8 @@ class TrainConfig:
     max_prompt_length: int = 512  # tokens; longer prompts are left out, and counted
     recorded: list[str] = field(default_factory=list)  # .jsonl, .parquet: rollouts with rewards
     recorded_fraction: float = 1.0  # share of each step's groups taken from `recorded`, if given
+    # A column with worked answers, MATH's solution: each joins its prompt's fresh group.
+    demonstrations: str = ""
     replay_fraction: float = 0.0  # share of each step's groups taken from the run's own past steps
     replay_max_staleness: int = 8  # steps: how old a replayed group may be
     # Rewards: number | math | module:function, or several, [math,module:function].
@@ -86,6 +88,13 @@ class TrainConfig:
     lr_weight: float = 0.0  # weight of the on-policy likelihood-ratio term; 1.0 is the paper's
     lr_cap: bool = False  # cap that weight per group, so that coefficients stay monotone in R
     lr_baseline: str = "auto"  # its variance baseline: auto, or a number from 0 (L0) to 1 (L2)
+
+    # algorithm=agro: a completion that the policy did not sample just now is pushed down by
+    # min(1, policy / sampler) to this power of what AGRO says. 0: AGRO as published, inf: never.
+    off_policy_taper: float = 1.0
+    off_policy_taper_per: str = "completion"  # completion | token: the ratio's geometric mean
+    # sampler | reference: the ratio to whom; the reference stands in for an unknown sampler.
+    off_policy_taper_against: str = "sampler"
 
     # One step.
     steps: int = 100
@@ -144,13 +153,16 @@ class TrainConfig:
             "lr_scheduler_type": ("constant", "constant_with_warmup", "linear", "cosine"),
             "matmul_precision": ("auto", "highest", "high", "medium"),
             "vllm_mode": ("colocate", "server"),
+            "off_policy_taper_per": ("completion", "token"),
+            "off_policy_taper_against": ("sampler", "reference"),
         }
         for key, allowed in choices.items():
             own = key == "algorithm" and ":" in self.algorithm  # loaded and tried by algorithm.py
             if (got := getattr(self, key)) not in allowed and not own:
                 raise Refusal(f"{key}: expected one of {', '.join(allowed)}, got {got!r}")
         for key, value in asdict(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
+            unbounded = key == "off_policy_taper" and value == math.inf
+            if isinstance(value, float) and not math.isfinite(value) and not unbounded:
                 raise Refusal(f"{key}: expected a finite number, got {value}")
         if "{prompt}" not in self.prompt_template:
             raise Refusal(
@@ -180,6 +192,7 @@ class TrainConfig:
             "vllm_max_model_length": 0,
             "vllm_tensor_parallel_size": 1,
             "lr_weight": 0,
+            "off_policy_taper": 0,
             "weight_decay": 0,
             "replay_max_staleness": 1,
         }
@@ -218,6 +231,11 @@ class TrainConfig:
             raise Refusal(
                 f"lr_weight: expected 0 where every group is recorded, got {self.lr_weight}; the "
                 "likelihood-ratio term holds only for samples of the current policy"
+            )
+        if self.demonstrations and self.offline:
+            raise Refusal(
+                "demonstrations: expected some groups to be fresh, got recorded ones alone; worked "
+                "answers join the fresh groups: lower recorded_fraction"
             )
         if self.share_prompts and self.attn_implementation == "flash_attention_2":
             raise Refusal(
@@ -289,6 +307,11 @@ class TrainConfig:
                 "vllm_gpu_memory_utilization: expected a share of at most 1, got "
                 f"{self.vllm_gpu_memory_utilization}"
             )
+
+    @property
+    def tapers(self) -> bool:
+        """Whether off-policy rows are tapered."""
+        return self.algorithm == "agro" and self.off_policy_taper > 0
 
     @property
     def offline(self) -> bool:

@@ -17,10 +17,16 @@ from agro_train.types import Rollout, Scores
 def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -> dict[str, float]:
     """Columns of metrics.jsonl that the completions alone tell. Where TRL has a name, it is TRL's.
 
+    Rewards and lengths are of what some policy made: worked answers of the dataset do not count.
+
     `sample/staleness_*`: optimiser steps between the policy that sampled a completion and the one
     that learns from it, over this run's own (fresh and replayed) completions; `effective` is the
     mean by each one's share of the gradient, its |coefficient| in `weights`.
     """
+    tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+    demonstrated = share(rollouts, lambda r: r.source == "demonstration")
+    made = [(r, w) for r, w in zip(rollouts, weights, strict=True) if r.source != "demonstration"]
+    rollouts, weights = [r for r, _ in made], [w for _, w in made]
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     ended = [len(rollout.completion_ids) for rollout in rollouts if rollout.finish == "stop"]
     ages = [None if r.source == "recorded" or r.step is None else step - r.step for r in rollouts]
@@ -38,9 +44,10 @@ def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -
         "completions/min_terminated_length": float(min(ended)) if ended else math.nan,
         "completions/max_terminated_length": float(max(ended)) if ended else math.nan,
         "completions/clipped_ratio": share(rollouts, lambda r: r.finish == "length"),
-        "tokens": float(sum(lengths)),
+        "tokens": float(tokens),
         "sample/recorded": share(rollouts, lambda r: r.source == "recorded"),
         "sample/replayed": share(rollouts, lambda r: r.source == "replayed"),
+        "sample/demonstrations": demonstrated,
         "sample/staleness_mean": fmean(own) if own else math.nan,
         "sample/staleness_max": float(max(own)) if own else math.nan,
         "sample/staleness_effective": (
@@ -104,6 +111,8 @@ def measure(
         "agro/kl_to_optimum": float(stats.kl_to_optimum),
         "agro/lr_dominance": float(stats.lr_dominance),
         "agro/logratio_abs_max": float(log_ratio.abs().max()),
+        "agro/taper_weight": float(stats.taper_weight),
+        "agro/sampler_log_ratio": float(stats.sampler_log_ratio),
         **coefficient_sizes(scores, config),
         "frac_reward_zero_std": frac_reward_zero_std(scores),
         "groups": float(stats.num_groups),

@@ -13,7 +13,7 @@ from agro_train.data.mix import Mix
 from agro_train.data.recorded import Recorded
 from agro_train.engines.engine import Engine
 from agro_train.rewards.functions import Rewards
-from agro_train.types import Prompt
+from agro_train.types import Prompt, Rollout
 from agro_train.watch.run_folder import RunFolder
 
 
@@ -35,6 +35,7 @@ class Run:
     recorded: Recorded
     mix: list[Mix]  # of every step
     rewards: Rewards
+    demonstrations: Mapping[str, Rollout]  # worked answers by group; empty: none are learned from
     base_model: str  # fingerprint of the reference's weights
     start: int  # steps already taken
     evaluated: bool  # whether the record has the evaluation after them

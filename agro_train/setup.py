@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from agro_train import durable
 from agro_train.algorithm import try_algorithm
 from agro_train.config import TrainConfig
+from agro_train.data.demonstrations import load_demonstrations
 from agro_train.data.mix import Mix, in_recorded_order, plan
 from agro_train.data.prompts import load_prompts
 from agro_train.data.recorded import load_recorded
@@ -107,6 +108,9 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     prompts, held_out = (readable(part, config, accelerator) for part in (prompts, held_out))
     unreadable = num_loaded - len(prompts) - len(held_out)
     check_ranks(config, accelerator, len(held_out), mix)
+    demonstrations = {}
+    if config.demonstrations:
+        demonstrations = load_demonstrations(prompts, config.demonstrations, tokenizer, context)
     ends = end_tokens(base, tokenizer)
     # Copied now, before an adapter or sharding changes it; any other model can be loaded again.
     warm_model = None if warm_loss is None else copy.deepcopy(base)
@@ -172,6 +176,11 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     summary += f"{len(recorded.groups)} recorded groups"
     if recorded.num_unrewarded:
         summary += f" with {recorded.num_unrewarded} completions without a reward"
+    if recorded.num_without_sampler and config.tapers:
+        summary += (
+            f" ({recorded.num_without_sampler} completions without sampling_logprob: the "
+            "reference's stands in)"
+        )
     summary += (
         f"; {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"float32 products: {precision}"
@@ -193,6 +202,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         recorded=recorded,
         mix=mix,
         rewards=rewards,
+        demonstrations=demonstrations,
         base_model=base_model,
         start=taken,
         evaluated=evaluated,

@@ -66,6 +66,7 @@ def update(
         skipped=skipped,
         metrics=measure(everyone, stats, config, grad_norm, skipped),
         weights=tuple(weights.abs().tolist()),
+        logprobs=tuple(everyone.logprobs.tolist()),
     )
 
 
@@ -83,6 +84,7 @@ def score_batch(
     give a log-ratio of exactly zero (to rounding where the reference's was computed before).
     """
     logprobs = torch.zeros(len(batch.rewards), dtype=torch.float64)
+    lengths = torch.zeros(len(batch.rewards), dtype=torch.int64)
     entropy, num_tokens, lse = 0.0, 0, []
     mismatch = [torch.zeros(0, dtype=torch.float64)]
     with torch.no_grad():
@@ -95,15 +97,24 @@ def score_batch(
             logprobs += row_sums(ours.logprobs, token_rows(piece), len(logprobs))
             entropy += float(ours.entropy.double().sum())
             num_tokens += len(piece.targets)
+            lengths[piece.rows.cpu()] = piece.cu_seqlens.diff().long().cpu()
             apart = (ours.logprobs - piece.sampling_logprobs).abs().double().cpu()
             mismatch.append(apart[piece.sampling_logprobs.cpu().isfinite()])
     unknown = tuple(piece for piece in batch.micro if batch.ref_logprobs[piece.rows].isnan().any())
     asked = sequence_logprobs(reference, unknown, len(logprobs), config, device)
     ref_logprobs = torch.where(batch.ref_logprobs.isnan(), asked, batch.ref_logprobs)
+    # The reference stands in for a sampler that is not known: recorded data are mostly older than
+    # the run, and its log-probabilities are there anyway.
+    unknown_sampler = batch.sampling_logprobs.isnan()
+    if config.off_policy_taper_against == "reference":
+        unknown_sampler = torch.ones_like(unknown_sampler)
+    sampler = torch.where(unknown_sampler, ref_logprobs, batch.sampling_logprobs)
     scores = Scores(
         rewards=batch.rewards,
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampler.masked_fill(batch.on_policy, math.nan),
+        lengths=lengths,
         groups=batch.groups,
         on_policy=batch.on_policy,
         entropy=torch.tensor(entropy, dtype=torch.float64),

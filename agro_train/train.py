@@ -1,6 +1,7 @@
 """The loop: prompts -> rollouts -> rewards -> batch -> one policy update a pass."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,16 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from agro_train.data.batch import build_batch
 from agro_train.data.mix import in_recorded_order, replayed_groups
+from agro_train.data.recorded import sampling_logprob
 from agro_train.engines.engine import BrokenEngine
-from agro_train.evaluate import Evaluation, evaluate, summarise
+from agro_train.evaluate import Evaluation, evaluate, passes, summarise
 from agro_train.metrics import describe, peak_memory_gb
 from agro_train.policy import checkpoint
 from agro_train.rewards.functions import refuse_broken, score
 from agro_train.run import Run
 from agro_train.seeds import derive_seed, shuffled
 from agro_train.step import update
-from agro_train.types import Rollout
+from agro_train.types import Prompt, Rollout
 from agro_train.watch.display import Display
 from agro_train.watch.plots import plot_run
 from agro_train.watch.report import write_report
@@ -88,8 +90,17 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
         run.optimizer,
         run.scheduler,
     )
-    rollouts = gather_object(rollouts)
+    rollouts = [
+        # What the policy gave it before this update, where the engine did not tell.
+        replace(rollout, sampling_logprob=logprob)
+        if rollout.source == "fresh" and sampling_logprob(rollout) is None
+        else rollout
+        for rollout, logprob in zip(gather_object(rollouts), stats.logprobs, strict=True)
+    ]
     metrics = {**describe(rollouts, step, stats.weights), **stats.metrics}
+    if run.demonstrations:
+        kept = sum(rollout.source == "demonstration" for rollout in rollouts)
+        metrics["sample/demonstrations_left_out"] = float(run.mix[step].fresh - kept)
     metrics["epoch"] = run.mix[step].first_fresh / len(run.prompts)
     metrics["time_s"] = time.perf_counter() - began
     metrics["tokens_per_s"] = metrics["tokens"] / metrics["time_s"]
@@ -109,21 +120,35 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
     numbers = range(config.prompts_per_step)[run.share]
     mine = [number for number in numbers if number < mix.fresh]
     rollouts: list[Rollout] = []
+    # A prompt that comes twice in a step makes two groups: their numbers differ.
+    groups: list[int] = []
     if mix.fresh:
-        rollouts = run.engine.complete(
+        sampled = run.engine.complete(
             [prompts[number] for number in mine],
             seeds=[derive_seed(config.seed, "generate", step, number) for number in mine],
             num_generations=config.num_generations,
             temperature=config.temperature,
             step=step,
         )
-        rollouts = score(rollouts, run.rewards)
+        size = config.num_generations
+        members = [
+            (number, rollout)
+            for place, number in enumerate(mine)
+            for rollout in (
+                *sampled[place * size : (place + 1) * size],
+                *demonstration(run, prompts[number]),
+            )
+        ]
+        scored = score([rollout for _, rollout in members], run.rewards)
         if step == run.start:
             # All ranks' at once: one that stopped alone would leave the others waiting.
-            refuse_broken(gather_object(rollouts))
-    # A prompt that comes twice in a step makes two groups: their numbers differ.
-    groups = [number for number in mine for _ in range(config.num_generations)]
-    on_policy = [True] * len(rollouts)
+            refuse_broken(gather_object(scored))
+        for (number, _), rollout in zip(members, scored, strict=True):
+            # A worked answer that the reward does not call right would teach the wrong thing.
+            if rollout.source == "fresh" or passes(rollout):
+                rollouts.append(rollout)
+                groups.append(number)
+    on_policy = [rollout.source == "fresh" for rollout in rollouts]
     known = [*replayed(run, step), *recorded(run, step)]
     for number in numbers:
         if number >= mix.fresh:
@@ -132,6 +157,11 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
             groups += [number] * len(group)
             on_policy += [False] * len(group)
     return rollouts, groups, on_policy
+
+
+def demonstration(run: Run, prompt: Prompt) -> list[Rollout]:
+    """The prompt's worked answer, if the run learns from those."""
+    return [run.demonstrations[prompt.group]] if run.demonstrations else []
 
 
 def replayed(run: Run, step: int) -> list[list[Rollout]]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 Finish = Literal["stop", "length"]
-Source = Literal["fresh", "recorded", "replayed"]
+Source = Literal["fresh", "recorded", "replayed", "demonstration"]
 Failure = Literal["timeout", "error"]
 
 
@@ -51,10 +51,14 @@ class Rollout:
     reward: float | None  # None or not finite: dropped from its group, and counted
     step: int | None = None  # the policy that generated it had taken this many steps; None: unknown
     temperature: float | None = None  # of the sampling; None: unknown
-    source: Source = "fresh"  # sampled in this step, from a recorded file, or from an earlier step
+    # Sampled in this step, from a recorded file, from an earlier step, or the dataset's own answer.
+    source: Source = "fresh"
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # by function, unweighted
     failure: Failure | None = None  # of a reward function; the reward is then 0 (math) or None
     ref_logprob: float | None = None  # nats, summed over completion_ids; None: ask the reference
+    # Nats, summed over completion_ids, under whoever sampled them, at that temperature; None: not
+    # known.
+    sampling_logprob: float | None = None
     # Nats, of each of completion_ids, from an engine with kernels of its own; None: not known.
     sampling_logprobs: tuple[float, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -93,6 +97,7 @@ class TrainBatch:
     groups: Tensor  # (B,) int64 ids, the same numbering on all ranks
     on_policy: Tensor  # (B,) bool: sampled from the policy exactly as it is now
     ref_logprobs: Tensor  # (B,) float64, nats: what is known already; NaN: ask the reference
+    sampling_logprobs: Tensor  # (B,) float64, nats: under whoever sampled the row; NaN: unknown
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class StepStats:
     metrics: Mapping[str, float]
     skipped: bool  # no gradient, or one that is not finite: the weights are untouched
     weights: tuple[float, ...]  # |coefficient| of every rank's completions, one after another
+    # Nats, of the same completions under the policy before the update, at its temperature.
+    logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,9 @@ class Scores:
     rewards: Tensor  # (B,) float64
     logprobs: Tensor  # (B,) float64: sums over each completion's tokens, under the policy
     ref_logprobs: Tensor  # (B,) float64: the same under the reference
+    sampling_logprobs: Tensor  # (B,) float64: under whoever sampled an off-policy row, or whoever
+    # stands in; NaN where the policy itself sampled it just now
+    lengths: Tensor  # (B,) int64: tokens of each completion
     groups: Tensor  # (B,) int64
     on_policy: Tensor  # (B,) bool
     entropy: Tensor  # 0-d float64, nats: sum over tokens

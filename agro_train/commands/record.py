@@ -6,6 +6,8 @@ from pathlib import Path
 from agro_train.commands.sampler import check_free, load_sampler
 from agro_train.config import TrainConfig
 from agro_train.data.recorded import rollout_to_json
+from agro_train.policy.logprobs import with_sampling_logprobs
+from agro_train.policy.policy import Policy
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards, score
 from agro_train.seeds import derive_seed
@@ -26,6 +28,7 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
             f"data: expected gold answers that math-verify can parse, got none in {config.data}; "
             "choose another reward, or mend the column of answers"
         )
+    policy = Policy(sampler.model)
     partial = output.with_name(f".partial-{output.name}")
     output.parent.mkdir(parents=True, exist_ok=True)
     written = 0
@@ -39,6 +42,7 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
                 temperature=config.temperature,
                 step=sampler.step,
             )
+            rollouts = with_sampling_logprobs(rollouts, policy, config, sampler.model.device)
             for rollout in score(rollouts, rewards):
                 file.write(rollout_to_json(rollout) + "\n")
                 written += 1

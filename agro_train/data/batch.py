@@ -30,12 +30,14 @@ def build_batch(
     unknown = float("nan")
     rewards = [unknown if r.reward is None else r.reward for r in rollouts]
     ref_logprobs = [unknown if r.ref_logprob is None else r.ref_logprob for r in rollouts]
+    sampling = [unknown if r.sampling_logprob is None else r.sampling_logprob for r in rollouts]
     return TrainBatch(
         micro=pack(rollouts, token_budget=token_budget, share_prompts=share_prompts),
         rewards=torch.tensor(rewards, dtype=torch.float64),
         groups=torch.tensor(list(groups)),
         on_policy=torch.tensor(list(on_policy), dtype=torch.bool),
         ref_logprobs=torch.tensor(ref_logprobs, dtype=torch.float64),
+        sampling_logprobs=torch.tensor(sampling, dtype=torch.float64),
     )
 
 

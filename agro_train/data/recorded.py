@@ -29,6 +29,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "step": (int, type(None)),
     "temperature": (int, float, type(None)),
     "ref_logprob": (int, float, type(None)),
+    "sampling_logprob": (int, float, type(None)),
     "columns": (dict,),
 }
 # Written with every rollout, and without a meaning for the run that reads it.
@@ -53,16 +54,33 @@ class Recorded:
         """Rollouts whose reward is null or not finite: dropped from their groups."""
         return sum(r.reward is None for group in self.groups for r in group)
 
+    @property
+    def num_without_sampler(self) -> int:
+        """Rollouts that do not say how probable they were when they were sampled."""
+        return sum(r.sampling_logprob is None for group in self.groups for r in group)
+
 
 def rollout_to_json(rollout: Rollout) -> str:
     """One line of a rollout log. Without the reference's log-probability: the line does not say
-    whose it is, and another run has another reference. Without the sampler's: they are for the
-    step's metrics. What JSON has no word for (a date or a decimal in a parquet column) is written
-    as text.
+    whose it is, and another run has another reference. Of the sampler's, the sum alone. What JSON
+    has no word for (a date or a decimal in a parquet column) is written as text.
     """
     row = {name: getattr(rollout, name) for name in rollout.__dataclass_fields__}
+    row["sampling_logprob"] = sampling_logprob(rollout)
     del row["ref_logprob"], row["sampling_logprobs"]
     return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def sampling_logprob(rollout: Rollout) -> float | None:
+    """Nats, of the whole completion under whoever sampled it; None where that is not known.
+
+    Rounding may put the sum of a completion that is all but certain above 0, where no probability
+    is: it is then 0.
+    """
+    known = rollout.sampling_logprob
+    if known is None and rollout.sampling_logprobs is not None:
+        known = math.fsum(rollout.sampling_logprobs)
+    return min(known, 0.0) if known is not None and math.isfinite(known) else None
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
@@ -90,7 +108,8 @@ def load_recorded(
     they are. A prompt given as text is rendered like a dataset's; a completion's text is tokenised
     apart from it, and an end token is appended only where `finish` says "stop". `ref_logprob` is
     the log-probability of the completion under the run's reference at the run's temperature, nats,
-    the sum over its tokens; where it is absent the reference is asked.
+    the sum over its tokens; where it is absent the reference is asked. `sampling_logprob` is the
+    same under whoever sampled it, at the temperature of the sampling.
 
     Args:
         vocab_size: of the model: larger ids are refused.
@@ -201,6 +220,7 @@ def _recorded_rollout(
         temperature=row.get("temperature"),
         source="recorded",
         ref_logprob=_finite(row.get("ref_logprob")),
+        sampling_logprob=_finite(row.get("sampling_logprob")),
         columns={**others, **row.get("columns", {})},
     )
 
@@ -216,6 +236,13 @@ def _check_types(row: Row, where: str) -> None:
         if name in row and not isinstance(row[name], kind):
             allowed = " or ".join(k.__name__ for k in kind).replace("NoneType", "null")
             raise Refusal(f"recorded: expected {allowed} as {name} in {where}, got {row[name]!r}")
+    sampled = row.get("sampling_logprob")
+    if sampled is not None and (isinstance(sampled, bool) or not -math.inf < sampled <= 0):
+        raise Refusal(
+            f"recorded: expected a finite number of nats that is not above 0 as sampling_logprob "
+            f"in {where}, got {sampled!r}; it is the log of a probability, or null where it is "
+            "not known"
+        )
     if row.get("finish", "stop") not in ("stop", "length"):
         raise Refusal(
             f"recorded: expected stop or length as finish in {where}, got {row['finish']!r}"

@@ -7,7 +7,7 @@ file would have. No operands appear in both splits, in either order.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "eval"]
 Row = dict[str, Any]
@@ -46,6 +46,50 @@ def graded_sums(split: Split, tens: Sequence[int] = range(1, 10)) -> list[Row]:
         for a, b in _carrying_sums(split)
         if a // 10 in tens
     ]
+
+
+LONG_LINES = 6  # sums in a row: with the prompt at most 128 tokens, the tiny model's context
+
+
+def long_sums(split: Split) -> list[Row]:
+    """Sums in a row, each worked out, in 100 tokens and more: the answer is the last one.
+
+    The first sum is the prompt's; each further one adds the prompt's second number to the last two
+    digits of the result before. The teacher slips once, in one of the sums whose ones carry, as
+    often as in `graded_sums`, and goes on from the wrong result.
+    """
+    rows = []
+    for a, b in _carrying_sums(split):
+        right = _long_answer(a, b, slip=None)
+        carries = [line for line in range(LONG_LINES) if right.ones_carry[line]]
+        slip = carries[_digest(f"{a}+{b} slips") % len(carries)]
+        rows.append(
+            {
+                "prompt": f"{a}+{b}=",
+                "answer": str(right.result),
+                "solution": right.text,
+                "slip": _long_answer(a, b, slip).text,
+                "slip_rate": (a // 10 - 0.5) / 9,
+            }
+        )
+    return rows
+
+
+class _LongAnswer(NamedTuple):
+    text: str
+    result: int
+    ones_carry: list[bool]  # line by line
+
+
+def _long_answer(a: int, b: int, slip: int | None) -> _LongAnswer:
+    lines, ones_carry = [], []
+    for line in range(LONG_LINES):
+        carry = (a % 10 + b % 10) // 10
+        ones_carry.append(carry == 1)
+        lines.append(worked_sum(a, b, carry=0 if line == slip else carry))
+        result = int(lines[-1].rpartition(",")[2])
+        a = result % 100
+    return _LongAnswer(",".join(lines), result, ones_carry)
 
 
 def _carrying_sums(split: Split) -> list[tuple[int, int]]:
@@ -102,5 +146,6 @@ TASKS: dict[str, Callable[[Split], list[Row]]] = {
     "graded-sums": graded_sums,
     "graded-sums-easy": partial(graded_sums, tens=range(1, 5)),
     "graded-sums-hard": partial(graded_sums, tens=range(6, 10)),
+    "long-sums": long_sums,
     "arithmetic": arithmetic,
 }

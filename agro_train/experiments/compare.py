@@ -6,9 +6,9 @@ interval of its mean over the seeds (Student's t) does not hold zero. Each inter
 itself: of twenty such with nothing behind them, one is expected to miss zero.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isnan, sqrt
 from pathlib import Path
 from statistics import fmean
 
@@ -31,6 +31,9 @@ class Algorithm:
     settings: Mapping[str, object]  # of `agro train`
 
 
+# Without the taper, which acts on recorded and replayed completions alone.
+AS_PUBLISHED: Mapping[str, object] = {"off_policy_taper": 0.0}
+
 ALGORITHMS = {
     "pg_k2": Algorithm(
         "policy gradient, baseline on r, KL by k2",
@@ -47,16 +50,30 @@ ALGORITHMS = {
     "pg_no_baseline": Algorithm(
         "policy gradient, no baseline", tabular.PURPLE, "-", {"algorithm": "pg_no_baseline"}
     ),
-    "agro": Algorithm("AGRO, off-policy loss (= policy gradient, loo)", tabular.BLUE, "-", {}),
-    "on_policy": Algorithm("AGRO, on-policy, lr_weight=1", tabular.RED, "-", {"lr_weight": 1.0}),
+    "agro": Algorithm(
+        "AGRO, off-policy loss (= policy gradient, loo)", tabular.BLUE, "-", AS_PUBLISHED
+    ),
+    "agro_tapered": Algorithm("AGRO, tapered", tabular.RED, "-", {}),
+    "agro_per_token": Algorithm(
+        "AGRO, tapered per token", tabular.BROWN, "--", {"off_policy_taper_per": "token"}
+    ),
+    "agro_one_sided": Algorithm(
+        "AGRO, one-sided", tabular.GREEN, ":", {"off_policy_taper": math.inf}
+    ),
+    "on_policy": Algorithm(
+        "AGRO, on-policy, lr_weight=1", tabular.RED, "-", {"lr_weight": 1.0, **AS_PUBLISHED}
+    ),
     "on_policy_small": Algorithm(
-        "AGRO, on-policy, lr_weight=0.001", tabular.BROWN, "--", {"lr_weight": 0.001}
+        "AGRO, on-policy, lr_weight=0.001",
+        tabular.BROWN,
+        "--",
+        {"lr_weight": 0.001, **AS_PUBLISHED},
     ),
     "on_policy_capped": Algorithm(
         "AGRO, on-policy, lr_weight=1 capped",
         tabular.GREEN,
         "-.",
-        {"lr_weight": 1.0, "lr_cap": True},
+        {"lr_weight": 1.0, "lr_cap": True, **AS_PUBLISHED},
     ),
 }
 
@@ -177,8 +194,8 @@ class Interval:
 def interval(values: Sequence[float]) -> Interval:
     """Of two to ten values; equal ones have no width, and one that is not a number spoils it."""
     mean, count = fmean(values), len(values)
-    deviation = sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return Interval(mean, T_95[count - 2] * deviation / sqrt(count))
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    return Interval(mean, T_95[count - 2] * deviation / math.sqrt(count))
 
 
 def value_of(curves: Curves, one: Point, measure: str) -> float:
@@ -225,7 +242,7 @@ def start_row(
     """A row beside those of `level_rows`: where all of them began."""
     points = next(iter(named.values()))
     values = {label: [_at_start(curves, one, m) for one in points] for m, label in measures.items()}
-    cells = {label: "" if isnan(v[0]) else str(interval(v)) for label, v in values.items()}
+    cells = {label: "" if math.isnan(v[0]) else str(interval(v)) for label, v in values.items()}
     return {key: "(at the start)", **cells}
 
 

@@ -10,11 +10,12 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
 
+import yaml
 from transformers.utils import logging as transformers_logging
 
 from agro_train import config as configuration
@@ -66,6 +67,11 @@ class Point:
     base: str = BASE
 
     @property
+    def named(self) -> set[str]:
+        """The settings that it or its base configuration names; the others have their defaults."""
+        return {each.partition("=")[0] for each in self.settings.split()} | named_by(self.base)
+
+    @property
     def command(self) -> str:
         """Runs it again, after `agro rollout` where it has recorded=[reference.jsonl]."""
         return " ".join(["agro train", self.base, *self.settings.split(), f"seed={self.seed}"])
@@ -79,8 +85,11 @@ def point(seed: int, settings: Mapping[str, object], base: str = BASE) -> Point:
     and whether or not they name what the base configuration has anyway."""
     given = {key: _text(settings[key]) for key in sorted(settings)}
     asked, shipped = _load(base, *(f"{k}={v}" for k, v in given.items())), _load(base)
-    for key in [k for k in given if getattr(asked, k) == getattr(shipped, k)]:
-        del given[key]
+    off_policy = asked.recorded_prompts_per_step or asked.replayed_prompts_per_step
+    for key in list(given):
+        idle = key.startswith("off_policy") and not (off_policy and asked.algorithm == "agro")
+        if idle or getattr(asked, key) == getattr(shipped, key):
+            del given[key]
     numbers = {k: _text(getattr(asked, k)) for k in given if isinstance(getattr(asked, k), float)}
     return Point(" ".join(f"{k}={v}" for k, v in (given | numbers).items()), seed, base)
 
@@ -94,6 +103,21 @@ def _load(base: str, *settings: str) -> TrainConfig:
 def version(base: str) -> str:
     """A shipped configuration's name with a digest of its text."""
     return f"{base}@{hashlib.sha256(configuration.find(base).read_bytes()).hexdigest()[:8]}"
+
+
+# What a run's numbers do not depend on.
+COSMETIC = ("output_dir", "samples_every", "report_to", "project", "run_name", "save_total_limit")
+
+
+def defaults() -> dict[str, object]:
+    """What a run has for the settings that neither it nor its base configuration names."""
+    return {key: value for key, value in asdict(TrainConfig()).items() if key not in COSMETIC}
+
+
+@cache
+def named_by(base: str) -> frozenset[str]:
+    """The settings that a shipped configuration names."""
+    return frozenset(yaml.safe_load(configuration.find(base).read_text()))
 
 
 def _text(value: object) -> str:

@@ -1,14 +1,16 @@
 """Many runs, two at a time, whose curves go into one CSV file as each of them ends.
 
 A reproduction that was killed goes on with the runs that the file lacks, and figures that share
-runs share them there.
+runs share them there. A run is known by the settings that it names; what the others were is in
+language_defaults.json, so that a changed default does not change what a name means.
 """
 
 import csv
 import fcntl
 import io
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -23,11 +25,14 @@ from agro_train.experiments.language import (
     Curve,
     Point,
     Start,
+    defaults,
     make_start,
     measure,
+    point,
     start_name,
     version,
 )
+from agro_train.refusal import Refusal
 from agro_train.watch.environment import git_commit
 
 T = TypeVar("T")
@@ -39,8 +44,8 @@ Work = Callable[[Point, Path, int | None], T]
 
 
 class Sweep:
-    """The runs in output_dir: language_curves.csv, one row a mark of each, and the starts' pass
-    rates, language_starts.csv.
+    """The runs in output_dir: language_curves.csv, one row a mark of each, the starts' pass rates,
+    language_starts.csv, and the defaults of the settings that runs do not name.
 
     Args:
         quick: in this process, and from recordings of a few prompts.
@@ -56,6 +61,10 @@ class Sweep:
     @property
     def curves_path(self) -> Path:
         return self.output_dir / "language_curves.csv"
+
+    @property
+    def defaults_path(self) -> Path:
+        return self.output_dir / "language_defaults.json"
 
     @property
     def starts_path(self) -> Path:
@@ -76,6 +85,27 @@ class Sweep:
 
     def _read_files(self) -> None:
         self.rows, self.start_rows = _read(self.curves_path), _read(self.starts_path)
+        if self.rows:
+            self._name_changed_defaults()
+
+    def _name_changed_defaults(self) -> None:
+        """A run keeps its name's meaning: where a default has changed since it was made, its
+        settings name the one that it had, and a run with today's is another run."""
+        path = self.defaults_path
+        then: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
+        now = json.loads(json.dumps(defaults()))
+        if unsaid := sorted(now.keys() - then.keys()):
+            raise Refusal(
+                f"output_dir: expected in {path} what the runs beside it had for "
+                f"{', '.join(unsaid)}, got nothing; add the values that they were made with, or "
+                "give another folder"
+            )
+        changed = {key: then[key] for key in now if now[key] != then[key]}
+        for row in self.rows if changed else ():
+            one = _point_of(row)
+            settings = dict(each.split("=", 1) for each in one.settings.split())
+            had = {key: value for key, value in changed.items() if key not in one.named}
+            row["settings"] = point(one.seed, had | settings, one.base).settings
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -104,7 +134,7 @@ class Sweep:
         """Runs of another version of their base configuration do not count."""
         found: dict[Point, Curve] = {}
         for row in self.rows:
-            one = Point(row["settings"], int(row["seed"]), row["base"].partition("@")[0])
+            one = _point_of(row)
             if row["base"] == version(one.base):
                 numbers = {k: float(v) for k, v in row.items() if k not in ABOUT}
                 found.setdefault(one, []).append(numbers)
@@ -113,6 +143,10 @@ class Sweep:
     def _run(self, missing: Sequence[Point]) -> None:
         if not missing:
             return
+        # Before the first new run: killed in between, the old ones alone get their names once more.
+        if self.rows:
+            _write(self.curves_path, self.rows)
+        durable.replace(self.defaults_path, json.dumps(defaults(), indent=2) + "\n")
         commit = git_commit(Path(__file__))
         began = time.perf_counter()
         # The starts first, or two processes would make the same one at once.
@@ -160,6 +194,10 @@ class Sweep:
                     yield futures[future], future.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _point_of(row: Mapping[str, str]) -> Point:
+    return Point(row["settings"], int(row["seed"]), row["base"].partition("@")[0])
 
 
 def _timed(one: Point, work: Path, recorded_prompts: int | None) -> tuple[Curve, float]:

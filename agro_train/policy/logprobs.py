@@ -1,5 +1,6 @@
 """Log-probabilities of whole completions under a model, micro-batch by micro-batch."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,6 +36,15 @@ def sequence_logprobs(
             if number <= len(micro):
                 sums += row_sums(logprobs, token_rows(piece), count)
     return sums
+
+
+def with_sampling_logprobs(
+    rollouts: Sequence[Rollout], model: nn.Module, config: TrainConfig, device: torch.device
+) -> list[Rollout]:
+    """The rollouts with the log-probabilities that the model which sampled them gives them."""
+    micro = pack(rollouts, token_budget=config.token_budget, share_prompts=config.share_prompts)
+    sums = sequence_logprobs(model, micro, len(rollouts), config, device).tolist()
+    return [replace(r, sampling_logprob=logprob) for r, logprob in zip(rollouts, sums, strict=True)]
 
 
 def even_out(micro: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:

@@ -22,6 +22,7 @@ LESSONS = {
     "graded-sums": "graded-sums",
     "graded-sums-easy": "graded-sums",
     "graded-sums-hard": "graded-sums",
+    "long-sums": "long-sums",
 }
 
 
