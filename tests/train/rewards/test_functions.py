@@ -50,7 +50,8 @@ def test_prompt_without_the_gold_answer_is_refused(
 
 
 def own(name: str, timeout_s: float = 60.0) -> Rewards:
-    return (Part("f", 1.0, OwnFunction.start(f"{FUNCTIONS}:{name}", timeout_s)),)
+    config = TrainConfig(reward_timeout_s=timeout_s)
+    return (Part("f", 1.0, OwnFunction.start(f"{FUNCTIONS}:{name}", config)),)
 
 
 def test_users_function_gets_columns_and_its_opinions_count(
@@ -212,14 +213,20 @@ def test_metrics_of_the_completions() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("best", "expected number, math or module:function, got 'best'"),
         ("no_such_module:f", "expected an importable module in 'no_such_module:f'"),
         ("agro_train.rewards.functions:absent", "expected a function absent"),
     ],
 )
-def test_unknown_reward_is_refused(spec: str, message: str) -> None:
+def test_function_that_is_not_there_is_refused(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^reward: {message}"):
         load_function(spec)
+
+
+@pytest.mark.parametrize("spec", ["best", "best:", ":best"])
+def test_unknown_reward_is_refused(spec: str) -> None:
+    message = f"^reward: expected number, math or module:function, got '{spec}'$"
+    with pytest.raises(ValueError, match=message):
+        load_rewards(TrainConfig(reward=[spec]))
 
 
 def test_refusal_comes_from_the_process_that_imports_the_function() -> None:
