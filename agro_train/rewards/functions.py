@@ -1,7 +1,7 @@
 """The configured rewards: found by name, checked against the data, and summed.
 
 The reward of a completion is the weighted sum of what the functions say of it. Where all of them
-say None, it has no reward: it is dropped from its group, and counted.
+say None, or one of them fails, it has no reward: it is dropped from its group, and counted.
 """
 
 from collections.abc import Sequence
@@ -96,7 +96,8 @@ def score(rollouts: Sequence[Rollout], rewards: Rewards) -> list[Rollout]:
 
 
 def _weighted_sum(rewards: Rewards, outcomes: Sequence[Outcome]) -> float | None:
-    """None where no function has an opinion, or one of them failed to form it."""
+    """None where no function has an opinion, or one of them failed: a sum without it would be
+    another reward."""
     if any(outcome.failure and outcome.value is None for outcome in outcomes):
         return None
     opinions = [
@@ -112,8 +113,8 @@ class BrokenReward(Refusal):
 
 
 def refuse_broken(rollouts: Sequence[Rollout]) -> None:
-    """Raises BrokenReward if no completion at all could be scored: at a run's start, a function
-    that always fails is a mistake to mend, and nothing is lost by stopping."""
+    """Raises BrokenReward if no completion at all could be scored. Meant for a run's first step,
+    where stopping loses nothing."""
     if rollouts and all(r.failure is not None and r.reward is None for r in rollouts):
         raise BrokenReward(
             f"reward: expected rewards for the first step, got a failure ({rollouts[0].failure}) "
