@@ -15,8 +15,6 @@ from torch import Tensor
 from agro_train.config import TrainConfig
 from agro_train.engines.engine import Engine
 from agro_train.rewards.functions import Rewards, score
-from agro_train.rewards.math_verify import check, gold_text
-from agro_train.rewards.number import last_integer
 from agro_train.seeds import derive_seed
 from agro_train.types import Prompt, Rollout
 
@@ -85,13 +83,16 @@ def summarise(evaluation: Evaluation) -> dict[str, float]:
     return metrics
 
 
-def estimates(evaluation: Evaluation, config: TrainConfig) -> dict[str, Estimate]:
-    """greedy, pass@k and maj@k for k = 1, 2, 4, ... and the number of sampled completions."""
+def estimates(evaluation: Evaluation, rewards: Rewards, config: TrainConfig) -> dict[str, Estimate]:
+    """greedy, pass@k and maj@k for k = 1, 2, 4, ... and the number of sampled completions.
+
+    The first reward function says what a completion's answer is, which it votes for.
+    """
     seed = derive_seed(config.seed, "bootstrap")
     per_prompt = {"greedy": [float(passes(rollout)) for rollout in evaluation.greedy]}
     if evaluation.sampled:
         prompts = by_prompt(evaluation)
-        answers = answers_of(evaluation.sampled, config)
+        answers = rewards[0].reward.answers(evaluation.sampled)
         n = config.eval_generations
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "majority"))
         ks = sorted({2**i for i in range(n.bit_length())} | {n})
@@ -113,19 +114,6 @@ def estimates(evaluation: Evaluation, config: TrainConfig) -> dict[str, Estimate
 def passes(rollout: Rollout) -> bool:
     first = next(iter(rollout.rewards.values()), None)
     return first is not None and first >= 1.0
-
-
-def answers_of(rollouts: Sequence[Rollout], config: TrainConfig) -> list[Hashable | None]:
-    """What each completion votes for: its last integer, its final answer as math-verify reads it,
-    or for a function of the user's own its text."""
-    first = config.reward[0]
-    if first == "number":
-        return [last_integer(rollout.completion) for rollout in rollouts]
-    if first == "math":
-        golds = [gold_text(rollout.columns) or "" for rollout in rollouts]
-        found = check(golds, [rollout.completion for rollout in rollouts], config.math_timeout_s)
-        return [one.answer for one in found]
-    return [rollout.completion.strip() for rollout in rollouts]
 
 
 def by_prompt(evaluation: Evaluation) -> list[list[Rollout]]:

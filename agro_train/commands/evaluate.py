@@ -58,7 +58,7 @@ def evaluate_model(
         config,
         sampler.step,
     )
-    found = estimates(result, config)
+    found = estimates(result, rewards, config)
     _write_evaluation(folder, sampler, result, found)
     return folder, found, sampler.left_out_held
 

@@ -1,40 +1,46 @@
-"""Rewards: functions from completions to numbers, built in or the user's own, and their sum.
+"""The configured rewards: found by name, checked against the data, and summed.
 
-A reward function has TRL's signature: keyword arguments `prompts`, `completions`, `completion_ids`
-and every column of the dataset, each a list with one entry per completion; it returns a list of
-numbers, None where it has no opinion. The reward is the weighted sum of the opinions; a completion
-without any is dropped from its group, and counted.
-
-No reward function can cost a run a step. The user's own are called by name in a process of their
-own, one a function and rank, which keeps whatever they keep between calls. One that raises, ends
-its process or returns something else is called again prompt by prompt, and so is one that takes too
-long, wherever it waits: its process is killed, and another started. The prompts for which it fails
-again get no reward, are counted (`rewards/error_rate`, `rewards/timeout_rate`) and named in a
-warning.
+The reward of a completion is the weighted sum of what the functions say of it. Where all of them
+say None, or one of them fails, it has no reward: it is dropped from its group, and counted.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from agro_train.config import TrainConfig
 from agro_train.refusal import Refusal
-from agro_train.rewards.math_verify import check, gold_text, parseable
-from agro_train.rewards.number import number_reward
-from agro_train.rewards.own import Outcome, OwnFunction, arguments
+from agro_train.rewards.math_verify import MathReward
+from agro_train.rewards.number import NumberReward
+from agro_train.rewards.own import OwnFunction
+from agro_train.rewards.reward import Outcome, Reward
 from agro_train.types import Prompt, Rollout
+
+# By the name that `reward=` takes. A new built-in reward is a file in this folder and a word here.
+BUILT_IN: dict[str, type[Reward]] = {kind.name: kind for kind in (NumberReward, MathReward)}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One function of the sum, by the name its metrics go by."""
+    """One reward of the sum, by the name its metrics go by."""
 
     name: str
     weight: float
-    outcomes: Callable[[Sequence[Rollout]], list[Outcome]]
+    reward: Reward
 
 
 Rewards = tuple[Part, ...]
+
+
+def reward_class(spec: str) -> type[Reward]:
+    """What `reward=spec` means. Raises Refusal where that is neither a built-in reward's name nor
+    of the form module:function."""
+    if spec in BUILT_IN:
+        return BUILT_IN[spec]
+    module, _, function = spec.partition(":")
+    if not (module and function):
+        known = ", ".join(BUILT_IN)
+        raise Refusal(f"reward: expected {known} or module:function, got {spec!r}")
+    return OwnFunction
 
 
 def load_rewards(config: TrainConfig) -> Rewards:
@@ -44,56 +50,40 @@ def load_rewards(config: TrainConfig) -> Rewards:
         names = config.reward
     weights = config.reward_weights or [1.0] * len(config.reward)
     return tuple(
-        Part(name, weight, _outcomes(spec, config))
+        Part(name, weight, reward_class(spec).start(spec, config))
         for name, weight, spec in zip(names, weights, config.reward, strict=True)
     )
 
 
-def _outcomes(spec: str, config: TrainConfig) -> Callable[[Sequence[Rollout]], list[Outcome]]:
-    if spec == "math":
-        return lambda rollouts: math_outcomes(rollouts, config.math_timeout_s)
-    if spec == "number":
-        return lambda rollouts: [Outcome(r) for r in number_reward(**arguments(rollouts))]
-    return OwnFunction.start(spec, config.reward_timeout_s)
-
-
-def math_outcomes(rollouts: Sequence[Rollout], timeout_s: float) -> list[Outcome]:
-    """A completion whose check was lost has reward 0 all the same: nobody could read it."""
-    golds = [gold_text(rollout.columns) or "" for rollout in rollouts]
-    return [
-        Outcome(found.reward, found.failure)
-        for found in check(golds, [rollout.completion for rollout in rollouts], timeout_s)
-    ]
-
-
 def check_columns(spec: str, prompts: Sequence[Prompt]) -> None:
     """Raises Refusal where a prompt lacks what a built-in reward compares with."""
-    needs = {"number": ("answer",), "math": ("solution", "answer")}.get(spec, ())
-    for prompt in prompts if needs else ():
-        values = (prompt.columns.get(name) for name in needs)
-        gold = next((value for value in values if value is not None), None)
-        if not isinstance(gold, str) or (spec == "number" and not re.fullmatch(r"-?\d+", gold)):
-            kind = "an integer as text" if spec == "number" else "text"
+    gold = reward_class(spec).gold
+    if gold is None:
+        return
+    for prompt in prompts:
+        value = gold.find(prompt.columns)
+        if not gold.accepts(value):
             raise Refusal(
-                f"reward: expected {kind} in column {' or '.join(needs)} for reward={spec}, got "
-                f"{gold!r} for the prompt {prompt.text[:40]!r}"
+                f"reward: expected {gold.kind} in column {' or '.join(gold.columns)} for "
+                f"reward={spec}, got {value!r} for the prompt {prompt.text[:40]!r}"
             )
 
 
 def with_readable_gold(prompts: Sequence[Prompt], config: TrainConfig) -> list[Prompt]:
-    """The prompts whose gold answer math-verify can parse; all of them without reward=math."""
-    if "math" not in config.reward:
-        return list(prompts)
-    golds = [gold_text(prompt.columns) or "" for prompt in prompts]
-    good = parseable(golds, config.math_timeout_s)
-    return [prompt for prompt, keep in zip(prompts, good, strict=True) if keep]
+    """The prompts whose gold answers the configured rewards can read, for example those that
+    math-verify can parse."""
+    kept = list(prompts)
+    for spec in config.reward:
+        readable = reward_class(spec).readable(kept, config)
+        kept = [prompt for prompt, keep in zip(kept, readable, strict=True) if keep]
+    return kept
 
 
 def score(rollouts: Sequence[Rollout], rewards: Rewards) -> list[Rollout]:
     """The same rollouts with their rewards."""
     if not rollouts:
         return []
-    by_part = [part.outcomes(rollouts) for part in rewards]
+    by_part = [part.reward.outcomes(rollouts) for part in rewards]
     return [
         replace(
             rollout,
@@ -106,7 +96,8 @@ def score(rollouts: Sequence[Rollout], rewards: Rewards) -> list[Rollout]:
 
 
 def _weighted_sum(rewards: Rewards, outcomes: Sequence[Outcome]) -> float | None:
-    """None where no function has an opinion, or one of them failed to form it."""
+    """None where no function has an opinion, or one of them failed: a sum without it would be
+    another reward."""
     if any(outcome.failure and outcome.value is None for outcome in outcomes):
         return None
     opinions = [
@@ -122,8 +113,8 @@ class BrokenReward(Refusal):
 
 
 def refuse_broken(rollouts: Sequence[Rollout]) -> None:
-    """Raises BrokenReward if no completion at all could be scored: at a run's start, a function
-    that always fails is a mistake to mend, and nothing is lost by stopping."""
+    """Raises BrokenReward if no completion at all could be scored. Meant for a run's first step,
+    where stopping loses nothing."""
     if rollouts and all(r.failure is not None and r.reward is None for r in rollouts):
         raise BrokenReward(
             f"reward: expected rewards for the first step, got a failure ({rollouts[0].failure}) "

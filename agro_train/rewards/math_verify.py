@@ -1,65 +1,86 @@
-"""The reward `math`: math-verify, in processes that are killed when an answer takes too long."""
+"""`reward=math`: math-verify, in processes that are killed when an answer takes too long."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from agro_train.rewards.workers import Lost, Workers
-from agro_train.types import Failure
+from agro_train.config import TrainConfig
+from agro_train.rewards import math_worker
+from agro_train.rewards.reward import Gold, Outcome, Reward
+from agro_train.rewards.workers import NoResult, Workers
+from agro_train.types import Prompt, Rollout
 
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
-_pools: dict[float, Workers] = {}
 
 
 @dataclass(frozen=True)
-class Check:
-    """What came of comparing one completion with its gold answer."""
+class MathReward(Reward):
+    """1.0 where the completion's final answer equals the gold one by value, else 0.0.
 
-    reward: float | None  # 1.0 or 0.0; None: the gold answer could not be parsed
-    answer: str | None = None  # the completion's answer in one spelling; None: none was found
-    failure: Failure | None = None  # the check was killed or ended itself; the reward is 0.0
-
-
-def gold_text(columns: Mapping[str, Any]) -> str | None:
-    """The gold answer: column `solution` (MATH: in \\boxed{}) or `answer` (GSM8K: after ####)."""
-    for name in ("solution", "answer"):
-        if (value := columns.get(name)) is not None:
-            return str(value).split("####")[-1].strip()
-    return None
-
-
-def check(golds: Sequence[str], completions: Sequence[str], timeout_s: float) -> list[Check]:
-    """Compares each completion's final answer with the gold one, by value, in at most `timeout_s`
-    seconds for each.
+    A check that takes longer than `math_timeout_s`, or ends its process, gives 0.0 too, and is
+    counted as a failure. A gold answer that math-verify cannot parse gives None.
     """
-    jobs = [{"gold": g, "completion": c} for g, c in zip(golds, completions, strict=True)]
-    return [
-        Check(reward=0.0, failure=found.value)
-        if isinstance(found, Lost)
-        else Check(float(found["equal"]) if found["gold"] else None, found["answer"])
-        for found in _pool(timeout_s).map(jobs)
-    ]
+
+    name = "math"
+    gold = Gold(("solution", "answer"))
+
+    workers: Workers  # of the module math_worker
+
+    @classmethod
+    def start(cls, spec: str, config: TrainConfig) -> "MathReward":
+        return cls(shared_pool(config.math_timeout_s))
+
+    @classmethod
+    def readable(cls, prompts: Sequence[Prompt], config: TrainConfig) -> list[bool]:
+        golds = [gold_text(prompt.columns) for prompt in prompts]
+        return parseable(golds, shared_pool(config.math_timeout_s))
+
+    def outcomes(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
+        return [
+            Outcome(0.0, found.value)
+            if isinstance(found, NoResult)
+            else Outcome(float(found["equal"]) if found["gold"] else None)
+            for found in self._checked(rollouts)
+        ]
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[Hashable | None]:
+        """The final answers in one spelling, so that 0.5 and \\frac{1}{2} are one vote."""
+        return [
+            None if isinstance(found, NoResult) else found["answer"]
+            for found in self._checked(rollouts)
+        ]
+
+    def _checked(self, rollouts: Sequence[Rollout]) -> list[Any | NoResult]:
+        jobs = [{"gold": gold_text(r.columns), "completion": r.completion} for r in rollouts]
+        return self.workers.map(jobs)
 
 
-def parseable(golds: Sequence[str], timeout_s: float) -> list[bool]:
+def gold_text(columns: Mapping[str, Any]) -> str:
+    """The gold answer: column `solution` (MATH: in \\boxed{}) or `answer` (GSM8K: after ####).
+    Empty where there is none."""
+    value = MathReward.gold.find(columns)
+    return "" if value is None else str(value).split("####")[-1].strip()
+
+
+def parseable(golds: Sequence[str], workers: Workers) -> list[bool]:
     """Which gold answers math-verify can parse, in the time that a check has."""
     distinct = list(dict.fromkeys(golds))
-    found = _pool(timeout_s).map([{"gold": gold} for gold in distinct])
+    found = workers.map([{"gold": gold} for gold in distinct])
     good = {
-        gold: not isinstance(one, Lost) and one["gold"]
+        gold: not isinstance(one, NoResult) and one["gold"]
         for gold, one in zip(distinct, found, strict=True)
     }
     return [good[gold] for gold in golds]
 
 
-def _pool(timeout_s: float) -> Workers:
+@cache
+def shared_pool(timeout_s: float) -> Workers:
     """One pool a process and time limit: workers take seconds to start."""
-    if timeout_s not in _pools:
-        _pools[timeout_s] = Workers(
-            "agro_train.rewards.math_worker",
-            size=WORKERS,
-            timeout_s=timeout_s,
-            advice="install what it needs: pip install math-verify",
-        )
-    return _pools[timeout_s]
+    return Workers(
+        math_worker.__name__,
+        size=WORKERS,
+        timeout_s=timeout_s,
+        advice="install what it needs: pip install math-verify",
+    )

@@ -1,40 +1,28 @@
-"""The program of one math worker: jobs in, results out, a line of JSON each.
+"""The program of one math worker, `python -m THIS_MODULE TIMEOUT_S`.
 
 It runs in a process of its own because the checks cannot be stopped otherwise: sympy spends minutes
 in a single call on an answer like 9^{9^{9^9}}, where neither an exception nor math-verify's own
 alarm reaches it. A job is `{"gold": text}` or `{"gold": text, "completion": text}`.
 """
 
-import json
 import logging
-import os
 import resource
-import signal
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
+
+from agro_train.rewards.worker_main import serve
 
 MEMORY = 4 << 30  # bytes of address space: a huge integer ends in MemoryError, not in swapping
 
 
-def main(timeout_s: float) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's, whose end ends this one
-    # Whatever the libraries print must not get between the lines of results.
-    results = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def start() -> Callable[[dict[str, str]], dict[str, Any]]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)  # math-verify warns that its own timeouts are off
-    # Before the clock of the first job runs: imports, and what the first parse builds.
+    # The imports, and what the first parse builds, must not count towards the first job's time.
     work({"gold": "1", "completion": r"$\boxed{1}$"})
-    results.write("ready\n")
-    results.flush()
-    for line in sys.stdin:
-        # The parent kills a worker that takes too long; without a parent this alarm does.
-        signal.setitimer(signal.ITIMER_REAL, timeout_s + 1)
-        answer = work(json.loads(line))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        results.write(json.dumps(answer) + "\n")
-        results.flush()
+    return work
 
 
 def work(job: dict[str, str]) -> dict[str, Any]:
@@ -80,4 +68,4 @@ def parsed_gold(text: str) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    serve(start, timeout_s=float(sys.argv[1]))

@@ -1,8 +1,26 @@
 """`reward=number`: the last integer of a completion against the gold answer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
+
+from agro_train.rewards.reward import Gold, Outcome, Reward
+from agro_train.types import Rollout
+
+
+class NumberReward(Reward):
+    """1.0 where the last integer of the completion is the one in column `answer`, else 0.0."""
+
+    name = "number"
+    gold = Gold(("answer",), kind="an integer as text", pattern=r"-?\d+")
+
+    def outcomes(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
+        completions = [rollout.completion for rollout in rollouts]
+        golds = [rollout.columns["answer"] for rollout in rollouts]
+        return [Outcome(value) for value in number_reward(completions, golds)]
+
+    def answers(self, rollouts: Sequence[Rollout]) -> list[Hashable | None]:
+        return [last_integer(rollout.completion) for rollout in rollouts]
 
 
 def number_reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:

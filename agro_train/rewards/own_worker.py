@@ -1,59 +1,35 @@
-"""The program of one reward worker: calls of one function in, its values out, a line each.
+"""The program of one worker for a function of the user's,
+`python -m THIS_MODULE TIMEOUT_S MODULE:FUNCTION`.
 
-    python -m agro_train.rewards.own_worker TIMEOUT_S MODULE:FUNCTION
-
-A function of the user's runs in a process of its own because nothing else ends every call: one that
-waits in native code sees no signal handler and no exception. It is imported here and nowhere else.
-Nothing of the trainer is, so that a worker starts in a moment.
+The function runs in a process of its own because nothing else ends every call: one that waits in
+native code sees no signal handler and no exception. It is imported here and nowhere else. Nothing
+of the trainer that is slow to import is, so that a worker starts in a moment.
 """
 
 import base64
 import importlib
-import json
-import os
 import pickle
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from agro_train.refusal import Refusal
+from agro_train.rewards.worker_main import serve
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
-def main(timeout_s: float, spec: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's, whose end ends this one
-    # What the function prints must not get between the results, nor what it reads out of the jobs.
-    jobs = os.fdopen(os.dup(0))
-    results = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    try:
-        function = load_function(spec)
-    except Refusal as error:
-        results.write(" ".join(str(error).split()) + "\n")
-        return
-    results.write("ready\n")
-    results.flush()
-    for line in jobs:
-        # The parent kills a worker that takes too long; without a parent this alarm does.
-        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 10)
-        answer = work(function, json.loads(line))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        results.write(json.dumps(answer) + "\n")
-        results.flush()
+def start(spec: str) -> Callable[[str], dict[str, Any]]:
+    return partial(work, load_function(spec))
 
 
 def load_function(spec: str) -> RewardFunction:
     """The function of `module:function`. Raises Refusal, one sentence, where there is none."""
     module_name, _, function_name = spec.partition(":")
-    if not (module_name and function_name):
-        raise Refusal(f"reward: expected number, math or module:function, got {spec!r}")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -104,4 +80,4 @@ def call(function: RewardFunction, arguments: Mapping[str, Sequence[Any]]) -> li
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), sys.argv[2])
+    serve(partial(start, sys.argv[2]), timeout_s=float(sys.argv[1]))

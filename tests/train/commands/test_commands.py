@@ -17,6 +17,7 @@ from agro_train.commands.score import _chunks
 from agro_train.config import TrainConfig
 from agro_train.data.rows import read_jsonl
 from agro_train.evaluate import Evaluation, estimates, summarise
+from agro_train.rewards.functions import load_rewards
 from agro_train.rewards.number import number_reward
 from agro_train.types import Rollout
 
@@ -216,7 +217,8 @@ def test_estimates_of_two_prompts() -> None:
     sampled = [scored("a", text, float(text == "3")) for text in ("3", "3", "4", "no")]
     sampled += [scored("b", text, float(text == "7")) for text in ("8", "8", "7", "9")]
     result = Evaluation([scored("a", "3", 1.0), scored("b", "8", None)], sampled)
-    found = estimates(result, TrainConfig(reward=["number"], eval_generations=4))
+    config = TrainConfig(reward=["number"], eval_generations=4)
+    found = estimates(result, load_rewards(config), config)
     assert found["greedy"].value == 0.5
     assert found["pass@1"].value == (0.5 + 0.25) / 2
     assert found["pass@2"].value == pytest.approx(((1 - 1 / 6) + (1 - 3 / 6)) / 2)
