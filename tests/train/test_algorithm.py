@@ -29,6 +29,8 @@ def made_up_scores() -> Scores:
         rewards=torch.tensor([1.0, 0.5, NAN, 0.0, 1.0, 1.0], dtype=torch.float64),
         logprobs=torch.tensor([-3.0, -2.0, -5.5, -4.0, -1.0, -2.0], dtype=torch.float64),
         ref_logprobs=torch.tensor([-4.0, -2.0, -5.0, -4.5, -4.0, -3.0], dtype=torch.float64),
+        sampling_logprobs=torch.full((6,), NAN, dtype=torch.float64),
+        lengths=torch.full((6,), 2),
         groups=torch.tensor([7, 7, 7, 3, 3, 5]),
         on_policy=torch.ones(6, dtype=torch.bool),
         entropy=torch.tensor(15.0, dtype=torch.float64),

@@ -1,7 +1,9 @@
 """The update: which algorithm it is, what it measures, and that bad numbers do no harm."""
 
+import math
 from collections import Counter
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -34,6 +36,52 @@ def test_likelihood_ratio_term_is_for_on_policy_rollouts_only() -> None:
     assert_equal(gradient(ragged_rollouts(), config, on_policy=False)[0], plain)
     on_policy, _ = gradient(ragged_rollouts(), config, on_policy=True)
     assert any((on_policy[n] - plain[n]).abs().max() > 1e-6 for n in plain)
+
+
+def test_taper_is_for_off_policy_rollouts_only() -> None:
+    """Whatever the sampler's log-probabilities are: what the policy sampled just now is its own."""
+    known = [replace(r, sampling_logprob=-0.5) for r in ragged_rollouts()]
+    plain, _ = gradient(ragged_rollouts(), replace(CONFIG, off_policy_taper=0.0))
+    for taper in (0.5, 1.0, math.inf):
+        config = replace(CONFIG, off_policy_taper=taper)
+        fresh, metrics = gradient(known, config, on_policy=True)
+        assert all(torch.equal(fresh[name], plain[name]) for name in plain)
+        assert metrics["agro/taper_weight"] == 1.0
+        stale, metrics = gradient(known, config, on_policy=False)
+        assert any((stale[name] - plain[name]).abs().max() > 1e-6 for name in plain)
+        assert metrics["agro/taper_weight"] < 1.0
+
+
+@pytest.mark.parametrize("per", ["completion", "token"])
+@pytest.mark.parametrize("against", ["sampler", "reference"])
+def test_taper_is_the_ratio_to_the_sampler_or_whoever_stands_in(per: str, against: str) -> None:
+    """Coefficients by hand, of two completions that say who sampled them and others that do not."""
+    rollouts = ragged_rollouts()
+    rollouts[1] = replace(rollouts[1], sampling_logprob=-1.0)
+    rollouts[6] = replace(rollouts[6], sampling_logprob=-3.0)
+    policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
+    config = replace(
+        CONFIG,
+        off_policy_taper=0.7,
+        off_policy_taper_per=per,
+        off_policy_taper_against=against,
+    )
+    numbers = [int(r.group[1:]) for r in rollouts]
+    batch = build_batch(rollouts, numbers, [False] * 9, token_budget=30, share_prompts=True)
+    scores, _ = score_batch(policy, reference, batch, batch.micro, config, torch.device("cpu"))
+    ours, stats = coefficients(scores, config)
+    plain, _ = coefficients(scores, replace(config, off_policy_taper=0.0))
+    lowered = []
+    for row, rollout in enumerate(rollouts):
+        known = rollout.sampling_logprob if against == "sampler" else None
+        sampler = scores.ref_logprobs[row] if known is None else known
+        length = len(rollout.completion_ids) if per == "token" else 1
+        weight = min(1.0, math.exp(0.7 / length * float(scores.logprobs[row] - sampler)))
+        pushed_down = float(plain[row]) > 0
+        expected = float(plain[row]) * (weight if pushed_down else 1.0)
+        assert float(ours[row]) == pytest.approx(expected, rel=1e-12)
+        lowered += [weight] if pushed_down else []
+    assert 0 < min(lowered) < 1 and float(stats.taper_weight) == pytest.approx(fmean(lowered))
 
 
 def test_policy_gradient_on_the_full_regularised_reward_is_agro_at_the_same_scale() -> None:
@@ -107,6 +155,8 @@ def test_metrics_are_those_computed_by_hand() -> None:
         rewards=torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0], dtype=torch.float64),
         logprobs=torch.tensor([-3.5, -2.0, -5.5, -4.0, -1.0], dtype=torch.float64),
         ref_logprobs=torch.tensor([-4.0, -2.0, -5.0, -4.0, -4.0], dtype=torch.float64),
+        sampling_logprobs=torch.full((5,), math.nan, dtype=torch.float64),
+        lengths=torch.full((5,), 2),
         groups=torch.tensor([7, 3, 7, 3, 3]),
         on_policy=torch.ones(5, dtype=torch.bool),
         entropy=torch.tensor(15.0, dtype=torch.float64),
@@ -126,6 +176,8 @@ def test_metrics_are_those_computed_by_hand() -> None:
         "agro/kl_to_optimum": variance / 2 / 0.5**2,
         "agro/lr_dominance": (5 / 3) / (2 * 0.5),
         "agro/logratio_abs_max": 3.0,
+        "agro/taper_weight": 1.0,
+        "agro/sampler_log_ratio": 0.0,
         # |d| / (n - 1), and n d^2 / (2 (n - 1)^2) / beta, summed over a group
         "agro/coef_pathwise_abs": (1 / 2 + 20 / 6 / 2) / 2,
         "agro/coef_lr_abs": (2 * 2 / 2 / 16 / 0.5 + 3 / 8 * 150 / 36 / 0.5) / 2,

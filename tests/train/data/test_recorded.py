@@ -10,6 +10,7 @@ from pyarrow import Table, parquet
 
 from agro_train.data.recorded import Recorded, load_recorded, read_rollouts, rollout_to_json
 from agro_train.policy import tiny
+from agro_train.refusal import Refusal
 from tests.train.models import ragged_rollouts
 
 TOKENIZER = tiny.build_tokenizer()
@@ -136,6 +137,39 @@ def test_reference_logprob_is_read_and_not_logged(tmp_path: Path) -> None:
     ((first, second),) = load([write(tmp_path / "r.jsonl", *rows)]).groups
     assert first.ref_logprob == -2.5 and second.ref_logprob is None
     assert "ref_logprob" not in rollout_to_json(first)
+
+
+def test_samplers_logprob_is_logged_and_read(tmp_path: Path) -> None:
+    """What the engine told token by token is logged as its sum, and rounding above 0 as 0."""
+    told = replace(ragged_rollouts()[0], sampling_logprobs=(-0.5, -0.25))
+    known = replace(told, sampling_logprob=-1.5)
+    certain = replace(told, sampling_logprobs=(1e-7,))
+    unknown = replace(told, sampling_logprobs=None)
+    broken = replace(told, sampling_logprobs=(float("nan"), -1.0))
+    lines = [rollout_to_json(r) for r in (told, known, certain, unknown, broken)]
+    found = [-0.75, -1.5, 0.0, None, None]
+    assert [json.loads(line)["sampling_logprob"] for line in lines] == found
+    assert all("sampling_logprobs" not in json.loads(line) for line in lines)
+    recorded = load([write(tmp_path / "r.jsonl", *(line + "\n" for line in lines))])
+    assert [r.sampling_logprob for r in recorded.groups[0]] == found
+    assert recorded.num_without_sampler == 2
+    assert [r.sampling_logprob for r in read_rollouts(tmp_path / "r.jsonl")] == found
+
+
+def test_log_from_before_it_was_logged_still_loads(tmp_path: Path) -> None:
+    rows = [json.loads(rollout_to_json(r)) for r in ragged_rollouts()]
+    for row in rows:
+        del row["sampling_logprob"]
+    path = write(tmp_path / "r.jsonl", *rows)
+    assert read_rollouts(Path(path)) == ragged_rollouts()
+    assert load([path]).num_without_sampler == 9
+
+
+@pytest.mark.parametrize("value", ["-2", 0.5, True, [], float("nan"), float("-inf")])
+def test_samplers_logprob_that_is_none_is_refused(value: object, tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", GOOD, {**GOOD, "sampling_logprob": value})
+    with pytest.raises(Refusal, match="recorded: expected .* as sampling_logprob in .*line 2, got"):
+        load([path])
 
 
 def test_completion_beyond_the_context_is_refused(tmp_path: Path) -> None:
