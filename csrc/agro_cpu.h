@@ -45,8 +45,8 @@ extern "C" {
 
 /* Values that functions return. */
 #define AGRO_OK 0
-#define AGRO_BAD_ARGUMENT 1  /* a size below 0, an unknown dtype, a required pointer that is NULL */
-#define AGRO_OUT_OF_MEMORY 2 /* the buffers of the call could not be allocated; outputs undefined */
+#define AGRO_BAD_ARGUMENT 1  /* a size below 0, an unknown dtype, a required pointer is NULL */
+#define AGRO_OUT_OF_MEMORY 2 /* the call's buffers could not be allocated; outputs undefined */
 #define AGRO_UNKNOWN_ISA 3   /* agro_set_isa: not built in, or not of this CPU */
 
 /* The inputs that every op shares. */

@@ -98,8 +98,8 @@ struct Upstream {
 };
 
 inline Upstream upstream_of(const Backward& job, int64_t token) {
-  return {job.inverse_temperature + token, job.lse + token,    job.entropy + token,
-          job.at_target + token,           job.of_p + token,   job.of_lse + token,
+  return {job.inverse_temperature + token, job.lse + token,  job.entropy + token,
+          job.at_target + token,           job.of_p + token, job.of_lse + token,
           job.of_entropy + token};
 }
 

@@ -5,7 +5,8 @@
 #include "gemm.h"
 #include "pack.h"
 #include "epilogue.h"
-#include "blocks.h"
+#include "products.h"
+#include "block.h"
 
 namespace agro {
 const Kernels neon_kernels = kernels_named("neon");

@@ -1,5 +1,5 @@
-// What the driver (head.cpp) and the instruction-set units (isa_*.cpp) agree on: plain data and a
-// table of functions. No templates and no inline functions: the linker would keep one copy of
+// What the ops (linear_logprobs.cpp) and the instruction sets (isa_*.cpp) agree on: plain data and
+// a table of functions. No templates and no inline functions: the linker would keep one copy of
 // each, perhaps the one that was compiled for a newer CPU.
 #ifndef AGRO_KERNELS_H
 #define AGRO_KERNELS_H
@@ -71,18 +71,23 @@ struct Scratch {
   float* dbias_lanes;     // [kBlock][lanes]
 };
 
-// One instruction set. Arrays are indexed by agro_head.dtype.
+// The functions for one dtype of hidden and weight.
+struct DtypeKernels {
+  int64_t unit;  // numbers in a unit: 1, or 2 for bf16 pairs
+  void (*pack_hidden)(const Problem&, int64_t panel_begin, int64_t panel_end);
+  void (*forward_span)(const Forward&, const Scratch&, int64_t span);
+  void (*backward_block)(const Backward&, const Scratch&, int64_t block, int64_t next_block,
+                         float* dhidden_panels, bool first);
+  void (*dhidden_result)(const Backward&, int64_t panel_begin, int64_t panel_end);
+};
+
+// One instruction set.
 struct Kernels {
   const char* isa;
-  int64_t lanes;      // tokens of a panel; columns of a dweight tile
-  int64_t tile_rows;  // rows of a tile
-  int64_t unit[3];    // numbers in a unit: 1, or 2 for bf16 pairs
-  void (*pack_hidden[3])(const Problem&, int64_t panel_begin, int64_t panel_end);
-  void (*forward_span[3])(const Forward&, const Scratch&, int64_t span);
+  int64_t lanes;             // tokens of a panel; columns of a dweight tile
+  int64_t tile_rows;         // rows of a tile
+  DtypeKernels of_dtype[3];  // at agro_head.dtype
   void (*forward_result)(const Forward&, int64_t panel_begin, int64_t panel_end);
-  void (*backward_block[3])(const Backward&, const Scratch&, int64_t block, int64_t next_block,
-                            float* dhidden_panels, bool first);
-  void (*dhidden_result[3])(const Backward&, int64_t panel_begin, int64_t panel_end);
   void (*exp)(const float* x, float* y, int64_t n);
   void (*tanh)(const float* x, float* y, int64_t n);
 };

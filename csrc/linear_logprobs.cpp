@@ -1,4 +1,4 @@
-// Which rows count, which thread does what, and in which memory. The numbers are made in blocks.h.
+// Which rows count, which thread does what, and in which memory. The numbers are made in block.h.
 #include "linear_logprobs.h"
 
 #include <algorithm>
@@ -16,6 +16,10 @@ namespace {
 constexpr float kNotFound = std::numeric_limits<float>::quiet_NaN();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t unit_of(const Kernels& kernels, const agro_head& head) {
+  return kernels.of_dtype[head.dtype].unit;
+}
 
 int64_t element_bytes(const agro_head& head) { return head.dtype == AGRO_FLOAT32 ? 4 : 2; }
 
@@ -55,15 +59,15 @@ struct Packed {
         padded(panels * kernels.lanes),
         targets(padded, -1),
         inverse_temperature(padded, 1.0f),
-        hidden_panels(padded * std::max<int64_t>(1, ceil_div(head.d, kernels.unit[head.dtype]))),
-        hidden_columns(with_columns ? padded / kernels.unit[head.dtype] *
+        hidden_panels(padded * std::max<int64_t>(1, ceil_div(head.d, unit_of(kernels, head)))),
+        hidden_columns(with_columns ? padded / unit_of(kernels, head) *
                                           ceil_div(head.d, kernels.lanes) * kernels.lanes
                                     : 0) {
     for (int64_t token = 0; token < tokens; ++token) {
       targets[token] = head.targets[rows[token]];
-      inverse_temperature[token] = 1.0f / (head.token_temperature == nullptr
-                                               ? head.temperature
-                                               : head.token_temperature[rows[token]]);
+      inverse_temperature[token] =
+          1.0f / (head.token_temperature == nullptr ? head.temperature
+                                                    : head.token_temperature[rows[token]]);
     }
   }
 
@@ -85,6 +89,42 @@ struct Packed {
   Buffer hidden_panels, hidden_columns;
 };
 
+// The coefficients of each row's dz, as Backward lists them; zeros in the padding.
+struct Coefficients {
+  Coefficients(const Packed& packed, const std::vector<int64_t>& rows, const float* dlogprobs,
+               const float* dlse, const float* dentropy, const float* lse_of_rows,
+               const float* entropy_of_rows)
+      : lse(packed.padded),
+        entropy(packed.padded),
+        at_target(packed.padded),
+        of_p(packed.padded),
+        of_lse(packed.padded),
+        of_entropy(packed.padded) {
+    for (size_t token = 0; token < rows.size(); ++token) {
+      const int64_t row = rows[token];
+      const float scale = packed.inverse_temperature[token];
+      lse[token] = lse_of_rows[row];
+      at_target[token] = dlogprobs == nullptr ? 0.0f : dlogprobs[row] * scale;
+      of_lse[token] = dlse == nullptr ? 0.0f : dlse[row] * scale;
+      of_p[token] = of_lse[token] - at_target[token];
+      if (dentropy == nullptr) continue;
+      entropy[token] = entropy_of_rows[row];
+      of_entropy[token] = dentropy[row] * scale;
+    }
+  }
+
+  void describe(Backward& job) const {
+    job.lse = lse.data();
+    job.entropy = entropy.data();
+    job.at_target = at_target.data();
+    job.of_p = of_p.data();
+    job.of_lse = of_lse.data();
+    job.of_entropy = of_entropy.data();
+  }
+
+  std::vector<float> lse, entropy, at_target, of_p, of_lse, of_entropy;
+};
+
 // Which gradients are wanted.
 struct Wanted {
   bool dhidden, dweight, dbias;
@@ -93,7 +133,7 @@ struct Wanted {
 // What one thread works in, in one piece: huge pages are for large buffers only.
 struct Workspace {
   Workspace(const Kernels& kernels, const agro_head& head, const Problem& problem, Wanted wanted) {
-    const int64_t unit = kernels.unit[head.dtype], lanes = kernels.lanes;
+    const int64_t unit = unit_of(kernels, head), lanes = kernels.lanes;
     const int64_t chunk = std::min(problem.panels, kChunk / lanes) * kBlock * lanes;
     const bool rounded = unit > 1 && (wanted.dhidden || wanted.dweight);
     const bool one_chunk = problem.panels <= kChunk / lanes;
@@ -111,8 +151,7 @@ struct Workspace {
     const int64_t bias = place(true, kBlock);
     const int64_t logits = place(true, chunk);
     const int64_t gradient_rows = place(rounded, chunk / unit);
-    const int64_t dweight_tiles =
-        place(wanted.dweight, ceil_div(columns, lanes) * lanes * kBlock);
+    const int64_t dweight_tiles = place(wanted.dweight, ceil_div(columns, lanes) * lanes * kBlock);
     const int64_t dbias_lanes = place(wanted.dbias, kBlock * lanes);
     memory = Buffer(size);
     float* const base = memory.floats();
@@ -132,7 +171,7 @@ struct Workspace {
 void pack(const Kernels& kernels, const Problem& problem, int32_t threads) {
   run_team(threads, [&](int32_t thread, int32_t team) {
     const Share share = share_of(problem.panels, thread, team);
-    kernels.pack_hidden[problem.head->dtype](problem, share.begin, share.end);
+    kernels.of_dtype[problem.head->dtype].pack_hidden(problem, share.begin, share.end);
   });
 }
 
@@ -161,7 +200,7 @@ void forward_chunk(const Kernels& kernels, const agro_head& head, const int64_t*
   run_team(threads, [&](int32_t thread, int32_t) {
     const Scratch& scratch = workspaces[thread].scratch;
     for (int64_t span; (span = __atomic_fetch_add(&next_span, 1, __ATOMIC_RELAXED)) < spans;) {
-      kernels.forward_span[head.dtype](job, scratch, span);
+      kernels.of_dtype[head.dtype].forward_span(job, scratch, span);
     }
   });
   run_team(threads, [&](int32_t thread, int32_t team) {
@@ -199,37 +238,17 @@ void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const f
     if (dbias != nullptr) std::memset(dbias, 0, head.v * element_bytes(head));
     return;
   }
-  const Wanted wanted = {
-      dhidden != nullptr && head.d > 0,
-      (dweight != nullptr || weight_grad != nullptr) && head.d > 0,
-      dbias != nullptr};
+  const Wanted wanted = {dhidden != nullptr && head.d > 0,
+                         (dweight != nullptr || weight_grad != nullptr) && head.d > 0,
+                         dbias != nullptr};
   if (!wanted.dhidden && !wanted.dweight && !wanted.dbias) return;
 
   const Packed packed(kernels, head, rows.data(), tokens, wanted.dweight);
-  std::vector<float> of_rows(6 * packed.padded, 0.0f);
-  float* const upstream = of_rows.data();
-  for (int64_t token = 0; token < tokens; ++token) {
-    const int64_t row = rows[token];
-    const float scale = packed.inverse_temperature[token];
-    const float of_logprob = dlogprobs == nullptr ? 0.0f : dlogprobs[row] * scale;
-    const float of_lse = dlse == nullptr ? 0.0f : dlse[row] * scale;
-    float* const at = upstream + token;
-    at[0] = lse[row];
-    at[packed.padded] = dentropy == nullptr ? 0.0f : entropy[row];
-    at[2 * packed.padded] = of_logprob;
-    at[3 * packed.padded] = of_lse - of_logprob;
-    at[4 * packed.padded] = of_lse;
-    at[5 * packed.padded] = dentropy == nullptr ? 0.0f : dentropy[row] * scale;
-  }
+  const Coefficients coefficients(packed, rows, dlogprobs, dlse, dentropy, lse, entropy);
   Backward job;
   packed.describe(job, head, rows.data(), tokens);
+  coefficients.describe(job);
   job.with_entropy = dentropy != nullptr;
-  job.lse = upstream;
-  job.entropy = upstream + packed.padded;
-  job.at_target = upstream + 2 * packed.padded;
-  job.of_p = upstream + 3 * packed.padded;
-  job.of_lse = upstream + 4 * packed.padded;
-  job.of_entropy = upstream + 5 * packed.padded;
   job.dhidden = dhidden;
   job.dweight = dweight;
   job.dbias = dbias;
@@ -254,15 +273,15 @@ void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const f
   run_team(threads, [&](int32_t thread, int32_t team) {
     const Scratch& scratch = workspaces[thread].scratch;
     for (int64_t block = thread; block < blocks; block += team) {
-      kernels.backward_block[head.dtype](job, scratch, block,
-                                         block + team < blocks ? block + team : -1,
-                                         dhidden_panels[thread], block == thread);
+      kernels.of_dtype[head.dtype].backward_block(job, scratch, block,
+                                                  block + team < blocks ? block + team : -1,
+                                                  dhidden_panels[thread], block == thread);
     }
   });
   if (wanted.dhidden) {
     run_team(threads, [&](int32_t thread, int32_t team) {
       const Share share = share_of(packed.panels, thread, team);
-      kernels.dhidden_result[head.dtype](job, share.begin, share.end);
+      kernels.of_dtype[head.dtype].dhidden_result(job, share.begin, share.end);
     });
   }
 }

@@ -56,9 +56,9 @@ inline __m128i bf16_of(Vec x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const Vec rounded = _mm256_blendv_ps(_mm256_castsi256_ps(sum),
-                                       _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
-                                       _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const Vec rounded =
+      _mm256_blendv_ps(_mm256_castsi256_ps(sum), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
+                       _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(rounded), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }

@@ -37,16 +37,12 @@ inline Vec scale(Vec x, Vec n) {  // in two steps: 2^128 is not a float
 }
 inline Vec if_less(Vec a, Vec b, Vec yes, Vec no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
 inline Vec magnitude(Vec x) { return vabsq_f32(x); }
-inline Vec with_sign_of(Vec x, Vec sign) {
-  return vbslq_f32(vdupq_n_u32(0x80000000u), sign, x);
-}
+inline Vec with_sign_of(Vec x, Vec sign) { return vbslq_f32(vdupq_n_u32(0x80000000u), sign, x); }
 
 inline Vec load_bf16(const uint16_t* p) {
   return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
 }
-inline Vec load_fp16(const uint16_t* p) {
-  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
-}
+inline Vec load_fp16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 inline void store_bf16(uint16_t* p, Vec x) {
   const uint32x4_t bits = vreinterpretq_u32_f32(x);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
