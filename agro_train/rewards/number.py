@@ -9,10 +9,15 @@ from agro_train.types import Rollout
 
 
 class NumberReward(Reward):
-    """1.0 where the last integer of the completion is the one in column `answer`, else 0.0."""
+    """1.0 where the last integer of the completion is that of column `answer`, else 0.0.
+
+    In GSM8K's form, on either side, the number after the last "####" counts: "... #### 1,000".
+    """
 
     name = "number"
-    gold = Gold(("answer",), kind="an integer as text", pattern=r"-?\d+")
+    gold = Gold(
+        ("answer",), kind="an integer as text", pattern=r"-?\d+|(?s:.*)####\s*-?\d[\d,]*\s*"
+    )
 
     def outcomes(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
         completions = [rollout.completion for rollout in rollouts]
@@ -24,15 +29,17 @@ class NumberReward(Reward):
 
 
 def number_reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1.0 where the last integer of the completion is the answer, an integer as text."""
-    rewards = []
-    for completion, expected in zip(completions, answer, strict=True):
-        rewards.append(float(last_integer(completion) == _digits(expected)))
-    return rewards
+    """1.0 where the last integer of the completion is the answer's, an integer as text."""
+    return [
+        float(last_integer(completion) == last_integer(expected))
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
 
 
 def last_integer(text: str) -> str | None:
-    found = re.findall(r"-?\d+", text)
+    _, mark, final = text.rpartition("####")
+    # There a comma separates thousands; elsewhere it may separate anything.
+    found = re.findall(r"-?\d+", re.sub(r"(?<=\d),(?=\d{3})", "", final) if mark else text)
     return _digits(found[-1]) if found else None
 
 

@@ -7,6 +7,7 @@ import torch
 
 from agro_train.config import TrainConfig
 from agro_train.metrics import describe
+from agro_train.refusal import Refusal
 from agro_train.rewards.functions import check_columns, load_rewards, score
 from agro_train.rewards.number import number_reward
 from agro_train.types import Prompt
@@ -18,6 +19,15 @@ FUNCTIONS = "tests.train.reward_functions"
 def test_number_is_the_last_integer() -> None:
     completions = ["56", "7 times 8 is 56.", "56 or 57", "none", "-56"]
     assert number_reward(completions, ["56"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_number_knows_gsm8ks_form_on_either_side() -> None:
+    gold = "Half of 2,000 is 2000/2 = <<2000/2=1000>>1000.\n#### 1,000"
+    completions = ["#### 1000", "so 1000", "1,5 and then\n#### 1,000\n", gold, "#### 1", "####"]
+    assert number_reward(completions, [gold] * 6) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    check_columns("number", [Prompt("g", "q", (1,), {"answer": gold})])
+    with pytest.raises(Refusal, match="in column answer"):
+        check_columns("number", [Prompt("g", "q", (1,), {"answer": "Half of it. #### many"})])
 
 
 def test_completions_vote_for_their_answers() -> None:
