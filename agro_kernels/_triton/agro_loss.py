@@ -9,6 +9,8 @@ No sort and no atomics: a row finds its group by comparing ids with every row, O
 a fixed order, so two runs agree bit for bit. Formulas: `agro_kernels/agro_loss.py`.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ BLOCK_B = 1024
 KEPT = tl.constexpr(1)
 FIRST_OF_GROUP = tl.constexpr(2)
 IN_VALID_GROUP = tl.constexpr(4)
+LOWERED = tl.constexpr(8)  # by the pathwise coefficient, before the taper
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -29,25 +32,37 @@ def sequence_log_ratios_kernel(
     logprobs_ptr,
     ref_logprobs_ptr,
     cu_seqlens_ptr,
+    sampling_logprobs_ptr,
     log_ratios_ptr,
+    sampler_log_ratios_ptr,
     num_tokens,
+    HAS_SAMPLER: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """log_ratio_b = sum over tokens t of sequence b of (logprob_t - ref_logprob_t)."""
+    """log_ratio_b = sum over tokens t of sequence b of (logprob_t - ref_logprob_t).
+
+    sampler_log_ratio_b = sum over the same of logprob_t, less sampling_logprob_b.
+    """
     i_b = tl.program_id(0)
     start = tl.load(cu_seqlens_ptr + i_b).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + i_b + 1).to(tl.int64)
     inside = (start >= 0) & (start <= end) & (end <= num_tokens)
     end = tl.where(inside, end, start)
     total = tl.zeros((BLOCK_T,), tl.float64)
+    total_logprob = tl.zeros((BLOCK_T,), tl.float64)
     for start_t in range(start, end, BLOCK_T):
         offs_t = start_t + tl.arange(0, BLOCK_T).to(tl.int64)
         mask_t = offs_t < end
         logprobs = tl.load(logprobs_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float64)
         ref_logprobs = tl.load(ref_logprobs_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float64)
         total += logprobs - ref_logprobs
+        if HAS_SAMPLER:
+            total_logprob += logprobs
     # Bounds outside the tokens: NaN, so that the row is dropped and counted.
     tl.store(log_ratios_ptr + i_b, tl.where(inside, tl.sum(total, 0), float("nan")))
+    if HAS_SAMPLER:
+        sampling_logprob = tl.load(sampling_logprobs_ptr + i_b).to(tl.float64)
+        tl.store(sampler_log_ratios_ptr + i_b, tl.sum(total_logprob, 0) - sampling_logprob)
 
 
 @triton.jit
@@ -60,10 +75,11 @@ def load_rows(
     beta,
     HAS_WEIGHTS: tl.constexpr,
 ):
-    """(regularised reward, importance weight, kept) of rows, numbers without meaning if not kept.
+    """(regularised reward, importance weight, kept) of the rows at offs.
 
-    Who uses them leaves the others out: a selection here would be one that Triton before 3.8 cannot
-    lay out once the rows stand along either side of a tile.
+    The first two of a row that is not kept may be anything, NaN included: the caller has to select
+    by `kept`. Selecting here would save it that, but Triton before 3.8 cannot compile a selection
+    whose result is used both as rows and as columns of a tile.
     """
     infinity = float("inf")
     rewards = tl.load(rewards_ptr + offs, mask=mask, other=0.0).to(tl.float64)
@@ -84,27 +100,33 @@ def group_statistics_kernel(
     groups_ptr,
     on_policy_ptr,
     weights_ptr,
+    sampler_log_ratios_ptr,
+    row_taper_ptr,
     raw_coefficients_ptr,
     variances_ptr,
     deviations_ptr,
+    tapers_ptr,
     statuses_ptr,
     num_sequences,
     beta: tl.float64,
     lr_weight: tl.float64,
     lr_baseline: tl.float64,
+    taper: tl.float64,
     HAS_LR: tl.constexpr,
     LR_CAP: tl.constexpr,
     AUTO_BASELINE: tl.constexpr,
     HAS_ON_POLICY: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    TAPERED: tl.constexpr,
+    HAS_ROW_TAPER: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     """Rows i against all rows j: first the group's count and mean, then its squared deviations.
 
     Two passes, because the mean square less the squared mean cancels. Writes, for each row, the
-    coefficient before scale / num_groups, |d|, its status, and the group's variance at the group's
-    first row (0 elsewhere), so that a sum over rows is a sum over groups.
+    coefficient before scale / num_groups, |d|, its taper weight, its status, and the group's
+    variance at the group's first row (0 elsewhere), so that a sum over rows is a sum over groups.
     """
     offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask_i = offs_i < num_sequences
@@ -155,6 +177,21 @@ def group_statistics_kernel(
     pairs = weight / (n * (n - 1))
     deviation = tl.where(used, regularized_i - mean, 0.0)
     coefficients = -beta * tl.where(used, weights_i, 0.0) * deviation * pairs
+    status = tl.where(kept_i, KEPT, 0) + tl.where(mask_i & valid, IN_VALID_GROUP, 0)
+    if TAPERED:
+        lowered = coefficients > 0
+        sampler_log_ratio = tl.load(sampler_log_ratios_ptr + offs_i, mask=mask_i, other=0.0)
+        known = tl.abs(sampler_log_ratio) < float("inf")
+        shortfall = tl.where(known & (sampler_log_ratio < 0), sampler_log_ratio, 0.0)
+        exponent = tl.zeros((BLOCK_I,), tl.float64) + taper
+        if HAS_ROW_TAPER:
+            exponent = tl.load(row_taper_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float64)
+        one_sided = exponent == float("inf")  # apart, because inf * 0 is NaN
+        tapers = tl.exp(tl.where(one_sided, 0.0, exponent) * shortfall)
+        tapers = tl.where(lowered & known, tl.where(one_sided, 0.0, tapers), 1.0)
+        coefficients *= tapers
+        status += tl.where(lowered, LOWERED, 0)
+        tl.store(tapers_ptr + offs_i, tapers, mask=mask_i)
     if HAS_LR:
         square = deviation * deviation
         of_others = (squares - n / (n - 1) * square) / tl.where(n > 2, n - 2, 1.0)
@@ -177,8 +214,7 @@ def group_statistics_kernel(
         coefficients += lr_term
 
     first = mask_i & (earlier == 0)
-    status = tl.where(kept_i, KEPT, 0) + tl.where(first, FIRST_OF_GROUP, 0)
-    status += tl.where(mask_i & valid, IN_VALID_GROUP, 0)
+    status += tl.where(first, FIRST_OF_GROUP, 0)
     tl.store(raw_coefficients_ptr + offs_i, tl.where(used, coefficients, 0.0), mask=mask_i)
     tl.store(variances_ptr + offs_i, tl.where(first & valid, pairs * squares, 0.0), mask=mask_i)
     tl.store(deviations_ptr + offs_i, tl.abs(deviation), mask=mask_i)
@@ -189,9 +225,11 @@ def group_statistics_kernel(
 def finalise_kernel(
     rewards_ptr,
     log_ratios_ptr,
+    sampler_log_ratios_ptr,
     raw_coefficients_ptr,
     variances_ptr,
     deviations_ptr,
+    tapers_ptr,
     statuses_ptr,
     num_groups_ptr,
     coefficients_ptr,
@@ -202,6 +240,8 @@ def finalise_kernel(
     beta: tl.float64,
     scale: tl.float64,
     HAS_NUM_GROUPS: tl.constexpr,
+    HAS_SAMPLER: tl.constexpr,
+    TAPERED: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     """One program: sums over rows in a fixed order, then every coefficient by its denominator."""
@@ -250,12 +290,33 @@ def finalise_kernel(
     tl.store(counts_ptr + 1, (groups_found - groups_valid).to(tl.int64))
     tl.store(counts_ptr + 2, (num_sequences - rows_kept).to(tl.int64))
 
+    # In the second loop, when the registers of the sums above are free again.
+    sampler_log_ratio = tl.zeros((BLOCK_B,), tl.float64)
+    taper = tl.zeros((BLOCK_B,), tl.float64)
+    num_known = tl.zeros((BLOCK_B,), tl.int32)
+    num_lowered = tl.zeros((BLOCK_B,), tl.int32)
     factor = scale / denominator
     for start_b in range(0, num_sequences, BLOCK_B):
         offs_b = start_b + tl.arange(0, BLOCK_B)
         mask_b = offs_b < num_sequences
         coefficients = tl.load(raw_coefficients_ptr + offs_b, mask=mask_b, other=0.0) * factor
         tl.store(coefficients_ptr + offs_b, coefficients, mask=mask_b)
+        if HAS_SAMPLER:
+            status = tl.load(statuses_ptr + offs_b, mask=mask_b, other=0)
+            ratios = tl.load(sampler_log_ratios_ptr + offs_b, mask=mask_b, other=0.0)
+            known = ((status & KEPT) != 0) & (tl.abs(ratios) < float("inf"))
+            sampler_log_ratio += tl.where(known, ratios, 0.0)
+            num_known += known.to(tl.int32)
+            if TAPERED:
+                lowered = (status & LOWERED) != 0
+                taper += tl.load(tapers_ptr + offs_b, mask=lowered, other=0.0)
+                num_lowered += lowered.to(tl.int32)
+    rows_known = tl.sum(num_known, 0)
+    rows_lowered = tl.sum(num_lowered, 0)
+    mean_taper = tl.sum(taper, 0) / tl.where(rows_lowered > 0, rows_lowered, 1).to(tl.float64)
+    divisor = tl.where(rows_known > 0, rows_known, 1).to(tl.float64)
+    tl.store(moments_ptr + 5, tl.where(rows_lowered > 0, mean_taper, 1.0))
+    tl.store(moments_ptr + 6, tl.sum(sampler_log_ratio, 0) / divisor)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_steps"])
@@ -305,8 +366,11 @@ def agro_coefficients(
     importance_weights: Tensor | None,
     num_groups: Tensor | None,
     scale: float,
+    sampling_logprobs: Tensor | None,
+    taper: float,
+    row_taper: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients (B,), moments (5,) float64, counts (3,) int64, in the order of `AgroStats`."""
+    """Coefficients (B,), moments (7,) float64, counts (3,) int64; `AgroStats` has both in it."""
     all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
     coefficients, _, moments, counts = _from_log_ratios(
         rewards,
@@ -320,6 +384,9 @@ def agro_coefficients(
         importance_weights,
         num_groups,
         scale,
+        None if sampling_logprobs is None else logprobs.double() - sampling_logprobs.double(),
+        taper,
+        row_taper,
         coefficients_dtype=torch.float64 if all_double else torch.float32,
         loss_dtype=torch.float64,
     )
@@ -340,18 +407,25 @@ def agro_loss_fwd(
     importance_weights: Tensor | None,
     num_groups: Tensor | None,
     scale: float,
+    sampling_logprobs: Tensor | None,
+    taper: float,
+    row_taper: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and the coefficients (B,) float64 that the backward needs."""
     num_sequences = rewards.shape[0]
     log_ratios = torch.empty(num_sequences, dtype=torch.float64, device=rewards.device)
+    sampler_log_ratios = None if sampling_logprobs is None else torch.empty_like(log_ratios)
     if num_sequences > 0:
         with torch.cuda.device_of(rewards):
             sequence_log_ratios_kernel[(num_sequences,)](
                 logprobs_ptr=logprobs.contiguous(),
                 ref_logprobs_ptr=ref_logprobs.contiguous(),
                 cu_seqlens_ptr=cu_seqlens.contiguous(),
+                sampling_logprobs_ptr=_or_unread(sampling_logprobs, log_ratios),
                 log_ratios_ptr=log_ratios,
+                sampler_log_ratios_ptr=_or_unread(sampler_log_ratios, log_ratios),
                 num_tokens=logprobs.shape[0],
+                HAS_SAMPLER=sampling_logprobs is not None,
                 BLOCK_T=BLOCK_T,
             )
     coefficients, loss, _, _ = _from_log_ratios(
@@ -366,6 +440,9 @@ def agro_loss_fwd(
         importance_weights,
         num_groups,
         scale,
+        sampler_log_ratios,
+        taper,
+        row_taper,
         coefficients_dtype=torch.float64,
         loss_dtype=torch.float64 if logprobs.dtype == torch.float64 else torch.float32,
     )
@@ -405,22 +482,28 @@ def _from_log_ratios(
     importance_weights: Tensor | None,
     num_groups: Tensor | None,
     scale: float,
+    sampler_log_ratios: Tensor | None,
+    taper: float,
+    row_taper: Tensor | None,
     *,
     coefficients_dtype: torch.dtype,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coefficients (B,), loss, moments and counts from log_ratios (B,) float64."""
     num_sequences, device = rewards.shape[0], rewards.device
-    # A pointer that a kernel is compiled not to read still has to be some tensor.
-    unread = log_ratios
     rewards = rewards.contiguous()
+    tapered = sampler_log_ratios is not None and (row_taper is not None or taper > 0)
+    if tapered and row_taper is not None:
+        # A row whose exponent is negative or NaN is dropped like one without a log-ratio.
+        log_ratios = log_ratios.where(row_taper >= 0, math.nan)
     raw_coefficients = torch.empty(num_sequences, dtype=torch.float64, device=device)
     variances = torch.empty_like(raw_coefficients)
     deviations = torch.empty_like(raw_coefficients)
+    tapers = torch.empty_like(raw_coefficients) if tapered else None
     statuses = torch.empty(num_sequences, dtype=torch.int32, device=device)
     coefficients = torch.empty(num_sequences, dtype=coefficients_dtype, device=device)
     loss = torch.empty((), dtype=loss_dtype, device=device)
-    moments = torch.empty(5, dtype=torch.float64, device=device)
+    moments = torch.empty(7, dtype=torch.float64, device=device)
     counts = torch.empty(3, dtype=torch.int64, device=device)
     with torch.cuda.device_of(rewards):
         if num_sequences > 0:
@@ -428,34 +511,40 @@ def _from_log_ratios(
                 rewards_ptr=rewards,
                 log_ratios_ptr=log_ratios,
                 groups_ptr=groups.contiguous(),
-                on_policy_ptr=unread if on_policy is None else on_policy.contiguous(),
-                weights_ptr=unread
-                if importance_weights is None
-                else importance_weights.contiguous(),
+                on_policy_ptr=_or_unread(on_policy, log_ratios),
+                weights_ptr=_or_unread(importance_weights, log_ratios),
+                sampler_log_ratios_ptr=_or_unread(sampler_log_ratios, log_ratios),
+                row_taper_ptr=_or_unread(row_taper, log_ratios),
                 raw_coefficients_ptr=raw_coefficients,
                 variances_ptr=variances,
                 deviations_ptr=deviations,
+                tapers_ptr=_or_unread(tapers, log_ratios),
                 statuses_ptr=statuses,
                 num_sequences=num_sequences,
                 beta=beta,
                 lr_weight=lr_weight,
                 lr_baseline=0.0 if lr_baseline is None else lr_baseline,
+                taper=taper,
                 HAS_LR=lr_weight > 0,
                 LR_CAP=lr_cap,
                 AUTO_BASELINE=lr_baseline is None,
                 HAS_ON_POLICY=on_policy is not None,
                 HAS_WEIGHTS=importance_weights is not None,
+                TAPERED=tapered,
+                HAS_ROW_TAPER=tapered and row_taper is not None,
                 BLOCK_I=BLOCK_I,
                 BLOCK_J=BLOCK_J,
             )
         finalise_kernel[(1,)](
             rewards_ptr=rewards,
             log_ratios_ptr=log_ratios,
+            sampler_log_ratios_ptr=_or_unread(sampler_log_ratios, log_ratios),
             raw_coefficients_ptr=raw_coefficients,
             variances_ptr=variances,
             deviations_ptr=deviations,
+            tapers_ptr=_or_unread(tapers, log_ratios),
             statuses_ptr=statuses,
-            num_groups_ptr=unread if num_groups is None else num_groups.double(),
+            num_groups_ptr=log_ratios if num_groups is None else num_groups.double(),
             coefficients_ptr=coefficients,
             loss_ptr=loss,
             moments_ptr=moments,
@@ -464,20 +553,29 @@ def _from_log_ratios(
             beta=beta,
             scale=scale,
             HAS_NUM_GROUPS=num_groups is not None,
+            HAS_SAMPLER=sampler_log_ratios is not None,
+            TAPERED=tapered,
             BLOCK_B=BLOCK_B,
         )
     return coefficients, loss, moments, counts
 
 
+def _or_unread(tensor: Tensor | None, unread: Tensor) -> Tensor:
+    """The tensor, or for None some other: a pointer that is never read still has to be one."""
+    return unread if tensor is None else tensor.contiguous()
+
+
 def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object]]]:
     """(name, kernel, signature, constexprs) of every kernel, all options on, to compile unrun."""
-    doubles = dict.fromkeys(("beta", "lr_weight", "lr_baseline", "scale"), "fp64")
+    doubles = dict.fromkeys(("beta", "lr_weight", "lr_baseline", "scale", "taper"), "fp64")
     pointers = {
         "logprobs_ptr": "*fp32",
         "ref_logprobs_ptr": "*fp32",
         "dlogprobs_ptr": "*fp32",
         "rewards_ptr": "*fp32",
         "weights_ptr": "*fp32",
+        "sampling_logprobs_ptr": "*fp32",
+        "row_taper_ptr": "*fp32",
         "coefficients_ptr": "*fp32",
         "loss_ptr": "*fp32",
         "dloss_ptr": "*fp32",
@@ -488,7 +586,8 @@ def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[
         "on_policy_ptr": "*i1",
     }
     options = dict.fromkeys(
-        ("HAS_LR", "LR_CAP", "AUTO_BASELINE", "HAS_ON_POLICY", "HAS_WEIGHTS", "HAS_NUM_GROUPS"),
+        ("HAS_LR", "LR_CAP", "AUTO_BASELINE", "HAS_ON_POLICY", "HAS_WEIGHTS", "HAS_NUM_GROUPS")
+        + ("HAS_SAMPLER", "TAPERED", "HAS_ROW_TAPER"),
         True,
     )
     blocks = {"BLOCK_T": BLOCK_T, "BLOCK_I": BLOCK_I, "BLOCK_J": BLOCK_J, "BLOCK_B": BLOCK_B}

@@ -300,7 +300,7 @@ def triton_agro_loss() -> tuple[Tensor, ...]:
     inputs = Inputs(12)
     logprobs = torch.linspace(-2.0, -0.1, 12)
     rows = (inputs.rewards, inputs.groups, inputs.cu_seqlens)
-    positional = (0.3, 1.0, True, None, None, None, None, 1.0)
+    positional = (0.3, 1.0, True, None, None, None, None, 1.0, None, 0.0, None)
     zeros = torch.zeros(12)
     value, coefficients = kernels.agro_loss_fwd(logprobs, zeros, *rows, *positional)
     dloss = torch.tensor(1.0)

@@ -76,6 +76,7 @@ LR_OPTIONS = [
         (1.0, 0.3), (False, True), (None, 0.0, 0.4), (None, "some", "none")
     )
 ]
+TAPERS = (None, 1.0, 0.0, "by row", math.inf)
 DENOMINATORS = itertools.cycle([(None, 1.0), (0.0, 2.5), (7.0, 0.5)])  # num_groups, scale
 
 
@@ -88,12 +89,22 @@ def test_combinations_of_options_match_the_reference(
     batch = prepare(Batch())
     rows = {"some": batch.on_policy, "none": torch.zeros_like(batch.on_policy), None: None}
     weighted = [{"importance_weights": weights} for weights in (batch.weights, 0 * batch.weights)]
-    for given, (num_groups, scale) in zip([*weighted, *LR_OPTIONS], DENOMINATORS, strict=False):
+    for given, (num_groups, scale), taper in zip(
+        [*weighted, *LR_OPTIONS], DENOMINATORS, itertools.cycle(TAPERS), strict=False
+    ):
         named = {"lr_weight": 0.0, "lr_cap": False, "on_policy": None, "lr_baseline": None}
         named |= {"importance_weights": None, "num_groups": num_groups, "scale": scale} | given
+        named |= {"sampling_logprobs": None, "taper": 0.0} | given
         named["on_policy"] = rows[named["on_policy"]]
         count = None if num_groups is None else torch.tensor(num_groups, dtype=torch.float64)
-        positional = (BETA, *{**named, "num_groups": count}.values())
+        if taper is not None:
+            named |= {"sampling_logprobs": batch.sampling_logprobs}
+            named |= {"taper": batch.row_taper if taper == "by row" else taper}
+        row_taper = named["taper"] if taper == "by row" else None
+        positional = (BETA, *{**named, "num_groups": count}.values(), row_taper)
+        positional = tuple(
+            0.0 if i == 9 and row_taper is not None else v for i, v in enumerate(positional)
+        )
         loss, coefficients = kernels.agro_loss_fwd(*on_device((*batch.tokens, *positional)))
         exact = (
             reference.agro_loss(*batch.tokens, beta=BETA, **named).detach(),
@@ -124,7 +135,7 @@ def test_groups_spread_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = (torch.rand(num_rows, generator=generator) ** 3 * 30).long() * 10**12 - 7
     sums = torch.randn(3, num_rows, generator=generator, dtype=torch.float64)
     on_policy = torch.rand(num_rows, generator=generator) < 0.5
-    arguments = (*sums, groups, BETA, 1.0, True, on_policy, None, None, None, 1.0)
+    arguments = (*sums, groups, BETA, 1.0, True, on_policy, None, None, None, 1.0, None, 0.0, None)
     ours = kernels.agro_coefficients(*on_device(arguments))
     assert_same(ours, torch_path.agro_coefficients(*arguments))
     counts = groups.unique(return_counts=True)[1]
@@ -137,7 +148,7 @@ def test_log_ratios_are_formed_token_by_token() -> None:
     ref_logprobs = logprobs - 1e-3 * torch.tensor([1.0, 1, 1, 2, 2, 2], dtype=torch.float64)
     rewards, groups = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
     arguments = (logprobs, ref_logprobs, rewards, groups, torch.tensor([0, 3, 6]))
-    positional = (1.0, 0.0, False, None, None, None, None, 1.0)
+    positional = (1.0, 0.0, False, None, None, None, None, 1.0, None, 0.0, None)
     _, ours = kernels.agro_loss_fwd(*on_device((*arguments, *positional)))
     first, second = (logprobs - ref_logprobs).view(2, 3).sum(1)
     exact = torch.stack([first - second, second - first]) / 2
