@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agro_kernels.agro_options import AgroOptions
+
 BLOCK_T = 1024
 BLOCK_I, BLOCK_J = 16, 32  # 16 x 64 spilled registers on sm_80 and sm_90
 BLOCK_B = 1024
@@ -36,12 +38,12 @@ def sequence_log_ratios_kernel(
     log_ratios_ptr,
     sampler_log_ratios_ptr,
     num_tokens,
-    HAS_SAMPLER: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """log_ratio_b = sum over tokens t of sequence b of (logprob_t - ref_logprob_t).
 
-    sampler_log_ratio_b = sum over the same of logprob_t, less sampling_logprob_b.
+    sampler_log_ratio_b = sum over the same of logprob_t, less sampling_logprob_b, unless
+    sampling_logprobs_ptr is None.
     """
     i_b = tl.program_id(0)
     start = tl.load(cu_seqlens_ptr + i_b).to(tl.int64)
@@ -56,11 +58,11 @@ def sequence_log_ratios_kernel(
         logprobs = tl.load(logprobs_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float64)
         ref_logprobs = tl.load(ref_logprobs_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float64)
         total += logprobs - ref_logprobs
-        if HAS_SAMPLER:
+        if sampling_logprobs_ptr is not None:
             total_logprob += logprobs
     # Bounds outside the tokens: NaN, so that the row is dropped and counted.
     tl.store(log_ratios_ptr + i_b, tl.where(inside, tl.sum(total, 0), float("nan")))
-    if HAS_SAMPLER:
+    if sampling_logprobs_ptr is not None:
         sampling_logprob = tl.load(sampling_logprobs_ptr + i_b).to(tl.float64)
         tl.store(sampler_log_ratios_ptr + i_b, tl.sum(total_logprob, 0) - sampling_logprob)
 
@@ -73,7 +75,6 @@ def load_rows(
     offs,
     mask,
     beta,
-    HAS_WEIGHTS: tl.constexpr,
 ):
     """(regularised reward, importance weight, kept) of the rows at offs.
 
@@ -85,7 +86,7 @@ def load_rows(
     rewards = tl.load(rewards_ptr + offs, mask=mask, other=0.0).to(tl.float64)
     log_ratios = tl.load(log_ratios_ptr + offs, mask=mask, other=0.0)
     kept = mask & (tl.abs(rewards) < infinity) & (tl.abs(log_ratios) < infinity)
-    if HAS_WEIGHTS:
+    if weights_ptr is not None:
         weights = tl.load(weights_ptr + offs, mask=mask, other=0.0).to(tl.float64)
         kept = kept & (weights >= 0) & (weights < infinity)
     else:
@@ -115,24 +116,21 @@ def group_statistics_kernel(
     HAS_LR: tl.constexpr,
     LR_CAP: tl.constexpr,
     AUTO_BASELINE: tl.constexpr,
-    HAS_ON_POLICY: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    TAPERED: tl.constexpr,
-    HAS_ROW_TAPER: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     """Rows i against all rows j: first the group's count and mean, then its squared deviations.
 
     Two passes, because the mean square less the squared mean cancels. Writes, for each row, the
-    coefficient before scale / num_groups, |d|, its taper weight, its status, and the group's
-    variance at the group's first row (0 elsewhere), so that a sum over rows is a sum over groups.
+    coefficient before scale / num_groups, |d|, its status, and the group's variance at the group's
+    first row (0 elsewhere), so that a sum over rows is a sum over groups. Unless tapers_ptr is None
+    coefficients are tapered, and the weights written: 1 where nothing is lowered.
     """
     offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask_i = offs_i < num_sequences
     groups_i = tl.load(groups_ptr + offs_i, mask=mask_i, other=0)
     regularized_i, weights_i, kept_i = load_rows(
-        rewards_ptr, log_ratios_ptr, weights_ptr, offs_i, mask_i, beta, HAS_WEIGHTS
+        rewards_ptr, log_ratios_ptr, weights_ptr, offs_i, mask_i, beta
     )
 
     size = tl.zeros((BLOCK_I,), tl.float64)
@@ -144,7 +142,7 @@ def group_statistics_kernel(
         mask_j = offs_j < num_sequences
         groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
         regularized_j, weights_j, kept_j = load_rows(
-            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta, HAS_WEIGHTS
+            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta
         )
         same = (groups_i[:, None] == groups_j[None, :]) & mask_j[None, :]
         member = same & kept_j[None, :]
@@ -162,7 +160,7 @@ def group_statistics_kernel(
         mask_j = offs_j < num_sequences
         groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
         regularized_j, weights_j, kept_j = load_rows(
-            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta, HAS_WEIGHTS
+            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta
         )
         member = (groups_i[:, None] == groups_j[None, :]) & kept_j[None, :]
         deviations = tl.where(member, regularized_j[None, :] - mean[:, None], 0.0)
@@ -178,13 +176,13 @@ def group_statistics_kernel(
     deviation = tl.where(used, regularized_i - mean, 0.0)
     coefficients = -beta * tl.where(used, weights_i, 0.0) * deviation * pairs
     status = tl.where(kept_i, KEPT, 0) + tl.where(mask_i & valid, IN_VALID_GROUP, 0)
-    if TAPERED:
+    if tapers_ptr is not None:
         lowered = coefficients > 0
         sampler_log_ratio = tl.load(sampler_log_ratios_ptr + offs_i, mask=mask_i, other=0.0)
         known = tl.abs(sampler_log_ratio) < float("inf")
         shortfall = tl.where(known & (sampler_log_ratio < 0), sampler_log_ratio, 0.0)
         exponent = tl.zeros((BLOCK_I,), tl.float64) + taper
-        if HAS_ROW_TAPER:
+        if row_taper_ptr is not None:
             exponent = tl.load(row_taper_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float64)
         one_sided = exponent == float("inf")  # apart, because inf * 0 is NaN
         tapers = tl.exp(tl.where(one_sided, 0.0, exponent) * shortfall)
@@ -208,7 +206,7 @@ def group_statistics_kernel(
             lr_term *= tl.where((largest > 0) & (bound < lr_weight), bound, lr_weight)
         else:
             lr_term *= lr_weight
-        if HAS_ON_POLICY:
+        if on_policy_ptr is not None:
             on_policy = tl.load(on_policy_ptr + offs_i, mask=mask_i, other=0) != 0
             lr_term = tl.where(on_policy, lr_term, 0.0)
         coefficients += lr_term
@@ -239,9 +237,6 @@ def finalise_kernel(
     num_sequences,
     beta: tl.float64,
     scale: tl.float64,
-    HAS_NUM_GROUPS: tl.constexpr,
-    HAS_SAMPLER: tl.constexpr,
-    TAPERED: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     """One program: sums over rows in a fixed order, then every coefficient by its denominator."""
@@ -274,7 +269,7 @@ def finalise_kernel(
     groups_valid = tl.sum(num_valid, 0)
     found = tl.where(groups_valid > 1, groups_valid, 1).to(tl.float64)
     denominator = found
-    if HAS_NUM_GROUPS:
+    if num_groups_ptr is not None:
         given = tl.load(num_groups_ptr)
         denominator = tl.where(given > 1.0, given, 1.0)
     divisor = tl.where(rows_kept > 1, rows_kept, 1).to(tl.float64)
@@ -301,13 +296,13 @@ def finalise_kernel(
         mask_b = offs_b < num_sequences
         coefficients = tl.load(raw_coefficients_ptr + offs_b, mask=mask_b, other=0.0) * factor
         tl.store(coefficients_ptr + offs_b, coefficients, mask=mask_b)
-        if HAS_SAMPLER:
+        if sampler_log_ratios_ptr is not None:
             status = tl.load(statuses_ptr + offs_b, mask=mask_b, other=0)
             ratios = tl.load(sampler_log_ratios_ptr + offs_b, mask=mask_b, other=0.0)
             known = ((status & KEPT) != 0) & (tl.abs(ratios) < float("inf"))
             sampler_log_ratio += tl.where(known, ratios, 0.0)
             num_known += known.to(tl.int32)
-            if TAPERED:
+            if tapers_ptr is not None:
                 lowered = (status & LOWERED) != 0
                 taper += tl.load(tapers_ptr + offs_b, mask=lowered, other=0.0)
                 num_lowered += lowered.to(tl.int32)
@@ -354,39 +349,17 @@ def token_gradients_kernel(
 
 
 def agro_coefficients(
-    rewards: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    groups: Tensor,
-    beta: float,
-    lr_weight: float,
-    lr_cap: bool,
-    on_policy: Tensor | None,
-    lr_baseline: float | None,
-    importance_weights: Tensor | None,
-    num_groups: Tensor | None,
-    scale: float,
-    sampling_logprobs: Tensor | None,
-    taper: float,
-    row_taper: Tensor | None,
+    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, groups: Tensor, options: AgroOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients (B,), moments (7,) float64, counts (3,) int64; `AgroStats` has both in it."""
     all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
+    sampled = options.sampling_logprobs
     coefficients, _, moments, counts = _from_log_ratios(
         rewards,
         logprobs.double() - ref_logprobs.double(),
+        None if sampled is None else logprobs.double() - sampled.double(),
         groups,
-        beta,
-        lr_weight,
-        lr_cap,
-        on_policy,
-        lr_baseline,
-        importance_weights,
-        num_groups,
-        scale,
-        None if sampling_logprobs is None else logprobs.double() - sampling_logprobs.double(),
-        taper,
-        row_taper,
+        options,
         coefficients_dtype=torch.float64 if all_double else torch.float32,
         loss_dtype=torch.float64,
     )
@@ -399,50 +372,31 @@ def agro_loss_fwd(
     rewards: Tensor,
     groups: Tensor,
     cu_seqlens: Tensor,
-    beta: float,
-    lr_weight: float,
-    lr_cap: bool,
-    on_policy: Tensor | None,
-    lr_baseline: float | None,
-    importance_weights: Tensor | None,
-    num_groups: Tensor | None,
-    scale: float,
-    sampling_logprobs: Tensor | None,
-    taper: float,
-    row_taper: Tensor | None,
+    options: AgroOptions,
 ) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and the coefficients (B,) float64 that the backward needs."""
     num_sequences = rewards.shape[0]
     log_ratios = torch.empty(num_sequences, dtype=torch.float64, device=rewards.device)
-    sampler_log_ratios = None if sampling_logprobs is None else torch.empty_like(log_ratios)
+    sampled = options.sampling_logprobs
+    sampler_log_ratios = None if sampled is None else torch.empty_like(log_ratios)
     if num_sequences > 0:
         with torch.cuda.device_of(rewards):
             sequence_log_ratios_kernel[(num_sequences,)](
                 logprobs_ptr=logprobs.contiguous(),
                 ref_logprobs_ptr=ref_logprobs.contiguous(),
                 cu_seqlens_ptr=cu_seqlens.contiguous(),
-                sampling_logprobs_ptr=_or_unread(sampling_logprobs, log_ratios),
+                sampling_logprobs_ptr=_contiguous(sampled),
                 log_ratios_ptr=log_ratios,
-                sampler_log_ratios_ptr=_or_unread(sampler_log_ratios, log_ratios),
+                sampler_log_ratios_ptr=sampler_log_ratios,
                 num_tokens=logprobs.shape[0],
-                HAS_SAMPLER=sampling_logprobs is not None,
                 BLOCK_T=BLOCK_T,
             )
     coefficients, loss, _, _ = _from_log_ratios(
         rewards,
         log_ratios,
-        groups,
-        beta,
-        lr_weight,
-        lr_cap,
-        on_policy,
-        lr_baseline,
-        importance_weights,
-        num_groups,
-        scale,
         sampler_log_ratios,
-        taper,
-        row_taper,
+        groups,
+        options,
         coefficients_dtype=torch.float64,
         loss_dtype=torch.float64 if logprobs.dtype == torch.float64 else torch.float32,
     )
@@ -473,34 +427,31 @@ def agro_loss_bwd(
 def _from_log_ratios(
     rewards: Tensor,
     log_ratios: Tensor,
-    groups: Tensor,
-    beta: float,
-    lr_weight: float,
-    lr_cap: bool,
-    on_policy: Tensor | None,
-    lr_baseline: float | None,
-    importance_weights: Tensor | None,
-    num_groups: Tensor | None,
-    scale: float,
     sampler_log_ratios: Tensor | None,
-    taper: float,
-    row_taper: Tensor | None,
+    groups: Tensor,
+    options: AgroOptions,
     *,
     coefficients_dtype: torch.dtype,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coefficients (B,), loss, moments and counts from log_ratios (B,) float64."""
     num_sequences, device = rewards.shape[0], rewards.device
-    rewards = rewards.contiguous()
-    tapered = sampler_log_ratios is not None and (row_taper is not None or taper > 0)
-    if tapered and row_taper is not None:
+    row_taper = options.row_taper if options.tapers else None
+    if row_taper is not None:
         # A row whose exponent is negative or NaN is dropped like one without a log-ratio.
         log_ratios = log_ratios.where(row_taper >= 0, math.nan)
     raw_coefficients = torch.empty(num_sequences, dtype=torch.float64, device=device)
-    variances = torch.empty_like(raw_coefficients)
-    deviations = torch.empty_like(raw_coefficients)
-    tapers = torch.empty_like(raw_coefficients) if tapered else None
-    statuses = torch.empty(num_sequences, dtype=torch.int32, device=device)
+    # What both kernels take: the inputs of the first, and what it writes and the second reads.
+    rows = {
+        "rewards_ptr": rewards.contiguous(),
+        "log_ratios_ptr": log_ratios,
+        "sampler_log_ratios_ptr": sampler_log_ratios,
+        "raw_coefficients_ptr": raw_coefficients,
+        "variances_ptr": torch.empty_like(raw_coefficients),
+        "deviations_ptr": torch.empty_like(raw_coefficients),
+        "tapers_ptr": torch.empty_like(raw_coefficients) if options.tapers else None,
+        "statuses_ptr": torch.empty(num_sequences, dtype=torch.int32, device=device),
+    }
     coefficients = torch.empty(num_sequences, dtype=coefficients_dtype, device=device)
     loss = torch.empty((), dtype=loss_dtype, device=device)
     moments = torch.empty(7, dtype=torch.float64, device=device)
@@ -508,106 +459,36 @@ def _from_log_ratios(
     with torch.cuda.device_of(rewards):
         if num_sequences > 0:
             group_statistics_kernel[(triton.cdiv(num_sequences, BLOCK_I),)](
-                rewards_ptr=rewards,
-                log_ratios_ptr=log_ratios,
+                **rows,
                 groups_ptr=groups.contiguous(),
-                on_policy_ptr=_or_unread(on_policy, log_ratios),
-                weights_ptr=_or_unread(importance_weights, log_ratios),
-                sampler_log_ratios_ptr=_or_unread(sampler_log_ratios, log_ratios),
-                row_taper_ptr=_or_unread(row_taper, log_ratios),
-                raw_coefficients_ptr=raw_coefficients,
-                variances_ptr=variances,
-                deviations_ptr=deviations,
-                tapers_ptr=_or_unread(tapers, log_ratios),
-                statuses_ptr=statuses,
+                on_policy_ptr=_contiguous(options.on_policy),
+                weights_ptr=_contiguous(options.importance_weights),
+                row_taper_ptr=_contiguous(row_taper),
                 num_sequences=num_sequences,
-                beta=beta,
-                lr_weight=lr_weight,
-                lr_baseline=0.0 if lr_baseline is None else lr_baseline,
-                taper=taper,
-                HAS_LR=lr_weight > 0,
-                LR_CAP=lr_cap,
-                AUTO_BASELINE=lr_baseline is None,
-                HAS_ON_POLICY=on_policy is not None,
-                HAS_WEIGHTS=importance_weights is not None,
-                TAPERED=tapered,
-                HAS_ROW_TAPER=tapered and row_taper is not None,
+                beta=options.beta,
+                lr_weight=options.lr_weight,
+                lr_baseline=0.0 if options.lr_baseline is None else options.lr_baseline,
+                taper=options.taper,
+                HAS_LR=options.lr_weight > 0,
+                LR_CAP=options.lr_cap,
+                AUTO_BASELINE=options.lr_baseline is None,
                 BLOCK_I=BLOCK_I,
                 BLOCK_J=BLOCK_J,
             )
         finalise_kernel[(1,)](
-            rewards_ptr=rewards,
-            log_ratios_ptr=log_ratios,
-            sampler_log_ratios_ptr=_or_unread(sampler_log_ratios, log_ratios),
-            raw_coefficients_ptr=raw_coefficients,
-            variances_ptr=variances,
-            deviations_ptr=deviations,
-            tapers_ptr=_or_unread(tapers, log_ratios),
-            statuses_ptr=statuses,
-            num_groups_ptr=log_ratios if num_groups is None else num_groups.double(),
+            **rows,
+            num_groups_ptr=None if options.num_groups is None else options.num_groups.double(),
             coefficients_ptr=coefficients,
             loss_ptr=loss,
             moments_ptr=moments,
             counts_ptr=counts,
             num_sequences=num_sequences,
-            beta=beta,
-            scale=scale,
-            HAS_NUM_GROUPS=num_groups is not None,
-            HAS_SAMPLER=sampler_log_ratios is not None,
-            TAPERED=tapered,
+            beta=options.beta,
+            scale=options.scale,
             BLOCK_B=BLOCK_B,
         )
     return coefficients, loss, moments, counts
 
 
-def _or_unread(tensor: Tensor | None, unread: Tensor) -> Tensor:
-    """The tensor, or for None some other: a pointer that is never read still has to be one."""
-    return unread if tensor is None else tensor.contiguous()
-
-
-def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object]]]:
-    """(name, kernel, signature, constexprs) of every kernel, all options on, to compile unrun."""
-    doubles = dict.fromkeys(("beta", "lr_weight", "lr_baseline", "scale", "taper"), "fp64")
-    pointers = {
-        "logprobs_ptr": "*fp32",
-        "ref_logprobs_ptr": "*fp32",
-        "dlogprobs_ptr": "*fp32",
-        "rewards_ptr": "*fp32",
-        "weights_ptr": "*fp32",
-        "sampling_logprobs_ptr": "*fp32",
-        "row_taper_ptr": "*fp32",
-        "coefficients_ptr": "*fp32",
-        "loss_ptr": "*fp32",
-        "dloss_ptr": "*fp32",
-        "cu_seqlens_ptr": "*i32",
-        "statuses_ptr": "*i32",
-        "groups_ptr": "*i64",
-        "counts_ptr": "*i64",
-        "on_policy_ptr": "*i1",
-    }
-    options = dict.fromkeys(
-        ("HAS_LR", "LR_CAP", "AUTO_BASELINE", "HAS_ON_POLICY", "HAS_WEIGHTS", "HAS_NUM_GROUPS")
-        + ("HAS_SAMPLER", "TAPERED", "HAS_ROW_TAPER"),
-        True,
-    )
-    blocks = {"BLOCK_T": BLOCK_T, "BLOCK_I": BLOCK_I, "BLOCK_J": BLOCK_J, "BLOCK_B": BLOCK_B}
-    cases = []
-    for kernel in (
-        sequence_log_ratios_kernel,
-        group_statistics_kernel,
-        finalise_kernel,
-        token_gradients_kernel,
-    ):
-        constexprs: dict[str, object] = {
-            name: value for name, value in {**options, **blocks}.items() if name in kernel.arg_names
-        }
-        signature = {}
-        for name in kernel.arg_names:
-            other = "*fp64" if name.endswith("_ptr") else "i32"
-            signature[name] = (
-                "constexpr" if name in constexprs else {**pointers, **doubles}.get(name, other)
-            )
-        if kernel is token_gradients_kernel:
-            signature["coefficients_ptr"] = "*fp64"  # the saved ones keep their 64 bits
-        cases.append((kernel.fn.__name__, kernel, signature, constexprs))
-    return cases
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
