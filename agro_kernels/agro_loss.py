@@ -25,13 +25,19 @@ differentiable call, and `agro_coefficients`, the numbers themselves for a train
 batch. Both give the same gradient.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.agro_options import check_options, check_sequences, check_tokens
+from agro_kernels.agro_options import (
+    AgroKeywords,
+    AgroOptions,
+    check_names,
+    check_sequences,
+    check_tokens,
+)
 from agro_kernels.linear_logprobs import IGNORE_INDEX, linear_logprobs
 
 
@@ -157,10 +163,11 @@ def agro_coefficients(
         fewer than two kept rows.
     """
     check_sequences(rewards, groups, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    check_options(
+    options = AgroOptions.of(
         rewards,
-        beta,
+        beta=beta,
         lr_weight=lr_weight,
+        lr_cap=lr_cap,
         on_policy=on_policy,
         lr_baseline=lr_baseline,
         importance_weights=importance_weights,
@@ -170,21 +177,7 @@ def agro_coefficients(
         taper=taper,
     )
     coefficients, moments, counts = torch.ops.agro.agro_coefficients(
-        rewards.detach(),
-        logprobs.detach(),
-        ref_logprobs.detach(),
-        groups,
-        beta,
-        lr_weight,
-        lr_cap,
-        on_policy,
-        None if isinstance(lr_baseline, str) else lr_baseline,
-        None if importance_weights is None else importance_weights.detach(),
-        _count_tensor(num_groups, rewards.device),
-        scale,
-        None if sampling_logprobs is None else sampling_logprobs.detach(),
-        0.0 if isinstance(taper, Tensor) else taper,
-        taper.detach() if isinstance(taper, Tensor) else None,
+        rewards.detach(), logprobs.detach(), ref_logprobs.detach(), groups, *options
     )
     of_agro, of_taper = moments.split([5, 2])
     stats = AgroStats(*of_agro.unbind(), *counts.unbind(), *of_taper.unbind())
@@ -197,17 +190,7 @@ def agro_loss(
     rewards: Tensor,
     groups: Tensor,
     cu_seqlens: Tensor,
-    *,
-    beta: float,
-    lr_weight: float = 0.0,
-    lr_cap: bool = False,
-    on_policy: Tensor | None = None,
-    lr_baseline: float | str = "auto",
-    importance_weights: Tensor | None = None,
-    num_groups: int | Tensor | None = None,
-    scale: float = 1.0,
-    sampling_logprobs: Tensor | None = None,
-    taper: float | Tensor = 0.0,
+    **options: Unpack[AgroKeywords],
 ) -> Tensor:
     """Half the variance of the regularised reward within groups, averaged over groups.
 
@@ -243,39 +226,11 @@ def agro_loss(
     to it; `linear_logprobs` passes on no gradient to them. A sequence that holds a NaN or infinite
     log-ratio is dropped, and all its tokens get gradient 0.
     """
+    check_names("agro_loss", options)
     check_sequences(rewards, groups)
     check_tokens(cu_seqlens, rewards, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    check_options(
-        rewards,
-        beta,
-        lr_weight=lr_weight,
-        on_policy=on_policy,
-        lr_baseline=lr_baseline,
-        importance_weights=importance_weights,
-        num_groups=num_groups,
-        scale=scale,
-        sampling_logprobs=sampling_logprobs,
-        taper=taper,
-    )
-    outputs: tuple[Tensor, Tensor] = torch.ops.agro.agro_loss_fwd(
-        logprobs,
-        ref_logprobs.detach(),
-        rewards.detach(),
-        groups,
-        cu_seqlens,
-        beta,
-        lr_weight,
-        lr_cap,
-        on_policy,
-        None if isinstance(lr_baseline, str) else lr_baseline,
-        None if importance_weights is None else importance_weights.detach(),
-        _count_tensor(num_groups, rewards.device),
-        scale,
-        None if sampling_logprobs is None else sampling_logprobs.detach(),
-        0.0 if isinstance(taper, Tensor) else taper,
-        taper.detach() if isinstance(taper, Tensor) else None,
-    )
-    return outputs[0]
+    record = AgroOptions.of(rewards, **options)
+    return _loss_of_tokens(logprobs, ref_logprobs, rewards, groups, cu_seqlens, record)
 
 
 def linear_agro_loss(
@@ -287,16 +242,6 @@ def linear_agro_loss(
     groups: Tensor,
     cu_seqlens: Tensor,
     *,
-    beta: float,
-    lr_weight: float = 0.0,
-    lr_cap: bool = False,
-    on_policy: Tensor | None = None,
-    lr_baseline: float | str = "auto",
-    importance_weights: Tensor | None = None,
-    num_groups: int | Tensor | None = None,
-    scale: float = 1.0,
-    sampling_logprobs: Tensor | None = None,
-    taper: float | Tensor = 0.0,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -304,6 +249,7 @@ def linear_agro_loss(
     round_logits: str | None = None,
     kept_ids: Tensor | None = None,
     weight_grad: Tensor | None = None,
+    **options: Unpack[AgroKeywords],
 ) -> Tensor:
     """`agro_loss` straight from hidden states, the logits never stored.
 
@@ -324,20 +270,10 @@ def linear_agro_loss(
 
     Gradients flow to hidden, weight and bias.
     """
+    check_names("linear_agro_loss", options)
     check_sequences(rewards, groups)
     check_tokens(cu_seqlens, rewards, targets=targets, ref_logprobs=ref_logprobs)
-    check_options(
-        rewards,
-        beta,
-        lr_weight=lr_weight,
-        on_policy=on_policy,
-        lr_baseline=lr_baseline,
-        importance_weights=importance_weights,
-        num_groups=num_groups,
-        scale=scale,
-        sampling_logprobs=sampling_logprobs,
-        taper=taper,
-    )
+    record = AgroOptions.of(rewards, **options)
     logprobs = linear_logprobs(
         hidden,
         weight,
@@ -350,29 +286,18 @@ def linear_agro_loss(
         kept_ids=kept_ids,
         weight_grad=weight_grad,
     )
-    return agro_loss(
-        logprobs,
-        ref_logprobs,
-        rewards,
-        groups,
-        cu_seqlens,
-        beta=beta,
-        lr_weight=lr_weight,
-        lr_cap=lr_cap,
-        on_policy=on_policy,
-        lr_baseline=lr_baseline,
-        importance_weights=importance_weights,
-        num_groups=num_groups,
-        scale=scale,
-        sampling_logprobs=sampling_logprobs,
-        taper=taper,
-    )
+    return _loss_of_tokens(logprobs, ref_logprobs, rewards, groups, cu_seqlens, record)
 
 
-def _count_tensor(count: int | Tensor | None, device: torch.device) -> Tensor | None:
-    """A 0-d float64 tensor on `device`; a fill or a copy, never a wait for that device."""
-    if count is None:
-        return None
-    if isinstance(count, Tensor):
-        return count.detach().to(device, torch.float64, non_blocking=device.type != "cpu")
-    return torch.full((), count, dtype=torch.float64, device=device)
+def _loss_of_tokens(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor,
+    groups: Tensor,
+    cu_seqlens: Tensor,
+    options: AgroOptions,
+) -> Tensor:
+    """The loss, 0-d, of arguments that have been checked; differentiable in logprobs alone."""
+    tensors = (logprobs, ref_logprobs.detach(), rewards.detach(), groups, cu_seqlens)
+    outputs: tuple[Tensor, Tensor] = torch.ops.agro.agro_loss_fwd(*tensors, *options)
+    return outputs[0]

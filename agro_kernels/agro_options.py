@@ -1,11 +1,143 @@
-"""Checks of the public arguments of the AGRO ops, by the rules of `checks.py`."""
+"""The options of AGRO's ops, one record of them: made and checked once, passed on whole.
+
+The public functions make an `AgroOptions` of their keywords; the ops' schemas and the backends take
+it from there. The checks of the public arguments are here too. One sentence each: argument,
+expected, got, next step.
+
+Letters: N tokens, B sequences, one row each.
+"""
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from agro_kernels.head import check_device, check_tensor
+
+
+class AgroKeywords(TypedDict, total=False):
+    """The keywords that every AGRO function takes; `agro_coefficients` says what they mean."""
+
+    beta: Required[float]
+    lr_weight: float
+    lr_cap: bool
+    on_policy: Tensor | None
+    lr_baseline: float | str
+    importance_weights: Tensor | None
+    num_groups: int | Tensor | None
+    scale: float
+    sampling_logprobs: Tensor | None
+    taper: float | Tensor
+
+
+class AgroOptions(NamedTuple):
+    """The same as the ops take them. The fields are in the order of the schemas.
+
+    A tuple, because the dispatcher takes nothing but flat arguments: `op(..., *options)` calls an
+    op, and `ops.dispatch.with_record` makes the record again on the other side.
+    """
+
+    beta: float
+    lr_weight: float
+    lr_cap: bool
+    on_policy: Tensor | None
+    """(B,) bool; None: all rows are."""
+    lr_baseline: float | None
+    """None: by the number of rows in the group."""
+    importance_weights: Tensor | None
+    """(B,) any float dtype; None: all are 1."""
+    num_groups: Tensor | None
+    """0-d float64; None: the number of valid groups."""
+    scale: float
+    sampling_logprobs: Tensor | None
+    """(B,) any float dtype, nats; not finite: unknown. None: all are."""
+    taper: float
+    """0.0 where row_taper is given."""
+    row_taper: Tensor | None
+    """(B,) any float dtype: an exponent for each row, used instead of `taper`."""
+
+    @staticmethod
+    def of(rewards: Tensor, **keywords: Unpack[AgroKeywords]) -> "AgroOptions":
+        """The record of a public function's keywords, after their checks against rewards (B,).
+
+        Never waits for the device of rewards.
+        """
+        beta, scale = keywords["beta"], keywords.get("scale", 1.0)
+        lr_weight, lr_baseline = keywords.get("lr_weight", 0.0), keywords.get("lr_baseline", "auto")
+        on_policy, taper = keywords.get("on_policy"), keywords.get("taper", 0.0)
+        importance_weights = keywords.get("importance_weights")
+        sampling_logprobs = keywords.get("sampling_logprobs")
+        num_groups = keywords.get("num_groups")
+        check_positive("beta", beta, "without regularisation the loss has no optimum in the policy")
+        check_positive("scale", scale, "a loss is minimised, whatever its size")
+        check_likelihood_ratio(lr_weight, lr_baseline)
+        if on_policy is not None:
+            check_rows("on_policy", on_policy, rewards)
+            if on_policy.dtype != torch.bool:
+                raise TypeError(f"on_policy: expected bool, got {on_policy.dtype}; call .bool()")
+        if importance_weights is not None:
+            check_float_rows("importance_weights", importance_weights, rewards)
+            if lr_weight > 0:
+                raise ValueError(
+                    "importance_weights: expected None with lr_weight > 0, got both (lr_weight = "
+                    f"{lr_weight}); reweighted samples are off-policy, set lr_weight to 0"
+                )
+        if sampling_logprobs is not None:
+            check_float_rows("sampling_logprobs", sampling_logprobs, rewards)
+        check_taper(taper, rewards)
+        return AgroOptions(
+            beta=beta,
+            lr_weight=lr_weight,
+            lr_cap=keywords.get("lr_cap", False),
+            on_policy=on_policy,
+            lr_baseline=None if isinstance(lr_baseline, str) else lr_baseline,
+            importance_weights=None if importance_weights is None else importance_weights.detach(),
+            num_groups=count_tensor(num_groups, rewards.device),
+            scale=scale,
+            sampling_logprobs=None if sampling_logprobs is None else sampling_logprobs.detach(),
+            taper=0.0 if isinstance(taper, Tensor) else taper,
+            row_taper=taper.detach() if isinstance(taper, Tensor) else None,
+        )
+
+    @property
+    def tapers(self) -> bool:
+        """Whether any coefficient may shrink: exponents of 0 shrink none."""
+        return self.sampling_logprobs is not None and (self.row_taper is not None or self.taper > 0)
+
+
+AGRO_SCHEMA = (
+    "float beta, float lr_weight, bool lr_cap, Tensor? on_policy, float? lr_baseline, "
+    "Tensor? importance_weights, Tensor? num_groups, float scale, Tensor? sampling_logprobs, "
+    "float taper, Tensor? row_taper"
+)
+
+
+def count_tensor(count: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """A 0-d float64 tensor on `device`; a fill or a copy, never a wait for that device."""
+    if count is None:
+        return None
+    if isinstance(count, Tensor):
+        if count.ndim != 0:
+            raise ValueError(
+                f"num_groups: expected an int or a 0-d tensor, got shape {tuple(count.shape)}; "
+                "sum it"
+            )
+        return count.detach().to(device, torch.float64, non_blocking=device.type != "cpu")
+    return torch.full((), count, dtype=torch.float64, device=device)
+
+
+def check_names(function: str, keywords: Mapping[str, object]) -> None:
+    """Python's own errors for a function with `AgroKeywords` written out."""
+    for name in keywords:
+        if name not in AgroKeywords.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    if "beta" not in keywords:
+        raise TypeError(f"{function}() missing 1 required keyword-only argument: 'beta'")
+
+
+# --- Tensors --------------------------------------------------------------------------------------
 
 
 def check_sequences(rewards: Tensor, groups: Tensor, **per_sequence: Tensor) -> None:
@@ -17,9 +149,10 @@ def check_sequences(rewards: Tensor, groups: Tensor, **per_sequence: Tensor) -> 
             "completions) and name the prompt of each row in groups"
         )
     for name, tensor in {"rewards": rewards, "groups": groups, **per_sequence}.items():
-        _check_shape(name, tensor, "(B,)", tuple(rewards.shape), rewards)
-        if name != "groups" and not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a float dtype, got {tensor.dtype}; call .float()")
+        if name == "groups":
+            check_rows(name, tensor, rewards)
+        else:
+            check_float_rows(name, tensor, rewards)
     if groups.dtype == torch.bool or groups.is_floating_point() or groups.is_complex():
         raise TypeError(f"groups: expected an integer dtype, got {groups.dtype}; call .long()")
 
@@ -40,13 +173,8 @@ def check_tokens(cu_seqlens: Tensor, rewards: Tensor, **per_token: Tensor) -> No
                 f"{name}: expected packed tokens (N,), got shape {shape}; use pack_sequences"
             )
         _check_shape(name, tensor, f"(N,) of {first}", shape, rewards)
-        if name != "targets" and not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a float dtype, got {tensor.dtype}; call .float()")
-
-
-def _check_positive(name: str, value: float, why: str) -> None:
-    if not (value > 0 and value < math.inf):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}; {why}")
+        if name != "targets":
+            check_float(name, tensor)
 
 
 def _check_shape(
@@ -61,22 +189,29 @@ def _check_shape(
     check_device(name, tensor, "rewards", rewards)
 
 
-def check_options(
-    rewards: Tensor,
-    beta: float,
-    *,
-    lr_weight: float = 0.0,
-    on_policy: Tensor | None = None,
-    lr_baseline: float | str = "auto",
-    importance_weights: Tensor | None = None,
-    num_groups: int | Tensor | None = None,
-    scale: float = 1.0,
-    sampling_logprobs: Tensor | None = None,
-    taper: float | Tensor = 0.0,
-) -> None:
-    """Raise unless the options of `agro_coefficients` make sense together with rewards (B,)."""
-    _check_positive("beta", beta, "without regularisation the loss has no optimum in the policy")
-    _check_positive("scale", scale, "a loss is minimised, whatever its size")
+def check_rows(name: str, tensor: Tensor, rewards: Tensor) -> None:
+    _check_shape(name, tensor, "(B,)", tuple(rewards.shape), rewards)
+
+
+def check_float_rows(name: str, tensor: Tensor, rewards: Tensor) -> None:
+    check_rows(name, tensor, rewards)
+    check_float(name, tensor)
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a float dtype, got {tensor.dtype}; call .float()")
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def check_positive(name: str, value: float, why: str) -> None:
+    if not (value > 0 and value < math.inf):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}; {why}")
+
+
+def check_likelihood_ratio(lr_weight: float, lr_baseline: float | str) -> None:
     if not (lr_weight >= 0 and lr_weight < math.inf):
         raise ValueError(
             f"lr_weight: expected a finite number >= 0, got {lr_weight}; 0 leaves the term out"
@@ -85,39 +220,12 @@ def check_options(
         raise ValueError(
             f'lr_baseline: expected "auto" or a number in [0, 1], got {lr_baseline!r}; use "auto"'
         )
-    if on_policy is not None:
-        _check_shape("on_policy", on_policy, "(B,)", tuple(rewards.shape), rewards)
-        if on_policy.dtype != torch.bool:
-            raise TypeError(f"on_policy: expected bool, got {on_policy.dtype}; call .bool()")
-    if importance_weights is not None:
-        _check_shape(
-            "importance_weights", importance_weights, "(B,)", tuple(rewards.shape), rewards
-        )
-        if not importance_weights.is_floating_point():
-            raise TypeError(
-                f"importance_weights: expected a float dtype, got {importance_weights.dtype}; "
-                "call .float()"
-            )
-        if lr_weight > 0:
-            raise ValueError(
-                f"importance_weights: expected None with lr_weight > 0, got both (lr_weight = "
-                f"{lr_weight}); reweighted samples are off-policy, set lr_weight to 0"
-            )
-    for name, per_row in {"sampling_logprobs": sampling_logprobs, "taper": taper}.items():
-        if isinstance(per_row, Tensor):
-            _check_shape(name, per_row, "(B,)", tuple(rewards.shape), rewards)
-            if not per_row.is_floating_point():
-                raise TypeError(
-                    f"{name}: expected a float dtype, got {per_row.dtype}; call .float()"
-                )
-    if sampling_logprobs is not None:
-        check_tensor("sampling_logprobs", sampling_logprobs)
-    if not isinstance(taper, Tensor) and not taper >= 0:
+
+
+def check_taper(taper: float | Tensor, rewards: Tensor) -> None:
+    if isinstance(taper, Tensor):
+        check_float_rows("taper", taper, rewards)
+    elif not taper >= 0:
         raise ValueError(
             f"taper: expected a number >= 0, got {taper}; 0 tapers nothing, 1 by the ratio itself"
-        )
-    if isinstance(num_groups, Tensor) and num_groups.ndim != 0:
-        raise ValueError(
-            f"num_groups: expected an int or a 0-d tensor, got shape {tuple(num_groups.shape)}; "
-            "sum it"
         )

@@ -12,12 +12,13 @@ what it was. Nothing here imports transformers.
 
 import functools
 import types
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from agro_kernels.agro_loss import linear_agro_loss
+from agro_kernels.agro_options import AgroKeywords, check_names
 from agro_kernels.linear_logprobs import IGNORE_INDEX, LogprobStats, linear_logprobs_with_stats
 
 M = TypeVar("M", bound=nn.Module)
@@ -216,24 +217,15 @@ class LinearAgroLoss(nn.Module):
     def __init__(
         self,
         *,
-        beta: float,
-        lr_weight: float = 0.0,
-        lr_cap: bool = False,
-        lr_baseline: float | str = "auto",
-        scale: float = 1.0,
-        taper: float = 0.0,
         temperature: float = 1.0,
         softcap: float | None = None,
         ignore_index: int = IGNORE_INDEX,
+        **options: Unpack[AgroKeywords],
     ) -> None:
         super().__init__()
+        check_names("LinearAgroLoss", options)
         self.options: dict[str, Any] = {
-            "beta": beta,
-            "lr_weight": lr_weight,
-            "lr_cap": lr_cap,
-            "lr_baseline": lr_baseline,
-            "scale": scale,
-            "taper": taper,
+            **options,
             "temperature": temperature,
             "softcap": softcap,
             "ignore_index": ignore_index,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels._torch.agro_loss import check_cu_seqlens, group_index
-from agro_kernels.agro_options import check_options, check_sequences, check_tokens
+from agro_kernels.agro_options import AgroOptions, check_sequences, check_tokens
 
 # exp of a log-ratio beyond this many nats would overflow fp32; a sample there has said all it can.
 MAX_LOG_WEIGHT = 80.0
@@ -95,7 +95,7 @@ def policy_gradient_coefficients(
             "POLICY_GRADIENT_FORMS holds their definitions"
         )
     check_sequences(rewards, groups, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    check_options(rewards, beta, scale=scale, num_groups=num_groups)
+    options = AgroOptions.of(rewards, beta=beta, scale=scale, num_groups=num_groups)
     if sampling_logprobs is not None:
         check_sequences(rewards, groups, sampling_logprobs=sampling_logprobs)
     all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
@@ -130,7 +130,7 @@ def policy_gradient_coefficients(
     else:
         weight = (logprobs.double() - sampled).where(kept, 0.0).clamp(max=MAX_LOG_WEIGHT).exp()
         advantage = weight * in_groups.less_others(regularized)
-    coefficients = in_groups.mean_loss(advantage, num_groups, scale)
+    coefficients = in_groups.mean_loss(advantage, options)
     return coefficients.to(torch.float64 if all_double else torch.float32)
 
 
@@ -172,7 +172,9 @@ def reward_to_go_coefficients(
     """
     check_sequences(rewards, groups)
     check_tokens(cu_seqlens, rewards, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    check_options(rewards, beta, scale=scale, num_groups=num_groups, on_policy=on_policy)
+    options = AgroOptions.of(
+        rewards, beta=beta, scale=scale, num_groups=num_groups, on_policy=on_policy
+    )
     check_cu_seqlens(cu_seqlens, logprobs.shape[0])
     num_stale = int((~on_policy).sum())
     if num_stale > 0:
@@ -192,7 +194,7 @@ def reward_to_go_coefficients(
 
     in_groups = _Groups(groups, kept)
     advantage = beta * in_groups.less_others(to_go)
-    coefficients = in_groups.mean_loss(advantage, num_groups, scale)[counted]
+    coefficients = in_groups.mean_loss(advantage, options)[counted]
     return coefficients.to(torch.float64 if logprobs.dtype == torch.float64 else torch.float32)
 
 
@@ -212,11 +214,11 @@ class _Groups:
         deviation = values - self._sum(values) / size
         return size / (size - 1) * deviation
 
-    def mean_loss(self, advantage: Tensor, num_groups: int | Tensor | None, scale: float) -> Tensor:
-        """-advantage / n, averaged over groups, and 0 where not kept."""
-        count = self.num_valid if num_groups is None else num_groups
-        count = torch.as_tensor(count, dtype=torch.float64, device=advantage.device).clamp(min=1)
-        coefficients = -advantage / _like(self.size, advantage) * (scale / count)
+    def mean_loss(self, advantage: Tensor, options: AgroOptions) -> Tensor:
+        """-advantage / n, averaged over groups, times the scale, and 0 where not kept."""
+        count = self.num_valid if options.num_groups is None else options.num_groups
+        count = count.double().clamp(min=1)
+        coefficients = -advantage / _like(self.size, advantage) * (options.scale / count)
         return coefficients.where(_like(self.used, advantage), 0.0)
 
     def _sum(self, values: Tensor) -> Tensor:

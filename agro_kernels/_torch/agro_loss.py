@@ -9,42 +9,24 @@ import math
 import torch
 from torch import Tensor
 
+from agro_kernels.agro_options import AgroOptions
+
 
 def agro_coefficients(
     rewards: Tensor,
     logprobs: Tensor,
     ref_logprobs: Tensor,
     groups: Tensor,
-    beta: float,
-    lr_weight: float,
-    lr_cap: bool,
-    on_policy: Tensor | None,
-    lr_baseline: float | None,
-    importance_weights: Tensor | None,
-    num_groups: Tensor | None,
-    scale: float,
-    sampling_logprobs: Tensor | None,
-    taper: float,
-    row_taper: Tensor | None,
+    options: AgroOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients (B,), moments (7,) float64, counts (3,) int64; `AgroStats` has both in it."""
-    coefficients, _, moments, counts = _from_log_ratios(
-        rewards,
-        logprobs.double() - ref_logprobs.double(),
-        groups,
-        beta,
-        lr_weight,
-        lr_cap,
-        on_policy,
-        lr_baseline,
-        importance_weights,
-        num_groups,
-        scale,
-        None if sampling_logprobs is None else logprobs.double() - sampling_logprobs.double(),
-        taper,
-        row_taper,
-    )
     all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
+    log_ratios = logprobs.double() - ref_logprobs.double()
+    sampled = options.sampling_logprobs
+    sampler_log_ratios = None if sampled is None else logprobs.double() - sampled.double()
+    coefficients, _, moments, counts = _from_log_ratios(
+        rewards, log_ratios, sampler_log_ratios, groups, options
+    )
     return coefficients.to(torch.float64 if all_double else torch.float32), moments, counts
 
 
@@ -54,45 +36,26 @@ def agro_loss_fwd(
     rewards: Tensor,
     groups: Tensor,
     cu_seqlens: Tensor,
-    beta: float,
-    lr_weight: float,
-    lr_cap: bool,
-    on_policy: Tensor | None,
-    lr_baseline: float | None,
-    importance_weights: Tensor | None,
-    num_groups: Tensor | None,
-    scale: float,
-    sampling_logprobs: Tensor | None,
-    taper: float,
-    row_taper: Tensor | None,
+    options: AgroOptions,
 ) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and the coefficients (B,) float64 that the backward needs."""
     check_cu_seqlens(cu_seqlens, logprobs.shape[0])
     owner = sequence_of_token(cu_seqlens, logprobs.shape[0])
+
+    def per_sequence(tokens: Tensor) -> Tensor:
+        return tokens.new_zeros(rewards.shape[0]).index_add_(0, owner, tokens)
+
     # The log-ratio of every token comes first: two sums of thousands of nats would cancel.
-    nothing = torch.zeros(rewards.shape[0], dtype=torch.float64, device=rewards.device)
-    log_ratios = nothing.index_add(0, owner, logprobs.double() - ref_logprobs.double())
-    sampler_log_ratios = None
-    if sampling_logprobs is not None:
-        sums = nothing.index_add(0, owner, logprobs.double())
-        sampler_log_ratios = sums - sampling_logprobs.double()
+    log_ratios = per_sequence(logprobs.double() - ref_logprobs.double())
+    sampled, sampler_log_ratios = options.sampling_logprobs, None
+    if sampled is not None:
+        sampler_log_ratios = per_sequence(logprobs.double()) - sampled.double()
     coefficients, loss, _, _ = _from_log_ratios(
-        rewards,
-        log_ratios,
-        groups,
-        beta,
-        lr_weight,
-        lr_cap,
-        on_policy,
-        lr_baseline,
-        importance_weights,
-        num_groups,
-        scale,
-        sampler_log_ratios,
-        taper,
-        row_taper,
+        rewards, log_ratios, sampler_log_ratios, groups, options
     )
-    return loss.to(_loss_dtype(logprobs)), coefficients
+    return loss.to(
+        torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    ), coefficients
 
 
 def agro_loss_bwd(
@@ -114,27 +77,19 @@ def group_index(groups: Tensor) -> Tensor:
 def _from_log_ratios(
     rewards: Tensor,
     log_ratios: Tensor,
-    groups: Tensor,
-    beta: float,
-    lr_weight: float,
-    lr_cap: bool,
-    on_policy: Tensor | None,
-    lr_baseline: float | None,
-    importance_weights: Tensor | None,
-    num_groups: Tensor | None,
-    scale: float,
     sampler_log_ratios: Tensor | None,
-    taper: float,
-    row_taper: Tensor | None,
+    groups: Tensor,
+    options: AgroOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coefficients (B,), loss, moments and counts from log_ratios (B,) float64; all float64."""
+    beta, importance_weights = options.beta, options.importance_weights
     rewards = rewards.double()
     weights = (
         torch.ones_like(rewards) if importance_weights is None else importance_weights.double()
     )
     kept = rewards.isfinite() & log_ratios.isfinite() & weights.isfinite() & (weights >= 0)
-    if sampler_log_ratios is not None and row_taper is not None:
-        kept &= row_taper >= 0
+    if options.tapers and options.row_taper is not None:
+        kept &= options.row_taper >= 0
     # Selected, not multiplied: a mask times NaN is NaN.
     rewards, log_ratios = rewards.where(kept, 0.0), log_ratios.where(kept, 0.0)
     weights = weights.where(kept, 0.0)
@@ -155,46 +110,28 @@ def _from_log_ratios(
     variance = (weight * squares / (n * (n - 1))).where(valid, 0.0)
 
     coefficients = -beta * weights * deviation * (weight / (n * (n - 1)))[group]
+    taper_weight, sampler_log_ratio = rewards.new_ones(()), rewards.new_zeros(())
     if sampler_log_ratios is not None:
         known = kept & sampler_log_ratios.isfinite()
         sampler_log_ratios = sampler_log_ratios.where(known, 0.0)
-        lowered = coefficients > 0
-        tapers = taper_weights(sampler_log_ratios, taper if row_taper is None else row_taper)
-        tapers = tapers.where(known & lowered, 1.0)
-        coefficients = coefficients * tapers
         sampler_log_ratio = sampler_log_ratios.sum() / known.sum().clamp(min=1)
-        taper_weight = tapers.where(lowered, 0.0).sum() / lowered.sum().clamp(min=1)
-        taper_weight = taper_weight.where(lowered.any(), 1.0)
-    else:
-        sampler_log_ratio, taper_weight = rewards.new_zeros(()), rewards.new_ones(())
-    if lr_weight > 0:
-        n_row = n[group]
-        of_others = (squares[group] - n_row / (n_row - 1) * deviation**2) / (n_row - 2).clamp(min=1)
-        shrink = (
-            torch.where(n_row >= 8, 1.0, 0.5)
-            if lr_baseline is None
-            else torch.full_like(n_row, lr_baseline)
-        )
-        baseline = (shrink / (2 * (n_row - 1)) * of_others).where(n_row >= 3, 0.0)
-        lr_term = n_row / (2 * (n_row - 1) ** 2) * deviation**2 - baseline
-        if lr_cap:
-            largest = torch.zeros_like(mean).scatter_reduce_(0, group, deviation, "amax")[group]
-            others_left = (n_row - 2).clamp(min=1)
-            shrinkage = torch.where(n_row >= 3, others_left / (others_left + shrink), 1.0)
-            bound = beta * (n_row - 1) / n_row * shrinkage / largest
-            lr_term = lr_term * bound.clamp(max=lr_weight).where(largest > 0, lr_weight)
-        else:
-            lr_term = lr_term * lr_weight
-        if on_policy is not None:
-            lr_term = lr_term.where(on_policy, 0.0)
+        if options.tapers:
+            lowered = coefficients > 0
+            tapers = taper_weights(sampler_log_ratios, options).where(known & lowered, 1.0)
+            coefficients = coefficients * tapers
+            mean_taper = tapers.where(lowered, 0.0).sum() / lowered.sum().clamp(min=1)
+            taper_weight = mean_taper.where(lowered.any(), 1.0)
+    if options.lr_weight > 0:
+        lr_term = _likelihood_ratio_term(deviation, squares[group], n[group], group, options)
         coefficients = coefficients + lr_term
 
     counted = torch.stack(
         [valid.sum(), (per_group(torch.ones_like(size)) > 0).sum() - valid.sum(), (~kept).sum()]
     )
-    denominator = (counted[0] if num_groups is None else num_groups).double().clamp(min=1)
-    coefficients = coefficients.where(kept & valid[group], 0.0) * (scale / denominator)
-    loss = 0.5 * scale * variance.sum() / denominator
+    count = counted[0] if options.num_groups is None else options.num_groups
+    denominator = count.double().clamp(min=1)
+    coefficients = coefficients.where(kept & valid[group], 0.0) * (options.scale / denominator)
+    loss = 0.5 * options.scale * variance.sum() / denominator
     num_kept = kept.sum().clamp(min=1)
     mean_variance = variance.sum() / counted[0].clamp(min=1)
     largest_deviation = torch.cat([deviation.new_zeros(1), deviation.abs()]).max()
@@ -212,14 +149,43 @@ def _from_log_ratios(
     return coefficients, loss, moments, counted
 
 
-def taper_weights(sampler_log_ratios: Tensor, taper: float | Tensor) -> Tensor:
+def taper_weights(sampler_log_ratios: Tensor, options: AgroOptions) -> Tensor:
     """min(1, pi / mu) ** taper, (B,) float64, of finite log(pi / mu) (B,); 0 where taper is inf."""
-    lowered_by = sampler_log_ratios.clamp(max=0.0)
-    if isinstance(taper, Tensor):
-        one_sided = taper == math.inf  # apart, because inf * 0 is NaN
-        weights = (taper.double().where(~one_sided, 0.0) * lowered_by).exp()
-        return weights.where(~one_sided, 0.0)
-    return torch.zeros_like(lowered_by) if taper == math.inf else (taper * lowered_by).exp()
+    shortfall = sampler_log_ratios.clamp(max=0.0)
+    if options.row_taper is None:
+        if options.taper == math.inf:
+            return torch.zeros_like(shortfall)
+        return (options.taper * shortfall).exp()
+    one_sided = options.row_taper == math.inf  # apart, because inf * 0 is NaN
+    exponents = options.row_taper.double().where(~one_sided, 0.0)
+    return (exponents * shortfall).exp().where(~one_sided, 0.0)
+
+
+def _likelihood_ratio_term(
+    deviation: Tensor, squares: Tensor, n: Tensor, group: Tensor, options: AgroOptions
+) -> Tensor:
+    """The coefficients' likelihood-ratio term (B,), weighted, capped, and 0 off policy.
+
+    All (B,): the deviation of each row, and of its group the sum of squares, the size, the index.
+    """
+    of_others = (squares - n / (n - 1) * deviation**2) / (n - 2).clamp(min=1)
+    shrink = (
+        torch.where(n >= 8, 1.0, 0.5)
+        if options.lr_baseline is None
+        else torch.full_like(n, options.lr_baseline)
+    )
+    baseline = (shrink / (2 * (n - 1)) * of_others).where(n >= 3, 0.0)
+    lr_term = n / (2 * (n - 1) ** 2) * deviation**2 - baseline
+    if options.lr_cap:
+        largest = torch.zeros_like(n).scatter_reduce_(0, group, deviation, "amax")[group]
+        others_left = (n - 2).clamp(min=1)
+        shrinkage = torch.where(n >= 3, others_left / (others_left + shrink), 1.0)
+        bound = options.beta * (n - 1) / n * shrinkage / largest
+        weight = bound.clamp(max=options.lr_weight).where(largest > 0, options.lr_weight)
+        lr_term = lr_term * weight
+    else:
+        lr_term = lr_term * options.lr_weight
+    return lr_term if options.on_policy is None else lr_term.where(options.on_policy, 0.0)
 
 
 def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
@@ -239,7 +205,3 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
             f"cu_seqlens: expected values rising from 0 to N = {num_tokens}, got {first} to {last}"
             f"{'' if rising else ', falling in between'}; pack_sequences makes them"
         )
-
-
-def _loss_dtype(logprobs: Tensor) -> torch.dtype:
-    return torch.float64 if logprobs.dtype == torch.float64 else torch.float32

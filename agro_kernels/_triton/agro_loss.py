@@ -9,10 +9,14 @@ No sort and no atomics: a row finds its group by comparing ids with every row, O
 a fixed order, so two runs agree bit for bit. Formulas: `agro_kernels/agro_loss.py`.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from agro_kernels.agro_options import AgroOptions
 
 BLOCK_T = 1024
 BLOCK_I, BLOCK_J = 16, 32  # 16 x 64 spilled registers on sm_80 and sm_90
@@ -22,6 +26,7 @@ BLOCK_B = 1024
 KEPT = tl.constexpr(1)
 FIRST_OF_GROUP = tl.constexpr(2)
 IN_VALID_GROUP = tl.constexpr(4)
+LOWERED = tl.constexpr(8)  # by the pathwise coefficient, before the taper
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -29,25 +34,37 @@ def sequence_log_ratios_kernel(
     logprobs_ptr,
     ref_logprobs_ptr,
     cu_seqlens_ptr,
+    sampling_logprobs_ptr,
     log_ratios_ptr,
+    sampler_log_ratios_ptr,
     num_tokens,
     BLOCK_T: tl.constexpr,
 ):
-    """log_ratio_b = sum over tokens t of sequence b of (logprob_t - ref_logprob_t)."""
+    """log_ratio_b = sum over tokens t of sequence b of (logprob_t - ref_logprob_t).
+
+    sampler_log_ratio_b = sum over the same of logprob_t, less sampling_logprob_b, unless
+    sampling_logprobs_ptr is None.
+    """
     i_b = tl.program_id(0)
     start = tl.load(cu_seqlens_ptr + i_b).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + i_b + 1).to(tl.int64)
     inside = (start >= 0) & (start <= end) & (end <= num_tokens)
     end = tl.where(inside, end, start)
     total = tl.zeros((BLOCK_T,), tl.float64)
+    total_logprob = tl.zeros((BLOCK_T,), tl.float64)
     for start_t in range(start, end, BLOCK_T):
         offs_t = start_t + tl.arange(0, BLOCK_T).to(tl.int64)
         mask_t = offs_t < end
         logprobs = tl.load(logprobs_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float64)
         ref_logprobs = tl.load(ref_logprobs_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float64)
         total += logprobs - ref_logprobs
+        if sampling_logprobs_ptr is not None:
+            total_logprob += logprobs
     # Bounds outside the tokens: NaN, so that the row is dropped and counted.
     tl.store(log_ratios_ptr + i_b, tl.where(inside, tl.sum(total, 0), float("nan")))
+    if sampling_logprobs_ptr is not None:
+        sampling_logprob = tl.load(sampling_logprobs_ptr + i_b).to(tl.float64)
+        tl.store(sampler_log_ratios_ptr + i_b, tl.sum(total_logprob, 0) - sampling_logprob)
 
 
 @triton.jit
@@ -58,18 +75,18 @@ def load_rows(
     offs,
     mask,
     beta,
-    HAS_WEIGHTS: tl.constexpr,
 ):
-    """(regularised reward, importance weight, kept) of rows, numbers without meaning if not kept.
+    """(regularised reward, importance weight, kept) of the rows at offs.
 
-    Who uses them leaves the others out: a selection here would be one that Triton before 3.8 cannot
-    lay out once the rows stand along either side of a tile.
+    The first two of a row that is not kept may be anything, NaN included: the caller has to select
+    by `kept`. Selecting here would save it that, but Triton before 3.8 cannot compile a selection
+    whose result is used both as rows and as columns of a tile.
     """
     infinity = float("inf")
     rewards = tl.load(rewards_ptr + offs, mask=mask, other=0.0).to(tl.float64)
     log_ratios = tl.load(log_ratios_ptr + offs, mask=mask, other=0.0)
     kept = mask & (tl.abs(rewards) < infinity) & (tl.abs(log_ratios) < infinity)
-    if HAS_WEIGHTS:
+    if weights_ptr is not None:
         weights = tl.load(weights_ptr + offs, mask=mask, other=0.0).to(tl.float64)
         kept = kept & (weights >= 0) & (weights < infinity)
     else:
@@ -84,19 +101,21 @@ def group_statistics_kernel(
     groups_ptr,
     on_policy_ptr,
     weights_ptr,
+    sampler_log_ratios_ptr,
+    row_taper_ptr,
     raw_coefficients_ptr,
     variances_ptr,
     deviations_ptr,
+    tapers_ptr,
     statuses_ptr,
     num_sequences,
     beta: tl.float64,
     lr_weight: tl.float64,
     lr_baseline: tl.float64,
+    taper: tl.float64,
     HAS_LR: tl.constexpr,
     LR_CAP: tl.constexpr,
     AUTO_BASELINE: tl.constexpr,
-    HAS_ON_POLICY: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -104,13 +123,14 @@ def group_statistics_kernel(
 
     Two passes, because the mean square less the squared mean cancels. Writes, for each row, the
     coefficient before scale / num_groups, |d|, its status, and the group's variance at the group's
-    first row (0 elsewhere), so that a sum over rows is a sum over groups.
+    first row (0 elsewhere), so that a sum over rows is a sum over groups. Unless tapers_ptr is None
+    coefficients are tapered, and the weights written: 1 where nothing is lowered.
     """
     offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask_i = offs_i < num_sequences
     groups_i = tl.load(groups_ptr + offs_i, mask=mask_i, other=0)
     regularized_i, weights_i, kept_i = load_rows(
-        rewards_ptr, log_ratios_ptr, weights_ptr, offs_i, mask_i, beta, HAS_WEIGHTS
+        rewards_ptr, log_ratios_ptr, weights_ptr, offs_i, mask_i, beta
     )
 
     size = tl.zeros((BLOCK_I,), tl.float64)
@@ -122,7 +142,7 @@ def group_statistics_kernel(
         mask_j = offs_j < num_sequences
         groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
         regularized_j, weights_j, kept_j = load_rows(
-            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta, HAS_WEIGHTS
+            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta
         )
         same = (groups_i[:, None] == groups_j[None, :]) & mask_j[None, :]
         member = same & kept_j[None, :]
@@ -140,7 +160,7 @@ def group_statistics_kernel(
         mask_j = offs_j < num_sequences
         groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
         regularized_j, weights_j, kept_j = load_rows(
-            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta, HAS_WEIGHTS
+            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta
         )
         member = (groups_i[:, None] == groups_j[None, :]) & kept_j[None, :]
         deviations = tl.where(member, regularized_j[None, :] - mean[:, None], 0.0)
@@ -155,6 +175,21 @@ def group_statistics_kernel(
     pairs = weight / (n * (n - 1))
     deviation = tl.where(used, regularized_i - mean, 0.0)
     coefficients = -beta * tl.where(used, weights_i, 0.0) * deviation * pairs
+    status = tl.where(kept_i, KEPT, 0) + tl.where(mask_i & valid, IN_VALID_GROUP, 0)
+    if tapers_ptr is not None:
+        lowered = coefficients > 0
+        sampler_log_ratio = tl.load(sampler_log_ratios_ptr + offs_i, mask=mask_i, other=0.0)
+        known = tl.abs(sampler_log_ratio) < float("inf")
+        shortfall = tl.where(known & (sampler_log_ratio < 0), sampler_log_ratio, 0.0)
+        exponent = tl.zeros((BLOCK_I,), tl.float64) + taper
+        if row_taper_ptr is not None:
+            exponent = tl.load(row_taper_ptr + offs_i, mask=mask_i, other=0.0).to(tl.float64)
+        one_sided = exponent == float("inf")  # apart, because inf * 0 is NaN
+        tapers = tl.exp(tl.where(one_sided, 0.0, exponent) * shortfall)
+        tapers = tl.where(lowered & known, tl.where(one_sided, 0.0, tapers), 1.0)
+        coefficients *= tapers
+        status += tl.where(lowered, LOWERED, 0)
+        tl.store(tapers_ptr + offs_i, tapers, mask=mask_i)
     if HAS_LR:
         square = deviation * deviation
         of_others = (squares - n / (n - 1) * square) / tl.where(n > 2, n - 2, 1.0)
@@ -171,14 +206,13 @@ def group_statistics_kernel(
             lr_term *= tl.where((largest > 0) & (bound < lr_weight), bound, lr_weight)
         else:
             lr_term *= lr_weight
-        if HAS_ON_POLICY:
+        if on_policy_ptr is not None:
             on_policy = tl.load(on_policy_ptr + offs_i, mask=mask_i, other=0) != 0
             lr_term = tl.where(on_policy, lr_term, 0.0)
         coefficients += lr_term
 
     first = mask_i & (earlier == 0)
-    status = tl.where(kept_i, KEPT, 0) + tl.where(first, FIRST_OF_GROUP, 0)
-    status += tl.where(mask_i & valid, IN_VALID_GROUP, 0)
+    status += tl.where(first, FIRST_OF_GROUP, 0)
     tl.store(raw_coefficients_ptr + offs_i, tl.where(used, coefficients, 0.0), mask=mask_i)
     tl.store(variances_ptr + offs_i, tl.where(first & valid, pairs * squares, 0.0), mask=mask_i)
     tl.store(deviations_ptr + offs_i, tl.abs(deviation), mask=mask_i)
@@ -189,9 +223,11 @@ def group_statistics_kernel(
 def finalise_kernel(
     rewards_ptr,
     log_ratios_ptr,
+    sampler_log_ratios_ptr,
     raw_coefficients_ptr,
     variances_ptr,
     deviations_ptr,
+    tapers_ptr,
     statuses_ptr,
     num_groups_ptr,
     coefficients_ptr,
@@ -201,7 +237,6 @@ def finalise_kernel(
     num_sequences,
     beta: tl.float64,
     scale: tl.float64,
-    HAS_NUM_GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     """One program: sums over rows in a fixed order, then every coefficient by its denominator."""
@@ -234,7 +269,7 @@ def finalise_kernel(
     groups_valid = tl.sum(num_valid, 0)
     found = tl.where(groups_valid > 1, groups_valid, 1).to(tl.float64)
     denominator = found
-    if HAS_NUM_GROUPS:
+    if num_groups_ptr is not None:
         given = tl.load(num_groups_ptr)
         denominator = tl.where(given > 1.0, given, 1.0)
     divisor = tl.where(rows_kept > 1, rows_kept, 1).to(tl.float64)
@@ -250,12 +285,33 @@ def finalise_kernel(
     tl.store(counts_ptr + 1, (groups_found - groups_valid).to(tl.int64))
     tl.store(counts_ptr + 2, (num_sequences - rows_kept).to(tl.int64))
 
+    # In the second loop, when the registers of the sums above are free again.
+    sampler_log_ratio = tl.zeros((BLOCK_B,), tl.float64)
+    taper = tl.zeros((BLOCK_B,), tl.float64)
+    num_known = tl.zeros((BLOCK_B,), tl.int32)
+    num_lowered = tl.zeros((BLOCK_B,), tl.int32)
     factor = scale / denominator
     for start_b in range(0, num_sequences, BLOCK_B):
         offs_b = start_b + tl.arange(0, BLOCK_B)
         mask_b = offs_b < num_sequences
         coefficients = tl.load(raw_coefficients_ptr + offs_b, mask=mask_b, other=0.0) * factor
         tl.store(coefficients_ptr + offs_b, coefficients, mask=mask_b)
+        if sampler_log_ratios_ptr is not None:
+            status = tl.load(statuses_ptr + offs_b, mask=mask_b, other=0)
+            ratios = tl.load(sampler_log_ratios_ptr + offs_b, mask=mask_b, other=0.0)
+            known = ((status & KEPT) != 0) & (tl.abs(ratios) < float("inf"))
+            sampler_log_ratio += tl.where(known, ratios, 0.0)
+            num_known += known.to(tl.int32)
+            if tapers_ptr is not None:
+                lowered = (status & LOWERED) != 0
+                taper += tl.load(tapers_ptr + offs_b, mask=lowered, other=0.0)
+                num_lowered += lowered.to(tl.int32)
+    rows_known = tl.sum(num_known, 0)
+    rows_lowered = tl.sum(num_lowered, 0)
+    mean_taper = tl.sum(taper, 0) / tl.where(rows_lowered > 0, rows_lowered, 1).to(tl.float64)
+    divisor = tl.where(rows_known > 0, rows_known, 1).to(tl.float64)
+    tl.store(moments_ptr + 5, tl.where(rows_lowered > 0, mean_taper, 1.0))
+    tl.store(moments_ptr + 6, tl.sum(sampler_log_ratio, 0) / divisor)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_steps"])
@@ -293,33 +349,17 @@ def token_gradients_kernel(
 
 
 def agro_coefficients(
-    rewards: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    groups: Tensor,
-    beta: float,
-    lr_weight: float,
-    lr_cap: bool,
-    on_policy: Tensor | None,
-    lr_baseline: float | None,
-    importance_weights: Tensor | None,
-    num_groups: Tensor | None,
-    scale: float,
+    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, groups: Tensor, options: AgroOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients (B,), moments (5,) float64, counts (3,) int64, in the order of `AgroStats`."""
+    """Coefficients (B,), moments (7,) float64, counts (3,) int64; `AgroStats` has both in it."""
     all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
+    sampled = options.sampling_logprobs
     coefficients, _, moments, counts = _from_log_ratios(
         rewards,
         logprobs.double() - ref_logprobs.double(),
+        None if sampled is None else logprobs.double() - sampled.double(),
         groups,
-        beta,
-        lr_weight,
-        lr_cap,
-        on_policy,
-        lr_baseline,
-        importance_weights,
-        num_groups,
-        scale,
+        options,
         coefficients_dtype=torch.float64 if all_double else torch.float32,
         loss_dtype=torch.float64,
     )
@@ -332,40 +372,31 @@ def agro_loss_fwd(
     rewards: Tensor,
     groups: Tensor,
     cu_seqlens: Tensor,
-    beta: float,
-    lr_weight: float,
-    lr_cap: bool,
-    on_policy: Tensor | None,
-    lr_baseline: float | None,
-    importance_weights: Tensor | None,
-    num_groups: Tensor | None,
-    scale: float,
+    options: AgroOptions,
 ) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and the coefficients (B,) float64 that the backward needs."""
     num_sequences = rewards.shape[0]
     log_ratios = torch.empty(num_sequences, dtype=torch.float64, device=rewards.device)
+    sampled = options.sampling_logprobs
+    sampler_log_ratios = None if sampled is None else torch.empty_like(log_ratios)
     if num_sequences > 0:
         with torch.cuda.device_of(rewards):
             sequence_log_ratios_kernel[(num_sequences,)](
                 logprobs_ptr=logprobs.contiguous(),
                 ref_logprobs_ptr=ref_logprobs.contiguous(),
                 cu_seqlens_ptr=cu_seqlens.contiguous(),
+                sampling_logprobs_ptr=_contiguous(sampled),
                 log_ratios_ptr=log_ratios,
+                sampler_log_ratios_ptr=sampler_log_ratios,
                 num_tokens=logprobs.shape[0],
                 BLOCK_T=BLOCK_T,
             )
     coefficients, loss, _, _ = _from_log_ratios(
         rewards,
         log_ratios,
+        sampler_log_ratios,
         groups,
-        beta,
-        lr_weight,
-        lr_cap,
-        on_policy,
-        lr_baseline,
-        importance_weights,
-        num_groups,
-        scale,
+        options,
         coefficients_dtype=torch.float64,
         loss_dtype=torch.float64 if logprobs.dtype == torch.float64 else torch.float32,
     )
@@ -396,119 +427,68 @@ def agro_loss_bwd(
 def _from_log_ratios(
     rewards: Tensor,
     log_ratios: Tensor,
+    sampler_log_ratios: Tensor | None,
     groups: Tensor,
-    beta: float,
-    lr_weight: float,
-    lr_cap: bool,
-    on_policy: Tensor | None,
-    lr_baseline: float | None,
-    importance_weights: Tensor | None,
-    num_groups: Tensor | None,
-    scale: float,
+    options: AgroOptions,
     *,
     coefficients_dtype: torch.dtype,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Coefficients (B,), loss, moments and counts from log_ratios (B,) float64."""
     num_sequences, device = rewards.shape[0], rewards.device
-    # A pointer that a kernel is compiled not to read still has to be some tensor.
-    unread = log_ratios
-    rewards = rewards.contiguous()
+    row_taper = options.row_taper if options.tapers else None
+    if row_taper is not None:
+        # A row whose exponent is negative or NaN is dropped like one without a log-ratio.
+        log_ratios = log_ratios.where(row_taper >= 0, math.nan)
     raw_coefficients = torch.empty(num_sequences, dtype=torch.float64, device=device)
-    variances = torch.empty_like(raw_coefficients)
-    deviations = torch.empty_like(raw_coefficients)
-    statuses = torch.empty(num_sequences, dtype=torch.int32, device=device)
+    # What both kernels take: the inputs of the first, and what it writes and the second reads.
+    rows = {
+        "rewards_ptr": rewards.contiguous(),
+        "log_ratios_ptr": log_ratios,
+        "sampler_log_ratios_ptr": sampler_log_ratios,
+        "raw_coefficients_ptr": raw_coefficients,
+        "variances_ptr": torch.empty_like(raw_coefficients),
+        "deviations_ptr": torch.empty_like(raw_coefficients),
+        "tapers_ptr": torch.empty_like(raw_coefficients) if options.tapers else None,
+        "statuses_ptr": torch.empty(num_sequences, dtype=torch.int32, device=device),
+    }
     coefficients = torch.empty(num_sequences, dtype=coefficients_dtype, device=device)
     loss = torch.empty((), dtype=loss_dtype, device=device)
-    moments = torch.empty(5, dtype=torch.float64, device=device)
+    moments = torch.empty(7, dtype=torch.float64, device=device)
     counts = torch.empty(3, dtype=torch.int64, device=device)
     with torch.cuda.device_of(rewards):
         if num_sequences > 0:
             group_statistics_kernel[(triton.cdiv(num_sequences, BLOCK_I),)](
-                rewards_ptr=rewards,
-                log_ratios_ptr=log_ratios,
+                **rows,
                 groups_ptr=groups.contiguous(),
-                on_policy_ptr=unread if on_policy is None else on_policy.contiguous(),
-                weights_ptr=unread
-                if importance_weights is None
-                else importance_weights.contiguous(),
-                raw_coefficients_ptr=raw_coefficients,
-                variances_ptr=variances,
-                deviations_ptr=deviations,
-                statuses_ptr=statuses,
+                on_policy_ptr=_contiguous(options.on_policy),
+                weights_ptr=_contiguous(options.importance_weights),
+                row_taper_ptr=_contiguous(row_taper),
                 num_sequences=num_sequences,
-                beta=beta,
-                lr_weight=lr_weight,
-                lr_baseline=0.0 if lr_baseline is None else lr_baseline,
-                HAS_LR=lr_weight > 0,
-                LR_CAP=lr_cap,
-                AUTO_BASELINE=lr_baseline is None,
-                HAS_ON_POLICY=on_policy is not None,
-                HAS_WEIGHTS=importance_weights is not None,
+                beta=options.beta,
+                lr_weight=options.lr_weight,
+                lr_baseline=0.0 if options.lr_baseline is None else options.lr_baseline,
+                taper=options.taper,
+                HAS_LR=options.lr_weight > 0,
+                LR_CAP=options.lr_cap,
+                AUTO_BASELINE=options.lr_baseline is None,
                 BLOCK_I=BLOCK_I,
                 BLOCK_J=BLOCK_J,
             )
         finalise_kernel[(1,)](
-            rewards_ptr=rewards,
-            log_ratios_ptr=log_ratios,
-            raw_coefficients_ptr=raw_coefficients,
-            variances_ptr=variances,
-            deviations_ptr=deviations,
-            statuses_ptr=statuses,
-            num_groups_ptr=unread if num_groups is None else num_groups.double(),
+            **rows,
+            num_groups_ptr=None if options.num_groups is None else options.num_groups.double(),
             coefficients_ptr=coefficients,
             loss_ptr=loss,
             moments_ptr=moments,
             counts_ptr=counts,
             num_sequences=num_sequences,
-            beta=beta,
-            scale=scale,
-            HAS_NUM_GROUPS=num_groups is not None,
+            beta=options.beta,
+            scale=options.scale,
             BLOCK_B=BLOCK_B,
         )
     return coefficients, loss, moments, counts
 
 
-def compile_cases() -> list[tuple[str, triton.JITFunction, dict[str, str], dict[str, object]]]:
-    """(name, kernel, signature, constexprs) of every kernel, all options on, to compile unrun."""
-    doubles = dict.fromkeys(("beta", "lr_weight", "lr_baseline", "scale"), "fp64")
-    pointers = {
-        "logprobs_ptr": "*fp32",
-        "ref_logprobs_ptr": "*fp32",
-        "dlogprobs_ptr": "*fp32",
-        "rewards_ptr": "*fp32",
-        "weights_ptr": "*fp32",
-        "coefficients_ptr": "*fp32",
-        "loss_ptr": "*fp32",
-        "dloss_ptr": "*fp32",
-        "cu_seqlens_ptr": "*i32",
-        "statuses_ptr": "*i32",
-        "groups_ptr": "*i64",
-        "counts_ptr": "*i64",
-        "on_policy_ptr": "*i1",
-    }
-    options = dict.fromkeys(
-        ("HAS_LR", "LR_CAP", "AUTO_BASELINE", "HAS_ON_POLICY", "HAS_WEIGHTS", "HAS_NUM_GROUPS"),
-        True,
-    )
-    blocks = {"BLOCK_T": BLOCK_T, "BLOCK_I": BLOCK_I, "BLOCK_J": BLOCK_J, "BLOCK_B": BLOCK_B}
-    cases = []
-    for kernel in (
-        sequence_log_ratios_kernel,
-        group_statistics_kernel,
-        finalise_kernel,
-        token_gradients_kernel,
-    ):
-        constexprs: dict[str, object] = {
-            name: value for name, value in {**options, **blocks}.items() if name in kernel.arg_names
-        }
-        signature = {}
-        for name in kernel.arg_names:
-            other = "*fp64" if name.endswith("_ptr") else "i32"
-            signature[name] = (
-                "constexpr" if name in constexprs else {**pointers, **doubles}.get(name, other)
-            )
-        if kernel is token_gradients_kernel:
-            signature["coefficients_ptr"] = "*fp64"  # the saved ones keep their 64 bits
-        cases.append((kernel.fn.__name__, kernel, signature, constexprs))
-    return cases
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

@@ -7,30 +7,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from agro_kernels._torch import agro_loss as torch_agro_loss
-from agro_kernels.ops.dispatch import library, results_dtype, triton_if_possible
+from agro_kernels.agro_options import AGRO_SCHEMA, AgroOptions
+from agro_kernels.ops.dispatch import library, results_dtype, triton_if_possible, with_record
 
-_AGRO_OPTIONS = (
-    "float beta, float lr_weight, bool lr_cap, Tensor? on_policy, float? lr_baseline, "
-    "Tensor? importance_weights, Tensor? num_groups, float scale, Tensor? sampling_logprobs, "
-    "float taper, Tensor? row_taper"
-)
 library.define(
     "agro_coefficients(Tensor rewards, Tensor logprobs, Tensor ref_logprobs, Tensor groups, "
-    f"{_AGRO_OPTIONS}) -> (Tensor coefficients, Tensor moments, Tensor counts)"
+    f"{AGRO_SCHEMA}) -> (Tensor coefficients, Tensor moments, Tensor counts)"
 )
 library.define(
     "agro_loss_fwd(Tensor logprobs, Tensor ref_logprobs, Tensor rewards, Tensor groups, "
-    f"Tensor cu_seqlens, {_AGRO_OPTIONS}) -> (Tensor loss, Tensor coefficients)"
+    f"Tensor cu_seqlens, {AGRO_SCHEMA}) -> (Tensor loss, Tensor coefficients)"
 )
 library.define(
     "agro_loss_bwd(Tensor dloss, Tensor coefficients, Tensor cu_seqlens, SymInt num_tokens, "
     "ScalarType dtype) -> Tensor dlogprobs"
 )
-for _name in ("agro_coefficients", "agro_loss_fwd", "agro_loss_bwd"):
+for _name, _at in (("agro_coefficients", 4), ("agro_loss_fwd", 5), ("agro_loss_bwd", None)):
     _everywhere = getattr(torch_agro_loss, _name)
     _cuda = triton_if_possible(_name, "agro_loss", torch_agro_loss, float64=True)
-    library.impl(_name, _everywhere, "CompositeExplicitAutograd")
-    library.impl(_name, _cuda, "CUDA")
+    for _key, _kernel in (("CompositeExplicitAutograd", _everywhere), ("CUDA", _cuda)):
+        if _at is not None:
+            _kernel = with_record(AgroOptions, _kernel, at=_at)
+        library.impl(_name, _kernel, _key)
 
 
 def _agro_coefficients_fake(

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -42,6 +43,7 @@ from agro_kernels._triton import (
     selective_logprobs,
 )
 from agro_kernels._triton.counted import Head
+from agro_kernels.agro_options import AgroOptions
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -155,15 +157,22 @@ class Recorder:
         return lambda **arguments: self.launches.append(arguments)
 
 
+def replaced_kernels(module: ModuleType, stack: contextlib.ExitStack) -> dict[str, Recorder]:
+    """The kernels of a module by name, each replaced by its recorder until the stack is closed."""
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    recorders = {name: Recorder(getattr(module, name)) for name in names}
+    for name, recorder in recorders.items():
+        stack.enter_context(mock.patch.object(module, name, recorder))
+    return recorders
+
+
 @contextlib.contextmanager
 def recorded(target: str) -> Iterator[dict[str, Recorder]]:
     """The head's kernels by name, while its launchers take a tensor without memory for a GPU's."""
-    recorders = {}
     with contextlib.ExitStack() as stack:
-        for module in (linear_logprobs, head_gradients):
-            for name in (name for name in vars(module) if name.endswith("_kernel")):
-                recorders[name] = Recorder(getattr(module, name))
-                stack.enter_context(mock.patch.object(module, name, recorders[name]))
+        recorders = replaced_kernels(linear_logprobs, stack) | replaced_kernels(
+            head_gradients, stack
+        )
         architecture = target.replace("_", "")
         stack.enter_context(mock.patch.object(launch, "architecture", lambda _: architecture))
         stack.enter_context(
@@ -263,7 +272,7 @@ def case_of(name: str, kernel: triton.JITFunction, arguments: dict[str, Any]) ->
             signature[parameter.name] = f"*{canonicalize_dtype(value.dtype)}"
             aligned.add(parameter.name)
         elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
+            signature[parameter.name] = parameter.annotation_type or "fp32"
         else:
             signature[parameter.name] = "i32"
             if specialised and value % 16 == 0:
@@ -271,20 +280,51 @@ def case_of(name: str, kernel: triton.JITFunction, arguments: dict[str, Any]) ->
     return Case(name, kernel, signature, constants, frozenset(aligned), options)
 
 
+def agro_cases() -> list[Case]:
+    """The kernels of agro_loss, all options on, for a batch of fp32 numbers."""
+    num_tokens, num_sequences = 1000, 18
+
+    def empty(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    options = AgroOptions(
+        beta=0.1,
+        lr_weight=1.0,
+        lr_cap=True,
+        on_policy=empty(num_sequences, torch.bool),
+        lr_baseline=None,
+        importance_weights=empty(num_sequences),
+        num_groups=torch.empty((), dtype=torch.float64, device="meta"),
+        scale=1.0,
+        sampling_logprobs=empty(num_sequences),
+        taper=0.0,
+        row_taper=empty(num_sequences),
+    )
+    sums, tokens = [empty(num_sequences)] * 3, [empty(num_tokens)] * 2
+    groups = empty(num_sequences, torch.int64)
+    cu_seqlens = empty(num_sequences + 1, torch.int32)
+    with contextlib.ExitStack() as stack:
+        kernels = replaced_kernels(agro_loss, stack)
+        agro_loss.agro_coefficients(*sums, groups, options)
+        _, coefficients = agro_loss.agro_loss_fwd(*tokens, sums[0], groups, cu_seqlens, options)
+        agro_loss.agro_loss_bwd(empty(1), coefficients, cu_seqlens, num_tokens, torch.float32)
+        return [
+            case_of(name, kernel.kernel, kernel.launches[0]) for name, kernel in kernels.items()
+        ]
+
+
 def other_cases() -> list[Case]:
-    """The kernels of agro_loss, all options on, and of selective_logprobs."""
-    return [
+    """The kernels of agro_loss and of selective_logprobs."""
+    return agro_cases() + [
         Case(name, kernel, signature, constants, frozenset(), {})
-        for module in (agro_loss, selective_logprobs)
-        for name, kernel, signature, constants in module.compile_cases()
+        for name, kernel, signature, constants in selective_logprobs.compile_cases()
     ]
 
 
 # --- What the compiler says of it -----------------------------------------------------------------
 
 
-def compile_case(case: Case, target: str) -> Row:
-    """Compile one case and read the compiler's own numbers back."""
+def compiled(case: Case, target: str) -> Any:
     source = ASTSource(
         fn=case.kernel,
         signature=case.signature,
@@ -294,12 +334,17 @@ def compile_case(case: Case, target: str) -> Row:
             for argument in case.aligned
         },
     )
-    compiled = triton.compile(source, target=TARGETS[target], options=case.options)
-    if "cubin" in compiled.asm:
-        code = compiled.asm["ptx"]
-        registers, spilled_bytes = cubin_usage(compiled.asm["cubin"])
+    return triton.compile(source, target=TARGETS[target], options=case.options)
+
+
+def compile_case(case: Case, target: str) -> Row:
+    """Compile one case and read the compiler's own numbers back."""
+    kernel = compiled(case, target)
+    if "cubin" in kernel.asm:
+        code = kernel.asm["ptx"]
+        registers, spilled_bytes = cubin_usage(kernel.asm["cubin"])
     else:
-        code = compiled.asm["amdgcn"]
+        code = kernel.asm["amdgcn"]
         registers, spills = (
             int(re.findall(rf"\.{key}:\s*(\d+)", code)[0])
             for key in ("vgpr_count", "vgpr_spill_count")
@@ -313,8 +358,8 @@ def compile_case(case: Case, target: str) -> Row:
         loads="descriptor" if by_descriptor else "pointer",
         registers=registers,
         spilled_bytes=spilled_bytes,
-        shared_bytes=compiled.metadata.shared,
-        programs=programs_at_once(target, registers, compiled.metadata),
+        shared_bytes=kernel.metadata.shared,
+        programs=programs_at_once(target, registers, kernel.metadata),
         matrix=code.count(MATRIX_INSTRUCTIONS[target]),
         exp2=code.count("ex2.approx") + code.count("v_exp_f32"),
         async_copies=len(re.findall(r"cp\.async\.c[ag]|_load_\w+ .*\blds\b", code)),

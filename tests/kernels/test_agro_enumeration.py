@@ -21,6 +21,7 @@ from tests.enumeration import (
 
 worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
 sizes = pytest.mark.parametrize("n", [2, 3, 4])
+tapers = pytest.mark.parametrize("taper", [0.0, 0.5, 1.0, math.inf])
 
 
 def assert_equal_to(ours: Tensor, exact: Tensor, tolerance: float = 1e-12) -> None:
@@ -147,26 +148,33 @@ def test_plug_in_likelihood_ratio_terms_are_biased_by_known_factors(world: World
         assert_equal_to(ours, factor * exact)
 
 
-def test_a_constant_reward_per_prompt_changes_nothing() -> None:
+@tapers
+def test_a_constant_reward_per_prompt_changes_nothing(taper: float) -> None:
     rewards, *rest = batch = random_batch()
     shifted = (rewards + 3.0 * batch[-1].double(), *rest)
-    ours, shifted_ours = (
-        agro_coefficients(*b, beta=BETA, lr_weight=0.7).coefficients for b in (batch, shifted)
-    )
+    options = {"beta": BETA, "lr_weight": 0.7, "taper": taper, "sampling_logprobs": batch[2]}
+    ours, shifted_ours = (agro_coefficients(*b, **options).coefficients for b in (batch, shifted))
     assert_equal_to(shifted_ours, ours, 1e-10)
 
 
 @pytest.mark.parametrize("lr_weight", [0.0, 0.7])
-def test_scaling_reward_and_beta_scales_coefficients_by_the_square(lr_weight: float) -> None:
+@tapers
+def test_scaling_reward_and_beta_scales_coefficients_by_the_square(
+    taper: float, lr_weight: float
+) -> None:
     rewards, *rest = batch = random_batch()
-    ours = agro_coefficients(*batch, beta=BETA, lr_weight=lr_weight).coefficients
-    scaled = agro_coefficients(3 * rewards, *rest, beta=3 * BETA, lr_weight=lr_weight).coefficients
+    options = {"lr_weight": lr_weight, "taper": taper, "sampling_logprobs": batch[2]}
+    ours = agro_coefficients(*batch, beta=BETA, **options).coefficients
+    scaled = agro_coefficients(3 * rewards, *rest, beta=3 * BETA, **options).coefficients
     assert_equal_to(scaled, 9 * ours, 1e-10)
 
 
 @worlds
 @pytest.mark.parametrize("lr_cap", [False, True], ids=["uncapped", "capped"])
-def test_every_coefficient_vanishes_at_the_optimum(world: World, lr_cap: bool) -> None:
+@tapers
+def test_every_coefficient_vanishes_at_the_optimum(
+    world: World, lr_cap: bool, taper: float
+) -> None:
     rows, groups = all_tuples(len(world.rewards), 3)
     ours = agro_coefficients(
         world.rewards[rows],
@@ -177,9 +185,111 @@ def test_every_coefficient_vanishes_at_the_optimum(world: World, lr_cap: bool) -
         lr_weight=1.0,
         lr_cap=lr_cap,
         num_groups=1,
+        sampling_logprobs=world.behaviour.log()[rows],
+        taper=taper,
     )
     assert_equal_to(ours.coefficients, torch.zeros_like(ours.coefficients))
     assert_equal_to(ours.stats.kl_to_optimum, torch.zeros((), dtype=torch.float64))
+
+
+def tapered_field(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    law: Tensor,
+    sampling_logprobs: Tensor,
+    taper: float,
+    *,
+    n: int = 2,
+    beta: float = BETA,
+) -> Tensor:
+    """mu(y) * E[s | y], (Y,), in groups of n of mu = `law`: where the log-probability of every
+    response is pushed. s is n times minus the coefficient, at the size of a policy gradient."""
+    rows, groups = all_tuples(len(rewards), n)
+    coefficients = agro_coefficients(
+        rewards[rows],
+        logprobs[rows],
+        ref_logprobs[rows],
+        groups,
+        beta=beta,
+        num_groups=1,
+        scale=1 / beta,
+        sampling_logprobs=sampling_logprobs[rows],
+        taper=taper,
+    ).coefficients
+    return -expectation([law] * n, coefficients)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("source", ["any-data", "own-samples"])
+@tapers
+def test_tapered_agro_stands_still_nowhere_but_at_the_optimum(
+    taper: float, source: str, n: int
+) -> None:
+    """The steps of the proof, on random problems and for whatever weights in [0, 1] rows have.
+
+    The update of the logit of y is mu(y) s(y) - pi(y) C, with s(y) the expectation of s at y and C
+    that of s. Raising weighs in full and lowering at most in full, so C >= 0. The worst response is
+    only lowered, s <= 0; the best one only raised, s = R - mean R. An update of 0 would make C = 0
+    at the worst and then R = mean R at the best one: a constant R, which is the optimum.
+    """
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        rewards, logits, ref_logits, data_logits, sampler = torch.randn(
+            5, 5, generator=generator, dtype=torch.float64
+        )
+        logprobs, ref_logprobs = logits.log_softmax(0), ref_logits.log_softmax(0)
+        policy = logprobs.exp()
+        law = data_logits.softmax(0) if source == "any-data" else policy
+        field = tapered_field(rewards, logprobs, ref_logprobs, law, sampler - 1.6, taper, n=n)
+        regularized = rewards - BETA * (logprobs - ref_logprobs)
+        worst, best = int(regularized.argmin()), int(regularized.argmax())
+        rise = law[best] * (regularized[best] - (law * regularized).sum())
+        drift = field.sum()
+        assert drift >= -1e-14
+        assert field[worst] <= 1e-14
+        assert_equal_to(field[best], rise)
+        update = field - policy * drift
+        # Either C is large, and the worst response falls, or it is small, and the best one rises.
+        at_least = rise / 2 * min(1.0, float(policy[worst] / policy[best]))
+        assert float(update.abs().max()) >= at_least > 1e-4
+
+
+LAWS = {"reference": 2.0, "uniform": 1.0, "own": 2.0}  # and a step that suits each
+
+
+@pytest.mark.parametrize("source", LAWS)
+@pytest.mark.parametrize("taper", [0.0, 1.0, math.inf])
+def test_tapered_agro_reaches_the_optimum_from_any_data(taper: float, source: str) -> None:
+    """Exact updates, beta 1, from the reference: to 1e-9 of its KL from the optimum."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, ref_logits = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    ref_logprobs = ref_logits.log_softmax(0)
+    optimum = (ref_logprobs + rewards).log_softmax(0)
+    laws = {"reference": ref_logprobs.exp(), "uniform": torch.full_like(rewards, 0.2)}
+
+    def kl(logprobs: Tensor) -> float:
+        return float((logprobs.exp() * (logprobs - optimum)).sum())
+
+    logits = ref_logprobs
+    for _ in range(600):
+        logprobs = logits.log_softmax(0)
+        if kl(logprobs) < 1e-9 * kl(ref_logprobs):
+            return
+        law = laws.get(source, logprobs.exp())
+        field = tapered_field(rewards, logprobs, ref_logprobs, law, law.log(), taper, beta=1.0)
+        update = field - logprobs.exp() * field.sum()
+        step = LAWS[source] / (1.0 if source == "own" else float(law.max()))
+        logits = logits + step * update
+    pytest.fail(f"KL is still {kl(logits.log_softmax(0)) / kl(ref_logprobs):.1e} of the first")
+
+
+def test_what_moves_no_parameter_of_a_tabular_policy_is_a_multiple_of_it() -> None:
+    """So the proof holds beyond a softmax: field = C pi where the update vanishes, as there."""
+    world = WORLDS["tabular-sequences"]
+    scores = world.scores().sum(1)
+    assert int(torch.linalg.matrix_rank(scores)) == len(scores) - 1
+    assert_equal_to(world.policy @ scores, torch.zeros_like(world.theta))
 
 
 def test_one_step_reaches_the_optimum_from_uniform_data() -> None:

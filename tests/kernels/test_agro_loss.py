@@ -1,5 +1,6 @@
 """agro_coefficients, agro_loss and linear_agro_loss against the reference, and their edges."""
 
+import inspect
 import math
 
 import pytest
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from agro_kernels import reference
 from agro_kernels.agro_loss import AgroStats, agro_coefficients, agro_loss, linear_agro_loss
+from agro_kernels.agro_options import AGRO_SCHEMA, AgroKeywords, AgroOptions
+from agro_kernels.modules import LinearAgroLoss
 
 BETA = 0.3
 LENGTHS = [3, 1, 0, 5, 2, 4, 1, 3, 2, 6, 1, 2, 2, 1, 3, 2, 1, 2]
@@ -68,24 +71,9 @@ class Batch:
             filled["taper"] = self.row_taper
         return filled
 
-    def op_options(self, name: str) -> tuple:
-        """The same for the ops, positional."""
-        given = self.options(name)
-        num_groups, taper = given.get("num_groups"), given.get("taper", 0.0)
-        per_row = isinstance(taper, Tensor)
-        return (
-            BETA,
-            given.get("lr_weight", 0.0),
-            given.get("lr_cap", False),
-            given.get("on_policy"),
-            given.get("lr_baseline"),
-            given.get("importance_weights"),
-            None if num_groups is None else torch.tensor(float(num_groups)).double(),
-            given.get("scale", 1.0),
-            given.get("sampling_logprobs"),
-            0.0 if per_row else taper,
-            taper if per_row else None,
-        )
+    def op_options(self, name: str) -> AgroOptions:
+        """The same for the ops."""
+        return AgroOptions.of(self.rewards, **self.options(name))
 
     @property
     def tokens(self) -> tuple[Tensor, ...]:
@@ -477,6 +465,29 @@ def test_linear_agro_loss_matches_reference() -> None:
         assert not gradient.isnan().any()
 
 
+def test_linear_agro_loss_and_its_module_taper_as_agro_loss_does() -> None:
+    batch = Batch()
+    hidden, weight, targets, ref_logprobs = linear_inputs()
+    rows = (ref_logprobs, batch.rewards, batch.groups, batch.cu_seqlens)
+    leaf = hidden.requires_grad_()
+    logprobs = reference.linear_logprobs(leaf, weight, targets, ignore_index=-1)
+    own = torch.stack([part.sum() for part in logprobs.detach().split(LENGTHS)])
+    sampled = own + torch.linspace(-2, 2, len(LENGTHS), dtype=torch.float64)
+    options: dict = {"beta": BETA, "ignore_index": -1}
+    tapered = {"taper": 0.5, "sampling_logprobs": sampled}
+    module = LinearAgroLoss(**options, taper=0.5)
+    losses = [
+        agro_loss(logprobs, *rows, beta=BETA, **tapered),
+        linear_agro_loss(leaf, weight, targets, *rows, **options, **tapered),
+        module(leaf, weight, targets, *rows, sampling_logprobs=sampled),
+        module(leaf, weight, targets, *rows),
+    ]
+    exact, linear, of_module, untapered = (torch.autograd.grad(loss, leaf)[0] for loss in losses)
+    torch.testing.assert_close(linear, exact, rtol=1e-10, atol=1e-12)
+    assert torch.equal(of_module, linear)
+    assert float((untapered - exact).abs().max()) > 1e-2
+
+
 @options
 def test_ops_pass_opcheck(name: str) -> None:
     batch = Batch()
@@ -607,3 +618,36 @@ def test_wrong_arguments_are_named(changed: dict, error: type[Exception], messag
     arguments = {**dict(zip(names, batch.tokens, strict=True)), "beta": BETA, **changed}
     with pytest.raises(error, match=message):
         agro_loss(**arguments)
+
+
+def test_keywords_are_those_of_agro_coefficients() -> None:
+    """Its signature is the written one: names and defaults are the record's."""
+    rewards = torch.zeros(3)
+    written = {
+        name: parameter.default
+        for name, parameter in inspect.signature(agro_coefficients).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert list(written) == list(AgroKeywords.__annotations__)
+    assert AgroOptions.of(rewards, **{**written, "beta": 1.0}) == AgroOptions.of(rewards, beta=1.0)
+    assert AgroKeywords.__required_keys__ == {"beta"}
+    fields = [argument.split()[1] for argument in AGRO_SCHEMA.split(", ")]
+    assert fields == list(AgroOptions._fields)
+
+
+@pytest.mark.parametrize("options", [{"beta": BETA, "tapper": 1.0}, {"taper": 1.0}])
+def test_unknown_and_missing_keywords_are_refused_by_every_function(options: dict) -> None:
+    batch = Batch()
+    hidden, weight, targets, ref_logprobs = linear_inputs()
+    rows = (batch.rewards, batch.groups, batch.cu_seqlens)
+    wrong = "an unexpected keyword argument 'tapper'" if "tapper" in options else "'beta'"
+    for name, call in {
+        "agro_coefficients": lambda: agro_coefficients(*batch.sums, **options),
+        "agro_loss": lambda: agro_loss(*batch.tokens, **options),
+        "linear_agro_loss": lambda: linear_agro_loss(
+            hidden, weight, targets, ref_logprobs, *rows, **options
+        ),
+        "LinearAgroLoss": lambda: LinearAgroLoss(**options),
+    }.items():
+        with pytest.raises(TypeError, match=rf"^{name}\(\) .*{wrong}$"):
+            call()

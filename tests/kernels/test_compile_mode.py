@@ -296,13 +296,14 @@ def triton_selective_logprobs() -> tuple[Tensor, ...]:
 
 def triton_agro_loss() -> tuple[Tensor, ...]:
     from agro_kernels._triton import agro_loss as kernels
+    from agro_kernels.agro_options import AgroOptions
 
     inputs = Inputs(12)
     logprobs = torch.linspace(-2.0, -0.1, 12)
     rows = (inputs.rewards, inputs.groups, inputs.cu_seqlens)
-    positional = (0.3, 1.0, True, None, None, None, None, 1.0)
+    options = AgroOptions.of(inputs.rewards, beta=0.3, lr_weight=1.0, lr_cap=True)
     zeros = torch.zeros(12)
-    value, coefficients = kernels.agro_loss_fwd(logprobs, zeros, *rows, *positional)
+    value, coefficients = kernels.agro_loss_fwd(logprobs, zeros, *rows, options)
     dloss = torch.tensor(1.0)
     gradient = kernels.agro_loss_bwd(dloss, coefficients, inputs.cu_seqlens, 12, torch.float32)
     return value, coefficients, gradient

@@ -90,9 +90,13 @@ def selective_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]
         yield logprobs.cos(), logits.detach(), *rest, lse
 
 
+AGRO_OPTIONS = ("off-policy", "mixed-capped", "importance-weighted", "global-count")
+AGRO_OPTIONS += ("tapered", "tapered-by-row")
+
+
 def agro_coefficients_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     batch = Batch()
-    for name in ("off-policy", "mixed-capped", "importance-weighted", "global-count"):
+    for name in AGRO_OPTIONS:
         rewards, logprobs, ref_logprobs, groups = batch.sums
         sums = rewards.to(dtype), logprobs.to(dtype), ref_logprobs.to(dtype)
         yield *sums, groups, *batch.op_options(name)
@@ -100,7 +104,7 @@ def agro_coefficients_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 def agro_loss_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     batch = Batch()
-    for name in ("off-policy", "mixed-capped", "importance-weighted", "global-count"):
+    for name in AGRO_OPTIONS:
         logprobs, ref_logprobs, *rest = batch.tokens
         leaf = logprobs.to(dtype, copy=True).requires_grad_()
         yield leaf, ref_logprobs.to(dtype), *rest, *batch.op_options(name)

@@ -17,9 +17,11 @@ from agro_kernels import reference
 from agro_kernels._torch import agro_loss as torch_path
 from agro_kernels._triton import agro_loss as kernels
 from agro_kernels.agro_loss import agro_coefficients, agro_loss
+from agro_kernels.agro_options import AgroOptions
 from tests.kernels.test_agro_loss import BETA, OPTIONS, Batch
 from tests.numerics import assert_close_to_truth
 
+KERNELS = {name for name in vars(kernels) if name.endswith("_kernel")}
 options = pytest.mark.parametrize("name", OPTIONS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -32,8 +34,17 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, name, size)
 
 
-def on_device(values: tuple) -> tuple:
-    return tuple(v.to(DEVICE) if isinstance(v, Tensor) else v for v in values)
+def on_device(values: tuple, device: str = DEVICE) -> tuple:
+    """The tensors among them, and those in records, moved."""
+    moved = (
+        type(v)(*on_device(v, device))
+        if isinstance(v, AgroOptions)
+        else v.to(device)
+        if isinstance(v, Tensor)
+        else v
+        for v in values
+    )
+    return tuple(moved)
 
 
 def assert_same(ours: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
@@ -56,7 +67,7 @@ def spoiled(batch: Batch) -> Batch:
 @pytest.mark.parametrize("prepare", [lambda batch: batch, spoiled], ids=["valid", "invalid-rows"])
 def test_coefficients_match_torch_path(name: str, prepare) -> None:
     batch = prepare(Batch())
-    arguments = (*batch.sums, *batch.op_options(name))
+    arguments = (*batch.sums, batch.op_options(name))
     ours = kernels.agro_coefficients(*on_device(arguments))
     assert_same(ours, torch_path.agro_coefficients(*arguments))
 
@@ -65,7 +76,7 @@ def test_coefficients_match_torch_path(name: str, prepare) -> None:
 @pytest.mark.parametrize("prepare", [lambda batch: batch, spoiled], ids=["valid", "invalid-rows"])
 def test_loss_matches_torch_path(name: str, prepare) -> None:
     batch = prepare(Batch())
-    arguments = (*batch.tokens, *batch.op_options(name))
+    arguments = (*batch.tokens, batch.op_options(name))
     ours = kernels.agro_loss_fwd(*on_device(arguments))
     assert_same(ours, torch_path.agro_loss_fwd(*arguments))
 
@@ -76,6 +87,7 @@ LR_OPTIONS = [
         (1.0, 0.3), (False, True), (None, 0.0, 0.4), (None, "some", "none")
     )
 ]
+TAPERS = (None, 1.0, 0.0, "by row", math.inf)
 DENOMINATORS = itertools.cycle([(None, 1.0), (0.0, 2.5), (7.0, 0.5)])  # num_groups, scale
 
 
@@ -88,13 +100,18 @@ def test_combinations_of_options_match_the_reference(
     batch = prepare(Batch())
     rows = {"some": batch.on_policy, "none": torch.zeros_like(batch.on_policy), None: None}
     weighted = [{"importance_weights": weights} for weights in (batch.weights, 0 * batch.weights)]
-    for given, (num_groups, scale) in zip([*weighted, *LR_OPTIONS], DENOMINATORS, strict=False):
-        named = {"lr_weight": 0.0, "lr_cap": False, "on_policy": None, "lr_baseline": None}
-        named |= {"importance_weights": None, "num_groups": num_groups, "scale": scale} | given
-        named["on_policy"] = rows[named["on_policy"]]
-        count = None if num_groups is None else torch.tensor(num_groups, dtype=torch.float64)
-        positional = (BETA, *{**named, "num_groups": count}.values())
-        loss, coefficients = kernels.agro_loss_fwd(*on_device((*batch.tokens, *positional)))
+    for given, (num_groups, scale), taper in zip(
+        [*weighted, *LR_OPTIONS], DENOMINATORS, itertools.cycle(TAPERS), strict=False
+    ):
+        named = {"num_groups": num_groups, "scale": scale, **given}
+        named["on_policy"] = rows[named.get("on_policy")]
+        if taper is not None:
+            named |= {"sampling_logprobs": batch.sampling_logprobs}
+            named |= {"taper": batch.row_taper if taper == "by row" else taper}
+        # The reference says None for "auto".
+        public = {name: value for name, value in named.items() if value is not None}
+        record = AgroOptions.of(batch.rewards, beta=BETA, **public)
+        loss, coefficients = kernels.agro_loss_fwd(*on_device((*batch.tokens, record)))
         exact = (
             reference.agro_loss(*batch.tokens, beta=BETA, **named).detach(),
             reference.agro_coefficients(*batch.sums, beta=BETA, **named),
@@ -108,11 +125,9 @@ def test_groups_of_any_integer_type(dtype: torch.dtype) -> None:
     rewards, logprobs, ref_logprobs, groups = batch.sums
     names = groups.unique(return_inverse=True)[1]
     names = (names * 37 % 120 + torch.iinfo(dtype).max - 120).to(dtype)  # the last ids of the type
-    positional = batch.op_options("capped")
-    ours = kernels.agro_coefficients(
-        *on_device((rewards, logprobs, ref_logprobs, names, *positional))
-    )
-    assert_same(ours, torch_path.agro_coefficients(*batch.sums, *positional))
+    record = batch.op_options("capped")
+    ours = kernels.agro_coefficients(*on_device((rewards, logprobs, ref_logprobs, names, record)))
+    assert_same(ours, torch_path.agro_coefficients(*batch.sums, record))
 
 
 def test_groups_spread_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +139,8 @@ def test_groups_spread_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = (torch.rand(num_rows, generator=generator) ** 3 * 30).long() * 10**12 - 7
     sums = torch.randn(3, num_rows, generator=generator, dtype=torch.float64)
     on_policy = torch.rand(num_rows, generator=generator) < 0.5
-    arguments = (*sums, groups, BETA, 1.0, True, on_policy, None, None, None, 1.0)
+    record = AgroOptions.of(sums[0], beta=BETA, lr_weight=1.0, lr_cap=True, on_policy=on_policy)
+    arguments = (*sums, groups, record)
     ours = kernels.agro_coefficients(*on_device(arguments))
     assert_same(ours, torch_path.agro_coefficients(*arguments))
     counts = groups.unique(return_counts=True)[1]
@@ -137,8 +153,8 @@ def test_log_ratios_are_formed_token_by_token() -> None:
     ref_logprobs = logprobs - 1e-3 * torch.tensor([1.0, 1, 1, 2, 2, 2], dtype=torch.float64)
     rewards, groups = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
     arguments = (logprobs, ref_logprobs, rewards, groups, torch.tensor([0, 3, 6]))
-    positional = (1.0, 0.0, False, None, None, None, None, 1.0)
-    _, ours = kernels.agro_loss_fwd(*on_device((*arguments, *positional)))
+    record = AgroOptions.of(rewards, beta=1.0)
+    _, ours = kernels.agro_loss_fwd(*on_device((*arguments, record)))
     first, second = (logprobs - ref_logprobs).view(2, 3).sum(1)
     exact = torch.stack([first - second, second - first]) / 2
     torch.testing.assert_close(ours.cpu(), exact, rtol=1e-12, atol=0.0)
@@ -159,19 +175,19 @@ def test_launchers_look_at_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
 
             return launch
 
-    for _, kernel, _, _ in kernels.compile_cases():
-        monkeypatch.setattr(kernels, kernel.fn.__name__, Launch(kernel))
+    for name in KERNELS:
+        monkeypatch.setattr(kernels, name, Launch(getattr(kernels, name)))
     batch = Batch()
 
     def on_meta(*values) -> tuple:
-        return tuple(v.to("meta") if isinstance(v, Tensor) else v for v in values)
+        return on_device(values, "meta")
 
     for name in OPTIONS:
-        kernels.agro_coefficients(*on_meta(*batch.sums, *batch.op_options(name)))
-        _, coefficients = kernels.agro_loss_fwd(*on_meta(*batch.tokens, *batch.op_options(name)))
+        kernels.agro_coefficients(*on_meta(*batch.sums, batch.op_options(name)))
+        _, coefficients = kernels.agro_loss_fwd(*on_meta(*batch.tokens, batch.op_options(name)))
         dloss, cu_seqlens = on_meta(torch.tensor(1.0), batch.cu_seqlens)
         kernels.agro_loss_bwd(dloss, coefficients, cu_seqlens, 41, torch.float32)
-    assert len(set(launched)) == 4
+    assert set(launched) == KERNELS
     with pytest.raises(RuntimeError):  # so the device does what it is trusted with
         dloss.item()
 
@@ -181,7 +197,7 @@ def test_low_precision_inputs_match_torch_path(dtype: torch.dtype) -> None:
     batch = Batch()
     logprobs, ref_logprobs, rewards, groups, cu_seqlens = batch.tokens
     tokens = (logprobs.to(dtype), ref_logprobs.to(dtype), rewards.to(dtype))
-    arguments = (*tokens, groups.int(), cu_seqlens.long(), *batch.op_options("on-policy"))
+    arguments = (*tokens, groups.int(), cu_seqlens.long(), batch.op_options("on-policy"))
     loss, coefficients = kernels.agro_loss_fwd(*on_device(arguments))
     exact_loss, exact_coefficients = torch_path.agro_loss_fwd(*arguments)
     assert_same((coefficients,), (exact_coefficients,))
@@ -208,7 +224,7 @@ def test_tiny_batches_match_torch_path(num_rows: int) -> None:
     )
     groups, cu_seqlens = torch.zeros(num_rows).long(), torch.arange(num_rows + 1)
     arguments = (logprobs, ref_logprobs, rewards, groups, cu_seqlens)
-    arguments += Batch().op_options("capped")
+    arguments += (Batch().op_options("capped"),)
     ours = kernels.agro_loss_fwd(*on_device(arguments))
     exact = torch_path.agro_loss_fwd(*arguments)
     assert_same(ours, exact)
@@ -223,10 +239,10 @@ def test_a_sequence_with_impossible_bounds_is_dropped() -> None:
     batch = Batch()
     wrong = batch.cu_seqlens.clone()
     wrong[-1] = len(batch.logprobs) + 1000
-    arguments = (*batch.tokens[:-1], wrong, *batch.op_options("off-policy"))
+    arguments = (*batch.tokens[:-1], wrong, batch.op_options("off-policy"))
     loss, coefficients = kernels.agro_loss_fwd(*on_device(arguments))
     batch.rewards[-1] = math.nan
-    exact = torch_path.agro_loss_fwd(*batch.tokens, *batch.op_options("off-policy"))
+    exact = torch_path.agro_loss_fwd(*batch.tokens, batch.op_options("off-policy"))
     assert_same((loss, coefficients), exact)
 
 
@@ -238,34 +254,39 @@ def test_tokens_after_the_last_sequence_get_no_gradient() -> None:
 
 def test_noncontiguous_inputs_match_torch_path() -> None:
     batch = Batch()
-    arguments = (*batch.sums, *batch.op_options("mixed"))
-    strided = tuple(
-        torch.stack([v, v], 1)[:, 0] if isinstance(v, Tensor) and v.ndim == 1 else v
-        for v in on_device(arguments)
+    arguments = (*batch.sums, batch.op_options("mixed"))
+
+    def strided(values: tuple) -> tuple:
+        """Every tensor (B,) as a column of a matrix."""
+        columns = (
+            type(v)(*strided(v))
+            if isinstance(v, AgroOptions)
+            else torch.stack([v, v], 1)[:, 0]
+            if isinstance(v, Tensor) and v.ndim == 1
+            else v
+            for v in values
+        )
+        return tuple(columns)
+
+    assert_same(
+        kernels.agro_coefficients(*strided(on_device(arguments))),
+        torch_path.agro_coefficients(*arguments),
     )
-    assert_same(kernels.agro_coefficients(*strided), torch_path.agro_coefficients(*arguments))
 
 
 def test_repeat_is_bitwise_equal() -> None:
     batch = Batch()
-    arguments = on_device((*batch.tokens, *batch.op_options("on-policy")))
+    arguments = on_device((*batch.tokens, batch.op_options("on-policy")))
     first, second = (kernels.agro_loss_fwd(*arguments) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
 COMPILE = """
 import json
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from agro_kernels._triton.agro_loss import compile_cases
+from benchmarks.predict.compile_report import agro_cases, compiled
 
-target = GPUTarget("cuda", 90, 32)
-compiled = {
-    name: triton.compile(ASTSource(kernel, signature, constexprs), target=target)
-    for name, kernel, signature, constexprs in compile_cases()
-}
-print(json.dumps({name: ".f64" in kernel.asm["ptx"] for name, kernel in compiled.items()}))
+ptx = {case.name: compiled(case, "sm_90").asm["ptx"] for case in agro_cases()}
+print(json.dumps({name: ".f64" in code for name, code in ptx.items()}))
 """
 
 
@@ -277,7 +298,7 @@ def test_kernels_compile_for_sm_90() -> None:
     )
     assert done.returncode == 0, done.stderr
     in_float64 = json.loads(done.stdout)
-    assert len(in_float64) == 4
+    assert in_float64.keys() == KERNELS
     assert all(in_float64.values()), in_float64
 
 
