@@ -1,11 +1,12 @@
 """Tile sizes of the Triton kernels, a table per GPU architecture. Nothing is tuned at run time.
 
 Provenance. Triton 3.8 compiled every row for its architecture and `python -m
-benchmarks.compile_report` read the result back (benchmarks/results/compile_report.csv): no register
-is spilled in any combination of options. An H200 timed tiles of sm90 for bf16, D 2048 and 4,096 or
-16,384 tokens (tune_linear_logprobs_*_sm90_bf16.csv there). Backward the row was the fastest;
-forward several tiles of 128 x 256 were, within 3 %, and the row is the one of them that larger D
-have. It ran the rows of D 4096 too (bench_linear_logprobs.csv). No other row has been timed.
+benchmarks.predict.compile_report` read the result back (benchmarks/results/compile_report.csv): no
+register is spilled in any combination of options. An H200 timed tiles of sm90 for bf16, D 2048 and
+4,096 or 16,384 tokens (tune_linear_logprobs_*_sm90_bf16.csv there). Backward the row was the
+fastest; forward several tiles of 128 x 256 were, within 3 %, and the row is the one of them that
+larger D have. It ran the rows of D 4096 too (bench_linear_logprobs.csv). No other row has been
+timed.
 
 A row decides the order in which a logit and a sum over the vocabulary are added up (block_v,
 block_d, max_splits). Which row a call gets depends on the architecture, the dtype, the hidden size,

@@ -1,8 +1,8 @@
-"""Whether what is timed is right: against float64, before any time is taken.
+"""Whether what is timed is right: compared with float64 before it is timed.
 
-Two questions. How large are the errors of a provider? Measured on a small shape, all of it in
-float64 (`errors`). Did this very call on a large shape compute the right thing? A few of its rows
-are computed in float64 (`objection`).
+Two questions. How large are the errors of a provider? `errors` measures them on a small shape,
+against results computed in float64. Is the result of this call on a large shape right? `objection`
+computes a few of its rows in float64.
 """
 
 from dataclasses import dataclass, fields
@@ -24,7 +24,7 @@ VOCABULARY_BLOCK = 8192
 
 @dataclass(frozen=True)
 class Errors:
-    """Against float64. Empty where a form has no such result."""
+    """Against float64. None where a form has no such result."""
 
     logprob_error: float | None = None  # largest, nats
     entropy_error: float | None = None  # largest, nats
@@ -78,7 +78,7 @@ def truth_of(step: Step) -> Results:
 
 
 def beyond_limits(found: Errors, dtype: torch.dtype) -> str | None:
-    """None if the errors are those of rounding in this dtype, else which is not."""
+    """None if rounding in this dtype explains the errors, else which is larger."""
     limits = {
         "logprob_error": LOGPROB_LIMIT[dtype],
         "entropy_error": LOGPROB_LIMIT[dtype],
@@ -93,7 +93,7 @@ def beyond_limits(found: Errors, dtype: torch.dtype) -> str | None:
 
 
 def objection(step: Step, dtype: torch.dtype) -> str | None:
-    """None if the results that a step holds are right, else what is wrong. For large shapes.
+    """None if the step's results are right, else what is wrong. For large shapes.
 
     A few rows of logprobs, entropy and dhidden are compared with float64. dweight takes part in an
     identity: with z = hidden @ weight.T both sum(dhidden * hidden) and sum(dweight * weight) are

@@ -1,4 +1,4 @@
-"""The matrix products alone: the lower bound that every provider is held against."""
+"""The matmul lower bound that every provider is compared with: a form's matrix products alone."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,9 +9,10 @@ from benchmarks.head.providers.base import FORM_GEMMS, Inputs
 
 
 class GemmFloor:
-    """The bare matrix products of a form through torch.mm: nothing that calls it can be faster.
+    """The matrix products of a form through torch.mm: no program that calls it can be faster.
 
-    Each product goes over the vocabulary in blocks of its own size, into tensors made beforehand.
+    Each product goes over the vocabulary in blocks of its own size, into tensors allocated
+    beforehand. A program with matrix products of its own may be below it.
 
     Args:
         form: a key of FORM_GEMMS.
@@ -20,7 +21,7 @@ class GemmFloor:
     """
 
     name = "floor"
-    what = "the bare matrix products"
+    what = "the matmul lower bound"
 
     def __init__(self, form: str, inputs: Inputs, blocks: Sequence[int] = (1024, 2048, 4096)):
         self.form = form

@@ -1,10 +1,10 @@
-"""What bench_linear_logprobs writes, a row of its CSV."""
+"""The rows of the GPU benchmark's CSV."""
 
 from dataclasses import dataclass
 
 from benchmarks.head.providers.base import FORM_GEMMS, FORMS
 
-PHASES = {form: ("whole",) for form in FORMS} | {
+PHASES: dict[str, tuple[str, ...]] = dict.fromkeys(FORMS, ("whole",)) | {
     "forward_backward": ("whole", "backward"),
     "frozen_weight": ("whole", "backward"),
 }
@@ -31,10 +31,10 @@ class Row:
     median_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
-    tflops: float | None = None  # algorithmic, see bench_linear_logprobs.py
+    tflops: float | None = None  # algorithmic, see gpu.py
     algorithmic_gemms: int = 0
     extra_mb: float | None = None
-    logprob_error: float | None = None  # of the small shape, see benchmarks.correctness
+    logprob_error: float | None = None  # of the small shape, see correctness.py
     entropy_error: float | None = None
     dhidden_error: float | None = None
     dweight_error: float | None = None

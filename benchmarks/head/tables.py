@@ -1,14 +1,15 @@
-"""The README's tables of bench_cpu and of bench_linear_logprobs, from their CSV files.
+"""Tables in Markdown from the CSV files of the CPU and the GPU benchmark.
 
-    python -m benchmarks.tables [--csv benchmarks/results/bench_cpu.csv] [--entropy no] [--peers]
-        [--precision highest]
-    python -m benchmarks.tables --gpu [--csv benchmarks/results/bench_linear_logprobs.csv]
+    python -m benchmarks.head.tables [--csv benchmarks/results/bench_cpu.csv] [--entropy no]
+        [--peers] [--precision highest]
+    python -m benchmarks.head.tables --gpu [--csv benchmarks/results/bench_linear_logprobs.csv]
 
-A row a case: ours over the floor of the same turns, the fastest peer over ours of the same turns,
-and the fastest peer that never holds the (N, V) logits. With --peers every peer over ours instead,
-each at the precision at which it is the fastest, or of fp32 at --precision alone. What ran alone is
-over ours of another minute, and a ~ says so; a * says that it was called once. With --gpu every
-peer's time over ours, of the same turns, and its memory beyond inputs and results.
+A row a case: our time over the floor of the same turns (the matmul lower bound), the fastest peer's
+over ours of the same turns, and that of the fastest peer that never materialises the (N, V) logits.
+With --peers every peer's time over ours instead, each at the precision at which it is the fastest,
+or of fp32 at --precision alone. A ~ marks a peer that did not take turns with ours, a * one that
+was called once. With --gpu every peer's time over ours, of the same turns, and its memory beyond
+inputs and results.
 """
 
 import argparse
@@ -16,33 +17,34 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.head import gpu_rows
-from benchmarks.head.cpu import PEERS, PRECISIONS, RESULTS
-from benchmarks.head.cpu_rows import FORM_ORDER, Row, median_s
+from benchmarks.head.cpu_plan import FORM_ORDER, PEERS, PRECISIONS
+from benchmarks.head.cpu_rows import Row, median_s
+from benchmarks.head.job import FLOOR
+from benchmarks.head.providers.base import FORM_TITLES
 from benchmarks.head.providers.registry import PROVIDERS
-from benchmarks.head.turns import FLOOR
-from benchmarks.measure import plots
-from benchmarks.measure.rows import parsed
+from benchmarks.measure.rows import RESULTS, parsed, read_csv
 from benchmarks.measure.shapes import CPU_SHAPES
 
 HEADINGS = (
-    "case", "ours", "over the bare products", "beyond results",
+    "case", "ours", "over the matmul lower bound", "beyond results",
     "fastest peer", "its time over ours", "beyond results",
     "fastest without logits", "its time over ours", "beyond results",
 )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The README's tables of the benchmarks.")
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description="The benchmarks' CSV files as Markdown tables.")
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--gpu", action="store_true", help="of bench_linear_logprobs")
+    parser.add_argument("--gpu", action="store_true", help="of the GPU benchmark")
     parser.add_argument("--entropy", choices=["no", "yes"], default="no")
     parser.add_argument("--peers", action="store_true", help="every peer's time over ours")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the peers' fp32")
     options = parser.parse_args(arguments)
     if options.gpu and (options.peers or options.precision or options.entropy == "yes"):
-        parser.error("--gpu: expected no other choice, got one that is for bench_cpu")
+        parser.error("--gpu: expected no other choice, got one that is for the CPU benchmark")
     name = "bench_linear_logprobs.csv" if options.gpu else "bench_cpu.csv"
-    columns = plots.read_csv(options.csv or RESULTS / name)
+    columns = read_csv(options.csv or RESULTS / name)
     if options.gpu:
         lines = gpu_table([parsed(gpu_rows.Row, line) for line in columns])
     else:
@@ -90,14 +92,14 @@ def gpu_table(rows: Sequence[gpu_rows.Row]) -> list[str]:
         timed, (head, tokens, form) = cases[case], case
         mine = timed["ours"]
         beside = [_gpu_cell(timed[name], mine) if name in timed else "" for name in peers]
-        name = f"{plots.FORM_TITLES[form]}, {head}, {tokens:,} tokens"
+        name = f"{FORM_TITLES[form]}, {head}, {tokens:,} tokens"
         return [
             name, f"{mine.median_ms:.3g} ms", f"{_over(mine, timed[FLOOR]):.2f}",
             f"{mine.extra_mb:,.0f} MB", *beside,
         ]  # fmt: skip
 
     ordered = sorted(cases, key=lambda case: FORM_ORDER.index(case[2]))
-    headings = ["case", "ours", "over the bare products", "beyond results"]
+    headings = ["case", "ours", "over the matmul lower bound", "beyond results"]
     return _markdown([*headings, *(f"`{name}`" for name in peers)], map(cells, ordered))
 
 
@@ -106,7 +108,8 @@ def _gpu_cell(peer: gpu_rows.Row, mine: gpu_rows.Row) -> str:
 
 
 def _over(one: gpu_rows.Row, other: gpu_rows.Row) -> float:
-    assert one.median_ms is not None and other.median_ms is not None
+    assert one.median_ms is not None
+    assert other.median_ms is not None
     return one.median_ms / other.median_ms
 
 
@@ -125,7 +128,7 @@ def _cases(rows: Sequence[Row], entropy: str) -> Iterator[tuple[str, list[Row]]]
                     case += [row for row in rows if row.case() == key and row.provider != "ours"]
                 timed = [row for row in case if row.median_s is not None]
                 if {"ours"} < {row.provider for row in timed} - {FLOOR}:
-                    yield f"{plots.FORM_TITLES[form]}, {dtype}, {shape}", timed
+                    yield f"{FORM_TITLES[form]}, {dtype}, {shape}", timed
 
 
 def _cells(case: Sequence[Row]) -> list[str]:

@@ -1,1 +1,1 @@
-"""What every benchmark needs: clocks and memory, shapes, rows of a CSV, plots."""
+"""What the benchmarks share: timing and memory, turns, shapes, CSV rows, chart styles."""

@@ -1,19 +1,9 @@
-"""Charts of the benchmarks' CSV files."""
+"""What the charts share: a colour for each provider, and small helpers."""
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from statistics import fmean, stdev
+from collections.abc import Iterable, Mapping
 
-import matplotlib
+from matplotlib.axes import Axes
 
-matplotlib.use("Agg")
-
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import NullFormatter  # noqa: E402
-
-Rows = list[dict[str, str]]
 # One colour a provider, the same in every chart; "@medium" and other variants take the provider's.
 COLOURS = {
     "ours": "#e4572e",
@@ -29,18 +19,6 @@ COLOURS = {
     "cce": "#97bbf5",
     "cce_torch_compile": "#2b8cbe",
 }
-FORM_TITLES = {
-    "forward": "forward",
-    "forward_backward": "forward and backward",
-    "frozen_weight": "frozen weight",
-    "known_coefficients": "known coefficients",
-}
-
-
-def read_csv(path: Path) -> Rows:
-    """All rows, values as text."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def colour(provider: str) -> str:
@@ -48,200 +26,11 @@ def colour(provider: str) -> str:
     return COLOURS.get(provider.split("@")[0], "#bbbbbb")
 
 
-# --- bench_cpu ------------------------------------------------------------------------------------
-
-
-def plot_cpu(path: Path) -> list[Path]:
-    """Time over the floor's, and memory, of bench_cpu's CSV: a PNG for each dtype and entropy."""
-    rows = [row for row in read_csv(path) if row["median_s"]]
-    written = []
-    for entropy in ("no", "yes"):
-        for dtype in _distinct(rows, "dtype"):
-            chosen = [row for row in rows if (row["dtype"], row["entropy"]) == (dtype, entropy)]
-            if not chosen:
-                continue
-            suffix = f"{dtype}{'_entropy' if entropy == 'yes' else ''}"
-            what = f"{dtype}{', with entropy' if entropy == 'yes' else ''}"
-            for kind, draw, title in (
-                ("time", _draw_time, f"Time over that of the bare matrix products, {what}"),
-                ("memory", _draw_memory, f"Memory beyond inputs and results, {what}"),
-            ):
-                drawn = [row for row in chosen if kind == "time" or row["peak_mb"]]
-                if drawn:
-                    written.append(path.with_name(f"{path.stem}_{kind}_{suffix}.png"))
-                    _grid(drawn, draw, title).savefig(written[-1], dpi=110)
-    return written
-
-
-def _grid(rows: Rows, draw: Callable[[Axes, Rows], None], title: str) -> Figure:
-    """Shapes down, forms across."""
-    shapes = _distinct(rows, "shape")
-    forms = [form for form in FORM_TITLES if any(row["form"] == form for row in rows)]
-    cells = {
-        (shape, form): _latest(
-            [row for row in rows if (row["shape"], row["form"]) == (shape, form)]
-        )
-        for shape in shapes
-        for form in forms
-    }
-    heights = [1.0 + 0.28 * max(len(cells[shape, form]) for form in forms) for shape in shapes]
-    figure = Figure(figsize=(1.6 + 4.4 * len(forms), 1.2 + sum(heights)), layout="constrained")
-    panels = figure.subplots(
-        len(shapes), len(forms), squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights}
-    )
-    for line, shape in zip(panels, shapes, strict=True):
-        for axes, form in zip(line, forms, strict=True):
-            cell = cells[shape, form]
-            if not cell:
-                axes.set_axis_off()
-                continue
-            draw(axes, cell)
-            # Bars of one thickness, whatever the number of providers; the best at the top.
-            slots = max(len(cells[shape, other]) for other in forms)
-            axes.set_ylim(len(cell) - slots - 0.5, len(cell) - 0.4)
-            one = cell[0]
-            sizes = f"{shape}: N {one['tokens']}, D {one['hidden_size']}, V {one['vocabulary']}"
-            axes.set_title(f"{FORM_TITLES[form]}\n{sizes}", fontsize=9, loc="left")
-    first = rows[0]
-    machine = f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}"
-    figure.suptitle(f"{title}\n{machine}", fontsize=10)
-    figure.supxlabel("hatched: stores the (N, V) logits; * one timed call", fontsize=9)
-    return figure
-
-
-def _latest(rows: Rows) -> Rows:
-    """One row a label: that of the turns where there is one, since its rivals ran beside it."""
-    chosen: dict[str, dict[str, str]] = {}
-    for row in rows:
-        if label(row) not in chosen or row["in_turn_with"]:
-            chosen[label(row)] = row
-    return list(chosen.values())
-
-
-def label(row: Mapping[str, str]) -> str:
-    """Such as "torch@medium"."""
-    highest = row["precision"] == "highest"
-    return row["provider"] if highest else f"{row['provider']}@{row['precision']}"
-
-
-def _draw_time(axes: Axes, rows: Rows) -> None:
-    """Bars of the time over the floor's, or of seconds where no floor was measured."""
-    column = "relative" if all(row["relative"] for row in rows) else "median_s"
-    rows = sorted(rows, key=lambda row: float(row[column]), reverse=True)
-    values = [float(row[column]) for row in rows]
-    unit = "x" if column == "relative" else "s"
-    texts = [
-        f"{value:.2f} {unit} ({_seconds(float(row['median_s']))})"
-        for row, value in zip(rows, values, strict=True)
-    ]
-    _bars(axes, rows, values, texts)
-    if column == "relative":
-        axes.axvline(1.0, color=COLOURS["floor"], linewidth=0.8)
-
-
-def _draw_memory(axes: Axes, rows: Rows) -> None:
-    rows = sorted(rows, key=lambda row: float(row["peak_mb"]), reverse=True)
-    values = [max(1.0, float(row["peak_mb"])) for row in rows]  # a bar on a log axis needs a length
-    _bars(axes, rows, values, [f"{float(row['peak_mb']):.0f} MB" for row in rows])
-
-
-def _bars(axes: Axes, rows: Rows, values: Sequence[float], texts: Sequence[str]) -> None:
-    names = [label(row) + ("*" if row["n"] == "1" else "") for row in rows]
-    bars = axes.barh(names, values, color=[colour(name.rstrip("*")) for name in names], height=0.7)
-    for bar, row in zip(bars, rows, strict=True):
-        if row["stores_logits"] == "yes":
-            bar.set_hatch("///")
-            bar.set_edgecolor("white")
-    axes.bar_label(bars, texts, padding=3, fontsize=8)
-    axes.set_xscale("log")
-    # Shared by all panels, so only ever widened; with room for the texts right of the bars.
-    left, right = axes.get_xlim()
-    axes.set_xlim(min(left, 0.5 * min(values)), max(right, 20.0 * max(values)))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="y", labelsize=8, length=0)
-    axes.tick_params(axis="x", labelsize=8)
+def without_box(axes: Axes) -> None:
+    """Leaves the axes at the left and the bottom."""
     axes.spines[["top", "right"]].set_visible(False)
-    for tick, name in zip(axes.get_yticklabels(), names, strict=True):
-        tick.set_fontweight("bold" if name == "ours" else "normal")
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.2g} ms"
-
-
-def _distinct(rows: Rows, column: str) -> list[str]:
-    """In the order of their appearance."""
+def distinct(rows: Iterable[Mapping[str, str]], column: str) -> list[str]:
+    """The values of a column, each once, in the order of their appearance."""
     return list(dict.fromkeys(row[column] for row in rows))
-
-
-# --- Lines over the number of tokens --------------------------------------------------------------
-
-
-def plot_lines(
-    axes: Axes,
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str,
-) -> None:
-    """One curve a provider, both axes logarithmic. curves: label -> [(x, y)]; empty: not drawn."""
-    for name, points in curves.items():
-        if points:
-            x, y = zip(*sorted(points), strict=True)
-            style = "--" if name == "floor" else "-"
-            width = 2.2 if name == "ours" else 1.2
-            axes.plot(x, y, style, marker="o", markersize=3, linewidth=width, color=colour(name),
-                      label=name)  # fmt: skip
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-
-
-# --- curves_trl -----------------------------------------------------------------------------------
-
-TRAINING = {  # label and colour of a trainer
-    "agro": ("agro train", COLOURS["ours"]),
-    "trl": ("TRL's AGROTrainer", COLOURS["torch_compile"]),
-    "agro_slower": ("agro train, half the learning rate", COLOURS["torch"]),
-}
-
-
-def plot_training(path: Path) -> Path:
-    """Reward and KL against steps of curves_trl's CSV: means over seeds, bands of two standard
-    errors. Returns the PNG beside it."""
-    rows = read_csv(path)
-    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
-    for axes, column, title in zip(
-        figure.subplots(1, 2),
-        ("reward", "kl"),
-        ("mean reward", "KL, nats a completion"),
-        strict=True,
-    ):
-        for trainer in _distinct(rows, "trainer"):
-            label, shade = TRAINING[trainer]
-            by_step: dict[int, list[float]] = {}
-            for row in rows:
-                if row["trainer"] == trainer:
-                    by_step.setdefault(int(row["step"]), []).append(float(row[column]))
-            steps = sorted(by_step)
-            means = [fmean(by_step[step]) for step in steps]
-            errors = [2 * stdev(by_step[step]) / len(by_step[step]) ** 0.5 for step in steps]
-            axes.plot(steps, means, color=shade, label=f"{label}, {len(by_step[1])} seeds")
-            low = [mean - error for mean, error in zip(means, errors, strict=True)]
-            high = [mean + error for mean, error in zip(means, errors, strict=True)]
-            axes.fill_between(steps, low, high, color=shade, alpha=0.2, linewidth=0)
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    written = path.with_suffix(".png")
-    figure.savefig(written, dpi=110)
-    return written

@@ -69,6 +69,6 @@ GPU_HEADS = ("llama3-1b", "llama3-8b", "qwen3-8b", "gemma2-9b", "gemma3-4b")
 # Small enough for float64 on any machine: every provider's errors are measured on it.
 ACCURACY_SHAPE = Shape("accuracy", 256, Head("accuracy", 576, 8192))
 
-# For --smoke: every line of a benchmark in seconds. No dimension is a multiple of a tile.
+# For --smoke, which runs a benchmark's code in seconds. No dimension is a multiple of a tile.
 SMOKE_SHAPE = Shape("smoke", 37, Head("smoke", 40, 523))
 SMOKE_SOFTCAP_SHAPE = Shape("smoke-softcap", 37, Head("smoke-softcap", 40, 523, softcap=30.0))

@@ -1,4 +1,4 @@
-"""How time and memory are measured, and on what machine: the same way in every benchmark."""
+"""How time and memory are measured, and what the machine is: the same way in every benchmark."""
 
 import ctypes
 import importlib.metadata
@@ -15,10 +15,10 @@ import torch
 
 from agro_kernels._cpu import native
 
-# Larger than the L2 cache of any GPU; written between two timed calls so that none finds its inputs
-# there.
+# Larger than the L2 cache of any GPU. Written before each timed call, so that the call's inputs are
+# not in the cache.
 FLUSH_BYTES = 256 * 1024 * 1024
-# Which CPU features decide what kernels run; the whole list of flags would hide them.
+# The CPU features that decide which kernels run, of the many flags that a CPU has.
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16",
                 "asimd", "bf16", "sve")  # fmt: skip
 
@@ -38,8 +38,8 @@ def summary(times: Sequence[float]) -> Timing:
     """The median and spread of times in seconds."""
     ordered = sorted(times)
 
-    def percentile(share: float) -> float:
-        position = share * (len(ordered) - 1)
+    def percentile(part: float) -> float:
+        position = part * (len(ordered) - 1)
         low = int(position)
         high = min(low + 1, len(ordered) - 1)
         return ordered[low] + (position - low) * (ordered[high] - ordered[low])
@@ -78,8 +78,8 @@ def time_call(function: Callable[[], object], device: str = "cpu") -> float:
 def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     """The most memory in use during one call beyond what was in use before it, in bytes.
 
-    On a CPU that of the whole process, as the kernel counts it (to about 1 MB), results included.
-    Call it once before, or the first call's compiled code and caches are counted too.
+    On a CPU the memory is the whole process's, as Linux counts it (to about 1 MB); results are
+    included. Run the function once before, or compiled code and caches are counted too.
     """
     if torch.device(device).type != "cpu":
         torch.cuda.synchronize(device)
@@ -95,20 +95,20 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
 
 
 def reset_peak() -> None:
-    """Start the process's peak memory anew, with freed heap memory given back first."""
-    ctypes.CDLL(None).malloc_trim(0)  # else freed memory is reused, and a call seems to need none
+    """Resets the process's peak memory, after returning freed heap memory to the system."""
+    ctypes.CDLL(None).malloc_trim(0)  # else a call that reuses freed memory seems to need none
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def keep_freed_memory() -> None:
-    """From now on memory that this process frees stays its own, to be used by its next call.
+    """From now on the process keeps the memory that it frees, as with a caching allocator.
 
-    The allocators of long-running processes do that, glibc's gives every large block back. Fresh
-    pages then are part of each call's time, and what they cost is the system's affair: of a virtual
-    machine that hands them back to its host, 0.2 to 2.5 s a gigabyte within the same minute.
+    glibc by default returns every large block to the system, so that fresh pages are part of each
+    call's time. What they cost varies: 0.2 to 2.5 s a gigabyte, within one minute, on a virtual
+    machine that returns them to its host. Raises RuntimeError without glibc.
     """
     m_mmap_max, m_trim_threshold = -4, -1  # malloc.h
-    no_map, no_trim = 0, -1  # a largest threshold would be 2 GiB, and a weight's gradient is more
+    no_map, no_trim = 0, -1  # M_MMAP_THRESHOLD ends at 2 GiB; gradients of weights are larger
     allocator = ctypes.CDLL(None)
     if not (allocator.mallopt(m_mmap_max, no_map) and allocator.mallopt(m_trim_threshold, no_trim)):
         raise RuntimeError("mallopt refused: keeping freed memory needs glibc's allocator")
@@ -135,7 +135,7 @@ def _status_bytes(field: str) -> int:
 
 
 def machine_facts(device: str = "cpu") -> dict[str, str]:
-    """What a reader needs to repeat a measurement; every CSV carries it, a column each."""
+    """What a reader needs to repeat a measurement; a column each in every CSV."""
     facts = {
         "commit": commit(),
         "python": platform.python_version(),
@@ -180,6 +180,7 @@ def cpu_model() -> str:
 
 
 def cpu_features() -> list[str]:
+    """Those of CPU_FEATURES that this CPU has."""
     fields = _cpuinfo()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return [feature for feature in CPU_FEATURES if feature in flags]
@@ -221,6 +222,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def version_or(package: str, otherwise: str) -> str:
+    """The installed version of a package, or `otherwise`."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

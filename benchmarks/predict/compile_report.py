@@ -1,9 +1,9 @@
 """What the compiler makes of every Triton kernel, for GPUs that are not here.
 
-    python -m benchmarks.compile_report [--target sm_90 ...] [--quick] [--csv PATH]
+    python -m benchmarks.predict.compile_report [--target sm_90 ...] [--quick] [--csv PATH]
 
 The launchers are called with tensors that have shapes and no memory; what they would launch is
-compiled for the target, with its rows of configs.py. No GPU is needed and nothing runs. One line a
+compiled for the target, with its rows of tiles.py. No GPU is needed and nothing runs. One line a
 case: registers and spilled bytes of a thread, shared memory of a program, how many programs a
 multiprocessor holds at once, and how many of the instructions that make a kernel fast its code has:
 matrix products (wgmma, tcgen05, mma.sync, mfma), hardware exp2, copies to shared memory that
@@ -20,8 +20,8 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +44,7 @@ from agro_kernels._triton import (
 )
 from agro_kernels._triton.counted import Head
 from agro_kernels.agro_options import AgroOptions
+from benchmarks.measure.rows import column_names, texts
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -69,12 +70,12 @@ SHARED_BYTES = {
 }
 
 # Llama 3's vocabulary and one that no tile divides; a large and a small hidden size, for which
-# configs.py has different rows.
+# tiles.py has different rows.
 NUM_TOKENS, VOCABULARY, RAGGED_VOCABULARY = 8192, 128256, 50257
 HIDDEN_SIZES = (4096, 1024)
 EXTRAS = frozenset({"bias", "token_temperature", "round_logits", "kept", "ragged"})
 EVERYTHING = EXTRAS | {"softcap"}
-# Name -> what the call has. "everything" comes without the softcap too, for which configs.py may
+# Name -> what the call has. "everything" comes without the softcap too, for which tiles.py may
 # have another row, and first: of calls with the same tile --quick takes the first.
 FWD_CALLS = {
     "everything": EVERYTHING | {"entropy"},
@@ -97,7 +98,7 @@ BWD_CALLS = {
     "dlogprobs, all but softcap": EXTRAS | {"dlogprobs"},
     "dlogprobs, everything": EVERYTHING | {"dlogprobs"},
 }
-# The ones that --quick compiles: what needs most of a machine, and what the trainer calls.
+# What --quick compiles: the calls with most arguments, and what the trainer calls.
 QUICK_CALLS = {"all but softcap", "everything", "dlogprobs"}
 
 
@@ -174,10 +175,8 @@ def recorded(target: str) -> Iterator[dict[str, Recorder]]:
             head_gradients, stack
         )
         architecture = target.replace("_", "")
-        stack.enter_context(mock.patch.object(launch, "architecture", lambda _: architecture))
-        stack.enter_context(
-            mock.patch.object(head_gradients, "add_product", lambda *_, **keywords: None)
-        )
+        stack.enter_context(mock.patch.object(launch, "architecture", return_value=architecture))
+        stack.enter_context(mock.patch.object(head_gradients, "add_product", return_value=None))
         yield recorders
 
 
@@ -205,7 +204,7 @@ def head_of(call: frozenset[str], dtype: torch.dtype, hidden_size: int, aligned:
 
 
 def head_cases(target: str, quick: bool) -> list[Case]:
-    """The kernels of linear_logprobs: every row of configs.py, and every kind of call it is for."""
+    """The kernels of linear_logprobs: every row of tiles.py, and every kind of call it is for."""
     cases: dict[tuple[object, ...], Case] = {}
 
     def add(name: str, recorder: Recorder) -> None:
@@ -245,7 +244,7 @@ def head_cases(target: str, quick: bool) -> list[Case]:
 
 
 def unwanted(call: str, suffix: str, quick: bool) -> bool:
-    """fp16 has the instructions of bf16, and fp32 one row: of both only what needs most."""
+    """fp16 has the instructions of bf16, and fp32 one row: of both only the largest calls."""
     if quick and (call not in QUICK_CALLS or suffix not in ("bf16", "fp32")):
         return True
     return not suffix.startswith("bf16") and "everything" not in call
@@ -321,7 +320,7 @@ def other_cases() -> list[Case]:
     ]
 
 
-# --- What the compiler says of it -----------------------------------------------------------------
+# --- What the compiler reports --------------------------------------------------------------------
 
 
 def compiled(case: Case, target: str) -> Any:
@@ -403,30 +402,40 @@ def cubin_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Compiles every case for every target; a line each as soon as it is there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="only what needs most of a machine")
+    parser.add_argument("--quick", action="store_true", help="only the largest calls")
     parser.add_argument("--csv", type=Path, help="also write the table there")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     rows = []
-    names = [field.name for field in fields(Row)]
-    widths = [7, 50, 16, 10, *(max(len(name), 6) for name in names[4:])]
-    print(" ".join(name.ljust(width) for name, width in zip(names, widths, strict=True)))
+    widths = [7, 50, 16, 10, *(max(len(name), 6) for name in column_names(Row)[4:])]
+    print_line(column_names(Row), widths)
     for target in arguments.target:
         cases = head_cases(target, arguments.quick)
         if not arguments.quick or target == arguments.target[0]:
             cases += other_cases()
         for case in cases:
-            rows.append(row := asdict(compile_case(case, target)))
-            cells = zip(row.values(), widths, strict=True)
-            print(" ".join(str(value).ljust(width) for value, width in cells), flush=True)
+            rows.append(compile_case(case, target))
+            print_line(texts(rows[-1]), widths)
     if arguments.csv is not None:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, arguments.csv)
+
+
+def print_line(cells: Sequence[str], widths: Sequence[int]) -> None:
+    """One line of the table."""
+    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    print(" ".join(padded), flush=True)
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """The same table as a CSV file."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(column_names(Row))
+        writer.writerows(texts(row) for row in rows)
 
 
 if __name__ == "__main__":

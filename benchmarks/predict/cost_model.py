@@ -1,7 +1,7 @@
 """Prediction, not measurement: how long the head kernels should take on GPUs that are not here.
 
-    python -m benchmarks.cost_model [--device "H100 SXM" ...] [--head llama3-8b ...]
-                                    [--tokens 8192 ...] [--efficiency 1.0] [--results FOLDER]
+    python -m benchmarks.predict.cost_model [--device "H100 SXM" ...] [--head llama3-8b ...]
+        [--tokens 8192 ...] [--efficiency 1.0] [--results FOLDER]
 
 Prints predicted times and memory; writes cost_model.csv and a plot for each head.
 
@@ -23,9 +23,10 @@ that its shapes demand; a device is its datasheet. Assumptions:
   row-sized inputs and the merge's latency cost nothing. Entropy adds no product and no exponential.
 * Boost clocks hold. Under full matrix load GPUs clock lower.
 
-Forms are those of benchmarks.providers. Fused, their products of 2 N D V FLOP are FORM_GEMMS' (1,
-4, 3 and 3). Materialised is plain torch as in benchmarks.providers (F.linear in bf16, float(),
-softcap, log_softmax, gather): it keeps what the fused backward computes again, one product fewer.
+The forms are those of benchmarks.head.providers.base. Fused, their products of 2 N D V FLOP are
+FORM_GEMMS' (1, 4, 3 and 3). Materialised is plain torch as in benchmarks.head.providers.plain_torch
+(F.linear in bf16, float(), softcap, log_softmax, gather): it stores the logits, which the fused
+backward recomputes, and needs one product fewer.
 Extra memory is the peak beyond inputs and results (logprobs, gradients). Chunks of the vocabulary
 and of the tokens are those that the launchers of agro_kernels._triton choose for the architecture.
 
@@ -37,9 +38,10 @@ import csv
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from agro_kernels import tiles as configs
+from agro_kernels import tiles
 from agro_kernels._triton.head_gradients import chunk_shape
 from benchmarks.head.providers.base import FORM_GEMMS, FORMS
+from benchmarks.measure.rows import RESULTS
 from benchmarks.measure.shapes import GPU_HEADS, GPU_TOKENS, HEADS, Shape
 
 TITLE = "prediction by a roofline model, not a measurement"
@@ -61,7 +63,7 @@ class Device:
     """
 
     name: str
-    architecture: str  # a key of configs.TILES, which says how the kernels cut their work
+    architecture: str  # a key of tiles.TILES, which says how the kernels cut their work
     matrix_flops: float  # FLOP/s
     bandwidth: float  # bytes/s
     units: int
@@ -167,13 +169,13 @@ def fused_forward(shape: Shape, architecture: str) -> list[Kernel]:
 def statistics_bytes(shape: Shape, architecture: str) -> int:
     """Of the maximum and the sum of each token and split of V, and its target's logit."""
     tile = tile_of("linear_logprobs_fwd", shape, architecture)
-    _, splits = configs.split_vocabulary(shape.head.vocabulary, tile)
+    _, splits = tiles.split_vocabulary(shape.head.vocabulary, tile)
     return FP32 * (2 * splits + 1) * shape.tokens
 
 
-def tile_of(kernel: str, shape: Shape, architecture: str) -> configs.TileConfig:
+def tile_of(kernel: str, shape: Shape, architecture: str) -> tiles.TileConfig:
     softcap = shape.head.softcap is not None
-    return configs.select(kernel, architecture, BF16, shape.head.hidden_size, softcap=softcap)
+    return tiles.select(kernel, architecture, BF16, shape.head.hidden_size, softcap=softcap)
 
 
 def fused_gradients(shape: Shape, architecture: str) -> list[Kernel]:
@@ -395,7 +397,8 @@ def plot(rows: list[Row], head: str, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Predicts, prints, and writes the CSV and the plots."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [device.name for device in DEVICES]
     parser.add_argument("--device", nargs="+", choices=names, default=names)
     parser.add_argument("--head", nargs="+", choices=HEADS, default=list(GPU_HEADS))
@@ -406,7 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=1.0,
         help="share of the datasheet's matrix rate that a GEMM reaches; 1.0 is the roofline",
     )
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if not 0.0 < options.efficiency <= 1.0:
         parser.error(f"--efficiency: expected a share in (0, 1], got {options.efficiency}")

@@ -1,21 +1,21 @@
 """What AGRO's advantages and its linear loss cost by themselves, beside verl's RLOO and PPO loss.
 
-    python -m benchmarks.bench_advantages [--prompts 128] [--generations 8] [--tokens 1024]
+    python -m benchmarks.trainer.advantages [--prompts 128] [--generations 8] [--tokens 1024]
         [--micro-batch 32] [--repetitions 20]
 
-Question: what do the adapters of verl, OpenRLHF and the recipes for others change in time and
-memory? They put another number in the advantage's place and, in verl, another loss over
-log-probabilities that the trainer has computed already; this measures both, on recorded numbers.
+Question: how much time and memory do the adapters of verl and OpenRLHF, and the recipes for other
+trainers, add or save? They replace the advantages and, in verl, the loss over log-probabilities
+that the trainer has computed already; this measures both, on random numbers.
 
-    agro_coefficients  one number a completion, from its reward and two sums of log-probabilities
+    agro_coefficients  one a completion, from its reward and two sums of log-probabilities
     verl advantage     of rloo and agro, from rewards (B, T), mask (B, T) and uids (B,)
     verl loss          of vanilla and agro, forward and backward to the log-probabilities of one
                        micro-batch (b, T)
 
-Method: one process, fp32 on the CPU, one call not counted, median of the repetitions, and the most
+Method: one process, fp32 on the CPU, one call not counted, median of the repetitions, and the peak
 memory during a call beyond what was held before. The rows of verl need verl, see `make test-verl`;
-without it they say so. The advantages of verl's `agro` and `rloo` must agree to 1e-4, since all
-groups are of one size, and the gradients of the two losses, since the ratio is 1.
+without it they are left out. The advantages of verl's `agro` and `rloo` must agree to 1e-4, since
+all groups are of one size, and the gradients of the two losses, since the ratio is 1.
 
 Sample output:
 
@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from agro_kernels import agro_coefficients
 from benchmarks.measure import timing
@@ -37,6 +38,7 @@ BETA = 0.05
 
 
 def report(name: str, call: Callable[[], object], repetitions: int) -> None:
+    """Times a call, after one that is not counted, and prints its row."""
     call()
     peak = timing.peak_bytes(call)
     times = timing.summary(timing.time_calls(call, repetitions))
@@ -45,31 +47,44 @@ def report(name: str, call: Callable[[], object], repetitions: int) -> None:
 
 
 def coefficients(options: argparse.Namespace) -> None:
+    """agro_coefficients for all completions of a step."""
     rows = options.prompts * options.generations
     rewards = torch.randint(0, 2, (rows,)).double()
-    sums = -100 * torch.rand(2, rows, dtype=torch.float64)
+    policy_logprobs, ref_logprobs = -100 * torch.rand(2, rows, dtype=torch.float64)
     groups = torch.arange(rows) // options.generations
-    report(
-        "agro_coefficients",
-        lambda: agro_coefficients(rewards, *sums, groups, beta=BETA, scale=1 / BETA),
-        options.repetitions,
-    )
+
+    def call() -> object:
+        return agro_coefficients(
+            rewards, policy_logprobs, ref_logprobs, groups, beta=BETA, scale=1 / BETA
+        )
+
+    report("agro_coefficients", call, options.repetitions)
 
 
 def verl_functions(options: argparse.Namespace) -> bool:
-    """Whether verl's functions and ours agree; prints a row for each."""
-    import numpy as np
-    from hydra import compose, initialize_config_module
-    from verl.trainer.config import AlgoConfig, KLControlConfig
-    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
-    from verl.utils.config import omega_conf_to_dataclass
-
+    """Prints a row for each of verl's functions; whether rloo's and PPO's agree with ours."""
     rows = options.prompts * options.generations
     mask = torch.arange(options.tokens) < torch.randint(1, options.tokens + 1, (rows, 1))
-    rewards = torch.randn(rows, options.tokens) * mask
+    advantages = verl_advantages(options, mask)
+    part = slice(0, options.micro_batch)
+    logprobs = -torch.rand(rows, options.tokens)[part]
+    gradients = verl_gradients(options, logprobs, advantages["agro"][part], mask[part])
+    return bool(
+        torch.allclose(advantages["rloo"], advantages["agro"], rtol=1e-4, atol=1e-4)
+        and torch.allclose(gradients["vanilla"], gradients["agro"], rtol=1e-4, atol=1e-7)
+    )
+
+
+def verl_advantages(options: argparse.Namespace, mask: Tensor) -> dict[str, Tensor]:
+    """(B, T) advantages of each estimator, on random rewards. mask: (B, T) bool."""
+    import numpy as np
+    from verl.trainer.config import AlgoConfig, KLControlConfig
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    rewards = torch.randn(mask.shape) * mask
     uids = np.repeat([f"{i:032x}" for i in range(options.prompts)], options.generations)
     config = AlgoConfig(use_kl_in_reward=True, kl_ctrl=KLControlConfig(kl_coef=BETA))
-    advantages = {}
+    advantages: dict[str, Tensor] = {}
     for name in ("rloo", "agro"):
         estimate = get_adv_estimator_fn(name)
 
@@ -78,27 +93,35 @@ def verl_functions(options: argparse.Namespace) -> bool:
 
         advantages[name] = call()[0]
         report(f"verl advantage {name}", call, options.repetitions)
-    agree = bool(torch.allclose(advantages["rloo"], advantages["agro"], rtol=1e-4, atol=1e-4))
+    return advantages
+
+
+def verl_gradients(
+    options: argparse.Namespace, logprobs: Tensor, advantages: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    """The gradient of each loss, with the log-probabilities as the old ones too. All (b, T)."""
+    from hydra import compose, initialize_config_module
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.utils.config import omega_conf_to_dataclass
 
     sizes = ["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"]
     with initialize_config_module("verl.trainer.config", version_base=None):
-        whole = compose("ppo_trainer", overrides=sizes)
-    actor = omega_conf_to_dataclass(whole.actor_rollout_ref.actor)
-    actor.global_batch_info.update(dp_size=1, global_batch_size=rows)
-    part = slice(0, options.micro_batch)
-    logprobs = -torch.rand(rows, options.tokens)[part]
-    gradients = {}
+        trainer_config = compose("ppo_trainer", overrides=sizes)
+    actor = omega_conf_to_dataclass(trainer_config.actor_rollout_ref.actor)
+    num_completions = options.prompts * options.generations
+    actor.global_batch_info.update(dp_size=1, global_batch_size=num_completions)
+    gradients: dict[str, Tensor] = {}
     for name in ("vanilla", "agro"):
         loss_of = get_policy_loss_fn(name)
         leaf = logprobs.clone().requires_grad_()
 
-        def call(loss_of: Any = loss_of, leaf: Any = leaf) -> Any:
+        def call(loss_of: Any = loss_of, leaf: Any = leaf) -> None:
             leaf.grad = None
             loss, _ = loss_of(
                 old_log_prob=logprobs,
                 log_prob=leaf,
-                advantages=advantages["agro"][part],
-                response_mask=mask[part].long(),
+                advantages=advantages,
+                response_mask=mask.long(),
                 loss_agg_mode="seq-mean-token-sum",
                 config=actor,
             )
@@ -108,10 +131,11 @@ def verl_functions(options: argparse.Namespace) -> bool:
         assert leaf.grad is not None
         gradients[name] = leaf.grad
         report(f"verl loss {name}", call, options.repetitions)
-    return agree and bool(torch.allclose(*gradients.values(), rtol=1e-4, atol=1e-7))
+    return gradients
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 1 if verl's functions and ours do not agree."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -128,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     coefficients(options)
     if "not installed" in versions:
         return 0
-    with warnings.catch_warnings():  # verl and Ray warn of each other's old names
+    with warnings.catch_warnings():  # verl's and Ray's deprecations
         warnings.simplefilter("ignore")
         if not verl_functions(options):
             print("wrong: verl's functions and ours do not agree")

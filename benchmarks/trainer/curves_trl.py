@@ -1,16 +1,16 @@
 """Training curves of `agro train` and of TRL's AGROTrainer: the same task, settings and budget.
 
-    python -m benchmarks.curves_trl [--seeds 8] [--steps 40]
+    python -m benchmarks.trainer.curves_trl [--seeds 8] [--steps 40]
 
 Question: does AGRO learn the same thing at the same speed in TRL as in this project's own trainer?
 
 Method. The tiny Llama after its supervised warm start, one folder for all runs, is policy and
 reference of each; the task is two-digit sums (tiny-arithmetic), right or wrong. Seeds differ in
-prompts' order and samples. Everything that decides the result is written out in both
+prompts' order and samples. Every setting that affects the result is written out in both
 configurations below: 16 prompts of 8 completions a step, temperature 1, AdamW (0.9, 0.95), no
-weight decay, gradients clipped at norm 1, 3 steps of warm-up and a linear decline. The batch is
-packed by tokens here, cut into four micro-batches of 32 rows there. Runs of `agro_slower`, at half
-the learning rate, say whether such a difference would show.
+weight decay, gradients clipped at norm 1, 3 steps of warm-up and a linear decay. `agro train`
+packs the batch by tokens, TRL cuts it into four micro-batches of 32 rows. Runs of `agro_slower`, at
+half the learning rate, show whether the comparison would detect a difference of that size.
 
 What is compared, of each run, on the completions that it trains on:
 
@@ -39,9 +39,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.measure import timing
-from benchmarks.measure.plots import plot_training, read_csv
+from benchmarks.measure.rows import RESULTS, read_csv
+from benchmarks.trainer.curves_plots import plot_training
 
-RESULTS = Path(__file__).parents[1] / "results"
 TRAINERS = ("agro", "trl", "agro_slower")
 WARM_START_STEPS = 400
 BETA, LEARNING_RATE, WARMUP_STEPS = 0.01, 1e-4, 3
@@ -84,6 +84,7 @@ def make_base(folder: Path) -> None:
 
 
 def run_agro(folder: Path, seed: int, steps: int, learning_rate: float) -> list[dict[str, float]]:
+    """Reward and KL of each step of `agro train`."""
     from agro_train import config
     from agro_train.setup import setup
     from agro_train.train import train
@@ -121,6 +122,7 @@ def run_agro(folder: Path, seed: int, steps: int, learning_rate: float) -> list[
 
 
 def run_trl(folder: Path, seed: int, steps: int) -> list[dict[str, float]]:
+    """Reward and KL of each step of TRL's AGROTrainer."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -167,7 +169,7 @@ def run_trl(folder: Path, seed: int, steps: int) -> list[dict[str, float]]:
 
 
 def in_process(what: str, folder: Path, seed: int, steps: int) -> None:
-    """Makes the base, or one run, and leaves its steps in the folder."""
+    """Makes the base, or one run, and writes its steps into the folder."""
     if what == "base":
         make_base(folder)
         return
@@ -270,6 +272,7 @@ def verdict(rows: Sequence[dict[str, Any]], one: str, other: str) -> tuple[bool,
 
 
 def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The CSV, with the versions of both trainers in every line."""
     facts = {
         "agro_commit": timing.commit(),
         **{name: timing.version_or(name, "none") for name in ("trl", "transformers", "torch")},
@@ -284,6 +287,29 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 1 unless TRL's curves agree with ours and those of agro_slower do not."""
+    options = parse(arguments)
+    if options.process:
+        in_process(options.process, options.folder, options.seed, options.steps)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        write(run_all(options, Path(folder)), options.out)
+    plot_training(options.out)
+    return 0 if agrees(read_csv(options.out), options.trainers) else 1
+
+
+def agrees(rows: Sequence[dict[str, Any]], trainers: Sequence[str]) -> bool:
+    """Prints a table for each pair; whether each pair is the same or not as it should be."""
+    as_expected = True
+    for other in ("trl", "agro_slower"):
+        if {"agro", other} <= set(trainers):
+            same, table = verdict(rows, "agro", other)
+            as_expected &= same == (other == "trl")
+            print(f"{table}\nagro and {other}: {'the same' if same else 'not the same'}\n")
+    return as_expected
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -294,23 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for hidden, kind in (("--process", str), ("--seed", int), ("--folder", Path)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.process:
-        in_process(options.process, options.folder, options.seed, options.steps)
-        return 0
     if options.seeds < 2:
         parser.error(f"--seeds: expected at least 2, got {options.seeds}; one has no spread")
-    with tempfile.TemporaryDirectory() as folder:
-        write(run_all(options, Path(folder)), options.out)
-    rows = read_csv(options.out)
-    plot_training(options.out)
-    agrees = True
-    for other in ("trl", "agro_slower"):
-        if {"agro", other} <= set(options.trainers):
-            same, table = verdict(rows, "agro", other)
-            wanted = other == "trl"
-            agrees &= same == wanted
-            print(f"{table}\nagro and {other}: {'the same' if same else 'not the same'}\n")
-    return 0 if agrees else 1
+    return options
 
 
 if __name__ == "__main__":

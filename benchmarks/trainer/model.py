@@ -1,6 +1,6 @@
 """Time and memory of one training pass of a whole model: its logits, the patched model, TRL's head.
 
-    python -m benchmarks.bench_model [--model FOLDER | --layers 30 | --smoke] [--batch 2]
+    python -m benchmarks.trainer.model [--model FOLDER | --layers 30 | --smoke] [--batch 2]
         [--length 256] [--counted 256] [--repetitions 5]
         [--ways logits patched trl trl_agro hf_trainer hf_trainer_patched]
 
@@ -13,17 +13,17 @@ log-probability of the counted tokens: the last --counted of each row. Ways:
     trl        TRL's fused head: add_fused_lm_head(model), as its trainers use it
     trl_agro   the same inside agro_logprobs
 
-and of two ways it is a whole step of transformers' Trainer, with AdamW's and without clipping:
+and two ways are a whole step of transformers' Trainer, with AdamW and without gradient clipping:
 
     hf_trainer          Trainer, its loss from the model's logits
     hf_trainer_patched  the LogprobTrainer of docs/hf-trainer.md, from the page itself
 
 Method. Without --model a random Llama in SmolLM2-135M's shape, with all of its layers or fewer,
 which leaves more of the pass to the head (--smoke: a tiny one). fp32; each way in a fresh process,
-warmed up once; median of the repetitions, and the most memory of the process during a warm pass
-beyond what it held before (gradients are freed before each; an optimiser's moments stay). The
-gradient of the embedding must agree with that of `logits` to 1e-4 of its largest element, or the
-way is in error.
+warmed up once; median of the repetitions, and the process's peak memory during a warm pass beyond
+what it held before (gradients are freed before each; an optimiser's moments stay). A way whose
+gradient of the embedding differs from that of `logits` by more than 1e-4 of its largest element is
+reported as wrong.
 
 Sample output, a row a way (the machine's line precedes it):
 
@@ -57,6 +57,7 @@ from agro_kernels import next_tokens, patch_model
 from benchmarks.measure import timing
 
 WAYS = ("logits", "patched", "trl", "trl_agro", "hf_trainer", "hf_trainer_patched")
+MOST_ERROR = 1e-4  # of the embedding's gradient, over its largest element
 PAGE = Path(__file__).parents[2] / "docs" / "hf-trainer.md"
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -79,6 +80,7 @@ SMOKE = {
 
 
 def load(options: argparse.Namespace) -> Any:
+    """The model that all ways run: the folder's, or a random Llama, the same in every process."""
     if options.model:
         return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     torch.manual_seed(0)
@@ -92,7 +94,7 @@ def scorer(way: str, model: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
         def by_logits(ids: Tensor, targets: Tensor) -> Tensor:
             everything = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-            picked = everything.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
+            picked: Tensor = everything.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
             return picked.where(targets != -100, 0.0)
 
         return by_logits
@@ -116,6 +118,7 @@ def scorer(way: str, model: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory in MB, error of the embedding's gradient, and the times of one way."""
     model = load(options)
     torch.manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (options.batch, options.length))
@@ -210,6 +213,19 @@ def trainer_steps(
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 1 if a way failed or has another gradient than `logits`."""
+    options = parse(arguments)
+    if options.process:
+        print(json.dumps(measure(options.process, options)))
+        return 0
+    facts = timing.machine_facts()
+    print(" ".join(f"{facts[name]}" for name in ("cpu", "torch", "ours_instruction_set", "commit")))
+    given = sys.argv[1:] if arguments is None else arguments
+    succeeded = [run_way(way, given) for way in options.ways]
+    return 0 if all(succeeded) else 1
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -222,28 +238,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS[:2]))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--process", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.process:
-        print(json.dumps(measure(options.process, options)))
-        return 0
-    facts = timing.machine_facts()
-    print(" ".join(f"{facts[name]}" for name in ("cpu", "torch", "ours_instruction_set", "commit")))
-    given = sys.argv[1:] if arguments is None else arguments
-    failed = False
-    for way in options.ways:
-        command = [sys.executable, "-m", "benchmarks.trainer.model", *given, "--process", way]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            failed = True
-            said = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
-            print(f"{way:18s}  {said[-1]}")
-            continue
-        row = json.loads(done.stdout.splitlines()[-1])
-        failed |= row["error"] > 1e-4
-        note = f"   wrong: gradient off by {row['error']:.1e}" if row["error"] > 1e-4 else ""
-        spread = f"({row['min_s']:.2f} to {row['p80_s']:.2f}, n={row['n']})"
-        print(f"{way:18s} {row['median_s']:6.2f} s   {spread:24s} {row['peak_mb']:7.0f} MB{note}")
-    return int(failed)
+    return parser.parse_args(arguments)
+
+
+def run_way(way: str, given: list[str]) -> bool:
+    """Measures one way in a fresh process and prints its row; False if it failed or is wrong."""
+    command = [sys.executable, "-m", "benchmarks.trainer.model", *given, "--process", way]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+        print(f"{way:18s}  {said[-1]}")
+        return False
+    row = json.loads(done.stdout.splitlines()[-1])
+    is_right = bool(row["error"] <= MOST_ERROR)
+    note = "" if is_right else f"   wrong: gradient off by {row['error']:.1e}"
+    spread = f"({row['min_s']:.2f} to {row['p80_s']:.2f}, n={row['n']})"
+    print(f"{way:18s} {row['median_s']:6.2f} s   {spread:24s} {row['peak_mb']:7.0f} MB{note}")
+    return is_right
 
 
 if __name__ == "__main__":

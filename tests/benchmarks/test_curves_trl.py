@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.measure.plots import plot_training, read_csv
+from benchmarks.measure.rows import RESULTS, read_csv
 from benchmarks.trainer import curves_trl
+from benchmarks.trainer.curves_plots import plot_training
 
 
 def rows(trainer: str, shift: float, seeds: int = 5, steps: int = 8) -> list[dict[str, Any]]:
@@ -54,7 +55,7 @@ def test_the_same_noise_is_the_same_and_a_shift_is_not() -> None:
 
 
 def test_the_committed_curves_say_the_same_and_would_have_shown_a_difference() -> None:
-    committed = read_csv(curves_trl.RESULTS / "curves_trl.csv")
+    committed = read_csv(RESULTS / "curves_trl.csv")
     assert {row["trl"] for row in committed} == {"1.16.0"}
     assert curves_trl.verdict(committed, "agro", "trl")[0]
     assert not curves_trl.verdict(committed, "agro", "agro_slower")[0]

@@ -1,7 +1,5 @@
-"""The GPU benchmark and the tuner run, on a CPU, and refuse what they should refuse."""
+"""The GPU benchmark runs, on a CPU, and refuses what it should refuse."""
 
-import csv
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from agro_kernels import tiles as configs
-from agro_kernels.tiles import TileConfig
-from benchmarks.head import gpu as bench_linear_logprobs
-from benchmarks.head import tune as tune_linear_logprobs
-from benchmarks.head.gpu import Entrant, calls_for, measure
+from benchmarks.head import gpu, gpu_measure, tune
+from benchmarks.head.gpu_measure import Entrant, calls_for, measure
 from benchmarks.head.gpu_rows import PHASES, Row, algorithmic_gemms
-from benchmarks.head.providers.base import FORMS, Inputs, Provider, make_inputs
+from benchmarks.head.providers.base import FORMS, Inputs, Provider
 from benchmarks.head.providers.registry import PROVIDERS
+from benchmarks.measure.rows import read_csv
 from benchmarks.measure.shapes import SMOKE_SHAPE, SMOKE_SOFTCAP_SHAPE, Shape
 
 
@@ -69,12 +65,7 @@ def odd_providers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for provider in (Wrong, TooLarge, Broken, Absent, Uncapped):
         monkeypatch.setitem(PROVIDERS, provider.name, provider)
     yield
-    bench_linear_logprobs.errors_on.cache_clear()
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    gpu_measure.errors_on.cache_clear()
 
 
 def measured(shape: Shape, form: str, providers: list[str]) -> list[Row]:
@@ -113,8 +104,8 @@ def test_ours_and_plain_torch_are_measured(form: str, shape: Shape) -> None:
 
 def test_smoke_run_writes_rows_and_plots(tmp_path: Path) -> None:
     arguments = ["--smoke", "--provider", "ours", "torch", "--form", "forward_backward"]
-    assert bench_linear_logprobs.main([*arguments, "--results", str(tmp_path)]) == 0
-    rows = read(tmp_path / "bench_linear_logprobs_smoke.csv")
+    assert gpu.main([*arguments, "--results", str(tmp_path)]) == 0
+    rows = read_csv(tmp_path / "bench_linear_logprobs_smoke.csv")
     heads, tokens = ("smoke", "smoke-softcap"), ("37", "64")
     found = {(r["head"], r["tokens"], r["phase"]) for r in rows if r["provider"] == "ours"}
     assert found == {
@@ -131,13 +122,13 @@ def test_smoke_run_writes_rows_and_plots(tmp_path: Path) -> None:
 def test_appended_rows_stand_beside_those_of_other_cases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_linear_logprobs, "plot", lambda *_: None)
+    monkeypatch.setattr(gpu, "plot", lambda *_: None)
     arguments = ["--smoke", "--provider", "ours", "--form", "forward", "--results", str(tmp_path)]
-    assert bench_linear_logprobs.main([*arguments, "--tokens", "37", "64"]) == 0
+    assert gpu.main([*arguments, "--tokens", "37", "64"]) == 0
     path = tmp_path / "bench_linear_logprobs_smoke.csv"
-    before = read(path)
-    assert bench_linear_logprobs.main([*arguments, "--tokens", "64", "--append"]) == 0
-    after = read(path)
+    before = read_csv(path)
+    assert gpu.main([*arguments, "--tokens", "64", "--append"]) == 0
+    after = read_csv(path)
     kept = [row for row in before if row["tokens"] == "37"]
     assert kept and after[: len(kept)] == kept
     assert sorted(row["tokens"] for row in after) == sorted(row["tokens"] for row in before)
@@ -145,11 +136,11 @@ def test_appended_rows_stand_beside_those_of_other_cases(
 
 
 def test_smoke_run_with_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_linear_logprobs, "plot", lambda *_: None)
+    monkeypatch.setattr(gpu, "plot", lambda *_: None)
     arguments = ["--smoke", "--with-entropy", "--provider", "ours", "--tokens", "37", "--dtype"]
     arguments += ["fp32", "--form", "forward_backward", "known_coefficients"]
-    assert bench_linear_logprobs.main([*arguments, "--results", str(tmp_path)]) == 0
-    rows = read(tmp_path / "bench_linear_logprobs_smoke_fp32_entropy.csv")
+    assert gpu.main([*arguments, "--results", str(tmp_path)]) == 0
+    rows = read_csv(tmp_path / "bench_linear_logprobs_smoke_fp32_entropy.csv")
     assert {row["form"] for row in rows} == {"forward_backward"}  # the known sum has no entropy
     assert all(float(r["entropy_error"]) < 1e-4 for r in rows if r["provider"] == "ours")
 
@@ -174,9 +165,9 @@ def test_ours_being_wrong_is_the_exit_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(PROVIDERS, "ours", Wrong)
-    monkeypatch.setattr(bench_linear_logprobs, "plot", lambda *_: None)
+    monkeypatch.setattr(gpu, "plot", lambda *_: None)
     arguments = ["--smoke", "--provider", "ours", "--form", "forward", "--tokens", "37"]
-    assert bench_linear_logprobs.main([*arguments, "--results", str(tmp_path)]) == 1
+    assert gpu.main([*arguments, "--results", str(tmp_path)]) == 1
     assert "ours, smoke, N=37, forward: wrong: logprob_error" in capsys.readouterr().err
 
 
@@ -202,7 +193,7 @@ def test_no_product_is_counted_twice(form: str, phase: str, gemms: int) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-@pytest.mark.parametrize("main", [bench_linear_logprobs.main, tune_linear_logprobs.main])
+@pytest.mark.parametrize("main", [gpu.main, tune.main])
 def test_without_a_gpu_one_sentence_and_status_2(
     main: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,82 +201,3 @@ def test_without_a_gpu_one_sentence_and_status_2(
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert "no GPU here" in captured.err and "--smoke" in captured.err
-
-
-# --- The tuner ------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here")
-@pytest.mark.parametrize("kernel", tune_linear_logprobs.KERNELS)
-def test_tuner_prints_a_row_of_the_table(
-    kernel: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    select = configs.select
-    arguments = ["--smoke", "--kernel", kernel, "--tokens", "5", "--results", str(tmp_path)]
-    assert tune_linear_logprobs.main(arguments) == 0
-    assert configs.select is select
-    assert os.environ["TRITON_INTERPRET"] == "1"
-    lines = capsys.readouterr().out.splitlines()
-    row = eval(lines[-1].rstrip(","), {"Row": configs.Row, "TileConfig": TileConfig})
-    rows = read(tmp_path / f"tune_{kernel}_interpreter_bf16.csv")
-    best = min(rows, key=lambda r: float(r["score"]))
-    assert (row.tile.block_v, row.smallest_d) == (int(best["block_v"]), 24)
-    assert float(rows[0]["score"]) == 1.0  # the shipped row
-    assert {r["status"] for r in rows} == {"ok"}
-    assert {r["descriptors"] for r in rows} == {"True", "False"}
-
-
-@pytest.mark.parametrize("architecture", configs.SHARED_BYTES)
-def test_candidates_fit_the_architecture(architecture: str) -> None:
-    tiles = tune_linear_logprobs.candidates(architecture, 2, 4096)
-    assert len(tiles) > 20
-    for tile in tiles:
-        assert tile.shared_bytes(2) <= configs.SHARED_BYTES[architecture]
-        assert not tile.descriptors or architecture in ("sm90", "sm100")
-    assert any(tile.descriptors for tile in tiles) == (architecture in ("sm90", "sm100"))
-    assert not any(tile.descriptors for tile in tune_linear_logprobs.candidates("sm90", 2, 7))
-    assert not any(t.descriptors for t in tune_linear_logprobs.candidates("sm90", 2, 4096, True))
-
-
-def test_a_quick_search_has_the_likely_tiles_only() -> None:
-    quick = tune_linear_logprobs.candidates("sm90", 2, 2048, quick=True)
-    every = tune_linear_logprobs.candidates("sm90", 2, 2048)
-    assert set(quick) < set(every) and 10 < len(quick) < len(every) / 10
-    assert configs.select("linear_logprobs_fwd", "sm90", 2, 2048) in quick
-
-
-def test_tiles_of_today_are_among_the_candidates() -> None:
-    """Or the grid of the search has holes where a good tile is known to be."""
-    for architecture in configs.SHARED_BYTES:
-        for kernel in tune_linear_logprobs.KERNELS:
-            tile = configs.select(kernel, architecture, 2, 4096)
-            plain = TileConfig(
-                tile.block_n, tile.block_v, tile.block_d, tile.num_warps, tile.num_stages,
-                descriptors=tile.descriptors,
-            )  # fmt: skip
-            assert plain in tune_linear_logprobs.candidates(architecture, 2, 4096), architecture
-
-
-def test_tuner_puts_out_a_tile_that_is_wrong_or_cannot_run() -> None:
-    head = tune_linear_logprobs.SMOKE
-    inputs = make_inputs(head, torch.float32)
-    truth = tune_linear_logprobs.truth_of("linear_logprobs_fwd", inputs)
-    good = tune_linear_logprobs.Candidate(TileConfig(16, 16, 16, 1, 1))
-    tune_linear_logprobs.check("linear_logprobs_fwd", good, inputs, truth, 1e-4)
-    assert good.status == "ok" and good.error is not None and good.error < 1e-4
-    strict = tune_linear_logprobs.Candidate(TileConfig(16, 16, 16, 1, 1))
-    tune_linear_logprobs.check("linear_logprobs_fwd", strict, inputs, truth + 1.0, 1e-4)
-    assert strict.status.startswith("wrong: error 1.0e+00")
-    odd = tune_linear_logprobs.Candidate(TileConfig(17, 16, 16, 1, 1))  # not a power of two
-    tune_linear_logprobs.check("linear_logprobs_fwd", odd, inputs, truth, 1e-4)
-    assert odd.status.startswith("refused: ")
-
-
-def test_row_shows_what_differs_from_the_defaults() -> None:
-    tile = TileConfig(128, 256, 64, 8, 4, max_splits=32, descriptors=True)
-    assert tune_linear_logprobs.row_to_paste(tile, 2049) == (
-        "Row(TileConfig(128, 256, 64, 8, 4, max_splits=32, descriptors=True), smallest_d=2049),"
-    )
-    assert tune_linear_logprobs.row_to_paste(TileConfig(64, 64, 32, 4, 2), 1) == (
-        "Row(TileConfig(64, 64, 32, 4, 2)),"
-    )

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from agro_train.policy import tiny
-from benchmarks.measure.plots import read_csv
-from benchmarks.trainer import step as bench_train_step
-from benchmarks.trainer.step import Setting, Step, Steps
+from benchmarks.measure.rows import read_csv
+from benchmarks.trainer import step as step_benchmark
+from benchmarks.trainer.step import Steps
+from benchmarks.trainer.step_loops import Setting, Step
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def setting(tmp_path: Path) -> Setting:
 
 
 def test_our_own_loop_is_timed_step_by_step(setting: Setting) -> None:
-    (found,) = bench_train_step.in_turn(["agro"], setting)
+    (found,) = step_benchmark.in_turn(["agro"], setting)
     assert found.status == "ok" and len(found.steps) == 2
     for step in found.steps:
         assert step.rollout_s > 0 and step.update_s > 0 and step.resident_bytes > 0
@@ -43,10 +44,10 @@ def test_a_trainer_that_fails_says_so(
     setting: Setting, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     missing = Setting(**{**vars(setting), "model": str(tmp_path / "nowhere")})
-    (found,) = bench_train_step.in_turn(["agro"], missing)
+    (found,) = step_benchmark.in_turn(["agro"], missing)
     assert found.status.startswith("died") and not found.steps
     assert "nowhere" in capsys.readouterr().out
-    assert bench_train_step.to_row(found, setting).n == 0
+    assert step_benchmark.to_row(found, setting).n == 0
 
 
 def step(update_s: float, peak: int, completion_tokens: int = 48, completions: int = 4) -> Step:
@@ -59,12 +60,12 @@ def test_ratios_are_of_the_best_peer(setting: Setting, tmp_path: Path) -> None:
         Steps("trl_grpo", steps=[step(4.0, 10**7)] * 3),
         Steps("trl_rloo", steps=[step(3.0, 2 * 10**7)] * 3),
     ]
-    rows = [bench_train_step.to_row(steps, setting) for steps in found]
-    bench_train_step.relate(rows)
+    rows = [step_benchmark.to_row(steps, setting) for steps in found]
+    step_benchmark.relate(rows)
     ours = rows[0]
     assert (ours.update_s, ours.step_s, ours.update_peak_mb) == (1.5, 2.5, 5.0)
     assert (ours.update_ratio, ours.step_ratio, ours.update_peak_ratio) == (0.5, 2.5 / 4, 0.5)
-    bench_train_step.write(rows, setting, tmp_path / "rows.csv")
+    step_benchmark.write(rows, setting, tmp_path / "rows.csv")
     written = read_csv(tmp_path / "rows.csv")
     assert [row["trainer"] for row in written] == ["agro", "trl_grpo", "trl_rloo"]
     assert written[0]["update_ratio"] == "0.5" and written[0]["cpu"]
@@ -81,7 +82,7 @@ def test_steps_of_other_sizes_are_not_compared(
         Steps("agro", steps=[step(1.0, 10)]),
         Steps("trl_grpo", steps=[step(1.0, 10, **other)]),
     ]
-    monkeypatch.setattr(bench_train_step, "in_turn", lambda trainers, setting: found)
+    monkeypatch.setattr(step_benchmark, "in_turn", lambda trainers, setting: found)
     arguments = ["--model", "unused", "--out", str(tmp_path / "rows.csv")]
-    assert bench_train_step.main(arguments) == 1
+    assert step_benchmark.main(arguments) == 1
     assert "not comparable" in capsys.readouterr().out

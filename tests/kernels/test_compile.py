@@ -18,7 +18,7 @@ Report = list[dict[str, str]]
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """The rows of benchmarks.compile_report, from a process in which Triton is not interpreted."""
+    """The rows of predict.compile_report, from a process in which Triton is not interpreted."""
     path = tmp_path_factory.mktemp("compile") / "report.csv"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [

@@ -252,7 +252,7 @@ import json, re, sys
 import triton
 from triton.compiler import ASTSource
 from agro_kernels._triton.selective_logprobs import compile_cases
-from benchmarks.compile_report import TARGETS, cubin_usage
+from benchmarks.predict.compile_report import TARGETS, cubin_usage
 
 rows = []
 for target in TARGETS:

@@ -1,6 +1,8 @@
-"""Who can compute log-probabilities from hidden states: this project and its peers, one class each.
+"""The interface of a provider, the inputs that all are given, and the forms that are measured.
 
-A benchmark asks each provider the same questions in the same way:
+A provider computes log-probabilities from hidden states: this project, or a peer. A new peer is one
+subclass of Provider in a file of this folder, and one line in registry.py. A benchmark uses all of
+them in the same way:
 
     provider = PROVIDERS["trl_chunked"]()
     provider.missing()                                  # None, or what to install
@@ -9,8 +11,9 @@ A benchmark asks each provider the same questions in the same way:
     step()                                              # forward, then backward: time this
     step.results()                                      # logprobs, entropy, dhidden, dweight
 
-What a peer needs is imported only when the peer is made. The forms, with the number of matrix
-products of 2 N D V operations that each needs when the logits are not stored:
+A peer's packages are imported by its constructor, so those that are not installed do no harm. The
+forms, with the number of matrix products of 2 N D V operations that each needs when the logits are
+not stored:
 
     forward             logprobs, no gradient                                            1
     forward_backward    and the gradients of hidden and weight for a given dlogprobs     4
@@ -29,7 +32,7 @@ from torch import Tensor
 
 from benchmarks.measure.shapes import Shape
 
-# form -> which of the products of one head are needed, in order; the floor runs exactly these.
+# form -> the products of one head that it needs, in order; the floor runs exactly these.
 FORM_GEMMS: dict[str, tuple[str, ...]] = {
     "forward": ("logits",),
     "forward_backward": ("logits", "logits", "dhidden", "dweight"),
@@ -37,11 +40,17 @@ FORM_GEMMS: dict[str, tuple[str, ...]] = {
     "known_coefficients": ("logits", "dhidden", "dweight"),
 }
 FORMS = tuple(FORM_GEMMS)
+FORM_TITLES = {  # in tables and charts
+    "forward": "forward",
+    "forward_backward": "forward and backward",
+    "frozen_weight": "frozen weight",
+    "known_coefficients": "known coefficients",
+}
 
 
 @dataclass
 class Inputs:
-    """What every provider is given. hidden and weight require a gradient as the form asks."""
+    """What every provider is given. A Step sets requires_grad of hidden and weight."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -81,22 +90,23 @@ def make_inputs(
 
 
 class Provider(ABC):
-    """One way to compute log-probabilities. Subclasses say what it cannot do, in their own words.
+    """One way to compute log-probabilities; the class attributes say what it can do.
 
-    `setting` is what can be tuned (a chunk size); a benchmark may try `settings()` and keep one.
+    `setting` is what can be tuned, such as a chunk size; a benchmark may try `settings()` and keep
+    the fastest.
     """
 
     name: ClassVar[str]
     what: ClassVar[str]  # one line, for the legend
     packages: ClassVar[tuple[str, ...]] = ()  # on PyPI, beyond torch
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
-    stores_logits: ClassVar[bool] = False  # an (N, V) tensor exists at some time
+    stores_logits: ClassVar[bool] = False  # an (N, V) tensor is materialised
     has_entropy: ClassVar[bool] = False
     has_softcap: ClassVar[bool] = True
     has_known_coefficients: ClassVar[bool] = False  # a form of its own, not forward and backward
     # bf16 inputs are upcast for some products, so that torch.set_float32_matmul_precision matters.
     multiplies_in_fp32: ClassVar[bool] = False
-    needs_compiler: ClassVar[bool] = False  # refuses to run where torch.compile is switched off
+    needs_compiler: ClassVar[bool] = False  # raises where torch.compile is disabled
     setting: Any = None
 
     @classmethod
@@ -121,7 +131,7 @@ class Provider(ABC):
         return None
 
     def settings(self, inputs: Inputs) -> list[Any]:
-        """What may be tuned for these inputs; empty if there is nothing to tune."""
+        """The values of `setting` to try on these inputs; empty: there is nothing to tune."""
         return []
 
     @abstractmethod
@@ -133,7 +143,7 @@ class Provider(ABC):
         raise NotImplementedError(f"{self.name} gives no entropy")
 
     def weighted_sum(self, inputs: Inputs) -> Tensor:
-        """sum of coefficients * logprobs, 0-d; written as anyone would where it has no own form."""
+        """Sum of coefficients * logprobs, 0-d; from `logprobs` where there is no own form."""
         return (inputs.coefficients * self.logprobs(inputs)).sum()
 
 
@@ -146,7 +156,7 @@ def _version(package: str) -> str | None:
 
 @dataclass
 class Results:
-    """What a step made; None where its form does not ask for it."""
+    """The results of a step; None where its form has no such result."""
 
     logprobs: Tensor | None  # (N,)
     entropy: Tensor | None  # (N,)
@@ -199,7 +209,7 @@ class Step:
         )
 
     def release(self) -> None:
-        """Let go of the last results, as an optimiser's zero_grad(set_to_none=True) does."""
+        """Drops the last results, as an optimiser's zero_grad(set_to_none=True) does."""
         self.outputs = ()
         self.inputs.hidden.grad = self.inputs.weight.grad = None
 

@@ -1,5 +1,6 @@
 """agro_kernels."""
 
+import torch
 from torch import Tensor
 
 import agro_kernels
@@ -31,3 +32,11 @@ class Ours(Provider):
             lse=inputs.lse,
             softcap=inputs.softcap,
         )
+
+
+@torch.no_grad()
+def earlier_lse(inputs: Inputs) -> Tensor:
+    """(N,) fp32: what known_coefficients takes from the pass that its coefficients came from."""
+    return agro_kernels.linear_logprobs_with_stats(
+        inputs.hidden, inputs.weight, inputs.targets, softcap=inputs.softcap
+    ).lse

@@ -9,8 +9,9 @@ import torch
 
 from agro_train import experiments
 from agro_train.cli import main
-from agro_train.experiments import landscape, tabular
-from agro_train.experiments.landscape import METHODS
+from agro_train.experiments import tabular
+from agro_train.experiments.landscape import speed, success_rate, two_arms
+from agro_train.experiments.landscape.methods import METHODS, direction_of
 
 README = Path(__file__).parents[3] / "docs" / "experiments" / "README.md"
 RATES = torch.tensor([0.05, 0.3, 0.5, 0.9], dtype=torch.float64)
@@ -24,7 +25,7 @@ def one_thread() -> Iterator[None]:
 
 def test_two_arm_descent_converges_inside_the_ridge_and_not_outside() -> None:
     starts = torch.tensor([2.39, 2.41, -2.39, -2.41], dtype=torch.float64)
-    ends = landscape.descend_two_arms("exact", starts, 2_000).tolist()
+    ends = two_arms.descend_two_arms("exact", starts, 2_000).tolist()
     assert abs(ends[0]) < 1e-6 and abs(ends[2]) < 1e-6
     assert ends[1] > 5 and ends[3] < -5
 
@@ -32,38 +33,38 @@ def test_two_arm_descent_converges_inside_the_ridge_and_not_outside() -> None:
 def test_two_arm_loss_falls_along_the_exact_direction() -> None:
     """The formula that is drawn is the loss whose gradient is followed."""
     z = torch.tensor([-4.0, -1.0, 0.5, 2.3994, 3.0], dtype=torch.float64).requires_grad_()
-    slope = torch.autograd.grad(landscape.two_arm_loss(z).sum(), z)[0]
-    direction = landscape.direction_of("exact", landscape.two_arm_bandits(5))
-    logprobs = landscape.two_arm_logits(z.detach()).log_softmax(-1)
+    slope = torch.autograd.grad(two_arms.two_arm_loss(z).sum(), z)[0]
+    direction = direction_of("exact", two_arms.two_arm_bandits(5))
+    logprobs = two_arms.two_arm_logits(z.detach()).log_softmax(-1)
     # A logit of z / 2 moves by direction: the derivative in z is half that of the two logits.
     assert float((direction(logprobs)[:, 0] + slope).abs().max()) < 1e-12
 
 
-@pytest.mark.parametrize("beta", landscape.SUCCESS_BETAS)
+@pytest.mark.parametrize("beta", success_rate.BETAS)
 def test_success_speed_of_the_ops_coefficients_is_the_rule(beta: float) -> None:
-    exact = landscape.success_speed(METHODS["exact"], beta, RATES)
+    exact = success_rate.success_speed(METHODS["exact"], beta, RATES)
     assert float((exact - (1 + (2 * RATES - 1) / (2 * beta))).abs().max()) < 1e-12
     assert (exact > 0).tolist() == (RATES > 0.5 - beta).tolist()
-    gradient = landscape.success_speed(METHODS["policy_gradient"], beta, RATES)
+    gradient = success_rate.success_speed(METHODS["policy_gradient"], beta, RATES)
     assert float((gradient - 1).abs().max()) < 1e-12
-    assert bool((landscape.success_speed(METHODS["capped"], beta, RATES) > 0).all())
+    assert bool((success_rate.success_speed(METHODS["capped"], beta, RATES) > 0).all())
 
 
 def test_success_rates_part_at_the_rule_in_training() -> None:
-    parted = landscape.TRAINED_STARTS
-    ends = landscape.train_success_rates("exact", 300)[-1].tolist()
+    parted = success_rate.TRAINED_STARTS
+    ends = success_rate.train_success_rates("exact", 300)[-1].tolist()
     for start, end in zip(parted, ends, strict=True):
-        assert end > 0.9 if start > 0.5 - landscape.TRAINED_BETA else end < 0.1
+        assert end > 0.9 if start > 0.5 - success_rate.TRAINED_BETA else end < 0.1
     for name in ("capped", "policy_gradient"):
-        run = landscape.train_success_rates(name, 300)
+        run = success_rate.train_success_rates(name, 300)
         assert bool((run.diff(dim=0) > 0).all()) and bool((run[-1] > 0.9).all())
 
 
-@pytest.mark.parametrize("name", list(landscape.SPEED_LABELS))
+@pytest.mark.parametrize("name", list(speed.LABELS))
 def test_updates_needed_are_the_fewest_over_the_steps(name: str) -> None:
     def needed(seeds: list[int], limit: int) -> list[int | None]:
         bandits = tabular.gaussian_bandits(seeds, num_arms=5, beta=1.0, reward_sd=0.5)
-        return landscape.updates_needed(name, bandits, limit)
+        return speed.updates_needed(name, bandits, limit)
 
     (count,) = needed([0], 1_000)
     assert count is not None and count > 1
@@ -93,13 +94,13 @@ def test_readme_has_the_results_of_the_committed_run() -> None:
     readme = README.read_text()
     results = README.parent / "results"
     with (results / "landscape_basin.csv").open(newline="") as file:
-        basin = [list(row.values()) for row in csv.DictReader(file)]
+        basin_rows = [list(row.values()) for row in csv.DictReader(file)]
     needed: dict[tuple[int, float, str], list[int | None]] = {}
     with (results / "landscape_speed.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             setting = int(row["arms"]), float(row["beta"]), row["method"]
             count = int(row["updates"]) if row["updates"] else None
             needed.setdefault(setting, []).append(count)
-    speed = [list(row.values()) for row in landscape.speed_summary(needed)]
-    for values in basin + speed:
+    speed_rows = [list(row.values()) for row in speed.summary(needed)]
+    for values in basin_rows + speed_rows:
         assert "| " + " | ".join(map(str, values)) + " |" in readme, values
