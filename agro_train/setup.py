@@ -37,10 +37,10 @@ from agro_train.policy.reference_cache import check_cache_folder, with_ref_logpr
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import check_columns, load_rewards, with_readable_gold
 from agro_train.run import Run
+from agro_train.run_folder import RunFolder
 from agro_train.seeds import derive_seed
 from agro_train.types import Prompt
 from agro_train.watch.environment import record_start
-from agro_train.watch.run_folder import RunFolder
 from agro_train.watch.trackers import check_trackers, start_trackers
 
 # How long ranks wait in a collective. The main one alone checks and writes checkpoints, which takes

@@ -1,16 +1,17 @@
 """Recorded rollouts: read from JSONL or parquet files, checked, and put into groups.
 
-A log of rollouts is a dataset: what `rollout_to_json` writes, `load_recorded` reads.
+A log of rollouts is a dataset: what `write_rollouts` writes, `load_recorded` reads.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agro_train import durable
 from agro_train.data.prompts import render
 from agro_train.data.rows import numbered_rows, read_jsonl
 from agro_train.data.tasks import Row
@@ -63,6 +64,11 @@ def rollout_to_json(rollout: Rollout) -> str:
     row = {name: getattr(rollout, name) for name in rollout.__dataclass_fields__}
     del row["ref_logprob"], row["sampling_logprobs"]
     return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
+    """A log of rollouts, a line each. The file appears when it is complete."""
+    durable.replace(path, "".join(rollout_to_json(rollout) + "\n" for rollout in rollouts))
 
 
 def read_rollouts(path: Path) -> list[Rollout]:

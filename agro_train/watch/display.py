@@ -111,18 +111,18 @@ class Display:
             self.console.print(table)
 
     def before_and_after(
-        self, before: Sequence[Mapping[str, object]], after: Sequence[Rollout], count: int = 6
+        self, before: Sequence[Rollout], after: Sequence[Rollout], count: int = 6
     ) -> None:
-        """A table of held-out prompts with the completion at the start and now."""
-        old = {row["group"]: row for row in before if row["temperature"] == 0.0}
+        """A table of held-out prompts with the greedy completion at the start and now."""
+        old = {rollout.group: rollout for rollout in before if rollout.temperature == 0.0}
         table = Table("held-out prompt", "before", "", "after", "", title="Greedy completions")
         for rollout in [r for r in after if r.group in old][:count]:
             was = old[rollout.group]
             self.add_row(
                 table,
                 str(rollout.columns.get("prompt", rollout.prompt)),
-                str(was["completion"]),
-                reward_text(was["reward"]),
+                was.completion,
+                reward_text(was.reward),
                 rollout.completion,
                 reward_text(rollout.reward),
             )
@@ -161,5 +161,5 @@ def best_and_worst(rollouts: Sequence[Rollout], count: int) -> tuple[list[Rollou
     return [rollouts[e[2]] for e in best[:count]], [rollouts[e[2]] for e in worst[:count]]
 
 
-def reward_text(reward: object) -> str:
+def reward_text(reward: float | None) -> str:
     return "-" if reward is None else f"{reward:g}"

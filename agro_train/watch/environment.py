@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from agro_train import durable
+from agro_train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,7 +26,7 @@ def record_start(folder: Path, step: int, accelerator: "Accelerator", *, resumed
     """Writes environment.json, one object for every start of the run: its first, and each time it
     was resumed. Returns the run's id, which it keeps for life.
     """
-    path = folder / "environment.json"
+    path = RunFolder(folder).starts
     before = read_starts(folder) if resumed else []
     run_id = before[0]["run_id"] if before else uuid.uuid4().hex
     starts = [*before, {"run_id": run_id, "step": step, **describe_environment(accelerator)}]
@@ -38,7 +39,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     cannot be read, for no run needs it.
     """
     try:
-        starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        starts = json.loads(RunFolder(folder).starts.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # json's and unicode's errors are ValueErrors
         return []
     whole = isinstance(starts, list) and all(

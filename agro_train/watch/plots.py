@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from agro_train.config import TrainConfig  # noqa: E402
 from agro_train.data.rows import read_jsonl  # noqa: E402
+from agro_train.run_folder import RunFolder  # noqa: E402
 
 # name of the file, axis label, [(column, legend)]
 Panel = tuple[str, str, list[tuple[str, str]]]
@@ -72,8 +73,8 @@ class Curve:
 
 def plot_run(run: Path) -> list[Path]:
     """Draws run/metrics.jsonl into run/plots: one PNG a panel and overview.png with all of them."""
-    rows = read_jsonl(run / "metrics.jsonl")
-    folder = run / "plots"
+    rows = read_jsonl(RunFolder(run).metrics)
+    folder = RunFolder(run).plots
     folder.mkdir(exist_ok=True)
     written = []
     for panel in PANELS:
@@ -142,7 +143,7 @@ def compare(runs: Sequence[Path]) -> list[Curve]:
             labels[key] = str(folders[0])
     counts = {key: f" ({len(each)} runs)" if len(each) > 1 else "" for key, each in found.items()}
     return [
-        Curve(labels[key] + counts[key], [read_jsonl(run / "metrics.jsonl") for run in folders])
+        Curve(labels[key] + counts[key], [read_jsonl(RunFolder(run).metrics) for run in folders])
         for key, folders in found.items()
     ]
 
@@ -158,7 +159,7 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 def read_yaml(run: Path) -> dict[str, Any]:
     """A run's config.yaml, whatever version wrote it; empty where there is none."""
-    path = run / "config.yaml"
+    path = RunFolder(run).config
     if not path.is_file():
         return {}
     given = yaml.safe_load(path.read_text())

@@ -5,7 +5,6 @@ The page stands alone: no file or address outside it is read, so that it can be 
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -15,9 +14,11 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
+from agro_train import durable
 from agro_train.config import TrainConfig
 from agro_train.data.recorded import read_rollouts
 from agro_train.data.rows import read_jsonl
+from agro_train.run_folder import RunFolder
 from agro_train.types import Rollout
 from agro_train.watch.display import best_and_worst, reward_text
 from agro_train.watch.environment import read_starts
@@ -61,18 +62,17 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34  # its margins, where the axes' number
 
 def write_report(run: Path, output: Path | None = None) -> Path:
     """Writes the page for the run in a folder; `output` (None: run/report.html) is replaced."""
-    path = output or run / "report.html"
+    path = output or RunFolder(run).page
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    # Half of a character pair, which a byte-level tokenizer can leave, is no valid page.
-    partial.write_text(page(run), encoding="utf-8", errors="replace")
-    os.replace(partial, path)
+    # A byte-level tokenizer can leave half of a character pair, which is not valid in a page.
+    with durable.writing(path, errors="replace") as file:
+        file.write(page(run))
     return path
 
 
 def page(run: Path) -> str:
     """The whole document, from metrics.jsonl and whatever else is in the folder."""
-    rows = read_jsonl(run / "metrics.jsonl")
+    rows = read_jsonl(RunFolder(run).metrics)
     settings = read_yaml(run)
     starts = read_starts(run)
     title = escape(run.resolve().name)
@@ -191,17 +191,17 @@ def chart(
 
 def completions(run: Path) -> str:
     """Best, worst and random completions of steps spread over the run, one step shown at a time."""
-    logs = spread(sorted(run.glob("rollouts/step-" + "[0-9]" * 6 + ".jsonl")), STEPS_SHOWN)
+    logs = RunFolder(run).all_rollouts()
     if not logs:
         return '<p class="quiet">The folder has no log of rollouts.</p>'
-    steps = [int(log.stem.removeprefix("step-")) for log in logs]
+    steps = evenly_spaced(list(logs), STEPS_SHOWN)
     choices = "".join(
         f'<option value="{step}"{" selected" if step == steps[-1] else ""}>{step}</option>'
         for step in steps
     )
     sections = [f'<p><label>Step <select id="step">{choices}</select></label></p>']
-    for step, log in zip(steps, logs, strict=True):
-        rollouts = read_rollouts(log)
+    for step in steps:
+        rollouts = read_rollouts(logs[step])
         best, worst = best_and_worst(rollouts, COMPLETIONS_SHOWN)
         groups = {"best": best, "worst": worst, "random": some(rollouts, COMPLETIONS_SHOWN)}
         lines = [
@@ -219,7 +219,7 @@ def completions(run: Path) -> str:
 
 def held_out(run: Path, count: int = 6) -> str:
     """Greedy completions of held-out prompts at the start and at the last evaluation."""
-    logs = sorted(run.glob("samples/step-" + "[0-9]" * 6 + ".jsonl"))
+    logs = list(RunFolder(run).all_samples().values())
     if len(logs) < 2:
         return ""
     first, last = (
@@ -262,7 +262,7 @@ def environment(starts: Sequence[Mapping[str, Any]]) -> str:
     return "".join(tables)
 
 
-def spread(items: Sequence[Path], count: int) -> list[Path]:
+def evenly_spaced(items: Sequence[int], count: int) -> list[int]:
     """Up to `count` items, evenly over all of them, the first and the last among them."""
     if len(items) <= count:
         return list(items)

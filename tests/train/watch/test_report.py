@@ -10,9 +10,10 @@ import pytest
 
 from agro_train.cli import main
 from agro_train.config import TrainConfig
-from agro_train.watch.environment import git_commit, read_starts, record_start
-from agro_train.watch.report import STEPS_SHOWN, page, some, spread
-from agro_train.watch.run_folder import RunFolder
+from agro_train.data.recorded import write_rollouts
+from agro_train.run_folder import RunFolder
+from agro_train.watch.environment import read_starts, record_start
+from agro_train.watch.report import STEPS_SHOWN, evenly_spaced, page, some
 from tests.train.models import rollout
 
 NASTY = '<script>alert(1)</script> & "quotes" </div>\x00\ud800'
@@ -79,11 +80,11 @@ def run(tmp_path: Path) -> Path:
             for group in ("g", "h")
             for reward in (0.0, step / 2, None, 1.0 + step)
         ]
-        folder.log_rollouts("rollouts", step, rollouts)
+        write_rollouts(folder.rollouts(step), rollouts)
     folder.log(3, {"eval_accuracy": 0.75, "eval_time_s": 1.0})
     for step, answer in ((0, "wrong"), (3, "right")):
         greedy = replace(rollout("q", [1], [2], step / 3), completion=answer, temperature=0.0)
-        folder.log_rollouts("samples", step, [greedy])
+        write_rollouts(folder.samples(step), [greedy])
     for step, resumed in ((0, False), (2, True)):
         record_start(folder.path, step, OneProcess(), resumed=resumed)  # type: ignore[arg-type]
     return folder.path
@@ -165,10 +166,6 @@ def test_environment_is_recorded_at_every_start(run: Path) -> None:
     assert "Resumed after 2 steps" in words
 
 
-def test_commit_is_of_the_repository_that_tracks_the_file(tmp_path: Path) -> None:
-    assert git_commit(tmp_path / "module.py") is None  # tracked by nobody
-
-
 def test_page_of_a_bare_record(tmp_path: Path) -> None:
     """Before the first step, and of a folder that has nothing else."""
     (tmp_path / "metrics.jsonl").write_text("")
@@ -178,10 +175,10 @@ def test_page_of_a_bare_record(tmp_path: Path) -> None:
 
 
 def test_steps_shown_are_spread_over_the_run() -> None:
-    items = [Path(str(number)) for number in range(100)]
-    shown = spread(items, STEPS_SHOWN)
+    items = list(range(100))
+    shown = evenly_spaced(items, STEPS_SHOWN)
     assert len(set(shown)) == STEPS_SHOWN and shown[0] == items[0] and shown[-1] == items[-1]
-    assert spread(items[:3], STEPS_SHOWN) == items[:3]
+    assert evenly_spaced(items[:3], STEPS_SHOWN) == items[:3]
 
 
 def test_random_completions_stay_the_same() -> None:
