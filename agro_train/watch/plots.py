@@ -7,52 +7,27 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from agro_train.config import TrainConfig
+from agro_train.data.rows import read_jsonl
 from agro_train.refusal import Refusal
+from agro_train.run_folder import RunFolder
+from agro_train.watch.panels import PANELS, Panel, points
 
-matplotlib.use("Agg")
-
-import yaml  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
-
-from agro_train.config import TrainConfig  # noqa: E402
-from agro_train.data.rows import read_jsonl  # noqa: E402
-from agro_train.run_folder import RunFolder  # noqa: E402
-
-# name of the file, axis label, [(column, legend)]
-Panel = tuple[str, str, list[tuple[str, str]]]
-PANELS: list[Panel] = [
-    (
-        "reward",
-        "mean reward",
-        [
-            ("reward", "training samples"),
-            ("eval_reward", "held-out, sampled"),
-            ("eval_accuracy", "held-out, greedy"),
-        ],
-    ),
-    ("kl", "KL to the reference, nats a completion", [("kl", "training samples")]),
-    ("entropy", "entropy, nats a token", [("entropy", "training samples")]),
-    (
-        "length",
-        "completion length, tokens",
-        [("completions/mean_length", "training samples"), ("eval_length", "held-out, greedy")],
-    ),
-]
+REWARD, KL, ENTROPY, LENGTH = PANELS
 # name of the file, axis label, column; in a comparison a curve is a configuration
 COMPARED = [
-    ("reward", "mean reward, training samples", "reward"),
-    ("accuracy", "mean reward, held-out, greedy", "eval_accuracy"),
-    ("eval_reward", "mean reward, held-out, sampled", "eval_reward"),
-    ("kl", "KL to the reference, nats a completion", "kl"),
-    ("entropy", "entropy, nats a token", "entropy"),
-    ("length", "completion length, tokens", "completions/mean_length"),
+    ("reward", f"{REWARD.label}, training samples", "reward"),
+    ("accuracy", f"{REWARD.label}, held-out, greedy", "eval_accuracy"),
+    ("eval_reward", f"{REWARD.label}, held-out, sampled", "eval_reward"),
+    ("kl", KL.label, "kl"),
+    ("entropy", ENTROPY.label, "entropy"),
+    ("length", LENGTH.label, "completions/mean_length"),
 ]
-# What earlier versions called a column.
-OLD_NAMES = {"completions/mean_length": "length", "completions/clipped_ratio": "truncated"}
 # Okabe and Ito's: told apart by colour-blind readers, too; then again, with other strokes.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STROKES = ("-", "--", ":", "-.")
@@ -80,7 +55,7 @@ def plot_run(run: Path) -> list[Path]:
     for panel in PANELS:
         figure = Figure(figsize=(6, 4), layout="constrained")
         _draw(figure.subplots(), panel, rows)
-        written.append(_save(figure, folder / f"{panel[0]}.png"))
+        written.append(_save(figure, folder / f"{panel.name}.png"))
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         _draw(axes, panel, rows)
@@ -172,13 +147,6 @@ def read_yaml(run: Path) -> dict[str, Any]:
     return given
 
 
-def points(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[int, float]]:
-    """(step, value) where the column, or what it was called before, has a number."""
-    old = OLD_NAMES.get(column, column)
-    values = [(row["step"], row.get(column, row.get(old))) for row in rows]
-    return [(step, value) for step, value in values if value is not None]
-
-
 def over_seeds(
     runs: Sequence[Sequence[Mapping[str, Any]]], column: str
 ) -> list[tuple[int, float, float, float]]:
@@ -192,17 +160,17 @@ def over_seeds(
 
 
 def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
-    _, label, curves = panel
     lowest = 0.0
-    for colour, (column, legend) in zip(COLOURS, curves, strict=False):
+    for colour, (column, legend) in zip(COLOURS, panel.curves, strict=False):
         found = points(rows, column)
         if found:
             steps, values = zip(*found, strict=True)
             lowest = min(lowest, *values)
             marker = "o" if column.startswith("eval_") else None
             axes.plot(steps, values, color=colour, marker=marker, markersize=4, label=legend)
-    _finish(axes, label, lowest)
-    if len(curves) > 1 and axes.lines:  # before the first step, or without rewards, there is none
+    _finish(axes, panel.label, lowest)
+    # Before the first step, or without rewards, there is no line to name.
+    if len(panel.curves) > 1 and axes.lines:
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
