@@ -203,7 +203,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         cpu=not torch.cuda.is_available(),
         log_with=config.report_to or None,
-        project_dir=Path(config.output_dir) / "tensorboard",
+        project_dir=RunFolder(Path(config.output_dir)).tensorboard,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
 

@@ -28,14 +28,15 @@ COMPARED = [
     ("entropy", ENTROPY.label, "entropy"),
     ("length", LENGTH.label, "completions/mean_length"),
 ]
-# Okabe and Ito's: told apart by colour-blind readers, too; then again, with other strokes.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. More curves than colours use
+# them again with another stroke.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STROKES = ("-", "--", ":", "-.")
-# Settings that leave the curve as it is: what differs in them only is one configuration.
+# Settings that do not shape a curve. Runs that differ only in them are one configuration.
 BESIDES = (
     "seed output_dir save_every save_total_limit samples_every report_to project run_name".split()
 )
-MOST_NAMED = 3  # settings in a label; with more of them different, the folder's name says it better
+MOST_NAMED = 3  # settings in a label; where more differ, the folder's name is the label
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,14 @@ def plot_comparison(runs: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def compare(runs: Sequence[Path]) -> list[Curve]:
-    """The runs as curves, in the order given, each labelled by what its configuration has else
-    than the others.
+    """The runs as curves, in the order given, each labelled by the settings in which the
+    configurations differ.
     """
     found: dict[str, list[Path]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for run in runs:
         config = read_settings(run)
-        # A folder without a configuration is like no other.
+        # A folder without a configuration is a curve of its own.
         key = repr(sorted(config.items())) if config else str(run)
         found.setdefault(key, []).append(run)
         settings[key] = config
@@ -124,8 +125,8 @@ def compare(runs: Sequence[Path]) -> list[Curve]:
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """What may shape a run's curve: its settings without BESIDES, those that its config.yaml does
-    not name at today's defaults. Empty where there is no such file.
+    """The settings that may shape a run's curve: all but BESIDES. A setting that its config.yaml
+    does not name has today's default. Empty where there is no such file.
     """
     given = read_yaml(run)
     settings = {**asdict(TrainConfig()), **given} if given else {}
@@ -150,8 +151,9 @@ def read_yaml(run: Path) -> dict[str, Any]:
 def over_seeds(
     runs: Sequence[Sequence[Mapping[str, Any]]], column: str
 ) -> list[tuple[int, float, float, float]]:
-    """(step, mean, lowest, highest) at the steps that all runs with such a column have reached: a
-    mean over fewer and fewer of them would jump where one ends.
+    """(step, mean, lowest, highest) at the steps that all runs with such a column have reached.
+
+    Beyond them the mean would be over fewer runs, and would jump where one ends.
     """
     each = [dict(found) for run in runs if (found := points(run, column))]
     steps = set.intersection(*(set(values) for values in each)) if each else set()
