@@ -1,30 +1,69 @@
 """Files that are whole whatever happens: after a kill, a power cut or on a full disk there is the
 old one or the new one.
+
+A file or folder has another name, with PARTIAL before its own, until it is complete and on the
+disk.
 """
 
 import errno
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
+PARTIAL = ".partial-"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def replace(path: Path, text: str, *, shared: bool = False) -> None:
-    """Puts a file with this text in the place of what is there, or leaves everything as it was.
+@contextmanager
+def writing(path: Path, *, shared: bool = False, errors: str = "surrogatepass") -> Iterator[TextIO]:
+    """A UTF-8 text file that takes the place of `path` when the block ends, and is dropped where
+    the block raises.
 
-    `shared`: other processes may write the same file at the same time; the last one's stays.
+    Args:
+        shared: other processes may write the same file at the same time; the last one's stays.
+        errors: what becomes of half of a character pair, which UTF-8 cannot hold; as in `open`.
     """
     writer = f"{os.getpid()}-" if shared else ""
-    partial = path.with_name(f".partial-{writer}{path.name}")
+    partial = path.with_name(f"{PARTIAL}{writer}{path.name}")
     try:
-        partial.write_text(text, encoding="utf-8", errors="surrogatepass")
+        with partial.open("w", encoding="utf-8", errors=errors) as file:
+            yield file
         sync(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)  # on a full disk the room is needed
         raise
     sync(path.parent)
+
+
+@contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that takes the name `path`, which is free, when the block ends, and is
+    deleted where the block raises.
+    """
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    try:
+        partial.mkdir()
+        yield partial
+        sync_tree(partial)
+        os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk the room is needed
+        raise
+    sync(path.parent)
+
+
+def replace(path: Path, text: str, *, shared: bool = False) -> None:
+    """Puts a file with this text in the place of what is there, or leaves everything as it was.
+
+    `shared`: as in `writing`.
+    """
+    with writing(path, shared=shared) as file:
+        file.write(text)
 
 
 def append(path: Path, line: str) -> None:
@@ -39,6 +78,13 @@ def append(path: Path, line: str) -> None:
         except BaseException:
             file.truncate(end)
             raise
+
+
+def delete_folder(path: Path) -> None:
+    """Deletes a folder. Killed in between, what is left no longer has the whole one's name."""
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    os.replace(path, partial)
+    shutil.rmtree(partial)
 
 
 def sync(path: Path) -> None:

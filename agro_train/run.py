@@ -13,8 +13,8 @@ from agro_train.data.mix import Mix
 from agro_train.data.recorded import Recorded
 from agro_train.engines.engine import Engine
 from agro_train.rewards.functions import Rewards
+from agro_train.run_folder import RunFolder
 from agro_train.types import Prompt, Rollout
-from agro_train.watch.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

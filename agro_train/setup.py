@@ -39,10 +39,10 @@ from agro_train.policy.reference_cache import check_cache_folder, with_ref_logpr
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import check_columns, load_rewards, with_readable_gold
 from agro_train.run import Run
+from agro_train.run_folder import RunFolder
 from agro_train.seeds import derive_seed
 from agro_train.types import Prompt
 from agro_train.watch.environment import record_start
-from agro_train.watch.run_folder import RunFolder
 from agro_train.watch.trackers import check_trackers, start_trackers
 
 # How long ranks wait in a collective. The main one alone checks and writes checkpoints, which takes
@@ -215,7 +215,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         cpu=not torch.cuda.is_available(),
         log_with=config.report_to or None,
-        project_dir=Path(config.output_dir) / "tensorboard",
+        project_dir=RunFolder(Path(config.output_dir)).tensorboard,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
 

@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from agro_train.data.batch import build_batch
 from agro_train.data.mix import in_recorded_order, replayed_groups
-from agro_train.data.recorded import sampling_logprob
+from agro_train.data.recorded import read_rollouts, sampling_logprob, write_rollouts
 from agro_train.engines.engine import BrokenEngine
 from agro_train.evaluate import Evaluation, evaluate, passes, summarise
 from agro_train.metrics import describe, peak_memory_gb
@@ -43,7 +43,7 @@ def train(run: Run) -> Path:
             for step in range(run.start, config.steps):
                 metrics, rollouts = take_step(run, step)
                 if run.main:
-                    run.folder.log_rollouts("rollouts", step + 1, rollouts)
+                    write_rollouts(run.folder.rollouts(step + 1), rollouts)
                 run.log(step + 1, metrics)
                 display.step(step + 1, metrics, rollouts)
                 taken = step + 1
@@ -61,7 +61,9 @@ def train(run: Run) -> Path:
             plot_run(run.folder.path)
             write_report(run.folder.path)
             if evaluation is not None:
-                display.before_and_after(run.folder.read_samples(0), evaluation.greedy)
+                first = run.folder.samples(0)
+                before = read_rollouts(first) if first.exists() else []
+                display.before_and_after(before, evaluation.greedy)
         display.say(f"Everything is in {run.folder.path}: start with report.html")
     run.accelerator.wait_for_everyone()  # while the main rank plots, the others stay
     run.accelerator.end_training()
@@ -170,7 +172,7 @@ def replayed(run: Run, step: int) -> list[list[Rollout]]:
         return []
     groups: list[Any] = [None]
     if run.main:
-        groups = [replayed_groups(run.folder.path, run.mix, step, run.config)]
+        groups = [replayed_groups(run.folder.rollouts, run.mix, step, run.config)]
     read: list[list[Rollout]] = broadcast_object_list(groups)[0]
     return read
 
@@ -196,7 +198,7 @@ def run_evaluation(run: Run, step: int, display: Display) -> Evaluation | None:
     result = Evaluation(gather_object(result.greedy), gather_object(result.sampled))
     metrics = summarise(result)
     if run.main:
-        run.folder.log_rollouts("samples", step, result.greedy + result.sampled)
+        write_rollouts(run.folder.samples(step), result.greedy + result.sampled)
         run.log(step, {**metrics, "eval_time_s": time.perf_counter() - began})
         plot_run(run.folder.path)
     display.evaluation(step, metrics)

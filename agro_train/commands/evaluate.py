@@ -7,11 +7,12 @@ from pathlib import Path
 
 from agro_train import config as configuration
 from agro_train.commands.sampler import Sampler, check_free, find_model, is_run, load_sampler
-from agro_train.data.recorded import rollout_to_json
+from agro_train.data.recorded import write_rollouts
 from agro_train.evaluate import Estimate, Evaluation, estimates, evaluate
 from agro_train.metrics import share
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards
+from agro_train.run_folder import RunFolder
 
 
 def evaluate_model(
@@ -30,9 +31,9 @@ def evaluate_model(
     if run is None and step is not None and is_run(Path(name).parent):
         run = Path(name).parent
     config = configuration.load(
-        None if run is None else run / "config.yaml", [*settings, f"model={source}"]
+        None if run is None else RunFolder(run).config, [*settings, f"model={source}"]
     )
-    folder = (run or Path()) / "evaluations" / Path(source).resolve().name
+    folder = RunFolder(run or Path()).evaluations / Path(source).resolve().name
     if any(setting.startswith("output_dir=") for setting in settings):
         folder = Path(config.output_dir)
     check_free(folder, "output_dir")
@@ -68,8 +69,7 @@ def _write_evaluation(
 ) -> None:
     folder.mkdir(parents=True)
     samples = [*result.greedy, *result.sampled]
-    lines = "".join(rollout_to_json(r) + "\n" for r in samples)
-    (folder / "samples.jsonl").write_text(lines, encoding="utf-8", errors="surrogatepass")
+    write_rollouts(folder / "samples.jsonl", samples)
     (folder / "config.yaml").write_text(sampler.config.to_yaml())
     results = {
         "model": sampler.source,

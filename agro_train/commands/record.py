@@ -1,8 +1,8 @@
-"""The commands around training: `agro rollout`, `agro score`, `agro eval`. One process each."""
+"""`agro rollout`: scored completions of a model, as a file that `recorded=` takes."""
 
-import os
 from pathlib import Path
 
+from agro_train import durable
 from agro_train.commands.sampler import check_free, load_sampler
 from agro_train.config import TrainConfig
 from agro_train.data.recorded import rollout_to_json
@@ -29,10 +29,9 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
             "choose another reward, or mend the column of answers"
         )
     policy = Policy(sampler.model)
-    partial = output.with_name(f".partial-{output.name}")
     output.parent.mkdir(parents=True, exist_ok=True)
     written = 0
-    with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:
+    with durable.writing(output) as file:
         for start in range(0, len(prompts), config.prompts_per_step):
             chosen = range(len(prompts))[start : start + config.prompts_per_step]
             rollouts = sampler.engine().complete(
@@ -46,5 +45,4 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
             for rollout in score(rollouts, rewards):
                 file.write(rollout_to_json(rollout) + "\n")
                 written += 1
-    os.replace(partial, output)
     return written, sampler.left_out

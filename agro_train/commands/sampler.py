@@ -14,6 +14,7 @@ from agro_train.policy import checkpoint, tiny
 from agro_train.policy.load import end_tokens, load_model, load_tokenizer, set_matmul_precision
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import check_columns, with_readable_gold
+from agro_train.run_folder import RunFolder
 from agro_train.setup import check_context, load_base
 from agro_train.types import Prompt
 
@@ -100,7 +101,7 @@ def find_model(name: str) -> tuple[str, int | None]:
 
 def is_run(path: Path) -> bool:
     """A folder may have a config.yaml of anything's; metrics only a run's has."""
-    return (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
+    return RunFolder(path).config.is_file() and RunFolder(path).metrics.is_file()
 
 
 def check_free(path: Path, key: str) -> None:

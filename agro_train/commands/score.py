@@ -1,11 +1,11 @@
 """`agro score`: new rewards for a file of rollouts."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from agro_train import durable
 from agro_train.commands.sampler import check_free
 from agro_train.config import TrainConfig
 from agro_train.data.rows import numbered_rows
@@ -35,19 +35,14 @@ def score_file(source: Path, config: TrainConfig, output: Path) -> dict[str, flo
     rollouts = [_scorable(row, f"{source}, line {number}") for number, row in rows]
     for spec in config.reward:
         check_columns(spec, [Prompt(r.group, r.prompt, (), r.columns) for r in rollouts])
-    partial = output.with_name(f".partial-{output.name}")
     output.parent.mkdir(parents=True, exist_ok=True)
     values: list[float | None] = []
-    try:
-        with partial.open("w", encoding="utf-8", errors="surrogatepass") as file:
-            for chunk in _chunks(list(zip(rows, rollouts, strict=True))):
-                results = score([rollout for _, rollout in chunk], rewards)
-                for ((_, row), _), scored in zip(chunk, results, strict=True):
-                    file.write(_scored_line(row, scored) + "\n")
-                    values.append(scored.reward)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with durable.writing(output) as file:
+        for chunk in _chunks(list(zip(rows, rollouts, strict=True))):
+            results = score([rollout for _, rollout in chunk], rewards)
+            for ((_, row), _), scored in zip(chunk, results, strict=True):
+                file.write(_scored_line(row, scored) + "\n")
+                values.append(scored.reward)
     there = [value for value in values if value is not None]
     return {
         "rows": len(values),

@@ -1,11 +1,11 @@
 """What each step is made of: fresh, replayed and recorded groups, as functions of (seed, step).
 
-Replayed groups are the run's own past ones, read back from rollouts/step-N.jsonl, so a resumed run
-that rewinds its record replays exactly what the uninterrupted one did.
+Replayed groups are the run's own past ones, read back from its record, so a resumed run that
+rewinds its record replays exactly what the uninterrupted one did.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -59,9 +59,12 @@ def in_recorded_order(groups: Sequence[T], first: int, count: int, seed: int) ->
 
 
 def replayed_groups(
-    folder: Path, steps: Sequence[Mix], step: int, config: TrainConfig
+    record: Callable[[int], Path], steps: Sequence[Mix], step: int, config: TrainConfig
 ) -> list[list[Rollout]]:
-    """The groups that `step` (0 is the first) takes from the record of the steps before it."""
+    """The groups that `step` (0 is the first) takes from the steps before it.
+
+    `record` says where a step's rollouts were logged; it counts the steps from 1.
+    """
     oldest = max(0, step - config.replay_max_staleness)
     candidates = [(past, i) for past in range(oldest, step) for i in range(steps[past].fresh)]
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "replay", step))
@@ -69,22 +72,17 @@ def replayed_groups(
     chosen = [candidates[i] for i in order[: steps[step].replayed]]
     size = config.num_generations
     fresh = {
-        past: [r for r in read_rollouts(rollouts_path(folder, past + 1)) if r.source == "fresh"]
+        past: [r for r in read_rollouts(record(past + 1)) if r.source == "fresh"]
         for past in sorted({past for past, _ in chosen})
     }
     for past, rollouts in fresh.items():
         if len(rollouts) != steps[past].fresh * size:
             raise Refusal(
                 f"replay: expected {steps[past].fresh * size} fresh rollouts in "
-                f"{rollouts_path(folder, past + 1)}, got {len(rollouts)}; the run's own record is "
-                "needed as it was written"
+                f"{record(past + 1)}, got {len(rollouts)}; the run's own record is needed as it "
+                "was written"
             )
     return [
         [replace(r, source="replayed") for r in fresh[past][i * size : (i + 1) * size]]
         for past, i in chosen
     ]
-
-
-def rollouts_path(folder: Path, step: int) -> Path:
-    """The record of a step, counted from 1 as in metrics.jsonl."""
-    return folder / "rollouts" / f"step-{step:06d}.jsonl"

@@ -1,16 +1,17 @@
 """Recorded rollouts: read from JSONL or parquet files, checked, and put into groups.
 
-A log of rollouts is a dataset: what `rollout_to_json` writes, `load_recorded` reads.
+A log of rollouts is a dataset: what `write_rollouts` writes, `load_recorded` reads.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agro_train import durable
 from agro_train.data.prompts import render
 from agro_train.data.rows import numbered_rows, read_jsonl
 from agro_train.data.tasks import Row
@@ -81,6 +82,11 @@ def sampling_logprob(rollout: Rollout) -> float | None:
     if known is None and rollout.sampling_logprobs is not None:
         known = math.fsum(rollout.sampling_logprobs)
     return min(known, 0.0) if known is not None and math.isfinite(known) else None
+
+
+def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
+    """A log of rollouts, a line each. The file appears when it is complete."""
+    durable.replace(path, "".join(rollout_to_json(rollout) + "\n" for rollout in rollouts))
 
 
 def read_rollouts(path: Path) -> list[Rollout]:

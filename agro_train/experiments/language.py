@@ -23,6 +23,7 @@ from agro_train.commands.record import record
 from agro_train.commands.sampler import load_sampler
 from agro_train.config import TrainConfig
 from agro_train.data.batch import build_batch
+from agro_train.data.recorded import write_rollouts
 from agro_train.evaluate import by_prompt, evaluate, mean_reward, summarise
 from agro_train.policy.load import set_matmul_precision
 from agro_train.rewards.functions import load_rewards, score
@@ -238,7 +239,7 @@ def measure(one: Point, work: Path, recorded_prompts: int | None = None) -> Curv
             if step < config.steps:
                 metrics, rollouts = take_step(run, step)
                 if config.replay_fraction:  # later steps read it
-                    run.folder.log_rollouts("rollouts", step + 1, rollouts)
+                    write_rollouts(run.folder.rollouts(step + 1), rollouts)
                 learned += len(rollouts)
                 sampled += sum(rollout.source == "fresh" for rollout in rollouts)
                 since.append(metrics)

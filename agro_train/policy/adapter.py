@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from agro_train.config import TrainConfig
 from agro_train.refusal import Refusal
+from agro_train.run_folder import RunFolder
 from agro_train.seeds import derive_seed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
@@ -78,7 +79,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, checkpoint: Path | 
 def base_name(config: TrainConfig) -> str:
     """Where the frozen weights are, as an adapter's file names them."""
     if config.model == "tiny":
-        return str((Path(config.output_dir) / "base_model").resolve())
+        return str(RunFolder(Path(config.output_dir)).base_model.resolve())
     return os.path.abspath(config.model) if Path(config.model).exists() else config.model
 
 
@@ -86,7 +87,7 @@ def base_of(folder: Path) -> str | None:
     """The model that the adapter in `folder` belongs to; None where there is no adapter."""
     if not (folder / CONFIG).is_file():
         return None
-    beside = folder.parent / "base_model"  # the tiny model's, which moves with its run
+    beside = RunFolder(folder.parent).base_model  # the tiny model's, which moves with its run
     if beside.is_dir():
         return str(beside)
     return str(json.loads((folder / CONFIG).read_text())["base_model_name_or_path"])

@@ -7,7 +7,6 @@ renamed when it is complete and on the disk. One that is not as it was written i
 
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from agro_train import durable
 from agro_train.policy import adapter
 from agro_train.policy.policy import unwrap
 from agro_train.refusal import Refusal
+from agro_train.run_folder import RunFolder
 
 # Not shards, on the CPU, and of a model with an adapter only the adapter.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -34,7 +34,6 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_p
 ONTO_DEVICES = replace(WHOLE, cpu_offload=False)
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
-NEWEST = "latest_checkpoint"  # file in the run's folder: the name of its newest checkpoint
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,15 @@ def save(
     state_dict, moments = get_state_dict(policy, optimizer, options=WHOLE)
     if not main:
         return
-    final = folder / f"checkpoint-{state.step}"
-    partial = folder / f".partial-checkpoint-{state.step}"
-    for stale in folder.glob(".partial-checkpoint-*"):  # of a save that was killed
+    run = RunFolder(folder)
+    final = run.checkpoint(state.step)
+    for stale in folder.glob(f"{durable.PARTIAL}checkpoint-*"):  # of a save that was killed
         shutil.rmtree(stale)
     model = unwrap(policy).model
     weights: dict[str, Any] = {
         name.removeprefix("model."): weight for name, weight in state_dict.items()
     }
-    try:
+    with durable.writing_folder(final) as partial:
         if adapter.has_adapter(model):
             adapter.save(model, partial, weights)
         else:
@@ -87,29 +86,9 @@ def save(
         }
         state = replace(state, files=files)
         (partial / STATE).write_text(json.dumps(vars(state), indent=2) + "\n")
-        durable.sync_tree(partial)
-        os.replace(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # on a full disk the room is needed
-        raise
-    durable.sync(folder)
-    durable.replace(folder / NEWEST, f"{final.name}\n")
-    for old in checkpoints(folder)[:-keep]:
-        # Not under its own name: killed in between, a half of it would look like a damaged one.
-        going = old.with_name(f".partial-{old.name}")
-        os.replace(old, going)
-        shutil.rmtree(going)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if _step(path) is not None]
-    return sorted(found, key=lambda path: _step(path) or 0)
-
-
-def _step(path: Path) -> int | None:
-    number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return int(number[1]) if number and path.is_dir() else None
+    durable.replace(run.latest_checkpoint, f"{final.name}\n")
+    for old in list(run.checkpoints().values())[:-keep]:
+        durable.delete_folder(old)
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
@@ -117,8 +96,9 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
 
     Newer ones that are damaged are named to `say`. Reads them whole, about 2 GB a second.
     """
+    run = RunFolder(folder)
     refused: list[str] = []
-    for path in reversed(checkpoints(folder)):
+    for path in reversed(run.checkpoints().values()):
         found = damage(path)
         if found is None:
             if refused:
@@ -130,7 +110,7 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
             f"checkpoint: expected a whole checkpoint in {str(folder)!r}, got only damaged ones: "
             f"{'; '.join(refused)}"
         )
-    if (folder / NEWEST).exists():  # to start again would drop a record that had been saved
+    if run.latest_checkpoint.exists():  # to start again would drop a record that had been saved
         raise Refusal(
             f"checkpoint: expected a run with one, got {str(folder)!r}; there is none left in it: "
             "put one back, or start another run"
@@ -144,7 +124,7 @@ def damage(path: Path) -> str | None:
         state = read_state(path)
     except (OSError, ValueError, TypeError) as error:
         return f"{STATE} cannot be read ({error})"
-    if state.step != _step(path) or not state.files:
+    if path != RunFolder(path.parent).checkpoint(state.step) or not state.files:
         return f"{STATE} is not this checkpoint's"
     for name, (size, _) in state.files.items():  # quick, so first
         file = path / name
@@ -171,8 +151,8 @@ def set_aside(folder: Path, step: int) -> None:
     """Renames checkpoints of later steps, which were refused, to damaged-checkpoint-N: the run
     comes to those steps again.
     """
-    for path in checkpoints(folder):
-        if (_step(path) or 0) > step:
+    for taken, path in RunFolder(folder).checkpoints().items():
+        if taken > step:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(path, aside)

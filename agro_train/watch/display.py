@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: metrics.jsonl, logs of rollouts, the console."""
+"""The console: progress, the last step's numbers, and some of its completions."""
 
 import io
 import math
@@ -20,8 +20,8 @@ LONGEST_CELL = 400  # characters of a table's cell, before the terminal's width 
 
 class Display:
     """On a terminal a live view: a bar with the time left and what the last step measured, and
-    every `samples_every` steps (0: never) its best and worst completions. One line a step
-    elsewhere.
+    every `samples_every` steps (0: never) its best and worst completions. Where the output is no
+    terminal, one line a step.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class Display:
         console: Console | None = None,
     ) -> None:
         self.console = console or Console(quiet=quiet)
-        if isinstance(self.console.file, io.TextIOWrapper):  # a terminal may know no such letter
+        # The console's encoding may lack a letter of a completion.
+        if isinstance(self.console.file, io.TextIOWrapper):
             self.console.file.reconfigure(errors="replace")
         self.steps = steps
         self.samples_every = samples_every
@@ -47,7 +48,8 @@ class Display:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            # From the steps of the last hour: rich forgets after 30 s, and a step may take longer.
+            # The speed is measured over the last hour. By default rich looks at the last 30 s, and
+            # a step may take longer.
             speed_estimate_period=3600.0,
         )
         self.task = self.progress.add_task("", total=steps, completed=start)
@@ -68,7 +70,7 @@ class Display:
             self.view.stop()
 
     def say(self, text: str) -> None:
-        # A log file has no width: a line stays one.
+        # A log file has no width, so its lines are not wrapped.
         self.console.print(self.plain(text), soft_wrap=not self.console.is_terminal)
 
     def step(self, step: int, metrics: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
@@ -111,18 +113,18 @@ class Display:
             self.console.print(table)
 
     def before_and_after(
-        self, before: Sequence[Mapping[str, object]], after: Sequence[Rollout], count: int = 6
+        self, before: Sequence[Rollout], after: Sequence[Rollout], count: int = 6
     ) -> None:
-        """A table of held-out prompts with the completion at the start and now."""
-        old = {row["group"]: row for row in before if row["temperature"] == 0.0}
+        """A table of held-out prompts with the greedy completion at the start and now."""
+        old = {rollout.group: rollout for rollout in before if rollout.temperature == 0.0}
         table = Table("held-out prompt", "before", "", "after", "", title="Greedy completions")
         for rollout in [r for r in after if r.group in old][:count]:
             was = old[rollout.group]
             self.add_row(
                 table,
                 str(rollout.columns.get("prompt", rollout.prompt)),
-                str(was["completion"]),
-                reward_text(was["reward"]),
+                was.completion,
+                reward_text(was.reward),
                 rollout.completion,
                 reward_text(rollout.reward),
             )
@@ -130,11 +132,13 @@ class Display:
             self.console.print(table)
 
     def add_row(self, table: Table, *cells: str) -> None:
-        """One line a cell: an answer of a thousand words would fill the screen."""
+        """Adds a row of one line: a completion of a thousand words would fill the screen."""
         table.add_row(*(self.plain(cell, one_line=True) for cell in cells))
 
     def plain(self, text: str, *, one_line: bool = False) -> Text:
-        """The text as it is: [a] is no markup, and what would move the cursor is replaced."""
+        """The text without rich's markup, where [a] means nothing. Characters that would move the
+        cursor are replaced.
+        """
         words = " ".join(text.split()) if one_line else text
         shown = "".join(
             c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in words
@@ -147,8 +151,8 @@ class Display:
 def best_and_worst(rollouts: Sequence[Rollout], count: int) -> tuple[list[Rollout], list[Rollout]]:
     """Up to `count` rollouts of highest reward, best first, and of lowest, worst first.
 
-    None is in both, and none without a reward is in either. Of equal ones, those of different
-    groups come first.
+    No rollout is in both lists, and one without a finite reward is in neither. Among equal rewards
+    different groups come first.
     """
     seen: Counter[tuple[str, float]] = Counter()
     ranked = []  # (reward, how many of its group had that reward before it, place)
@@ -161,5 +165,5 @@ def best_and_worst(rollouts: Sequence[Rollout], count: int) -> tuple[list[Rollou
     return [rollouts[e[2]] for e in best[:count]], [rollouts[e[2]] for e in worst[:count]]
 
 
-def reward_text(reward: object) -> str:
+def reward_text(reward: float | None) -> str:
     return "-" if reward is None else f"{reward:g}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from agro_train import durable
+from agro_train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -23,9 +24,9 @@ PACKAGES = ("agro", "torch", "transformers", "accelerate", "triton")
 
 def record_start(folder: Path, step: int, accelerator: "Accelerator", *, resumed: bool) -> str:
     """Writes environment.json, one object for every start of the run: its first, and each time it
-    was resumed. Returns the run's id, which it keeps for life.
+    was resumed. Returns the run's id, which is the same after every resumption.
     """
-    path = folder / "environment.json"
+    path = RunFolder(folder).starts
     before = read_starts(folder) if resumed else []
     run_id = before[0]["run_id"] if before else uuid.uuid4().hex
     starts = [*before, {"run_id": run_id, "step": step, **describe_environment(accelerator)}]
@@ -34,17 +35,17 @@ def record_start(folder: Path, step: int, accelerator: "Accelerator", *, resumed
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """What `record_start` has written, oldest first; nothing where there is no such file or it
-    cannot be read, for no run needs it.
+    """What `record_start` has written, oldest first. Nothing where there is no such file or it is
+    damaged: no run depends on it.
     """
     try:
-        starts = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        starts = json.loads(RunFolder(folder).starts.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # json's and unicode's errors are ValueErrors
         return []
-    whole = isinstance(starts, list) and all(
+    valid = isinstance(starts, list) and all(
         isinstance(start, dict) and {"run_id", "step"} <= start.keys() for start in starts
     )
-    return starts if whole else []
+    return starts if valid else []
 
 
 def describe_environment(accelerator: "Accelerator") -> dict[str, Any]:
@@ -59,7 +60,7 @@ def describe_environment(accelerator: "Accelerator") -> dict[str, Any]:
 
 
 def describe_program(command: str) -> dict[str, Any]:
-    """What runs, and on what."""
+    """The software, and the machine that it runs on."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -76,9 +77,10 @@ def git_commit(file: Path) -> str | None:
     None where no repository does or git is not installed.
     """
 
-    def ask(*arguments: str) -> str | None:
+    def git(*arguments: str) -> str | None:
+        """What git prints; None where it fails."""
         try:
-            answer = subprocess.run(
+            result = subprocess.run(
                 ["git", "--no-optional-locks", "-C", str(file.parent), *arguments],
                 capture_output=True,
                 text=True,
@@ -86,13 +88,14 @@ def git_commit(file: Path) -> str | None:
             )
         except (FileNotFoundError, subprocess.TimeoutExpired):
             return None
-        return answer.stdout.strip() if answer.returncode == 0 else None
+        return result.stdout.strip() if result.returncode == 0 else None
 
-    # An installed package may lie in an environment inside somebody else's repository.
-    if ask("ls-files", "--error-unmatch", file.name) is None:
+    # An installed package can be in an environment inside another project's repository, whose
+    # commit would say nothing about it.
+    if git("ls-files", "--error-unmatch", file.name) is None:
         return None
-    commit = ask("rev-parse", "HEAD")
-    changed = ask("status", "--porcelain", "--untracked-files=no")
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
     return None if commit is None else commit + ("+" if changed else "")
 
 

@@ -7,59 +7,36 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from agro_train.config import TrainConfig
+from agro_train.data.rows import read_jsonl
 from agro_train.refusal import Refusal
+from agro_train.run_folder import RunFolder
+from agro_train.watch.panels import PANELS, Panel, points
 
-matplotlib.use("Agg")
-
-import yaml  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
-
-from agro_train.config import TrainConfig  # noqa: E402
-from agro_train.data.rows import read_jsonl  # noqa: E402
-
-# name of the file, axis label, [(column, legend)]
-Panel = tuple[str, str, list[tuple[str, str]]]
-PANELS: list[Panel] = [
-    (
-        "reward",
-        "mean reward",
-        [
-            ("reward", "training samples"),
-            ("eval_reward", "held-out, sampled"),
-            ("eval_accuracy", "held-out, greedy"),
-        ],
-    ),
-    ("kl", "KL to the reference, nats a completion", [("kl", "training samples")]),
-    ("entropy", "entropy, nats a token", [("entropy", "training samples")]),
-    (
-        "length",
-        "completion length, tokens",
-        [("completions/mean_length", "training samples"), ("eval_length", "held-out, greedy")],
-    ),
-]
+REWARD, KL, ENTROPY, LENGTH = PANELS
 # name of the file, axis label, column; in a comparison a curve is a configuration
 COMPARED = [
-    ("reward", "mean reward, training samples", "reward"),
-    ("accuracy", "mean reward, held-out, greedy", "eval_accuracy"),
-    ("eval_reward", "mean reward, held-out, sampled", "eval_reward"),
-    ("kl", "KL to the reference, nats a completion", "kl"),
-    ("entropy", "entropy, nats a token", "entropy"),
-    ("length", "completion length, tokens", "completions/mean_length"),
+    ("reward", f"{REWARD.label}, training samples", "reward"),
+    ("accuracy", f"{REWARD.label}, held-out, greedy", "eval_accuracy"),
+    ("eval_reward", f"{REWARD.label}, held-out, sampled", "eval_reward"),
+    ("kl", KL.label, "kl"),
+    ("entropy", ENTROPY.label, "entropy"),
+    ("length", LENGTH.label, "completions/mean_length"),
 ]
-# What earlier versions called a column.
-OLD_NAMES = {"completions/mean_length": "length", "completions/clipped_ratio": "truncated"}
-# Okabe and Ito's: told apart by colour-blind readers, too; then again, with other strokes.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. More curves than colours use
+# them again with another stroke.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STROKES = ("-", "--", ":", "-.")
-# Settings that leave the curve as it is: what differs in them only is one configuration.
+# Settings that do not shape a curve. Runs that differ only in them are one configuration.
 BESIDES = (
     "seed output_dir save_every save_total_limit samples_every report_to project run_name".split()
 )
-MOST_NAMED = 3  # settings in a label; with more of them different, the folder's name says it better
+MOST_NAMED = 3  # settings in a label; where more differ, the folder's name is the label
 
 
 @dataclass(frozen=True)
@@ -72,14 +49,14 @@ class Curve:
 
 def plot_run(run: Path) -> list[Path]:
     """Draws run/metrics.jsonl into run/plots: one PNG a panel and overview.png with all of them."""
-    rows = read_jsonl(run / "metrics.jsonl")
-    folder = run / "plots"
+    rows = read_jsonl(RunFolder(run).metrics)
+    folder = RunFolder(run).plots
     folder.mkdir(exist_ok=True)
     written = []
     for panel in PANELS:
         figure = Figure(figsize=(6, 4), layout="constrained")
         _draw(figure.subplots(), panel, rows)
-        written.append(_save(figure, folder / f"{panel[0]}.png"))
+        written.append(_save(figure, folder / f"{panel.name}.png"))
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         _draw(axes, panel, rows)
@@ -116,14 +93,14 @@ def plot_comparison(runs: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def compare(runs: Sequence[Path]) -> list[Curve]:
-    """The runs as curves, in the order given, each labelled by what its configuration has else
-    than the others.
+    """The runs as curves, in the order given, each labelled by the settings in which the
+    configurations differ.
     """
     found: dict[str, list[Path]] = {}
     settings: dict[str, dict[str, Any]] = {}
     for run in runs:
         config = read_settings(run)
-        # A folder without a configuration is like no other.
+        # A folder without a configuration is a curve of its own.
         key = repr(sorted(config.items())) if config else str(run)
         found.setdefault(key, []).append(run)
         settings[key] = config
@@ -142,14 +119,14 @@ def compare(runs: Sequence[Path]) -> list[Curve]:
             labels[key] = str(folders[0])
     counts = {key: f" ({len(each)} runs)" if len(each) > 1 else "" for key, each in found.items()}
     return [
-        Curve(labels[key] + counts[key], [read_jsonl(run / "metrics.jsonl") for run in folders])
+        Curve(labels[key] + counts[key], [read_jsonl(RunFolder(run).metrics) for run in folders])
         for key, folders in found.items()
     ]
 
 
 def read_settings(run: Path) -> dict[str, Any]:
-    """What may shape a run's curve: its settings without BESIDES, those that its config.yaml does
-    not name at today's defaults. Empty where there is no such file.
+    """The settings that may shape a run's curve: all but BESIDES. A setting that its config.yaml
+    does not name has today's default. Empty where there is no such file.
     """
     given = read_yaml(run)
     settings = {**asdict(TrainConfig()), **given} if given else {}
@@ -158,7 +135,7 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 def read_yaml(run: Path) -> dict[str, Any]:
     """A run's config.yaml, whatever version wrote it; empty where there is none."""
-    path = run / "config.yaml"
+    path = RunFolder(run).config
     if not path.is_file():
         return {}
     given = yaml.safe_load(path.read_text())
@@ -171,18 +148,12 @@ def read_yaml(run: Path) -> dict[str, Any]:
     return given
 
 
-def points(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[int, float]]:
-    """(step, value) where the column, or what it was called before, has a number."""
-    old = OLD_NAMES.get(column, column)
-    values = [(row["step"], row.get(column, row.get(old))) for row in rows]
-    return [(step, value) for step, value in values if value is not None]
-
-
 def over_seeds(
     runs: Sequence[Sequence[Mapping[str, Any]]], column: str
 ) -> list[tuple[int, float, float, float]]:
-    """(step, mean, lowest, highest) at the steps that all runs with such a column have reached: a
-    mean over fewer and fewer of them would jump where one ends.
+    """(step, mean, lowest, highest) at the steps that all runs with such a column have reached.
+
+    Beyond them the mean would be over fewer runs, and would jump where one ends.
     """
     each = [dict(found) for run in runs if (found := points(run, column))]
     steps = set.intersection(*(set(values) for values in each)) if each else set()
@@ -191,17 +162,17 @@ def over_seeds(
 
 
 def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
-    _, label, curves = panel
     lowest = 0.0
-    for colour, (column, legend) in zip(COLOURS, curves, strict=False):
+    for colour, (column, legend) in zip(COLOURS, panel.curves, strict=False):
         found = points(rows, column)
         if found:
             steps, values = zip(*found, strict=True)
             lowest = min(lowest, *values)
             marker = "o" if column.startswith("eval_") else None
             axes.plot(steps, values, color=colour, marker=marker, markersize=4, label=legend)
-    _finish(axes, label, lowest)
-    if len(curves) > 1 and axes.lines:  # before the first step, or without rewards, there is none
+    _finish(axes, panel.label, lowest)
+    # Before the first step, or without rewards, there is no line to name.
+    if len(panel.curves) > 1 and axes.lines:
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 

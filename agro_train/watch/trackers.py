@@ -28,8 +28,8 @@ def start_trackers(
 ) -> None:
     """Opens the run in every tracker of report_to, as `run_name` in `project`.
 
-    A resumed run goes on where its checkpoint was, `start` steps in. TensorBoard hides what was
-    logged after it; W&B keeps the value that a step got first; trackio shows both.
+    A resumed run continues its curves from its checkpoint, after `start` steps. Steps after the
+    checkpoint are logged twice: TensorBoard shows the second value, W&B the first, trackio both.
     """
     if not config.report_to:
         return
@@ -38,11 +38,11 @@ def start_trackers(
     options: dict[str, dict[str, Any]] = {
         "tensorboard": {"purge_step": start + 1 if start else 0},  # step 0 has an evaluation
         "wandb": {**settings, "id": run_id, "resume": "allow", "dir": str(folder)},
-        # It knows runs by name only, and another folder's may have the same.
+        # trackio identifies a run by its name alone, which a run of another folder may share.
         "trackio": {**settings, "resume": "allow" if start else "never"},
     }
     accelerator.init_trackers(config.project, init_kwargs=options)
     if "tensorboard" in config.report_to and accelerator.is_main_process:
-        # As code, for TensorBoard reads Markdown.
+        # TensorBoard renders Markdown: indented, the text is shown as code.
         text = "".join(f"    {line}\n" for line in config.to_yaml().splitlines())
         accelerator.get_tracker("tensorboard").log({"config": text}, step=start)

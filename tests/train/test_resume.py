@@ -33,6 +33,7 @@ import torch
 
 from agro_train.data.rows import read_jsonl
 from agro_train.policy import checkpoint
+from agro_train.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 STEPS = 5
@@ -357,7 +358,7 @@ def whereabouts(folder: Path) -> str:
         return "before the folder was made"
     if any(folder.glob(".partial-checkpoint-*")):
         return "while a checkpoint was written or deleted"
-    if not checkpoint.checkpoints(folder):
+    if not RunFolder(folder).checkpoints():
         return "before the first checkpoint"
     return "after it was complete" if complete(folder) else "between checkpoints"
 

@@ -4,8 +4,6 @@ import errno
 import json
 import shutil
 from dataclasses import replace
-from datetime import date
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -19,7 +17,6 @@ from agro_train import config as configuration
 from agro_train.cli import main
 from agro_train.data.rows import read_jsonl
 from agro_train.watch.display import Display
-from agro_train.watch.run_folder import RunFolder
 from tests.train.models import rollout
 
 QUICK = [
@@ -268,32 +265,6 @@ def test_reward_that_always_fails_stops_the_run_before_its_first_step(
     assert [row["step"] for row in metrics(folder)] == [1]
     assert not list(folder.glob("samples/*"))
     assert list(folder.glob("unfinished-1/samples/*"))
-
-
-def test_folder_with_a_config_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("mine: 1\n")
-    with pytest.raises(ValueError, match="output_dir: expected a folder without a run"):
-        RunFolder(tmp_path).check_unused()
-
-
-def test_rewind_leaves_scored_logs_alone(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.create("")
-    for name in ("step-000001", "step-000002", "step-000002.scored"):
-        (tmp_path / "rollouts" / f"{name}.jsonl").write_text("")
-    folder.rewind(1, "")
-    left = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
-    assert left == ["step-000001.jsonl", "step-000002.scored.jsonl"]
-
-
-def test_log_takes_columns_json_has_no_word_for_and_broken_text(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.create("")
-    columns = {"day": date(2024, 1, 2), "price": Decimal("1.5"), "raw": b"x", "text": "\ud83d"}
-    folder.log_rollouts("rollouts", 1, [replace(rollout("g", [1], [2]), columns=columns)])
-    (row,) = read_jsonl(tmp_path / "rollouts" / "step-000001.jsonl")
-    assert row["columns"] == {"day": "2024-01-02", "price": "1.5", "raw": "b'x'", "text": "\ud83d"}
-    assert len(list((tmp_path / "rollouts").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

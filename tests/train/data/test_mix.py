@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from agro_train.config import TrainConfig
-from agro_train.data.mix import Mix, plan, replayed_groups, rollouts_path
-from agro_train.data.recorded import rollout_to_json
+from agro_train.data.mix import Mix, plan, replayed_groups
+from agro_train.data.recorded import write_rollouts
+from agro_train.run_folder import RunFolder
 from agro_train.types import Rollout
 
 
@@ -27,9 +28,9 @@ def log(folder: Path, mix: list[Mix], step: int, size: int = 2) -> None:
         Rollout("x", "", (2,), "", (9, 9), "stop", 0.5, step=step, source=source)
         for source in ("replayed", "recorded")
     ]
-    path = rollouts_path(folder, step + 1)
+    path = RunFolder(folder).rollouts(step + 1)
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(rollout_to_json(r) + "\n" for r in rows + old))
+    write_rollouts(path, rows + old)
 
 
 def test_fresh_groups_stand_in_until_there_are_some_to_replay() -> None:
@@ -57,7 +58,7 @@ def test_replay_is_no_older_than_allowed_and_takes_no_group_twice(
     steps = plan(settings)
     seen = set()
     for step in range(6):
-        groups = replayed_groups(tmp_path, steps, step, settings)
+        groups = replayed_groups(RunFolder(tmp_path).rollouts, steps, step, settings)
         assert len(groups) == steps[step].replayed
         assert all(len(group) == 2 and group[0].group == group[1].group for group in groups)
         for group in groups:
@@ -75,10 +76,10 @@ def test_replay_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
     steps = plan(settings)
     for step in range(4):
         log(tmp_path, steps, step)
-    first = replayed_groups(tmp_path, steps, 4, settings)
-    assert replayed_groups(tmp_path, steps, 4, settings) == first
+    first = replayed_groups(RunFolder(tmp_path).rollouts, steps, 4, settings)
+    assert replayed_groups(RunFolder(tmp_path).rollouts, steps, 4, settings) == first
     other = config(replay_fraction=0.5, seed=1)
-    assert replayed_groups(tmp_path, steps, 4, other) != first
+    assert replayed_groups(RunFolder(tmp_path).rollouts, steps, 4, other) != first
 
 
 def test_record_that_was_changed_is_refused(tmp_path: Path) -> None:
@@ -86,4 +87,4 @@ def test_record_that_was_changed_is_refused(tmp_path: Path) -> None:
     steps = plan(settings)
     log(tmp_path, steps, 0, size=1)
     with pytest.raises(ValueError, match="expected 16 fresh rollouts in .*000001.jsonl, got 8"):
-        replayed_groups(tmp_path, steps, 1, settings)
+        replayed_groups(RunFolder(tmp_path).rollouts, steps, 1, settings)

@@ -2,16 +2,25 @@
 
 import json
 from dataclasses import replace
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyarrow import Table, parquet
 
-from agro_train.data.recorded import Recorded, load_recorded, read_rollouts, rollout_to_json
+from agro_train.data.recorded import (
+    Recorded,
+    load_recorded,
+    read_rollouts,
+    rollout_to_json,
+    write_rollouts,
+)
+from agro_train.data.rows import read_jsonl
 from agro_train.policy import tiny
 from agro_train.refusal import Refusal
-from tests.train.models import ragged_rollouts
+from tests.train.models import ragged_rollouts, rollout
 
 TOKENIZER = tiny.build_tokenizer()
 
@@ -196,3 +205,11 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     wrong = {**right, "completion_ids": [7, 8, 1]}
     with pytest.raises(ValueError, match="that spell '33' in .*line 2, got '56'; .*tokenizer"):
         load([write(tmp_path / "b.jsonl", right, wrong, wrong)])
+
+
+def test_log_takes_columns_json_has_no_word_for_and_broken_text(tmp_path: Path) -> None:
+    columns = {"day": date(2024, 1, 2), "price": Decimal("1.5"), "raw": b"x", "text": "\ud83d"}
+    write_rollouts(tmp_path / "log.jsonl", [replace(rollout("g", [1], [2]), columns=columns)])
+    (row,) = read_jsonl(tmp_path / "log.jsonl")
+    assert row["columns"] == {"day": "2024-01-02", "price": "1.5", "raw": "b'x'", "text": "\ud83d"}
+    assert len(list(tmp_path.iterdir())) == 1

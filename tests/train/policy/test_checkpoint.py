@@ -1,13 +1,10 @@
 """Checkpoints are whole or refused by name, and writing one never costs the one before it."""
 
 import errno
-import json
 import os
 import re
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,8 @@ from agro_train import durable
 from agro_train.policy import checkpoint, tiny
 from agro_train.policy.checkpoint import TrainerState
 from agro_train.policy.policy import Policy
-from agro_train.watch.run_folder import RunFolder
+from agro_train.run_folder import RunFolder
+from tests.train.files import largest_file, names
 
 TOKENIZER = tiny.build_tokenizer()
 
@@ -54,21 +52,6 @@ class Training:
 @pytest.fixture
 def training(tmp_path: Path) -> Training:
     return Training(tmp_path)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: the system refuses, as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def test_state_lists_every_file(training: Training) -> None:
@@ -127,9 +110,9 @@ def test_damaged_one_is_refused_by_name_and_the_one_before_it_used(
     assert re.search(f"checkpoint-4, where {reason}.* checkpoint-2 is used", warning), warning
     # The run comes to step 4 again, and the damaged one is not in its way.
     checkpoint.set_aside(training.folder, 2)
-    assert checkpoint.checkpoints(training.folder) == [older]
+    assert list(RunFolder(training.folder).checkpoints().values()) == [older]
     training.save(4, keep=1)
-    assert checkpoint.checkpoints(training.folder) == [newer]
+    assert list(RunFolder(training.folder).checkpoints().values()) == [newer]
     assert checkpoint.damage(newer) is None
     assert "damaged-checkpoint-4" in names(training.folder)
 
@@ -171,14 +154,14 @@ def test_oldest_go_only_when_the_new_one_is_there(
     monkeypatch.setattr(os, "replace", watch)
     training.save(11)
     assert names(training.folder) == {
-        *("checkpoint-10", "checkpoint-11", "checkpoint-notes", checkpoint.NEWEST)
+        *("checkpoint-10", "checkpoint-11", "checkpoint-notes", "latest_checkpoint")
     }
     assert seen == [
         (".partial-checkpoint-11", "checkpoint-11"),
-        (f".partial-{checkpoint.NEWEST}", checkpoint.NEWEST),
+        (".partial-latest_checkpoint", "latest_checkpoint"),
         ("checkpoint-9", ".partial-checkpoint-9"),
     ]
-    assert (training.folder / checkpoint.NEWEST).read_text() == "checkpoint-11\n"
+    assert (training.folder / "latest_checkpoint").read_text() == "checkpoint-11\n"
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(
@@ -210,9 +193,9 @@ def test_what_a_killed_save_left_is_cleared_by_the_next(training: Training) -> N
     stale = training.folder / ".partial-checkpoint-7"
     stale.mkdir()
     (stale / "model.safetensors").write_bytes(b"x")
-    assert checkpoint.checkpoints(training.folder) == []
+    assert RunFolder(training.folder).checkpoints() == {}
     training.save(3)
-    assert names(training.folder) == {"checkpoint-3", checkpoint.NEWEST}
+    assert names(training.folder) == {"checkpoint-3", "latest_checkpoint"}
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors", "optimizer.pt"])
@@ -223,59 +206,9 @@ def test_full_disk_leaves_the_checkpoint_before(file: str, training: Training) -
     with pytest.raises(Exception) as caught, largest_file(size - 1):  # noqa: B017, PT011
         training.save(4)
     assert durable.no_room(caught.value) == os.strerror(errno.EFBIG)
-    assert names(training.folder) == {"checkpoint-2", checkpoint.NEWEST}
+    assert names(training.folder) == {"checkpoint-2", "latest_checkpoint"}
     assert checkpoint.newest(training.folder, lambda text: pytest.fail(text)) == older
     assert checkpoint.damage(training.save(4)) is None
-
-
-def test_other_errors_are_no_full_disk(training: Training) -> None:
-    for error in (ValueError("no"), OSError(errno.EACCES, "no"), RuntimeError("(os error 13)")):
-        assert durable.no_room(error) is None
-    for error in (OSError(errno.ENOSPC, ""), RuntimeError("I/O error (os error 28)")):
-        assert durable.no_room(error) == os.strerror(errno.ENOSPC)
-
-
-def test_full_disk_leaves_the_record_as_it_was(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.create("a: 1\n")
-    folder.log(1, {"reward": 0.5})
-    before = folder.metrics.read_bytes()
-    with largest_file(len(before) + 10):
-        with pytest.raises(OSError, match="File too large"):
-            folder.log(2, {"reward": 0.25})  # some of its bytes do go in
-        with pytest.raises(OSError, match="File too large"):
-            folder.rewind(1, "b: 1\n" * 100)
-    assert folder.metrics.read_bytes() == before
-    assert folder.config.read_text() == "a: 1\n"
-    assert names(tmp_path) == {"config.yaml", "metrics.jsonl", "rollouts", "samples"}
-    folder.log(2, {"reward": 0.25})
-    assert [json.loads(row)["step"] for row in folder.metrics.read_text().splitlines()] == [1, 2]
-
-
-def test_start_without_a_checkpoint_keeps_the_record_aside(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    for attempt in (1, 2, 3):
-        folder.create(f"a: {attempt}\n")
-        assert not names(tmp_path / "rollouts") and not names(tmp_path / "samples")
-        assert not folder.metrics.exists() and not folder.page.exists()
-        if attempt < 3:
-            folder.log(attempt, {"reward": 0.5})
-            folder.page.write_text("old")
-            for name in ("rollouts/step-000001.jsonl", "rollouts/.partial-step-000002.jsonl"):
-                (tmp_path / name).write_text(f"{attempt}")
-            (tmp_path / "samples" / "step-000000.jsonl").write_text(f"{attempt}")
-    folder.create("a: 4\n")  # nothing was recorded: there is nothing to keep
-    assert names(tmp_path) == {
-        *("config.yaml", "rollouts", "samples", "unfinished-1", "unfinished-2")
-    }
-    for attempt in (1, 2):
-        aside = tmp_path / f"unfinished-{attempt}"
-        assert names(aside) == {"metrics.jsonl", "rollouts", "samples"}
-        assert names(aside / "rollouts") == {"step-000001.jsonl"}
-        assert (aside / "rollouts" / "step-000001.jsonl").read_text() == f"{attempt}"
-        assert (aside / "samples" / "step-000000.jsonl").read_text() == f"{attempt}"
-        assert json.loads((aside / "metrics.jsonl").read_text())["step"] == attempt
-    assert folder.config.read_text() == "a: 4\n"
 
 
 def test_loaded_moments_are_the_saved_ones_and_no_pages_of_the_file(training: Training) -> None:

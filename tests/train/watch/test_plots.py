@@ -11,16 +11,8 @@ from matplotlib.figure import Figure
 
 from agro_train.cli import main
 from agro_train.config import TrainConfig
-from agro_train.watch import plots
-from agro_train.watch.plots import (
-    COMPARED,
-    PANELS,
-    Panel,
-    _draw,
-    _draw_comparison,
-    compare,
-    over_seeds,
-)
+from agro_train.watch.panels import PANELS, Panel, points
+from agro_train.watch.plots import COMPARED, _draw, _draw_comparison, compare, over_seeds
 
 ROWS = [
     {"step": 0, "eval_reward": 0.1, "eval_accuracy": 0.2, "eval_length": 3.0},
@@ -41,18 +33,18 @@ def rewards(*values: float) -> list[dict[str, Any]]:
     return [{"step": step, "reward": value} for step, value in enumerate(values, start=1)]
 
 
-@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel[0])
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.name)
 def test_panel_draws_and_names_its_curves(panel: Panel) -> None:
     axes = Figure().subplots()
     _draw(axes, panel, ROWS)
-    assert axes.get_xlabel() == "step" and axes.get_ylabel() == panel[1]
+    assert axes.get_xlabel() == "step" and axes.get_ylabel() == panel.label
     drawn = {line.get_label(): list(line.get_xydata().tolist()) for line in axes.lines}
-    for column, legend in panel[2]:
-        points = [[r["step"], r[column]] for r in ROWS if r.get(column) is not None]
-        assert drawn[legend] == points
+    for column, legend in panel.curves:
+        expected = [[r["step"], r[column]] for r in ROWS if r.get(column) is not None]
+        assert drawn[legend] == expected
         low, high = axes.get_ylim()
-        assert all(low <= value <= high for _, value in points)
-    assert (axes.get_legend() is not None) == (len(panel[2]) > 1)
+        assert all(low <= value <= high for _, value in expected)
+    assert (axes.get_legend() is not None) == (len(panel.curves) > 1)
 
 
 def test_runs_that_differ_in_seed_and_names_are_one_curve(tmp_path: Path) -> None:
@@ -123,7 +115,7 @@ def test_band_covers_its_runs_as_far_as_all_of_them_go(tmp_path: Path) -> None:
 
 def test_old_names_of_columns_are_drawn() -> None:
     rows = [{"step": 1, "length": 7.0}, {"step": 2, "completions/mean_length": 8.0}]
-    assert plots.points(rows, "completions/mean_length") == [(1, 7.0), (2, 8.0)]
+    assert points(rows, "completions/mean_length") == [(1, 7.0), (2, 8.0)]
 
 
 def test_command_compares_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,21 @@ import pytest
 
 from agro_train.cli import main
 from agro_train.config import TrainConfig
-from agro_train.watch.environment import git_commit, read_starts, record_start
-from agro_train.watch.report import STEPS_SHOWN, page, some, spread
-from agro_train.watch.run_folder import RunFolder
+from agro_train.data.recorded import write_rollouts
+from agro_train.run_folder import RunFolder
+from agro_train.watch.environment import read_starts, record_start
+from agro_train.watch.panels import PANELS
+from agro_train.watch.report import (
+    LONGEST_TEXT,
+    STEPS_SHOWN,
+    chart,
+    configuration,
+    environment,
+    evenly_spaced,
+    page,
+    some,
+    tiles,
+)
 from tests.train.models import rollout
 
 NASTY = '<script>alert(1)</script> & "quotes" </div>\x00\ud800'
@@ -79,11 +91,11 @@ def run(tmp_path: Path) -> Path:
             for group in ("g", "h")
             for reward in (0.0, step / 2, None, 1.0 + step)
         ]
-        folder.log_rollouts("rollouts", step, rollouts)
+        write_rollouts(folder.rollouts(step), rollouts)
     folder.log(3, {"eval_accuracy": 0.75, "eval_time_s": 1.0})
     for step, answer in ((0, "wrong"), (3, "right")):
         greedy = replace(rollout("q", [1], [2], step / 3), completion=answer, temperature=0.0)
-        folder.log_rollouts("samples", step, [greedy])
+        write_rollouts(folder.samples(step), [greedy])
     for step, resumed in ((0, False), (2, True)):
         record_start(folder.path, step, OneProcess(), resumed=resumed)  # type: ignore[arg-type]
     return folder.path
@@ -165,10 +177,6 @@ def test_environment_is_recorded_at_every_start(run: Path) -> None:
     assert "Resumed after 2 steps" in words
 
 
-def test_commit_is_of_the_repository_that_tracks_the_file(tmp_path: Path) -> None:
-    assert git_commit(tmp_path / "module.py") is None  # tracked by nobody
-
-
 def test_page_of_a_bare_record(tmp_path: Path) -> None:
     """Before the first step, and of a folder that has nothing else."""
     (tmp_path / "metrics.jsonl").write_text("")
@@ -178,12 +186,52 @@ def test_page_of_a_bare_record(tmp_path: Path) -> None:
 
 
 def test_steps_shown_are_spread_over_the_run() -> None:
-    items = [Path(str(number)) for number in range(100)]
-    shown = spread(items, STEPS_SHOWN)
+    items = list(range(100))
+    shown = evenly_spaced(items, STEPS_SHOWN)
     assert len(set(shown)) == STEPS_SHOWN and shown[0] == items[0] and shown[-1] == items[-1]
-    assert spread(items[:3], STEPS_SHOWN) == items[:3]
+    assert evenly_spaced(items[:3], STEPS_SHOWN) == items[:3]
 
 
 def test_random_completions_stay_the_same() -> None:
     rollouts = [rollout("g", [1], [number], 0.0) for number in range(20)]
     assert some(rollouts, 3) == some(rollouts, 3) != rollouts[:3]
+
+
+def test_long_texts_are_cut_and_text_keeps_its_lines(run: Path) -> None:
+    """A text's own line breaks are shown, so the page has none beside it."""
+    long = replace(rollout("g", [1], [2], 1.0), completion="  two\nlines" + "x" * LONGEST_TEXT)
+    cut_off = replace(long, completion="short", finish="length")
+    write_rollouts(RunFolder(run).rollouts(3), [long, cut_off])
+    text = page(run)
+    assert '<div class="text">  two\nlinesxx' in text
+    assert 'xx<i class="quiet"> ... 11 more characters</i></div>' in text
+    assert '<div class="text">short</div> <i class="quiet">(cut off)</i></td>' in text
+
+
+def test_chart_places_numbers_on_its_axes() -> None:
+    rows = [{"step": 0, "eval_reward": 0.8}, {"step": 4, "eval_reward": -0.8, "reward": None}]
+    drawn = chart(PANELS[0], rows)
+    assert drawn is not None and drawn.title == "Mean reward"
+    (line,) = drawn.lines
+    assert (line.number, line.legend) == (1, "held-out, sampled")
+    x_at = {text: at for at, text in drawn.x_ticks}
+    y_at = {text: at for at, text in drawn.y_ticks}
+    places = [(x_at["0"], y_at["0.8"]), (x_at["4"], y_at["-0.8"])]
+    assert [(dot.x, dot.y) for dot in line.dots] == places
+    assert [(dot.step, dot.value) for dot in line.dots] == [(0, 0.8), (4, -0.8)]
+    assert chart(PANELS[1], rows) is None
+
+
+def test_what_is_not_known_is_no_number() -> None:
+    assert tiles([], {}) == {
+        "steps": "0",
+        "reward, first and last step": "-",
+        "held-out accuracy, before and after": "-",
+        "KL to the reference, nats": "-",
+        "tokens a second, median step": "-",
+        "time in steps and evaluations": "0.0 s",
+    }
+    assert configuration({"beta": 0.5, "seed": 0, "unknown": 1})[0] == {"beta": 0.5, "unknown": 1}
+    assert environment([{"step": 2, "run_id": "a", "gpu": None, "torch": "2"}]) == [
+        ("Resumed after 2 steps", {"torch": "2"})
+    ]
