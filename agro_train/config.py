@@ -7,7 +7,7 @@ combination that cannot work are errors before anything is loaded.
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -397,6 +397,15 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
     return config
 
 
+def from_arguments(words: Sequence[str]) -> TrainConfig:
+    """The configuration of a command line: a file or a shipped one's name, and `key=value`."""
+    overrides = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise Refusal(f"arguments: expected one configuration, got {', '.join(names)}")
+    return load(find(names[0]) if names else None, overrides)
+
+
 def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration of the run in `folder`, with only what may change in mid-run overridden."""
     path = folder / "config.yaml"
@@ -405,12 +414,17 @@ def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             f"--resume: expected the folder of a run, got {str(folder)!r}; it has no config.yaml"
         )
     for override in overrides:
+        if "=" not in override:
+            raise Refusal(
+                f"arguments: expected no configuration with --resume, got {override}; "
+                "the run's own config.yaml is used"
+            )
         if (key := override.partition("=")[0]) not in RESUMABLE:
             raise Refusal(
                 f"{key}: expected only {', '.join(RESUMABLE)} with --resume, got {override}; "
                 "the rest continues as it began"
             )
-    return load(path, [*overrides, f"output_dir={folder}"])
+    return replace(load(path, overrides), output_dir=str(folder))
 
 
 def _explain(error: OmegaConfBaseException, source: Path) -> str:

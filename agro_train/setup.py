@@ -32,6 +32,7 @@ from agro_train.policy.load import (
     load_model,
     load_tokenizer,
     prepare,
+    set_attention,
     set_matmul_precision,
 )
 from agro_train.policy.policy import Policy, shard, whole
@@ -211,13 +212,20 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        cpu=not torch.cuda.is_available(),
-        log_with=config.report_to or None,
-        project_dir=RunFolder(Path(config.output_dir)).tensorboard,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
-    )
+    """Raises Refusal for a launch that lacks something, or a precision that the device lacks."""
+    try:
+        return Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=not torch.cuda.is_available(),
+            log_with=config.report_to or None,
+            project_dir=RunFolder(Path(config.output_dir)).tensorboard,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        )
+    except ValueError as error:
+        raise Refusal(
+            "accelerate launch: expected a launch and a mixed_precision that accelerate takes, got "
+            f"mixed_precision={config.mixed_precision}: {error}"
+        ) from error
 
 
 def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
@@ -319,7 +327,7 @@ def load_base(
         steps=config.warm_start_steps,
         seed=derive_seed(config.seed, "warm start"),
     )
-    model.set_attn_implementation(config.attn_implementation)
+    set_attention(model, config.attn_implementation)
     prepare(model, config)
     return tokenizer, model.to(getattr(torch, config.dtype)), loss
 

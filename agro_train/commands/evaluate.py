@@ -1,18 +1,49 @@
 """`agro eval`: a model, a run or a checkpoint on held-out prompts."""
 
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from agro_train import config as configuration
-from agro_train.commands.sampler import Sampler, check_free, find_model, is_run, load_sampler
+from agro_train.commands.sampler import (
+    Sampler,
+    check_free,
+    find_model,
+    in_words,
+    is_run,
+    load_sampler,
+)
 from agro_train.data.recorded import write_rollouts
 from agro_train.evaluate import Estimate, Evaluation, estimates, evaluate
 from agro_train.metrics import share
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards
 from agro_train.run_folder import RunFolder
+
+DESCRIPTION = (
+    "pass@1, pass@k and maj@k on held-out prompts. A run's own configuration is used, with "
+    "key=value settings over it."
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("model", metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.set_defaults(run=run)
+
+
+def run(options: Namespace) -> int:
+    folder, found, left_out = evaluate_model(options.model, options.settings)
+    if any(left_out.values()):
+        print(f"held-out prompts left out: {in_words(left_out)}")
+    print("95 % intervals: bootstrap over the prompts")
+    for name, estimate in found.items():
+        print(f"{name:>9}  {estimate.value:.3f}  [{estimate.low:.3f}, {estimate.high:.3f}]")
+    print(f"Results and every sample are in {folder}")
+    return 0
 
 
 def evaluate_model(
@@ -27,13 +58,12 @@ def evaluate_model(
     prompts were left out, too.
     """
     source, step = find_model(name)
-    run = Path(name) if is_run(Path(name)) else None
-    if run is None and step is not None and is_run(Path(name).parent):
-        run = Path(name).parent
-    config = configuration.load(
-        None if run is None else RunFolder(run).config, [*settings, f"model={source}"]
-    )
-    folder = RunFolder(run or Path()).evaluations / Path(source).resolve().name
+    home = Path(name) if is_run(Path(name)) else None
+    if home is None and step is not None and is_run(Path(name).parent):
+        home = Path(name).parent
+    config = configuration.load(None if home is None else RunFolder(home).config, settings)
+    config = replace(config, model=source)
+    folder = RunFolder(home or Path()).evaluations / Path(source).resolve().name
     if any(setting.startswith("output_dir=") for setting in settings):
         folder = Path(config.output_dir)
     check_free(folder, "output_dir")

@@ -1,9 +1,11 @@
 """`agro rollout`: scored completions of a model, as a file that `recorded=` takes."""
 
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from agro_train import config as configuration
 from agro_train import durable
-from agro_train.commands.sampler import check_free, load_sampler
+from agro_train.commands.sampler import check_free, in_words, load_sampler
 from agro_train.config import TrainConfig
 from agro_train.data.recorded import rollout_to_json
 from agro_train.policy.logprobs import with_sampling_logprobs
@@ -11,6 +13,31 @@ from agro_train.policy.policy import Policy
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards, score
 from agro_train.seeds import derive_seed
+
+DESCRIPTION = (
+    "Sample num_generations completions for every training prompt of a configuration, score them, "
+    "and write a file that recorded= takes; model= may be a run's folder or checkpoint."
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("settings", nargs="*", metavar="CONFIG | key=value")
+    parser.add_argument("--output", help="default: OUTPUT_DIR/recorded.jsonl")
+    parser.add_argument("--prompts", type=int, help="how many prompts; default: all")
+    parser.set_defaults(run=run)
+
+
+def run(options: Namespace) -> int:
+    config = configuration.from_arguments(options.settings)
+    if options.prompts is not None and options.prompts < 1:
+        raise Refusal(f"--prompts: expected at least 1, got {options.prompts}")
+    path = Path(options.output) if options.output else Path(config.output_dir) / "recorded.jsonl"
+    written, left_out = record(config, path, options.prompts)
+    if any(left_out.values()):
+        print(f"prompts left out: {in_words(left_out)}")
+    print(f"{path}: {written} completions; train on them with recorded=[{path}]")
+    return 0
 
 
 def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, dict[str, int]]:

@@ -1,5 +1,6 @@
 """A model to sample from, with the prompts of its configuration: what rollout and eval share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,28 @@ def find_model(name: str) -> tuple[str, int | None]:
                 "(save_every sets how often one is written)"
             )
         path = newest
-    if (path / checkpoint.STATE).is_file():
+    if not (path / checkpoint.STATE).is_file():
+        return name, None
+    try:
         return str(path), checkpoint.read_state(path).step
-    return name, None
+    except (ValueError, TypeError) as error:
+        raise Refusal(
+            f"model: expected a checkpoint as it was written, got {str(path)!r}, whose "
+            f"{checkpoint.STATE} cannot be read ({error}); give another one"
+        ) from error
 
 
 def is_run(path: Path) -> bool:
     """A folder may have a config.yaml of anything's; metrics only a run's has."""
     return RunFolder(path).config.is_file() and RunFolder(path).metrics.is_file()
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    """Why prompts were left out, and how many."""
+    return (
+        f"{left_out['too_long']} as too long, "
+        f"{left_out['unreadable_gold']} as their gold answer cannot be parsed"
+    )
 
 
 def check_free(path: Path, key: str) -> None:

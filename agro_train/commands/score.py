@@ -1,10 +1,12 @@
 """`agro score`: new rewards for a file of rollouts."""
 
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from agro_train import config as configuration
 from agro_train import durable
 from agro_train.commands.sampler import check_free
 from agro_train.config import TrainConfig
@@ -14,6 +16,8 @@ from agro_train.refusal import Refusal
 from agro_train.rewards.functions import check_columns, load_rewards, score
 from agro_train.types import Prompt, Rollout
 
+DESCRIPTION = "Score a file's completions: reward=NAME or reward=[NAME,...], reward_weights=[...]."
+
 SCORE_KEYS = ("reward", "reward_weights", "reward_timeout_s", "math_timeout_s")
 
 
@@ -21,6 +25,31 @@ SCORED_AT_ONCE = 256  # rows, and the rest of the last one's group
 
 
 Scorable = tuple[tuple[int, Row], Rollout]  # a line's number, the line, and what a reward sees
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("file", help="rollouts, .jsonl or .parquet")
+    parser.add_argument("settings", nargs="+", metavar="reward=...")
+    parser.add_argument("--output", help="default: FILE with .scored.jsonl at its end")
+    parser.set_defaults(run=run)
+
+
+def run(options: Namespace) -> int:
+    for setting in options.settings:
+        if setting.partition("=")[0] not in SCORE_KEYS:
+            raise Refusal(f"arguments: expected {', '.join(SCORE_KEYS)}, got {setting!r}")
+    if not any(setting.startswith("reward=") for setting in options.settings):
+        raise Refusal("reward: expected reward=FUNCTION, got none; which shall score them?")
+    source = Path(options.file)
+    path = source.parent / f"{source.stem}.scored.jsonl"
+    path = Path(options.output) if options.output else path
+    found = score_file(source, configuration.load(None, options.settings), path)
+    print(
+        f"{path}: {found['rows']:.0f} completions, mean reward {found['mean']:.3f}, "
+        f"{found['without']:.0f} without one"
+    )
+    return 0
 
 
 def score_file(source: Path, config: TrainConfig, output: Path) -> dict[str, float]:
@@ -64,6 +93,12 @@ def _scorable(row: Row, where: str) -> Rollout:
             f"{row.get('completion')!r}; reward functions read text"
         )
     columns = row.get("columns") or {}
+    for name, kind in (("columns", dict), ("prompt_ids", list), ("completion_ids", list)):
+        if not isinstance(row.get(name) or kind(), kind):
+            raise Refusal(
+                f"score: expected {kind.__name__} as {name} in {where}, got {row[name]!r}; "
+                "reward functions get it"
+            )
     names = Rollout.__dataclass_fields__
     return Rollout(
         group=_group(row),

@@ -71,7 +71,7 @@ class Sweep:
         return self.output_dir / "language_starts.csv"
 
     def curves(self, points: Iterable[Point]) -> dict[Point, Curve]:
-        """Of the points: what is missing is run first. Raises BlockingIOError where another
+        """Of the points: what is missing is run first. Raises Refusal where another
         process is at it in the same folder."""
         wanted = list(dict.fromkeys(points))
         known = self._known()
@@ -115,7 +115,7 @@ class Sweep:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise BlockingIOError(
+                raise Refusal(
                     f"output_dir: expected one reproduction at a time, got {self.output_dir}, in "
                     "which another is running; wait for it, or give another folder"
                 ) from None

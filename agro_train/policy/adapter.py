@@ -90,7 +90,13 @@ def base_of(folder: Path) -> str | None:
     beside = RunFolder(folder.parent).base_model  # the tiny model's, which moves with its run
     if beside.is_dir():
         return str(beside)
-    return str(json.loads((folder / CONFIG).read_text())["base_model_name_or_path"])
+    try:
+        return str(json.loads((folder / CONFIG).read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError) as error:
+        raise Refusal(
+            f"model: expected an adapter's base_model_name_or_path in {folder / CONFIG}, got none "
+            f"({error!r}); save the adapter again"
+        ) from error
 
 
 def with_adapter_merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -5,10 +5,13 @@ import importlib.util
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -21,27 +24,25 @@ from agro_train.refusal import Refusal
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a folder, hub id, .gguf file or `smollm2`."""
     name, gguf = _resolve(source)
-    try:
+    with _loading(source):
         return AutoTokenizer.from_pretrained(name, **gguf)
-    except OSError as error:
-        raise _not_found(source, error) from error
 
 
 def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
     """A causal LM in the configured dtype, prepared for training; an adapter's folder gives its
     base model with the adapter merged into it."""
     if (base := base_of(Path(source))) is not None:
-        return with_adapter_merged(load_model(base, config), Path(source))
+        plain = load_model(base, config)
+        with _loading(source):
+            return with_adapter_merged(plain, Path(source))
     name, gguf = _resolve(source)
-    try:
+    with _loading(source):
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
             **gguf,
         )
-    except OSError as error:
-        raise _not_found(source, error) from error
     if gguf:  # dequantised while loading; forget where it came from, so that it can be saved
         model.hf_quantizer = None
         del model.config.quantization_config
@@ -68,18 +69,42 @@ def prepare(model: PreTrainedModel, config: TrainConfig) -> None:
         # transformers 5.19 has it by the older name, of which later ones warn.
         older = not hasattr(model, "activation_checkpointing_enable")
         name = "gradient_checkpointing_enable" if older else "activation_checkpointing_enable"
-        getattr(model, name)({"use_reentrant": False})
+        try:
+            getattr(model, name)({"use_reentrant": False})
+        except ValueError as error:
+            raise Refusal(
+                f"gradient_checkpointing: expected false for {type(model).__name__}, got true: "
+                f"{error}"
+            ) from error
     else:
         recompute_mlp_products(model)
     model.eval()
 
 
-def _not_found(source: str, error: OSError) -> Refusal:
-    reason = str(error).strip().splitlines()[0]
-    return Refusal(
-        f"model: expected tiny, smollm2, a folder, a hub id or a .gguf file, got {source!r}: "
-        f"{reason}"
-    )
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Turns what libraries raise for a name or a file that they cannot load into Refusal. There is
+    no class for that: an unknown architecture is a ValueError, and so is a broken JSON file.
+    """
+    try:
+        yield
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise Refusal(
+            f"model: expected tiny, smollm2, a folder, a hub id or a .gguf file, got {source!r}: "
+            f"{reason[:400]}"
+        ) from error
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Raises Refusal where the attention needs a package or a device that is not there."""
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise Refusal(
+            f"attn_implementation: expected one that works here, got {name}: {reason[:400]}"
+        ) from error
 
 
 def _resolve(source: str) -> tuple[str, dict[str, str]]:

@@ -138,7 +138,11 @@ def read_yaml(run: Path) -> dict[str, Any]:
     path = RunFolder(run).config
     if not path.is_file():
         return {}
-    given = yaml.safe_load(path.read_text())
+    try:
+        given = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise Refusal(f"config: expected a YAML file, got {path}: {problem}") from error
     if not isinstance(given, dict):
         raise Refusal(f"config: expected keys and values in {path}, got {given!r}")
     defaults = asdict(TrainConfig())
