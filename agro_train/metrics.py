@@ -28,19 +28,19 @@ def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -
     moved = [(age, w) for age, w in zip(ages, weights, strict=True) if age is not None and w > 0]
     metrics = {
         "reward": mean_of([r.reward for r in rollouts]),
-        "reward_std": spread_of([r.reward for r in rollouts]),
-        "rewards/timeout_rate": share(rollouts, lambda r: r.failure == "timeout"),
-        "rewards/error_rate": share(rollouts, lambda r: r.failure == "error"),
+        "reward_std": std_of([r.reward for r in rollouts]),
+        "rewards/timeout_rate": proportion(rollouts, lambda r: r.failure == "timeout"),
+        "rewards/error_rate": proportion(rollouts, lambda r: r.failure == "error"),
         "completions/mean_length": fmean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/mean_terminated_length": fmean(ended) if ended else math.nan,
         "completions/min_terminated_length": float(min(ended)) if ended else math.nan,
         "completions/max_terminated_length": float(max(ended)) if ended else math.nan,
-        "completions/clipped_ratio": share(rollouts, lambda r: r.finish == "length"),
+        "completions/clipped_ratio": proportion(rollouts, lambda r: r.finish == "length"),
         "tokens": float(sum(lengths)),
-        "sample/recorded": share(rollouts, lambda r: r.source == "recorded"),
-        "sample/replayed": share(rollouts, lambda r: r.source == "replayed"),
+        "sample/recorded": proportion(rollouts, lambda r: r.source == "recorded"),
+        "sample/replayed": proportion(rollouts, lambda r: r.source == "replayed"),
         "sample/staleness_mean": fmean(own) if own else math.nan,
         "sample/staleness_max": float(max(own)) if own else math.nan,
         "sample/staleness_effective": (
@@ -50,11 +50,11 @@ def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -
     for name in sorted({name for rollout in rollouts for name in rollout.rewards}):
         values = [r.rewards.get(name) for r in rollouts]
         metrics[f"rewards/{name}/mean"] = mean_of(values)
-        metrics[f"rewards/{name}/std"] = spread_of(values)
+        metrics[f"rewards/{name}/std"] = std_of(values)
     return metrics
 
 
-def share(rollouts: Sequence[Rollout], holds: Callable[[Rollout], bool]) -> float:
+def proportion(rollouts: Sequence[Rollout], holds: Callable[[Rollout], bool]) -> float:
     return sum(map(holds, rollouts)) / len(rollouts)
 
 
@@ -64,7 +64,7 @@ def mean_of(values: Sequence[float | None]) -> float:
     return fmean(there) if there else math.nan
 
 
-def spread_of(values: Sequence[float | None]) -> float:
+def std_of(values: Sequence[float | None]) -> float:
     """Standard deviation (n - 1) of those that are there; NaN of fewer than two."""
     there = [value for value in values if value is not None]
     return stdev(there) if len(there) > 1 else math.nan

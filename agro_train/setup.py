@@ -33,7 +33,7 @@ from agro_train.policy.load import (
     prepare,
     set_matmul_precision,
 )
-from agro_train.policy.policy import Policy, shard, whole
+from agro_train.policy.policy import Policy, shard, with_gathered_model
 from agro_train.policy.reference_cache import check_cache_folder, with_ref_logprobs
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import check_columns, load_rewards, with_readable_gold
@@ -118,7 +118,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     else:
         trained = copy.deepcopy(base) if newest is None else load_model(str(newest), config)
     weights = sum(parameter.numel() for parameter in trained.parameters())
-    policy, reference = spread(trained, base, config, accelerator)
+    policy, reference = place_on_devices(trained, base, config, accelerator)
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     assert trainable, "no weight of the policy is trainable"
     optimizer = torch.optim.AdamW(
@@ -140,7 +140,9 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         longest = max(len(prompt.ids) for prompt in [*prompts, *held_out])
         engine = start(config, policy, accelerator, tokenizer, ends, longest)
     else:
-        engine = TransformersEngine(partial(whole, policy, accelerator), tokenizer, ends, config)
+        engine = TransformersEngine(
+            partial(with_gathered_model, policy, accelerator), tokenizer, ends, config
+        )
     if config.recorded:
         per_step = config.recorded_prompts_per_step
         visits = range(len(recorded.groups))
@@ -314,7 +316,7 @@ def load_base(
     return tokenizer, model.to(getattr(torch, config.dtype)), loss
 
 
-def spread(
+def place_on_devices(
     trained: PreTrainedModel, base: PreTrainedModel, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Policy and frozen reference on their devices: sharded, replicated, or just there.

@@ -9,7 +9,7 @@ from agro_train import config as configuration
 from agro_train.commands.sampler import Sampler, check_free, find_model, is_run, load_sampler
 from agro_train.data.recorded import rollout_to_json
 from agro_train.evaluate import Estimate, Evaluation, estimates, evaluate
-from agro_train.metrics import share
+from agro_train.metrics import proportion
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards
 
@@ -78,9 +78,9 @@ def _write_evaluation(
         "left_out": sampler.left_out_held,
         "generations": sampler.config.eval_generations,
         "temperature": sampler.config.temperature,
-        "truncated_rate": share(samples, lambda r: r.finish == "length"),
-        "timeout_rate": share(samples, lambda r: r.failure == "timeout"),
-        "error_rate": share(samples, lambda r: r.failure == "error"),
+        "truncated_rate": proportion(samples, lambda r: r.finish == "length"),
+        "timeout_rate": proportion(samples, lambda r: r.failure == "timeout"),
+        "error_rate": proportion(samples, lambda r: r.failure == "error"),
         **{name: asdict(estimate) for name, estimate in found.items()},
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")

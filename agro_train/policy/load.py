@@ -1,4 +1,5 @@
-"""Models and tokenizers from folders, hub ids, GGUF files, adapters."""
+"""Loading models and tokenizers: from folders, hub ids, GGUF files and adapters' folders; what
+identifies a model, and the precision of its products."""
 
 import hashlib
 import importlib.util

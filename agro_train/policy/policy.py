@@ -1,4 +1,4 @@
-"""Loading models, and the policy: a causal LM whose head gives log-probabilities."""
+"""The policy: a causal LM whose head gives log-probabilities; sharded (FSDP2) and gathered."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,7 +49,7 @@ class Policy(nn.Module):
         With coefficients (n,): the 0-d sum of coefficient * log-probability; `lse` from an earlier
         pass over the same weights saves one product with the head, and the head adds its weight's
         gradient to `weight_grad` itself, see `head_gradient`. A function in place of a micro-batch
-        is called with the model, see `whole`.
+        is called with the model, see `with_gathered_model`.
         """
         if not isinstance(micro, MicroBatch):
             return micro(self.model)
@@ -131,7 +131,9 @@ def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
     fully_shard(policy, mesh=mesh, mp_policy=root)
 
 
-def whole(policy: nn.Module, accelerator: Any, function: Callable[[PreTrainedModel], T]) -> T:
+def with_gathered_model(
+    policy: nn.Module, accelerator: Any, function: Callable[[PreTrainedModel], T]
+) -> T:
     """function(the transformers model), for generation, in the precision that training uses.
 
     Sharded weights are gathered once and stay until it returns, so that ranks may call the model

@@ -13,7 +13,7 @@ from agro_train.algorithm import coefficients
 from agro_train.data.batch import build_batch
 from agro_train.metrics import measure
 from agro_train.policy.policy import Policy, head_gradient, unwrap
-from agro_train.setup import spread
+from agro_train.setup import place_on_devices
 from agro_train.step import score_batch, update
 from agro_train.types import Scores
 from tests.train.gradients import (
@@ -218,7 +218,7 @@ def test_autocast_computes_in_bfloat16_around_float32_masters(checkpointing: boo
         trained.activation_checkpointing_enable({"use_reentrant": False})
     config = replace(CONFIG, mixed_precision="bf16", gradient_checkpointing=checkpointing)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    policy, reference = spread(trained, base, config, accelerator)
+    policy, reference = place_on_devices(trained, base, config, accelerator)
     seen = {}
     layer = unwrap(policy).model.model.layers[0]
     layer.mlp.register_forward_hook(lambda _, __, out: seen.update(product=out.dtype))
