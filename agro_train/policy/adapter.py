@@ -94,7 +94,7 @@ def base_of(folder: Path) -> str | None:
 
 def with_adapter_merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """A plain model: its weights plus the adapter in `folder`."""
-    with warnings.catch_warnings():  # peft asks transformers by a name that is to go
+    with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
         merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     assert isinstance(merged, PreTrainedModel), f"expected a plain model, got {type(merged)}"

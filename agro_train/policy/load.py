@@ -7,25 +7,77 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from agro_train.config import TrainConfig
+from agro_train.policy import tiny
 from agro_train.policy.activations import recompute_mlp_products
 from agro_train.policy.adapter import base_of, with_adapter_merged
 from agro_train.refusal import Refusal
+from agro_train.seeds import derive_seed
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a folder, hub id, .gguf file or `smollm2`."""
+    """The tokenizer of a folder, hub id, .gguf file, `smollm2` or `tiny`."""
+    if source == "tiny":
+        return tiny.build_tokenizer()
     name, gguf = _resolve(source)
     try:
         return AutoTokenizer.from_pretrained(name, **gguf)
     except OSError as error:
         raise _not_found(source, error) from error
+
+
+class Sizes(NamedTuple):
+    """What the data is checked against."""
+
+    vocab_size: int
+    context: int | None  # tokens that the model can read; None: unknown
+
+
+def load_sizes(source: str) -> Sizes:
+    """Of the model that `load_model` loads, without its weights, which may take minutes."""
+    if source == "tiny":
+        config = tiny.build_config(len(tiny.build_tokenizer()))
+    elif (base := base_of(Path(source))) is not None:
+        return load_sizes(base)
+    else:
+        name, gguf = _resolve(source)
+        try:
+            config = AutoConfig.from_pretrained(name, **gguf).get_text_config()
+        except OSError as error:
+            raise _not_found(source, error) from error
+    return Sizes(config.vocab_size, getattr(config, "max_position_embeddings", None))
+
+
+def load_base(
+    source: str, config: TrainConfig, tokenizer: Any
+) -> tuple[PreTrainedModel, float | None]:
+    """The model that a run starts from; `tiny` is built and warm-started here, and its last loss,
+    nats a token, is returned, too."""
+    if source != "tiny":
+        return load_model(source, config), None
+    model = tiny.build_model(len(tokenizer), derive_seed(config.seed, "weights"))
+    loss = tiny.warm_start(
+        model,
+        tokenizer,
+        tiny.lessons(config.data),
+        steps=config.warm_start_steps,
+        seed=derive_seed(config.seed, "warm start"),
+    )
+    model.set_attn_implementation(config.attn_implementation)
+    prepare(model, config)
+    return model.to(getattr(torch, config.dtype)), loss
 
 
 def load_model(source: str, config: TrainConfig) -> PreTrainedModel:

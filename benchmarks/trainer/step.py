@@ -168,9 +168,9 @@ def run_agro(stopwatch: Stopwatch, setting: Setting) -> None:
     ]  # fmt: skip
     run = setup(config.load(config.find("smollm2-arithmetic"), settings), resume=False)
     assert isinstance(run.engine, TransformersEngine)
-    run.engine.end_tokens = {run.policy.model.config.vocab_size}  # an id that is never drawn
+    run.engine.end_tokens = {run.models.policy.model.config.vocab_size}  # an id that is never drawn
     # The last token of a completion is not read.
-    longest = max(len(prompt.ids) for prompt in run.prompts)
+    longest = max(len(prompt.ids) for prompt in run.questions.prompts)
     one_group = longest + setting.generations * (setting.completion_length - 1)
     run = replace(run, config=replace(run.config, token_budget=one_group))
     collect, build_batch = train.collect, train.build_batch
