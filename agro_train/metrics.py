@@ -1,4 +1,4 @@
-"""What a step's completions tell by themselves, as columns of metrics.jsonl."""
+"""The columns of metrics.jsonl that a training step writes: of its completions and its update."""
 
 import math
 import resource
@@ -15,11 +15,11 @@ from agro_train.types import Rollout, Scores
 
 
 def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -> dict[str, float]:
-    """Columns of metrics.jsonl that the completions alone tell. Where TRL has a name, it is TRL's.
+    """The columns that need only the completions. Where TRL has a name, it is TRL's.
 
     `sample/staleness_*`: optimiser steps between the policy that sampled a completion and the one
     that learns from it, over this run's own (fresh and replayed) completions; `effective` is the
-    mean by each one's share of the gradient, its |coefficient| in `weights`.
+    mean weighted by |coefficient|, each one's part of the gradient, in `weights`.
     """
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     ended = [len(rollout.completion_ids) for rollout in rollouts if rollout.finish == "stop"]
@@ -55,6 +55,7 @@ def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -
 
 
 def proportion(rollouts: Sequence[Rollout], holds: Callable[[Rollout], bool]) -> float:
+    """Of the rollouts, those for which `holds` is true; 0 to 1."""
     return sum(map(holds, rollouts)) / len(rollouts)
 
 
@@ -71,7 +72,7 @@ def std_of(values: Sequence[float | None]) -> float:
 
 
 def frac_reward_zero_std(scores: Scores) -> float:
-    """Share of groups whose rewards are all equal. They still learn: towards the reference."""
+    """Proportion of groups whose rewards are all equal. They still learn: towards the reference."""
     groups = scores.groups.unique(return_inverse=True)[1]
     count = int(groups.max()) + 1
     highest, lowest = torch.full((2, count), math.nan, dtype=torch.float64)
@@ -85,7 +86,7 @@ def frac_reward_zero_std(scores: Scores) -> float:
 def measure(
     scores: Scores, stats: AgroStats, config: TrainConfig, grad_norm: float, skipped: bool
 ) -> dict[str, float]:
-    """Columns of metrics.jsonl that the update knows."""
+    """The columns that need the update: its scores, AGRO's statistics of them, and its gradient."""
     log_ratio = scores.logprobs - scores.ref_logprobs
     mismatch = {}
     if len(scores.mismatch):
@@ -95,7 +96,8 @@ def measure(
         "loss": float(stats.variance) / (2 * config.beta),
         "grad_norm": grad_norm,
         # Mean log(policy / reference), nats a completion: the KL where the policy did the sampling.
-        # No exp(-l) - 1 + l: one token that the policy has all but given up would dwarf the rest.
+        # Not the k3 estimator, exp(-l) - 1 + l: one token that the policy has nearly given up would
+        # dominate the mean.
         "kl": float(stats.log_ratio),
         "kl_per_token": float(log_ratio.sum()) / int(scores.num_tokens),
         "entropy": float(scores.entropy) / int(scores.num_tokens),

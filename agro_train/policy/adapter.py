@@ -1,4 +1,4 @@
-"""LoRA through peft: a frozen model, a small trained adapter, and the reference for nothing.
+"""LoRA through peft: a frozen model, a small trained adapter, and no second model for a reference.
 
 The adapter lies inside the transformers model's own linear layers, so that the policy, generation
 and wrappers see the model they know. With the adapter off the same weights are the reference.
@@ -25,7 +25,7 @@ from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
-NAME = "default"  # peft's, of an only adapter
+NAME = "default"  # what peft calls a model's only adapter
 PREFIX = "base_model.model."  # of a name in an adapter's file, before the model's own
 
 
@@ -138,8 +138,11 @@ class AdapterOff(nn.Module):
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """As peft's own switch, which however also takes requires_grad away: a sharded weight that is
-    gathered for the first time with it off would never get a gradient again."""
+    """The model computes without its adapter inside this block.
+
+    peft's own switch also sets requires_grad to False. A sharded weight that is first gathered
+    without requires_grad never gets a gradient, so here only the layers' flag is changed.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     assert layers, "expected a model with an adapter"
     for layer in layers:

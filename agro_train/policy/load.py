@@ -220,6 +220,6 @@ def set_matmul_precision(choice: str) -> str:
 
 
 def _has_amx() -> bool:
-    """Linux says so; elsewhere assume it, which only costs speed."""
+    """Read from /proc/cpuinfo. Where there is none AMX is assumed, which only costs speed."""
     cpuinfo = Path("/proc/cpuinfo")
     return not os.access(cpuinfo, os.R_OK) or "amx_tile" in cpuinfo.read_text()

@@ -68,8 +68,8 @@ class Policy(nn.Module):
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """(L, D) final hidden states of a packed micro-batch.
 
-        The mask or the sequence boundaries are always given explicitly, and use_cache is off: left
-        to itself transformers attends across packed sequences as soon as a cache is about.
+        The mask or the sequence boundaries are always given explicitly, and use_cache is off:
+        with a cache and no mask, transformers lets tokens attend across packed sequences.
         """
         kwargs: dict[str, Any] = {}
         implementation = self.model.config._attn_implementation
@@ -99,9 +99,10 @@ class Policy(nn.Module):
 
 
 def head_gradient(policy: nn.Module) -> Tensor | None:
-    """The gradient of the head's weight (V, D), zeros so far, for the head to add to by itself:
-    a second gradient of that size never waits to be added, which for a tied weight is until the
-    embedding's has come, at the end of the backward pass.
+    """The gradient of the head's weight (V, D), zeros so far, which the head adds to by itself.
+
+    So there is never a second (V, D) gradient in memory, waiting for autograd to add it; for a tied
+    weight that wait lasts until the embedding's gradient comes, at the end of the backward pass.
 
     None where that cannot be: the weight is frozen; its gradient is not of the dtype that sums are
     kept in; or a wrapper (DDP, FSDP2, torch.compile) has to see the gradient come from autograd.
@@ -147,7 +148,8 @@ def with_gathered_model(
             result: T = policy(function)
         finally:
             policy.set_reshard_after_forward(True)
-            # As FSDP2 has it: the root's weights are wanted again right away, by the backward.
+            # FSDP2's default for the root: after a forward pass its weights stay gathered, because
+            # the backward pass needs them first.
             policy.set_reshard_after_forward(False, recurse=False)
             for module in policy.modules():
                 if isinstance(module, FSDPModule):
