@@ -1,4 +1,4 @@
-"""What a step's completions tell by themselves, as columns of metrics.jsonl."""
+"""The columns of metrics.jsonl that a training step writes: of its completions and its update."""
 
 import math
 import resource
@@ -15,16 +15,16 @@ from agro_train.types import Rollout, Scores
 
 
 def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -> dict[str, float]:
-    """Columns of metrics.jsonl that the completions alone tell. Where TRL has a name, it is TRL's.
+    """The columns that need only the completions. Where TRL has a name, it is TRL's.
 
     Rewards and lengths are of what some policy made: worked answers of the dataset do not count.
 
     `sample/staleness_*`: optimiser steps between the policy that sampled a completion and the one
     that learns from it, over this run's own (fresh and replayed) completions; `effective` is the
-    mean by each one's share of the gradient, its |coefficient| in `weights`.
+    mean weighted by |coefficient|, each one's part of the gradient, in `weights`.
     """
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
-    demonstrated = share(rollouts, lambda r: r.source == "demonstration")
+    demonstrated = proportion(rollouts, lambda r: r.source == "demonstration")
     made = [(r, w) for r, w in zip(rollouts, weights, strict=True) if r.source != "demonstration"]
     rollouts, weights = [r for r, _ in made], [w for _, w in made]
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
@@ -34,19 +34,19 @@ def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -
     moved = [(age, w) for age, w in zip(ages, weights, strict=True) if age is not None and w > 0]
     metrics = {
         "reward": mean_of([r.reward for r in rollouts]),
-        "reward_std": spread_of([r.reward for r in rollouts]),
-        "rewards/timeout_rate": share(rollouts, lambda r: r.failure == "timeout"),
-        "rewards/error_rate": share(rollouts, lambda r: r.failure == "error"),
+        "reward_std": std_of([r.reward for r in rollouts]),
+        "rewards/timeout_rate": proportion(rollouts, lambda r: r.failure == "timeout"),
+        "rewards/error_rate": proportion(rollouts, lambda r: r.failure == "error"),
         "completions/mean_length": fmean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/mean_terminated_length": fmean(ended) if ended else math.nan,
         "completions/min_terminated_length": float(min(ended)) if ended else math.nan,
         "completions/max_terminated_length": float(max(ended)) if ended else math.nan,
-        "completions/clipped_ratio": share(rollouts, lambda r: r.finish == "length"),
+        "completions/clipped_ratio": proportion(rollouts, lambda r: r.finish == "length"),
         "tokens": float(tokens),
-        "sample/recorded": share(rollouts, lambda r: r.source == "recorded"),
-        "sample/replayed": share(rollouts, lambda r: r.source == "replayed"),
+        "sample/recorded": proportion(rollouts, lambda r: r.source == "recorded"),
+        "sample/replayed": proportion(rollouts, lambda r: r.source == "replayed"),
         "sample/demonstrations": demonstrated,
         "sample/staleness_mean": fmean(own) if own else math.nan,
         "sample/staleness_max": float(max(own)) if own else math.nan,
@@ -57,11 +57,12 @@ def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -
     for name in sorted({name for rollout in rollouts for name in rollout.rewards}):
         values = [r.rewards.get(name) for r in rollouts]
         metrics[f"rewards/{name}/mean"] = mean_of(values)
-        metrics[f"rewards/{name}/std"] = spread_of(values)
+        metrics[f"rewards/{name}/std"] = std_of(values)
     return metrics
 
 
-def share(rollouts: Sequence[Rollout], holds: Callable[[Rollout], bool]) -> float:
+def proportion(rollouts: Sequence[Rollout], holds: Callable[[Rollout], bool]) -> float:
+    """Of the rollouts, those for which `holds` is true; 0 to 1."""
     return sum(map(holds, rollouts)) / len(rollouts)
 
 
@@ -71,14 +72,14 @@ def mean_of(values: Sequence[float | None]) -> float:
     return fmean(there) if there else math.nan
 
 
-def spread_of(values: Sequence[float | None]) -> float:
+def std_of(values: Sequence[float | None]) -> float:
     """Standard deviation (n - 1) of those that are there; NaN of fewer than two."""
     there = [value for value in values if value is not None]
     return stdev(there) if len(there) > 1 else math.nan
 
 
 def frac_reward_zero_std(scores: Scores) -> float:
-    """Share of groups whose rewards are all equal. They still learn: towards the reference."""
+    """Proportion of groups whose rewards are all equal. They still learn: towards the reference."""
     groups = scores.groups.unique(return_inverse=True)[1]
     count = int(groups.max()) + 1
     highest, lowest = torch.full((2, count), math.nan, dtype=torch.float64)
@@ -92,7 +93,7 @@ def frac_reward_zero_std(scores: Scores) -> float:
 def measure(
     scores: Scores, stats: AgroStats, config: TrainConfig, grad_norm: float, skipped: bool
 ) -> dict[str, float]:
-    """Columns of metrics.jsonl that the update knows."""
+    """The columns that need the update: its scores, AGRO's statistics of them, and its gradient."""
     log_ratio = scores.logprobs - scores.ref_logprobs
     mismatch = {}
     if len(scores.mismatch):
@@ -102,7 +103,8 @@ def measure(
         "loss": float(stats.variance) / (2 * config.beta),
         "grad_norm": grad_norm,
         # Mean log(policy / reference), nats a completion: the KL where the policy did the sampling.
-        # No exp(-l) - 1 + l: one token that the policy has all but given up would dwarf the rest.
+        # Not the k3 estimator, exp(-l) - 1 + l: one token that the policy has nearly given up would
+        # dominate the mean.
         "kl": float(stats.log_ratio),
         "kl_per_token": float(log_ratio.sum()) / int(scores.num_tokens),
         "entropy": float(scores.entropy) / int(scores.num_tokens),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,34 @@ from agro_train.config import TrainConfig
 from agro_train.data.mix import Mix
 from agro_train.data.recorded import Recorded
 from agro_train.engines.engine import Engine
+from agro_train.questions import Questions
+from agro_train.ranks import Ranks
 from agro_train.rewards.functions import Rewards
 from agro_train.run_folder import RunFolder
-from agro_train.types import Prompt, Rollout
+from agro_train.types import Rollout
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at step 0, or after its newest checkpoint."""
+
+    step: int = 0  # steps already taken
+    checkpoint: Path | None = None
+    base_model: str | None = None  # fingerprint of the weights that the checkpoint's run began with
+    evaluated: bool = False  # whether the record has the evaluation after those steps
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy and its frozen reference, on their devices, and how they are spelled."""
+
+    policy: torch.nn.Module
+    reference: torch.nn.Module
+    tokenizer: Any
+    end_tokens: set[int]
+    base_model: str  # fingerprint of the reference's weights
+    reference_id: str  # identity of the reference; empty where no cache is read by it
+    num_weights: int  # of the policy, an adapter's included
 
 
 @dataclass(frozen=True)
@@ -24,26 +50,25 @@ class Run:
     config: TrainConfig
     folder: RunFolder
     accelerator: Accelerator
-    policy: torch.nn.Module
-    reference: torch.nn.Module
-    tokenizer: Any
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    prompts: list[Prompt]
-    held_out: list[Prompt]
+    start: Start
+    models: Models
+    questions: Questions
     recorded: Recorded
     mix: list[Mix]  # of every step
     rewards: Rewards
     demonstrations: Mapping[str, Rollout]  # worked answers by group; empty: none are learned from
-    base_model: str  # fingerprint of the reference's weights
-    start: int  # steps already taken
-    evaluated: bool  # whether the record has the evaluation after them
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
     summary: str
 
     @property
+    def ranks(self) -> Ranks:
+        return Ranks.of(self.accelerator)
+
+    @property
     def main(self) -> bool:
-        return bool(self.accelerator.is_main_process)
+        return self.ranks.main
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A row of metrics.jsonl, and the same numbers to the trackers, which take finite ones."""
@@ -51,8 +76,3 @@ class Run:
             self.folder.log(step, metrics)
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             self.accelerator.log(finite, step=step)
-
-    @property
-    def share(self) -> slice:
-        """Which items of a list this rank works on."""
-        return slice(self.accelerator.process_index, None, self.accelerator.num_processes)

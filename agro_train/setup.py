@@ -1,7 +1,8 @@
-"""Puts a run together: checkpoint, models, prompts, optimiser, engine, rewards, folder."""
+"""Puts a run together: everything is loaded and checked before the output folder is touched."""
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, get_scheduler
 from transformers.utils import logging as transformers_logging
@@ -19,30 +20,29 @@ from agro_train.algorithm import try_algorithm
 from agro_train.config import TrainConfig
 from agro_train.data.demonstrations import load_demonstrations
 from agro_train.data.mix import Mix, in_recorded_order, plan
-from agro_train.data.prompts import load_prompts
-from agro_train.data.recorded import load_recorded
+from agro_train.data.recorded import Recorded, load_recorded
 from agro_train.engines.engine import Engine
 from agro_train.engines.transformers_engine import TransformersEngine
-from agro_train.policy import checkpoint, tiny
+from agro_train.policy import checkpoint
 from agro_train.policy.adapter import AdapterOff, add_adapter
 from agro_train.policy.load import (
     end_tokens,
     fingerprint,
     identity,
+    load_base,
     load_model,
+    load_sizes,
     load_tokenizer,
-    prepare,
-    set_attention,
     set_matmul_precision,
 )
-from agro_train.policy.policy import Policy, shard, whole
+from agro_train.policy.policy import Policy, shard, with_gathered_model
 from agro_train.policy.reference_cache import check_cache_folder, with_ref_logprobs
+from agro_train.questions import Questions, load_questions
+from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
-from agro_train.rewards.functions import check_columns, load_rewards, with_readable_gold
-from agro_train.run import Run
+from agro_train.rewards.functions import load_rewards
+from agro_train.run import Models, Run, Start
 from agro_train.run_folder import RunFolder
-from agro_train.seeds import derive_seed
-from agro_train.types import Prompt
 from agro_train.watch.environment import record_start
 from agro_train.watch.trackers import check_trackers, start_trackers
 
@@ -51,8 +51,19 @@ from agro_train.watch.trackers import check_trackers, start_trackers
 LONGEST_WAIT = timedelta(hours=3)
 
 
+@dataclass(frozen=True)
+class WarmStart:
+    """The embedded model after its warm start, to be kept in the run's folder."""
+
+    model: PreTrainedModel
+    loss: float  # nats a token, of its last step
+
+
 def setup(config: TrainConfig, *, resume: bool) -> Run:
-    """Loads, checks, and only then creates the output folder (or rewinds a resumed record)."""
+    """Loads, checks, and only then creates the output folder (or rewinds a resumed record).
+
+    What needs no weights is checked before they are loaded. Raises Refusal for what cannot work.
+    """
     folder = RunFolder(Path(config.output_dir))
     if not resume:
         folder.check_unused()
@@ -62,152 +73,50 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     mix = plan(config)
     accelerator = start_accelerator(config)
     check_launch(accelerator)
-    newest = newest_checkpoint(folder.path, accelerator) if resume else None
-    state = checkpoint.read_state(newest) if newest is not None else None
-    taken = 0 if state is None else state.step
-    evaluated = state is not None and folder.evaluated(taken)
-    ended = folder.page.exists() and (evaluated or not config.evaluates)
-    if taken > config.steps or (taken == config.steps and ended):
-        raise Refusal(
-            f"steps: expected more than the {taken} that {folder.path} has already taken, got "
-            f"{config.steps}; add steps=N to go on"
-        )
-    if config.recorded and accelerator.is_main_process:
+    ranks = Ranks.of(accelerator)
+    start = resume_point(config, folder, accelerator) if resume else Start()
+    if config.recorded and ranks.main:
         check_cache_folder()
     precision = set_matmul_precision(config.matmul_precision)
     transformers_logging.disable_progress_bar()  # the run has one of its own
 
-    tokenizer, base, warm_loss = load_base(config, folder.path if newest is not None else None)
-    base_model = fingerprint(base)
-    if state is not None and state.base_model != base_model:
-        raise Refusal(
-            f"--resume: expected a checkpoint of model={config.model}, got {newest}, which started "
-            "from other weights; give the model that the run began with"
-        )
-    prompts, held_out, too_long = load_prompts(
-        config.data,
-        config.eval_data,
-        config.eval_prompts,
-        tokenizer,
-        config.prompt_template,
-        config.max_prompt_length,
-    )
-    if config.model == "tiny":
-        tiny.check_prompts([*prompts, *held_out])
-    context = getattr(base.config, "max_position_embeddings", None)
+    source = base_source(config, start)
+    tokenizer, sizes = load_tokenizer(source), load_sizes(source)
+    questions = load_questions(config, tokenizer, sizes.context, ranks, gold_needed=True)
     recorded = load_recorded(
         config.recorded,
         tokenizer,
         config.prompt_template,
-        vocab_size=base.config.vocab_size,
-        context=context,
+        vocab_size=sizes.vocab_size,
+        context=sizes.context,
     )
-    for spec in config.reward:
-        check_columns(spec, [*prompts, *held_out])
-    check_context(config, [*prompts, *held_out], context)
-    num_loaded = len(prompts) + len(held_out)
-    prompts, held_out = (readable(part, config, accelerator) for part in (prompts, held_out))
-    unreadable = num_loaded - len(prompts) - len(held_out)
-    check_ranks(config, accelerator, len(held_out), mix)
+    check_ranks(config, ranks, len(questions.held_out), mix)
     demonstrations = {}
     if config.demonstrations:
-        demonstrations = load_demonstrations(prompts, config.demonstrations, tokenizer, context)
-    ends = end_tokens(base, tokenizer)
-    # Copied now, before an adapter or sharding changes it; any other model can be loaded again.
-    warm_model = None if warm_loss is None else copy.deepcopy(base)
-    reads_cache = config.recorded and accelerator.is_main_process
-    reference_id = identity(base) if reads_cache else ""
-    if config.use_peft:
-        trained = base
-        add_adapter(trained, config, newest)
-    else:
-        trained = copy.deepcopy(base) if newest is None else load_model(str(newest), config)
-    weights = sum(parameter.numel() for parameter in trained.parameters())
-    policy, reference = spread(trained, base, config, accelerator)
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    assert trainable, "no weight of the policy is trainable"
-    optimizer = torch.optim.AdamW(
-        trainable,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    scheduler = get_scheduler(
-        config.lr_scheduler_type, optimizer, config.warmup_steps, config.steps
-    )
-    if newest is not None:
-        checkpoint.load_optimizer(newest, policy, optimizer, scheduler)
-    engine: Engine
-    if config.use_vllm:
-        from agro_train.engines.vllm_engine import start  # without vLLM there is nothing to import
+        demonstrations = load_demonstrations(
+            questions.prompts, config.demonstrations, tokenizer, sizes.context
+        )
 
-        longest = max(len(prompt.ids) for prompt in [*prompts, *held_out])
-        engine = start(config, policy, accelerator, tokenizer, ends, longest)
-    else:
-        engine = TransformersEngine(partial(whole, policy, accelerator), tokenizer, ends, config)
-    if config.recorded:
-        per_step = config.recorded_prompts_per_step
-        visits = range(len(recorded.groups))
-        used = set(in_recorded_order(visits, 0, config.steps * per_step, config.seed))
-        recorded = with_ref_logprobs(
-            recorded, used, reference, reference_id, config, accelerator, accelerator.print
-        )
-    accelerator.wait_for_everyone()  # no rank creates the folder while another checks it
-    if accelerator.is_main_process:
-        if state is not None:
-            checkpoint.set_aside(folder.path, taken)
-            folder.rewind(taken, config.to_yaml())
-        else:
-            folder.create(config.to_yaml())
-            if warm_model is not None:
-                warm_model.save_pretrained(folder.path / "base_model")
-                tokenizer.save_pretrained(folder.path / "base_model")
-                durable.sync_tree(folder.path / "base_model")
-        run_id = record_start(folder.path, taken, accelerator, resumed=resume)
-        start_trackers(accelerator, config, folder.path, run_id, taken)
-    summary = f"{config.model}: {weights / 1e6:.1f} M weights, "
-    if config.use_peft:
-        summary += f"{sum(p.numel() for p in trainable) / 1e6:.2f} M of them trained, "
-    summary += (
-        f"{len(prompts)} prompts, {len(held_out)} held out, {sum(too_long)} left out as too long, "
-    )
-    if unreadable:
-        summary += f"{unreadable} left out as their gold answer cannot be parsed, "
-    summary += f"{len(recorded.groups)} recorded groups"
-    if recorded.num_unrewarded:
-        summary += f" with {recorded.num_unrewarded} completions without a reward"
-    if recorded.num_without_sampler and config.tapers:
-        summary += (
-            f" ({recorded.num_without_sampler} completions without sampling_logprob: the "
-            "reference's stands in)"
-        )
-    summary += (
-        f"; {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"float32 products: {precision}"
-    )
-    if warm_loss is not None:
-        summary += f"; warm start ended at {warm_loss:.3f} nats a token"
+    models, warm_start = load_models(config, source, tokenizer, start, accelerator)
+    optimizer, scheduler = make_optimizer(config, models.policy, start)
+    engine = start_engine(config, models, questions, accelerator)
+    recorded = with_known_references(config, recorded, models, accelerator)
+    open_folder(config, folder, start, tokenizer, warm_start, accelerator, resume=resume)
     return Run(
         config=config,
         folder=folder,
         accelerator=accelerator,
-        policy=policy,
-        reference=reference,
-        tokenizer=tokenizer,
-        engine=engine,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        prompts=prompts,
-        held_out=held_out,
+        start=start,
+        models=models,
+        questions=questions,
         recorded=recorded,
         mix=mix,
         rewards=rewards,
         demonstrations=demonstrations,
-        base_model=base_model,
-        start=taken,
-        evaluated=evaluated,
-        summary=summary,
+        engine=engine,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        summary=summarise(config, models, questions, recorded, accelerator, precision, warm_start),
     )
 
 
@@ -228,50 +137,6 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         ) from error
 
 
-def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
-    """Where a resumed run goes on; None for one that has to start again, for it was ended before
-    its first checkpoint. The main rank reads the files for all.
-    """
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [checkpoint.newest(folder, accelerator.print)]
-        except Refusal as error:
-            found = [error]
-        if found == [None]:
-            accelerator.print(f"{folder}: no checkpoint was written yet; starting again at step 0")
-    (newest,) = broadcast_object_list(found)
-    if isinstance(newest, Refusal):
-        raise newest
-    path: Path | None = newest
-    return path
-
-
-def readable(prompts: list[Prompt], config: TrainConfig, accelerator: Accelerator) -> list[Prompt]:
-    """The prompts whose gold answer the reward can read; each rank looks at its share."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    bounds = [len(prompts) * i // ranks for i in range(ranks + 1)]
-    mine = with_readable_gold(prompts[bounds[rank] : bounds[rank + 1]], config)
-    kept: list[Prompt] = gather_object(mine)
-    if prompts and not kept:
-        raise Refusal(
-            f"data: expected gold answers that math-verify can parse, got none in {len(prompts)} "
-            f"prompts, the first of which is {prompts[0].text[:40]!r}"
-        )
-    return kept
-
-
-def check_context(config: TrainConfig, prompts: Sequence[Prompt], context: int | None) -> None:
-    """Raises Refusal where a completion could run out of the model's context."""
-    longest = max((len(prompt.ids) for prompt in prompts), default=0)
-    if context is not None and longest + config.max_completion_length > context:
-        raise Refusal(
-            f"max_completion_length: expected at most {context - longest}, what the longest prompt "
-            f"of {longest} tokens leaves of the model's {context}, got "
-            f"{config.max_completion_length}; lower it or max_prompt_length"
-        )
-
-
 def check_launch(accelerator: Accelerator) -> None:
     """Raises Refusal for what a launcher's configuration would silently do to the gradient."""
     kind = accelerator.distributed_type.value
@@ -287,11 +152,38 @@ def check_launch(accelerator: Accelerator) -> None:
         )
 
 
-def check_ranks(
-    config: TrainConfig, accelerator: Accelerator, num_held_out: int, mix: Sequence[Mix]
-) -> None:
+def resume_point(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> Start:
+    """Where a resumed run goes on. Raises Refusal for one that has nothing left to do."""
+    newest = newest_checkpoint(folder.path, accelerator)
+    if newest is None:
+        return Start()
+    state = checkpoint.read_state(newest)
+    evaluated = folder.evaluated(state.step)
+    ended = folder.page.exists() and (evaluated or not config.evaluates)
+    if state.step > config.steps or (state.step == config.steps and ended):
+        raise Refusal(
+            f"steps: expected more than the {state.step} that {folder.path} has already taken, got "
+            f"{config.steps}; add steps=N to go on"
+        )
+    return Start(state.step, newest, state.base_model, evaluated)
+
+
+def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
+    """The run's newest checkpoint; None for a run that has to start again, for it was ended before
+    its first one. The main rank reads the files for all.
+    """
+
+    def find() -> Path | None:
+        found = checkpoint.newest(folder, accelerator.print)
+        if found is None:
+            accelerator.print(f"{folder}: no checkpoint was written yet; starting again at step 0")
+        return found
+
+    return Ranks.of(accelerator).from_main(find)
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks, num_held_out: int, mix: Sequence[Mix]) -> None:
     """Raises Refusal for what the launch cannot carry."""
-    ranks = accelerator.num_processes
     if config.fsdp and not torch.distributed.is_initialized():
         raise Refusal(
             "fsdp: expected a distributed launch, got a single process; start it with "
@@ -303,36 +195,180 @@ def check_ranks(
         ("fresh prompts in a step", num_fresh),
         ("held-out prompts", num_held_out),
     ):
-        if 0 < count < ranks:
+        if 0 < count < ranks.world:
             raise Refusal(
-                f"{what}: expected none or one for each of {ranks} processes, got {count}"
+                f"{what}: expected none or one for each of {ranks.world} processes, got {count}"
             )
 
 
-def load_base(
-    config: TrainConfig, resumed: Path | None
-) -> tuple[Any, PreTrainedModel, float | None]:
-    """Tokenizer, the model the run starts from (the reference), and a warm start's last loss."""
-    if config.model != "tiny":
-        return load_tokenizer(config.model), load_model(config.model, config), None
-    if resumed is not None:
-        source = str(resumed / "base_model")
-        return load_tokenizer(source), load_model(source, config), None
-    tokenizer = tiny.build_tokenizer()
-    model = tiny.build_model(len(tokenizer), derive_seed(config.seed, "weights"))
-    loss = tiny.warm_start(
-        model,
-        tokenizer,
-        tiny.lessons(config.data),
-        steps=config.warm_start_steps,
-        seed=derive_seed(config.seed, "warm start"),
+def base_source(config: TrainConfig, start: Start) -> str:
+    """Where the weights that the run began with are: a resumed run has kept the embedded model's,
+    which its warm start made."""
+    if config.model == "tiny" and start.checkpoint is not None:
+        return str(start.checkpoint.parent / "base_model")
+    return config.model
+
+
+def load_models(
+    config: TrainConfig, source: str, tokenizer: Any, start: Start, accelerator: Accelerator
+) -> tuple[Models, WarmStart | None]:
+    """Policy and reference, loaded, given an adapter where one is trained, and on their devices."""
+    base, warm_loss = load_base(source, config, tokenizer)
+    base_model = fingerprint(base)
+    if start.base_model not in (None, base_model):
+        raise Refusal(
+            f"--resume: expected a checkpoint of model={config.model}, got {start.checkpoint}, "
+            "which started from other weights; give the model that the run began with"
+        )
+    ends = end_tokens(base, tokenizer)
+    # Copied now, before an adapter or sharding changes it; any other model can be loaded again.
+    warm_start = None if warm_loss is None else WarmStart(copy.deepcopy(base), warm_loss)
+    reads_cache = config.recorded and accelerator.is_main_process
+    reference_id = identity(base) if reads_cache else ""
+    if config.use_peft:
+        trained = base
+        add_adapter(trained, config, start.checkpoint)
+    elif start.checkpoint is None:
+        trained = copy.deepcopy(base)
+    else:
+        trained = load_model(str(start.checkpoint), config)
+    num_weights = sum(parameter.numel() for parameter in trained.parameters())
+    policy, reference = place_on_devices(trained, base, config, accelerator)
+    models = Models(
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        end_tokens=ends,
+        base_model=base_model,
+        reference_id=reference_id,
+        num_weights=num_weights,
     )
-    set_attention(model, config.attn_implementation)
-    prepare(model, config)
-    return tokenizer, model.to(getattr(torch, config.dtype)), loss
+    return models, warm_start
 
 
-def spread(
+def make_optimizer(
+    config: TrainConfig, policy: torch.nn.Module, start: Start
+) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW over what is trained, and its schedule; both as they were where a run is resumed."""
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    assert trainable, "no weight of the policy is trainable"
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, config.warmup_steps, config.steps
+    )
+    if start.checkpoint is not None:
+        checkpoint.load_optimizer(start.checkpoint, policy, optimizer, scheduler)
+    return optimizer, scheduler
+
+
+def start_engine(
+    config: TrainConfig, models: Models, questions: Questions, accelerator: Accelerator
+) -> Engine:
+    """What samples completions: vLLM, or transformers."""
+    ends = models.end_tokens
+    if config.use_vllm:
+        from agro_train.engines.vllm_engine import start  # without vLLM there is nothing to import
+
+        longest = questions.longest
+        return start(config, models.policy, accelerator, models.tokenizer, ends, longest)
+    lend = partial(with_gathered_model, models.policy, accelerator)
+    return TransformersEngine(lend, models.tokenizer, ends, config)
+
+
+def with_known_references(
+    config: TrainConfig, recorded: Recorded, models: Models, accelerator: Accelerator
+) -> Recorded:
+    """The recorded groups with the reference's log-probabilities of those that the run will use."""
+    if not config.recorded:
+        return recorded
+    visits = range(len(recorded.groups))
+    count = config.steps * config.recorded_prompts_per_step
+    used = set(in_recorded_order(visits, 0, count, config.seed))
+    return with_ref_logprobs(
+        recorded,
+        used,
+        models.reference,
+        models.reference_id,
+        config,
+        accelerator,
+        accelerator.print,
+    )
+
+
+def open_folder(
+    config: TrainConfig,
+    folder: RunFolder,
+    start: Start,
+    tokenizer: Any,
+    warm_start: WarmStart | None,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+) -> None:
+    """Creates the output folder, or rewinds that of a resumed run to its checkpoint, and starts the
+    trackers. From here on there is something on disk."""
+    accelerator.wait_for_everyone()  # no rank creates the folder while another checks it
+    if not accelerator.is_main_process:
+        return
+    if start.checkpoint is not None:
+        checkpoint.set_aside(folder.path, start.step)
+        folder.rewind(start.step, config.to_yaml())
+    else:
+        folder.create(config.to_yaml())
+        if warm_start is not None:
+            warm_start.model.save_pretrained(folder.path / "base_model")
+            tokenizer.save_pretrained(folder.path / "base_model")
+            durable.sync_tree(folder.path / "base_model")
+    run_id = record_start(folder.path, start.step, accelerator, resumed=resume)
+    start_trackers(accelerator, config, folder.path, run_id, start.step)
+
+
+def summarise(
+    config: TrainConfig,
+    models: Models,
+    questions: Questions,
+    recorded: Recorded,
+    accelerator: Accelerator,
+    precision: str,
+    warm_start: WarmStart | None,
+) -> str:
+    """The line that a run prints first: what it trains on what."""
+    too_long, unreadable = (
+        sum(left_out[reason] for left_out in (questions.left_out, questions.left_out_held))
+        for reason in ("too_long", "unreadable_gold")
+    )
+    line = f"{config.model}: {models.num_weights / 1e6:.1f} M weights, "
+    if config.use_peft:
+        trained = sum(p.numel() for p in models.policy.parameters() if p.requires_grad)
+        line += f"{trained / 1e6:.2f} M of them trained, "
+    line += f"{len(questions.prompts)} prompts, {len(questions.held_out)} held out, "
+    line += f"{too_long} left out as too long, "
+    if unreadable:
+        line += f"{unreadable} left out as their gold answer cannot be parsed, "
+    line += f"{len(recorded.groups)} recorded groups"
+    if recorded.num_unrewarded:
+        line += f" with {recorded.num_unrewarded} completions without a reward"
+    if recorded.num_without_sampler and config.tapers:
+        line += (
+            f" ({recorded.num_without_sampler} completions without sampling_logprob: the "
+            "reference's stands in)"
+        )
+    line += (
+        f"; {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"float32 products: {precision}"
+    )
+    if warm_start is not None:
+        line += f"; warm start ended at {warm_start.loss:.3f} nats a token"
+    return line
+
+
+def place_on_devices(
     trained: PreTrainedModel, base: PreTrainedModel, config: TrainConfig, accelerator: Accelerator
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Policy and frozen reference on their devices: sharded, replicated, or just there.

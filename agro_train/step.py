@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from agro_train.algorithm import coefficients
 from agro_train.config import TrainConfig
 from agro_train.metrics import measure
-from agro_train.policy.logprobs import even_out, row_sums, sequence_logprobs, to_device, token_rows
+from agro_train.policy.logprobs import even_out, row_sums, sequence_logprobs
 from agro_train.policy.policy import head_gradient
 from agro_train.types import MicroBatch, Scores, StepStats, TrainBatch
 
@@ -46,8 +46,8 @@ def update(
     mine = weights[first : first + len(scores.rewards)] * world
     head_grad = head_gradient(policy)
     for number, (piece, piece_lse) in enumerate(zip(micro, lse, strict=True), start=1):
-        piece = to_device(piece, accelerator.device)
-        per_token = mine.to(piece_lse.device, piece_lse.dtype)[token_rows(piece)]
+        piece = piece.to(accelerator.device)
+        per_token = mine.to(piece_lse.device, piece_lse.dtype)[piece.token_rows()]
         if number > len(batch.micro):  # an extra one, to keep step with the other ranks
             per_token = torch.zeros_like(per_token)
         with accelerator.no_sync(policy) if number < len(micro) else nullcontext():
@@ -89,12 +89,12 @@ def score_batch(
     mismatch = [torch.zeros(0, dtype=torch.float64)]
     with torch.no_grad():
         for number, piece in enumerate(micro, start=1):
-            piece = to_device(piece, device)
+            piece = piece.to(device)
             ours = policy(piece, config.temperature)
             lse.append(ours.lse)
             if number > len(batch.micro):
                 continue
-            logprobs += row_sums(ours.logprobs, token_rows(piece), len(logprobs))
+            logprobs += row_sums(ours.logprobs, piece.token_rows(), len(logprobs))
             entropy += float(ours.entropy.double().sum())
             num_tokens += len(piece.targets)
             lengths[piece.rows.cpu()] = piece.cu_seqlens.diff().long().cpu()

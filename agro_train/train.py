@@ -3,9 +3,8 @@
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from agro_train.data.batch import build_batch
 from agro_train.data.mix import in_recorded_order, replayed_groups
@@ -30,17 +29,17 @@ def train(run: Run) -> Path:
     A resumed run goes on from its newest checkpoint; on a CPU the result is then bitwise that of
     a run that was never interrupted. If that was its last step, only what is missing is made.
     """
-    config = run.config
+    config, start = run.config, run.start.step
     with Display(
-        run.start, config.steps, samples_every=config.samples_every, quiet=not run.main
+        start, config.steps, samples_every=config.samples_every, quiet=not run.main
     ) as display:
         display.say(run.summary)
         evaluation = None
-        if not run.evaluated and (run.start == config.steps or due(config.eval_every, run.start)):
-            evaluation = run_evaluation(run, run.start, display)
-        taken = saved = run.start
+        if not run.start.evaluated and (start == config.steps or due(config.eval_every, start)):
+            evaluation = run_evaluation(run, start, display)
+        taken = saved = start
         try:
-            for step in range(run.start, config.steps):
+            for step in range(start, config.steps):
                 metrics, rollouts = take_step(run, step)
                 if run.main:
                     write_rollouts(run.folder.rollouts(step + 1), rollouts)
@@ -84,8 +83,8 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
         share_prompts=config.share_prompts,
     )
     stats = update(
-        run.policy,
-        run.reference,
+        run.models.policy,
+        run.models.reference,
         batch,
         config,
         run.accelerator,
@@ -103,7 +102,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
     if run.demonstrations:
         kept = sum(rollout.source == "demonstration" for rollout in rollouts)
         metrics["sample/demonstrations_left_out"] = float(run.mix[step].fresh - kept)
-    metrics["epoch"] = run.mix[step].first_fresh / len(run.prompts)
+    metrics["epoch"] = run.mix[step].first_fresh / len(run.questions.prompts)
     metrics["time_s"] = time.perf_counter() - began
     metrics["tokens_per_s"] = metrics["tokens"] / metrics["time_s"]
     metrics["memory_gb"] = max(gather_object([peak_memory_gb(run.accelerator.device)]))
@@ -118,8 +117,8 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
     The step's groups are numbered through: fresh ones, then replayed ones, then recorded ones.
     """
     config, mix = run.config, run.mix[step]
-    prompts = shuffled(run.prompts, mix.first_fresh, mix.fresh, config.seed)
-    numbers = range(config.prompts_per_step)[run.share]
+    prompts = shuffled(run.questions.prompts, mix.first_fresh, mix.fresh, config.seed)
+    numbers = range(config.prompts_per_step)[run.ranks.rank_slice]
     mine = [number for number in numbers if number < mix.fresh]
     rollouts: list[Rollout] = []
     # A prompt that comes twice in a step makes two groups: their numbers differ.
@@ -142,7 +141,7 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
             )
         ]
         scored = score([rollout for _, rollout in members], run.rewards)
-        if step == run.start:
+        if step == run.start.step:
             # All ranks' at once: one that stopped alone would leave the others waiting.
             refuse_broken(gather_object(scored))
         for (number, _), rollout in zip(members, scored, strict=True):
@@ -170,11 +169,9 @@ def replayed(run: Run, step: int) -> list[list[Rollout]]:
     """The step's groups from earlier steps. The main rank, which wrote them, reads them for all."""
     if not run.mix[step].replayed:
         return []
-    groups: list[Any] = [None]
-    if run.main:
-        groups = [replayed_groups(run.folder.rollouts, run.mix, step, run.config)]
-    read: list[list[Rollout]] = broadcast_object_list(groups)[0]
-    return read
+    return run.ranks.from_main(
+        lambda: replayed_groups(run.folder.rollouts, run.mix, step, run.config)
+    )
 
 
 def recorded(run: Run, step: int) -> list[tuple[Rollout, ...]]:
@@ -189,12 +186,13 @@ def due(every: int, step: int) -> bool:
 
 def run_evaluation(run: Run, step: int, display: Display) -> Evaluation | None:
     """Evaluates on the held-out prompts, records and plots it; None where the run wants none."""
-    if not run.held_out or not run.config.eval_every:
+    held_out = run.questions.held_out
+    if not held_out or not run.config.eval_every:
         return None
     began = time.perf_counter()
-    numbers = range(len(run.held_out))[run.share]
-    mine = run.held_out[run.share]
-    result = evaluate(run.engine, mine, numbers, run.rewards, run.config, step)
+    mine = run.ranks.rank_slice
+    numbers = range(len(held_out))[mine]
+    result = evaluate(run.engine, held_out[mine], numbers, run.rewards, run.config, step)
     result = Evaluation(gather_object(result.greedy), gather_object(result.sampled))
     metrics = summarise(result)
     if run.main:
@@ -208,9 +206,9 @@ def run_evaluation(run: Run, step: int, display: Display) -> Evaluation | None:
 def save(run: Run, step: int) -> None:
     checkpoint.save(
         run.folder.path,
-        checkpoint.TrainerState(step=step, base_model=run.base_model),
-        run.policy,
-        run.tokenizer,
+        checkpoint.TrainerState(step=step, base_model=run.models.base_model),
+        run.models.policy,
+        run.models.tokenizer,
         run.optimizer,
         run.scheduler,
         keep=run.config.save_total_limit,

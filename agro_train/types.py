@@ -87,6 +87,14 @@ class MicroBatch:
         related |= self.parents[:, None] == self.segments
         return related.tril()
 
+    def token_rows(self) -> Tensor:
+        """(n,) int64: the row in TrainBatch of the completion that each predicted token is in."""
+        return self.rows.repeat_interleave(self.cu_seqlens.diff())
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on `device`."""
+        return MicroBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class TrainBatch:

@@ -17,7 +17,7 @@ from agro_train.commands.sampler import (
 )
 from agro_train.data.recorded import write_rollouts
 from agro_train.evaluate import Estimate, Evaluation, estimates, evaluate
-from agro_train.metrics import share
+from agro_train.metrics import proportion
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards
 from agro_train.run_folder import RunFolder
@@ -69,29 +69,29 @@ def evaluate_model(
     check_free(folder, "output_dir")
     rewards = load_rewards(config)
     sampler = load_sampler(config)
-    if not sampler.held_out and any(sampler.left_out_held.values()):
+    held_out, left_out = sampler.questions.held_out, sampler.questions.left_out_held
+    if not held_out and any(left_out.values()):
         raise Refusal(
             f"eval_prompts: expected held-out prompts to evaluate on, got none but "
-            f"{sampler.left_out_held['too_long']} that are too long and "
-            f"{sampler.left_out_held['unreadable_gold']} whose gold answer cannot be parsed; raise "
-            "max_prompt_length or mend the answers"
+            f"{left_out['too_long']} that are too long and {left_out['unreadable_gold']} whose "
+            "gold answer cannot be parsed; raise max_prompt_length or mend the answers"
         )
-    if not sampler.held_out:
+    if not held_out:
         raise Refusal(
             f"eval_prompts: expected held-out prompts to evaluate on, got none in {config.data}; "
             "give eval_prompts=N or eval_data=FILE"
         )
     result = evaluate(
         sampler.engine(),
-        sampler.held_out,
-        range(len(sampler.held_out)),
+        held_out,
+        range(len(held_out)),
         rewards,
         config,
         sampler.step,
     )
     found = estimates(result, rewards, config)
     _write_evaluation(folder, sampler, result, found)
-    return folder, found, sampler.left_out_held
+    return folder, found, left_out
 
 
 def _write_evaluation(
@@ -105,12 +105,12 @@ def _write_evaluation(
         "model": sampler.source,
         "step": sampler.step,
         "prompts": len(result.greedy),
-        "left_out": sampler.left_out_held,
+        "left_out": sampler.questions.left_out_held,
         "generations": sampler.config.eval_generations,
         "temperature": sampler.config.temperature,
-        "truncated_rate": share(samples, lambda r: r.finish == "length"),
-        "timeout_rate": share(samples, lambda r: r.failure == "timeout"),
-        "error_rate": share(samples, lambda r: r.failure == "error"),
+        "truncated_rate": proportion(samples, lambda r: r.finish == "length"),
+        "timeout_rate": proportion(samples, lambda r: r.failure == "timeout"),
+        "error_rate": proportion(samples, lambda r: r.failure == "error"),
         **{name: asdict(estimate) for name, estimate in found.items()},
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")

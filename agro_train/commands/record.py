@@ -49,7 +49,7 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
     check_free(output, "output")
     rewards = load_rewards(config)
     sampler = load_sampler(config)
-    prompts = sampler.prompts[:count]
+    prompts = sampler.questions.prompts[:count]
     if not prompts:
         raise Refusal(
             f"data: expected gold answers that math-verify can parse, got none in {config.data}; "
@@ -72,4 +72,4 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
             for rollout in score(rollouts, rewards):
                 file.write(rollout_to_json(rollout) + "\n")
                 written += 1
-    return written, sampler.left_out
+    return written, sampler.questions.left_out

@@ -1,7 +1,7 @@
 """A model to sample from, with the prompts of its configuration: what rollout and eval share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +9,30 @@ import torch
 from transformers import PreTrainedModel
 
 from agro_train.config import TrainConfig
-from agro_train.data.prompts import load_prompts
 from agro_train.engines.transformers_engine import TransformersEngine
-from agro_train.policy import checkpoint, tiny
-from agro_train.policy.load import end_tokens, load_model, load_tokenizer, set_matmul_precision
+from agro_train.policy import checkpoint
+from agro_train.policy.load import (
+    end_tokens,
+    load_base,
+    load_sizes,
+    load_tokenizer,
+    set_matmul_precision,
+)
+from agro_train.questions import Questions, load_questions
 from agro_train.refusal import Refusal
-from agro_train.rewards.functions import check_columns, with_readable_gold
 from agro_train.run_folder import RunFolder
-from agro_train.setup import check_context, load_base
-from agro_train.types import Prompt
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A model to sample from, and the prompts and rewards of its configuration."""
+    """A model to sample from, and the prompts of its configuration."""
 
     config: TrainConfig
     source: str  # where the weights are
     model: PreTrainedModel
     tokenizer: Any
     step: int | None  # optimiser steps the weights have taken; None: not a run's checkpoint
-    prompts: list[Prompt]
-    held_out: list[Prompt]
-    left_out: dict[str, int]  # training prompts, by reason
-    left_out_held: dict[str, int]  # held-out prompts, by reason
+    questions: Questions
 
     def engine(self) -> TransformersEngine:
         """transformers', whatever sampled in the run."""
@@ -46,41 +46,17 @@ def load_sampler(config: TrainConfig) -> Sampler:
     """Loads `config.model`, which may also be a run's folder, for its newest checkpoint."""
     source, step = find_model(config.model)
     set_matmul_precision(config.matmul_precision)
-    if source == "tiny":
-        tokenizer, model, _ = load_base(config, None)
-    else:
-        tokenizer, model = load_tokenizer(source), load_model(source, config)
-    prompts, held_out, too_long = load_prompts(
-        config.data,
-        config.eval_data,
-        config.eval_prompts,
-        tokenizer,
-        config.prompt_template,
-        config.max_prompt_length,
-    )
-    if source == "tiny":
-        tiny.check_prompts([*prompts, *held_out])
-    for spec in config.reward:
-        check_columns(spec, [*prompts, *held_out])
-    context = getattr(model.config, "max_position_embeddings", None)
-    check_context(config, [*prompts, *held_out], context)
-    good, good_held = (with_readable_gold(part, config) for part in (prompts, held_out))
-    left_out, left_out_held = (
-        {"too_long": long, "unreadable_gold": len(before) - len(after)}
-        for long, before, after in zip(
-            too_long, (prompts, held_out), (good, good_held), strict=True
-        )
-    )
+    tokenizer, sizes = load_tokenizer(source), load_sizes(source)
+    of_source = replace(config, model=source)
+    questions = load_questions(of_source, tokenizer, sizes.context, gold_needed=False)
+    model, _ = load_base(source, config, tokenizer)
     return Sampler(
         config=config,
         source=source,
         model=model.to("cuda" if torch.cuda.is_available() else "cpu"),
         tokenizer=tokenizer,
         step=step,
-        prompts=good,
-        held_out=good_held,
-        left_out=left_out,
-        left_out_held=left_out_held,
+        questions=questions,
     )
 
 

@@ -32,7 +32,6 @@ from agro_train.engines.vllm_client import (
     weights_folder,
 )
 from agro_train.policy.adapter import merged_weights
-from agro_train.policy.logprobs import to_device
 from agro_train.policy.policy import unwrap
 from agro_train.refusal import Refusal
 from agro_train.types import Prompt, Rollout
@@ -195,7 +194,7 @@ class VllmEngine:
         assert self.probe is not None, "there is a probe before weights are sent"
         (micro,) = pack([self.probe], token_budget=1, share_prompts=False)
         with torch.no_grad():
-            found = self.policy(to_device(micro, self.accelerator.device), 1.0).logprobs
+            found = self.policy(micro.to(self.accelerator.device), 1.0).logprobs
         logprobs: Tensor = found.double().cpu()
         return logprobs
 

@@ -25,11 +25,11 @@ from agro_train.config import TrainConfig
 from agro_train.data.batch import build_batch
 from agro_train.data.recorded import write_rollouts
 from agro_train.evaluate import by_prompt, evaluate, mean_reward, summarise
-from agro_train.policy.load import set_matmul_precision
+from agro_train.policy.load import load_base, load_tokenizer, set_matmul_precision
 from agro_train.rewards.functions import load_rewards, score
 from agro_train.run import Run
 from agro_train.seeds import derive_seed
-from agro_train.setup import load_base, setup
+from agro_train.setup import setup
 from agro_train.step import score_batch
 from agro_train.train import take_step
 
@@ -186,16 +186,18 @@ def _make_start(config: TrainConfig, folder: Path) -> None:
     transformers_logging.disable_progress_bar()
     set_matmul_precision(config.matmul_precision)  # as a run's own warm start has it
     if config.model == "tiny":
-        tokenizer, model, _ = load_base(config, None)
+        tokenizer = load_tokenizer("tiny")
+        model, _ = load_base("tiny", config, tokenizer)
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         config = replace(config, model=str(folder / "model"))
     folder.mkdir(exist_ok=True)
     sampler = load_sampler(config)
     count = start_samples(config)
+    prompts = sampler.questions.held_out
     rollouts = sampler.engine().complete(
-        sampler.held_out,
-        seeds=[derive_seed(config.seed, "pass rate", p.text) for p in sampler.held_out],
+        prompts,
+        seeds=[derive_seed(config.seed, "pass rate", p.text) for p in prompts],
         num_generations=count,
         temperature=config.temperature,
         step=None,
@@ -203,7 +205,7 @@ def _make_start(config: TrainConfig, folder: Path) -> None:
     scored = score(rollouts, load_rewards(config))
     rates = {
         prompt.text: mean_reward(scored[i * count : (i + 1) * count])
-        for i, prompt in enumerate(sampler.held_out)
+        for i, prompt in enumerate(prompts)
     }
     (folder / "pass_rates.json").write_text(json.dumps(rates))
 
@@ -255,8 +257,8 @@ def held_out(run: Run, step: int, pass_rates: Mapping[str, float]) -> dict[str, 
     start, and the sampled completions' mean log-ratio to the reference (nats a completion: the KL,
     whatever the policy learned from) and entropy (nats a token)."""
     config = run.config
-    numbers = range(len(run.held_out))
-    result = evaluate(run.engine, run.held_out, numbers, run.rewards, config, step)
+    numbers = range(len(run.questions.held_out))
+    result = evaluate(run.engine, run.questions.held_out, numbers, run.rewards, config, step)
     summary = summarise(result)
     batch = build_batch(
         result.sampled,
@@ -265,8 +267,8 @@ def held_out(run: Run, step: int, pass_rates: Mapping[str, float]) -> dict[str, 
         token_budget=config.token_budget,
         share_prompts=config.share_prompts,
     )
-    device = run.accelerator.device
-    scores, _ = score_batch(run.policy, run.reference, batch, batch.micro, config, device)
+    models, device = run.models, run.accelerator.device
+    scores, _ = score_batch(models.policy, models.reference, batch, batch.micro, config, device)
     found = {
         "eval_accuracy": summary["eval_accuracy"],
         "eval_reward": summary["eval_reward"],

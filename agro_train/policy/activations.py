@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-# Of transformers; each has this forward to the letter.
+# transformers' MLPs whose forward is exactly down(act(gate(x)) * up(x)).
 GATED = ("GemmaMLP", "Gemma2MLP", "Gemma3MLP", "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP",
          "SmolLM3MLP")  # fmt: skip
 

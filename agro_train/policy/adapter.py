@@ -1,4 +1,4 @@
-"""LoRA through peft: a frozen model, a small trained adapter, and the reference for nothing.
+"""LoRA through peft: a frozen model, a small trained adapter, and no second model for a reference.
 
 The adapter lies inside the transformers model's own linear layers, so that the policy, generation
 and wrappers see the model they know. With the adapter off the same weights are the reference.
@@ -26,7 +26,7 @@ from agro_train.run_folder import RunFolder
 from agro_train.seeds import derive_seed
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
-NAME = "default"  # peft's, of an only adapter
+NAME = "default"  # what peft calls a model's only adapter
 PREFIX = "base_model.model."  # of a name in an adapter's file, before the model's own
 
 
@@ -101,7 +101,7 @@ def base_of(folder: Path) -> str | None:
 
 def with_adapter_merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """A plain model: its weights plus the adapter in `folder`."""
-    with warnings.catch_warnings():  # peft asks transformers by a name that is to go
+    with warnings.catch_warnings():  # peft uses a name that transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
         merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     assert isinstance(merged, PreTrainedModel), f"expected a plain model, got {type(merged)}"
@@ -145,8 +145,11 @@ class AdapterOff(nn.Module):
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """As peft's own switch, which however also takes requires_grad away: a sharded weight that is
-    gathered for the first time with it off would never get a gradient again."""
+    """The model computes without its adapter inside this block.
+
+    peft's own switch also sets requires_grad to False. A sharded weight that is first gathered
+    without requires_grad never gets a gradient, so here only the layers' flag is changed.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     assert layers, "expected a model with an adapter"
     for layer in layers:

@@ -1,4 +1,5 @@
-"""Models and tokenizers from folders, hub ids, GGUF files, adapters."""
+"""Loading models and tokenizers: from folders, hub ids, GGUF files and adapters' folders; what
+identifies a model, and the precision of its products."""
 
 import hashlib
 import importlib.util
@@ -8,24 +9,74 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from agro_train.config import TrainConfig
+from agro_train.policy import tiny
 from agro_train.policy.activations import recompute_mlp_products
 from agro_train.policy.adapter import base_of, with_adapter_merged
 from agro_train.refusal import Refusal
+from agro_train.seeds import derive_seed
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a folder, hub id, .gguf file or `smollm2`."""
+    """The tokenizer of a folder, hub id, .gguf file, `smollm2` or `tiny`."""
+    if source == "tiny":
+        return tiny.build_tokenizer()
     name, gguf = _resolve(source)
     with _loading(source):
         return AutoTokenizer.from_pretrained(name, **gguf)
+
+
+class Sizes(NamedTuple):
+    """What the data is checked against."""
+
+    vocab_size: int
+    context: int | None  # tokens that the model can read; None: unknown
+
+
+def load_sizes(source: str) -> Sizes:
+    """Of the model that `load_model` loads, without its weights, which may take minutes."""
+    if source == "tiny":
+        config = tiny.build_config(len(tiny.build_tokenizer()))
+    elif (base := base_of(Path(source))) is not None:
+        return load_sizes(base)
+    else:
+        name, gguf = _resolve(source)
+        with _loading(source):
+            config = AutoConfig.from_pretrained(name, **gguf).get_text_config()
+    return Sizes(config.vocab_size, getattr(config, "max_position_embeddings", None))
+
+
+def load_base(
+    source: str, config: TrainConfig, tokenizer: Any
+) -> tuple[PreTrainedModel, float | None]:
+    """The model that a run starts from; `tiny` is built and warm-started here, and its last loss,
+    nats a token, is returned, too."""
+    if source != "tiny":
+        return load_model(source, config), None
+    model = tiny.build_model(len(tokenizer), derive_seed(config.seed, "weights"))
+    loss = tiny.warm_start(
+        model,
+        tokenizer,
+        tiny.lessons(config.data),
+        steps=config.warm_start_steps,
+        seed=derive_seed(config.seed, "warm start"),
+    )
+    set_attention(model, config.attn_implementation)
+    prepare(model, config)
+    return model.to(getattr(torch, config.dtype)), loss
 
 
 def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
@@ -192,6 +243,6 @@ def set_matmul_precision(choice: str) -> str:
 
 
 def _has_amx() -> bool:
-    """Linux says so; elsewhere assume it, which only costs speed."""
+    """Read from /proc/cpuinfo. Where there is none AMX is assumed, which only costs speed."""
     cpuinfo = Path("/proc/cpuinfo")
     return not os.access(cpuinfo, os.R_OK) or "amx_tile" in cpuinfo.read_text()

@@ -31,10 +31,10 @@ def sequence_logprobs(
     sums = torch.zeros(count, dtype=torch.float64)
     with torch.no_grad():
         for number, piece in enumerate(even_out(micro), start=1):
-            piece = to_device(piece, device)
+            piece = piece.to(device)
             logprobs = model(piece, config.temperature).logprobs
             if number <= len(micro):
-                sums += row_sums(logprobs, token_rows(piece), count)
+                sums += row_sums(logprobs, piece.token_rows(), count)
     return sums
 
 
@@ -54,16 +54,7 @@ def even_out(micro: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
     return micro + (micro or (FILLER,))[-1:] * (most - len(micro))
 
 
-def token_rows(micro: MicroBatch) -> Tensor:
-    """(n,) the row in the batch of each predicted token's completion."""
-    return micro.rows.repeat_interleave(micro.cu_seqlens.diff())
-
-
 def row_sums(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """(count,) float64 sums of per-token values over each completion, on the CPU."""
     sums = torch.zeros(count, dtype=torch.float64)
     return sums.index_add_(0, rows.cpu(), values.double().cpu())
-
-
-def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    return replace(micro, **{name: value.to(device) for name, value in vars(micro).items()})

@@ -1,4 +1,4 @@
-"""Loading models, and the policy: a causal LM whose head gives log-probabilities."""
+"""The policy: a causal LM whose head gives log-probabilities; sharded (FSDP2) and gathered."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,7 +49,7 @@ class Policy(nn.Module):
         With coefficients (n,): the 0-d sum of coefficient * log-probability; `lse` from an earlier
         pass over the same weights saves one product with the head, and the head adds its weight's
         gradient to `weight_grad` itself, see `head_gradient`. A function in place of a micro-batch
-        is called with the model, see `whole`.
+        is called with the model, see `with_gathered_model`.
         """
         if not isinstance(micro, MicroBatch):
             return micro(self.model)
@@ -68,8 +68,8 @@ class Policy(nn.Module):
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """(L, D) final hidden states of a packed micro-batch.
 
-        The mask or the sequence boundaries are always given explicitly, and use_cache is off: left
-        to itself transformers attends across packed sequences as soon as a cache is about.
+        The mask or the sequence boundaries are always given explicitly, and use_cache is off:
+        with a cache and no mask, transformers lets tokens attend across packed sequences.
         """
         kwargs: dict[str, Any] = {}
         implementation = self.model.config._attn_implementation
@@ -99,9 +99,10 @@ class Policy(nn.Module):
 
 
 def head_gradient(policy: nn.Module) -> Tensor | None:
-    """The gradient of the head's weight (V, D), zeros so far, for the head to add to by itself:
-    a second gradient of that size never waits to be added, which for a tied weight is until the
-    embedding's has come, at the end of the backward pass.
+    """The gradient of the head's weight (V, D), zeros so far, which the head adds to by itself.
+
+    So there is never a second (V, D) gradient in memory, waiting for autograd to add it; for a tied
+    weight that wait lasts until the embedding's gradient comes, at the end of the backward pass.
 
     None where that cannot be: the weight is frozen; its gradient is not of the dtype that sums are
     kept in; or a wrapper (DDP, FSDP2, torch.compile) has to see the gradient come from autograd.
@@ -131,7 +132,9 @@ def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
     fully_shard(policy, mesh=mesh, mp_policy=root)
 
 
-def whole(policy: nn.Module, accelerator: Any, function: Callable[[PreTrainedModel], T]) -> T:
+def with_gathered_model(
+    policy: nn.Module, accelerator: Any, function: Callable[[PreTrainedModel], T]
+) -> T:
     """function(the transformers model), for generation, in the precision that training uses.
 
     Sharded weights are gathered once and stay until it returns, so that ranks may call the model
@@ -145,7 +148,8 @@ def whole(policy: nn.Module, accelerator: Any, function: Callable[[PreTrainedMod
             result: T = policy(function)
         finally:
             policy.set_reshard_after_forward(True)
-            # As FSDP2 has it: the root's weights are wanted again right away, by the backward.
+            # FSDP2's default for the root: after a forward pass its weights stay gathered, because
+            # the backward pass needs them first.
             policy.set_reshard_after_forward(False, recurse=False)
             for module in policy.modules():
                 if isinstance(module, FSDPModule):

@@ -1,7 +1,7 @@
 """The reference's log-probabilities of recorded rollouts: computed once, kept on disk.
 
-The reference does not change, so what it says of a recorded completion is asked once, for all the
-steps that train on it and for later runs on the same file.
+The reference does not change. So a recorded completion's log-probability under it is computed once,
+for all the steps that train on the completion and for later runs on the same file.
 """
 
 import hashlib
@@ -11,17 +11,18 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 
 from agro_train import durable
 from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
 from agro_train.data.recorded import Recorded, RecordedFile
 from agro_train.policy.logprobs import sequence_logprobs
+from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
 from agro_train.types import Rollout
 
@@ -51,13 +52,11 @@ def with_ref_logprobs(
     told.
     """
     wanted = {sequence(rollout) for number in used for rollout in recorded.groups[number]}
+    ranks = Ranks.of(accelerator)
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     for file in recorded.files:
         path = cache_folder() / f"{key(file, reference_id, config)}.json"
-        shared: list[Known] = [{}]
-        if accelerator.is_main_process:
-            shared = [read(path, len(file.rollouts), say)]
-        before: Known = broadcast_object_list(shared)[0]
+        before = ranks.from_main(partial(read, path, len(file.rollouts), say))
         missing = [
             i
             for i, rollout in enumerate(file.rollouts)
@@ -65,11 +64,12 @@ def with_ref_logprobs(
         ]
         claimed = [i for i, rollout in enumerate(file.rollouts) if rollout.ref_logprob is not None]
         checked = claimed[:SAMPLE]
-        values = ask([file.rollouts[i] for i in missing + checked], reference, config, accelerator)
+        asked = [file.rollouts[i] for i in missing + checked]
+        values = ask_reference(asked, reference, config, accelerator)
         now = dict(zip(missing + checked, values, strict=True))
         _check_claims(file, {i: now[i] for i in checked})
         known |= {sequence(file.rollouts[i]): value for i, value in {**before, **now}.items()}
-        if missing and accelerator.is_main_process:
+        if missing and ranks.main:
             write(path, {**before, **{i: now[i] for i in missing}})
             say(
                 f"{file.path}: the reference's log-probabilities of {len(missing)} rollouts "
@@ -89,20 +89,19 @@ def sequence(rollout: Rollout) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return rollout.prompt_ids, rollout.completion_ids
 
 
-def ask(
+def ask_reference(
     rollouts: Sequence[Rollout], reference: torch.nn.Module, config: TrainConfig, accelerator: Any
 ) -> list[float]:
-    """Log-probabilities of whole completions, nats, each rank doing its share."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
+    """Log-probabilities of whole completions, nats, each rank doing a part."""
+    ranks = Ranks.of(accelerator)
     values: list[float] = [math.nan] * len(rollouts)
-    chunk = ranks * config.prompts_per_step * config.num_generations
+    chunk = ranks.world * config.prompts_per_step * config.num_generations
     for start in range(0, len(rollouts), chunk):
         part = rollouts[start : start + chunk]
-        bounds = [len(part) * i // ranks for i in range(ranks + 1)]  # neighbours share a prompt
-        mine = part[bounds[rank] : bounds[rank + 1]]
+        mine = ranks.block(part)  # neighbours, which share a prompt
         micro = pack(mine, token_budget=config.token_budget, share_prompts=config.share_prompts)
         sums = sequence_logprobs(reference, micro, len(mine), config, accelerator.device)
-        values[start : start + len(part)] = gather_object(sums.tolist())
+        values[start : start + len(part)] = ranks.gather(sums.tolist())
     return values
 
 
@@ -112,7 +111,7 @@ def cache_folder() -> Path:
 
 
 def check_cache_folder() -> None:
-    """Raises Refusal if nothing could be kept, which is better known before it is computed."""
+    """Raises Refusal if the cache cannot be written. Called before anything is computed for it."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +141,7 @@ def read(path: Path, count: int, say: Callable[[str], None]) -> Known:
     try:
         known = {int(place): float(value) for place, value in json.loads(path.read_text()).items()}
         if not all(0 <= i < count and math.isfinite(value) for i, value in known.items()):
-            raise Refusal("a value that cannot be")
+            raise ValueError("a value that cannot be")
     except (ValueError, TypeError, AttributeError) as error:  # cut short, or not what was written
         say(f"{path}: not a whole cache of log-probabilities ({error}); they are computed again")
         return {}

@@ -35,9 +35,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
-def build_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
-    """A random Llama with grouped-query attention and an untied head."""
-    config = LlamaConfig(
+def build_config(vocab_size: int) -> LlamaConfig:
+    """A Llama with grouped-query attention and an untied head."""
+    return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=96,
         intermediate_size=256,
@@ -50,9 +50,13 @@ def build_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
         eos_token_id=1,
         tie_word_embeddings=False,
     )
+
+
+def build_model(vocab_size: int, seed: int) -> LlamaForCausalLM:
+    """The Llama with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(build_config(vocab_size))
 
 
 def check_prompts(prompts: list[Prompt]) -> None:

@@ -299,13 +299,13 @@ def agro_cases() -> list[Case]:
         taper=0.0,
         row_taper=empty(num_sequences),
     )
-    sums, tokens = [empty(num_sequences)] * 3, [empty(num_tokens)] * 2
+    sums, tokens = empty(num_sequences), empty(num_tokens)
     groups = empty(num_sequences, torch.int64)
     cu_seqlens = empty(num_sequences + 1, torch.int32)
     with contextlib.ExitStack() as stack:
         kernels = replaced_kernels(agro_loss, stack)
-        agro_loss.agro_coefficients(*sums, groups, options)
-        _, coefficients = agro_loss.agro_loss_fwd(*tokens, sums[0], groups, cu_seqlens, options)
+        agro_loss.agro_coefficients(sums, sums, sums, groups, options)
+        _, coefficients = agro_loss.agro_loss_fwd(tokens, tokens, sums, groups, cu_seqlens, options)
         agro_loss.agro_loss_bwd(empty(1), coefficients, cu_seqlens, num_tokens, torch.float32)
         return [
             case_of(name, kernel.kernel, kernel.launches[0]) for name, kernel in kernels.items()

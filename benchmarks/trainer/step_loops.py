@@ -103,10 +103,10 @@ def run_agro(stopwatch: Stopwatch, setting: Setting) -> None:
     ]  # fmt: skip
     run = setup(config.load(config.find("smollm2-arithmetic"), settings), resume=False)
     assert isinstance(run.engine, TransformersEngine)
-    model: Any = run.policy.model
+    model: Any = run.models.policy.model
     run.engine.end_tokens = {model.config.vocab_size}  # an id that is never drawn
     # The model never reads the last token of a completion.
-    longest = max(len(prompt.ids) for prompt in run.prompts)
+    longest = max(len(prompt.ids) for prompt in run.questions.prompts)
     one_group = longest + setting.generations * (setting.completion_length - 1)
     run = replace(run, config=replace(run.config, token_budget=one_group))
     collect = train.collect

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from agro_train.data.batch import build_batch
 from agro_train.policy.adapter import whole_tensor
-from agro_train.setup import spread
+from agro_train.setup import place_on_devices
 from agro_train.step import update
 from tests.train.gradients import CONFIG, lora_policy, numbers
 from tests.train.models import ragged_rollouts, tiny_policy
@@ -34,7 +34,7 @@ def save_gradient(folder: Path, kind: str, world: int) -> None:
         trained = base = lora_policy().model
     else:
         trained, base = tiny_policy(seed=0).model, tiny_policy(seed=1).model
-    policy, reference = spread(trained, base, config, accelerator)
+    policy, reference = place_on_devices(trained, base, config, accelerator)
     before = {name: whole_tensor(p).clone() for name, p in policy.named_parameters()}
     rollouts = ragged_rollouts()
     mine = [

@@ -111,17 +111,17 @@ def test_sharded_in_bfloat16_with_checkpointing_is_near_the_run_of_one(
 
 
 @pytest.mark.parametrize(
-    "spread",
+    "placement",
     [["fsdp=false"], ["fsdp=true"], ["fsdp=true", "use_peft=true"]],
     ids=["replicated", "sharded", "sharded-adapter"],
 )
 def test_two_ranks_generate_evaluate_and_resume(
-    spread: list[str], model: Path, tmp_path: Path
+    placement: list[str], model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     # From the second step on the main rank reads one group of three from the run's own record.
     more = ["replay_fraction=0.34", "lr_scheduler_type=constant"]
-    launch(settings(folder, model, *spread, *more))
+    launch(settings(folder, model, *placement, *more))
     launch(["train", "--resume", str(folder), "steps=3"])
     rows = read_jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3]
@@ -135,7 +135,7 @@ def test_two_ranks_generate_evaluate_and_resume(
         r for r in read_jsonl(folder / "samples" / "step-000003.jsonl") if not r["temperature"]
     ]
     assert len({row["group"] for row in greedy}) == 5
-    if "use_peft=true" in spread:
+    if "use_peft=true" in placement:
         one, three = (
             load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors")
             for step in (2, 3)

@@ -1,38 +1,24 @@
 """Checks of a run before it begins."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 
+from agro_train.cli import main
 from agro_train.config import TrainConfig
 from agro_train.data.mix import plan
-from agro_train.setup import check_context, check_launch, check_ranks, readable, start_accelerator
-from agro_train.types import Prompt
-
-PROMPTS = [Prompt("a", "1+2=", (3, 4, 5), {"answer": "3"}), Prompt("b", "1", (3,), {"answer": "1"})]
-
-
-def test_completions_must_fit_the_context() -> None:
-    config = TrainConfig(max_completion_length=20)
-    check_context(config, PROMPTS, 23)
-    check_context(config, PROMPTS, None)
-    with pytest.raises(ValueError, match="max_completion_length: expected at most 19, .* got 20"):
-        check_context(config, PROMPTS, 22)
+from agro_train.policy.load import load_base, load_model, load_sizes, load_tokenizer
+from agro_train.ranks import Ranks
+from agro_train.setup import check_launch, check_ranks, start_accelerator
+from tests.train.models import save_llama3_miniature
 
 
 def test_ranks_wait_for_hours_while_the_main_one_writes() -> None:
     accelerator = start_accelerator(TrainConfig())
     assert accelerator.init_handler.timeout >= timedelta(hours=1)  # NCCL's own is 10 minutes
-
-
-def test_gold_answers_of_which_none_can_be_read_are_refused() -> None:
-    hopeless = [Prompt("a", "why?", (3,), {"answer": "no answer here"})]
-    config = TrainConfig(reward=["math"])
-    assert readable(PROMPTS, config, Accelerator(cpu=True)) == PROMPTS
-    with pytest.raises(ValueError, match="data: expected gold answers .* got none in 1 prompts"):
-        readable(hopeless, config, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize(
@@ -56,14 +42,41 @@ def test_launchers_that_would_change_the_gradient_are_refused(
 
 
 def test_every_rank_needs_a_fresh_group_in_steps_that_have_any() -> None:
-    class TwoRanks:
-        num_processes = 2
-
     settings = {"prompts_per_step": 4, "replay_max_staleness": 1, "steps": 3}
     for fraction, enough in ((0.5, True), (0.75, False), (1.0, True)):
         config = TrainConfig(replay_fraction=fraction, **settings)  # type: ignore[arg-type]
         if enough:
-            check_ranks(config, TwoRanks(), 2, plan(config))  # type: ignore[arg-type]
+            check_ranks(config, Ranks(0, 2), 2, plan(config))
         else:
             with pytest.raises(ValueError, match="fresh prompts in a step: .* got 1"):
-                check_ranks(config, TwoRanks(), 2, plan(config))  # type: ignore[arg-type]
+                check_ranks(config, Ranks(0, 2), 2, plan(config))
+
+
+def test_data_are_checked_before_the_weights_are_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A large model takes minutes; here it would fail, for its weights are missing."""
+    model = save_llama3_miniature(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    settings = [f"model={model}", f"output_dir={tmp_path / 'run'}", "eval_prompts=0"]
+    for setting, message in (
+        ("data=nowhere.jsonl", "agro: data: expected"),
+        ("max_completion_length=1024", "agro: max_completion_length: expected at most"),
+        ("recorded=[absent.jsonl]", "agro: data: expected a JSONL or parquet file, got 'absent"),
+        ("max_completion_length=8", "agro: model: expected"),
+    ):
+        assert main(["train", "tiny-arithmetic", *settings, setting]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_sizes_are_those_of_the_model_that_is_loaded(tmp_path: Path) -> None:
+    folder = save_llama3_miniature(tmp_path / "model")
+    tokenizer = load_tokenizer("tiny")
+    tiny_model, _ = load_base("tiny", TrainConfig(warm_start_steps=0), tokenizer)
+    for source, model in (
+        (str(folder), load_model(str(folder), TrainConfig())),
+        ("tiny", tiny_model),
+    ):
+        found = model.config.vocab_size, model.config.max_position_embeddings
+        assert load_sizes(source) == found
+        assert model.get_input_embeddings().weight.shape[0] == found[0]

@@ -1,8 +1,8 @@
 """The update: which algorithm it is, what it measures, and that bad numbers do no harm."""
 
 import math
-from collections import Counter
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 import pytest
@@ -10,17 +10,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-import agro_train.step
 from agro_train.algorithm import coefficients
 from agro_train.data.batch import build_batch
 from agro_train.metrics import measure
 from agro_train.policy.policy import Policy, head_gradient, unwrap
-from agro_train.setup import spread
+from agro_train.setup import place_on_devices
 from agro_train.step import score_batch, update
 from agro_train.types import Scores
 from tests.train.gradients import (
     CONFIG,
     assert_equal,
+    batch_of,
     gradient,
     gradient_of,
     padded_gradient,
@@ -105,33 +105,33 @@ def test_group_left_with_one_rollout_contributes_nothing_and_is_counted() -> Non
     assert_equal(ours, padded_gradient(rollouts[:3] + rollouts[5:], beta=0.3))
 
 
-def test_known_reference_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_reference_is_not_asked() -> None:
     """Groups whose reference log-probabilities are known: same gradient, no pass for them."""
     rollouts = ragged_rollouts()
-    asked, metrics = gradient(rollouts)
+    expected, expected_metrics = gradient(rollouts)
     policy, reference = tiny_policy(seed=0), tiny_policy(seed=1).requires_grad_(False)
     batch = ragged_batch(token_budget=1000)
     scores, _ = score_batch(policy, reference, batch, batch.micro, CONFIG, torch.device("cpu"))
-    values = scores.ref_logprobs.tolist()
     known = [
-        replace(r, ref_logprob=v if r.group != "g1" else None)
-        for r, v in zip(rollouts, values, strict=True)
+        replace(rollout, ref_logprob=None if rollout.group == "g1" else value)
+        for rollout, value in zip(rollouts, scores.ref_logprobs.tolist(), strict=True)
     ]
-    lengths = []
-    forward = Policy.forward
-    monkeypatch.setattr(
-        Policy,
-        "forward",
-        lambda self, micro, *a: (
-            lengths.append((id(self), len(micro.targets))) or forward(self, micro, *a)
-        ),
-    )
-    ours, again = gradient(known, token_budget=1)
-    assert_equal(ours, asked)
-    for key in metrics:
-        assert again[key] == pytest.approx(metrics[key], rel=1e-9, abs=1e-12), key
-    passes = Counter(model for model, _ in lengths)
-    assert sorted(passes.values()) == [2, 18]  # of nine completions two, and the policy twice all
+
+    passes = {"policy": 0, "reference": 0}
+
+    def count(name: str, *_: object) -> None:
+        passes[name] += 1
+
+    policy.register_forward_hook(partial(count, "policy"))
+    reference.register_forward_hook(partial(count, "reference"))
+    one_each = batch_of(known, token_budget=1)  # a micro-batch for each completion
+    ours, metrics = gradient_of(policy, reference, one_each)
+
+    # The policy reads all nine, to score and to learn; the reference the two of group g1.
+    assert passes == {"policy": 2 * 9, "reference": 2}
+    assert_equal(ours, expected)
+    for key, value in expected_metrics.items():
+        assert metrics[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
 
 
 def test_metrics_of_the_coefficients_parts() -> None:
@@ -225,18 +225,21 @@ def test_gradient_that_is_not_finite_leaves_the_weights_untouched() -> None:
         assert parameter.grad is None
 
 
+class LooksWrapped(Policy):
+    """FSDP2 changes a policy's class like this; the gradient then has to come from autograd."""
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["own-head", "tied-head"])
 def test_head_adds_its_gradient_to_the_weights_own(
     tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same as autograd's, to which no second (V, D) gradient is handed."""
     batch = ragged_batch(token_budget=12)
-    policies = []
-    for _ in range(2):
-        policy = tiny_policy(seed=0)
+    adding, other = tiny_policy(seed=0), tiny_policy(seed=0)
+    for policy in (adding, other):
         if tied:
             policy.model.lm_head.weight = policy.model.model.embed_tokens.weight
-        policies.append(policy)
+    by_autograd = LooksWrapped(other.model)
     reference = tiny_policy(seed=1).requires_grad_(False)
     buffers = []
     accumulate = torch.ops.agro.linear_logprobs_bwd_accumulate
@@ -246,17 +249,16 @@ def test_head_adds_its_gradient_to_the_weights_own(
         return accumulate(*arguments)
 
     monkeypatch.setattr(torch.ops.agro, "linear_logprobs_bwd_accumulate", spy)
-    ours, _ = gradient_of(policies[0], reference, batch)
+    ours, _ = gradient_of(adding, reference, batch)
     assert len(buffers) == len(batch.micro) > 2 and len({id(buffer) for buffer in buffers}) == 1
-    monkeypatch.setattr(agro_train.step, "head_gradient", lambda policy: None)
-    assert_equal(ours, gradient_of(policies[1], reference, batch)[0])
+    assert_equal(ours, gradient_of(by_autograd, reference, batch)[0])
     assert len(buffers) == len(batch.micro)
 
 
 def test_head_leaves_its_gradient_to_autograd_where_it_must() -> None:
     frozen, sharded, wrapped = tiny_policy(), tiny_policy(), nn.DataParallel(tiny_policy())
     frozen.model.lm_head.requires_grad_(False)
-    sharded.__class__ = type("FSDPPolicy", (Policy,), {})  # as FSDP2 does it
+    sharded.__class__ = LooksWrapped
     for policy in (frozen, sharded, wrapped, tiny_policy(dtype=torch.bfloat16)):
         assert head_gradient(policy) is None
         assert all(parameter.grad is None for parameter in policy.parameters())
@@ -270,7 +272,7 @@ def test_autocast_computes_in_bfloat16_around_float32_masters(checkpointing: boo
         trained.activation_checkpointing_enable({"use_reentrant": False})
     config = replace(CONFIG, mixed_precision="bf16", gradient_checkpointing=checkpointing)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    policy, reference = spread(trained, base, config, accelerator)
+    policy, reference = place_on_devices(trained, base, config, accelerator)
     seen = {}
     layer = unwrap(policy).model.model.layers[0]
     layer.mlp.register_forward_hook(lambda _, __, out: seen.update(product=out.dtype))

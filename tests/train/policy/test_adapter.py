@@ -25,7 +25,7 @@ from agro_train.policy.adapter import (
     merged_weights,
 )
 from agro_train.policy.load import load_model
-from agro_train.setup import spread
+from agro_train.setup import place_on_devices
 from agro_train.step import score_batch
 from tests.train.gradients import LORA, assert_equal, gradient_of, lora_policy, ragged_batch
 from tests.train.models import save_llama3_miniature, tiny_policy
@@ -80,7 +80,7 @@ def test_log_ratio_is_exactly_zero_under_autocast() -> None:
     config = replace(LORA, mixed_precision="bf16")
     model = lora_policy(dtype=torch.float32, trained=False).model
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    policy, reference = spread(model, model, config, accelerator)
+    policy, reference = place_on_devices(model, model, config, accelerator)
     batch = ragged_batch(token_budget=20)
     scores, _ = score_batch(policy, reference, batch, batch.micro, config, accelerator.device)
     assert scores.logprobs.all() and torch.equal(scores.logprobs, scores.ref_logprobs)
@@ -117,7 +117,7 @@ def test_setup_keeps_one_copy_of_the_weights() -> None:
     model = tiny_policy(dtype=torch.float32).model
     size = sum(p.numel() for p in model.parameters())
     add_adapter(model, LORA, None)
-    policy, reference = spread(model, model, LORA, Accelerator(cpu=True))
+    policy, reference = place_on_devices(model, model, LORA, Accelerator(cpu=True))
     held = {p.data_ptr(): p.numel() for m in (policy, reference) for p in m.parameters()}
     adapters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert sum(held.values()) == size + adapters and 0 < adapters < size / 2
