@@ -7,50 +7,23 @@ of the trainer that is slow to import is, so that a worker starts in a moment.
 """
 
 import base64
-import importlib
 import pickle
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from agro_train.refusal import Refusal
 from agro_train.rewards.worker_main import serve
+from agro_train.user_function import load_function
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def start(spec: str) -> Callable[[str], dict[str, Any]]:
-    return partial(work, load_function(spec))
-
-
-def load_function(spec: str) -> RewardFunction:
-    """The function of `module:function`. Raises Refusal, one sentence, where there is none."""
-    module_name, _, function_name = spec.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise Refusal(
-            f"reward: expected an importable module in {spec!r}, got none ({error}); it is looked "
-            f"up in the Python path and in {Path.cwd()}"
-        ) from error
-    except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
-        traceback.print_exc()
-        raise Refusal(
-            f"reward: expected an importable module in {spec!r}, got {error!r} while it was "
-            "imported; the traceback above shows where"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise Refusal(
-            f"reward: expected a function {function_name} in {module.__file__}, got {function!r}"
-        )
-    return function  # type: ignore[no-any-return]
+    return partial(work, load_function("reward", spec))
 
 
 def work(function: RewardFunction, job: str) -> dict[str, Any]:

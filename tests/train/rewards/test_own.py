@@ -11,8 +11,9 @@ from agro_train.config import TrainConfig
 from agro_train.metrics import describe
 from agro_train.rewards.functions import Part, Rewards, load_rewards, refuse_broken, score
 from agro_train.rewards.own import OwnFunction
-from agro_train.rewards.own_worker import call, load_function
+from agro_train.rewards.own_worker import call
 from agro_train.types import Rollout
+from agro_train.user_function import load_function
 from tests.train.models import ragged_rollouts, rollout
 
 FUNCTIONS = "tests.train.reward_functions"
@@ -149,7 +150,7 @@ def test_function_that_cannot_be_started_again_costs_only_its_rewards(
 )
 def test_function_that_is_not_there_is_refused(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^reward: {message}"):
-        load_function(spec)
+        load_function("reward", spec)
 
 
 def test_refusal_comes_from_the_process_that_imports_the_function() -> None:
