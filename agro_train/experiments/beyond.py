@@ -1,8 +1,8 @@
-"""Beyond the paper: seven questions about AGRO's losses, each a table and a plot.
+"""Beyond the paper: six questions about AGRO's losses, each a table and a plot.
 
 Where the on-policy term helps and where it harms, by prompt and by what is trained on, how
 staleness hurts, what recorded data beside fresh ones buy, whose probability the taper should know,
-what it should make of a long completion, and how large a group should be.
+and how large a group should be.
 Everything not named is as in Figure 2, whose learning rates three of them share.
 """
 
@@ -52,16 +52,6 @@ def stale(steps: int) -> dict[str, object]:
 
 
 EARLIER = stale(20)
-# Six sums in a row, each worked out: the reference's recorded answers, and a tenth of the start's
-# pass rates measured as often.
-LONG: Mapping[str, object] = {
-    "data": "long-sums",
-    "recorded": RECORDED,
-    "max_completion_length": 122,
-    "token_budget": 4096,
-    "eval_prompts": 64,
-    "eval_every": 30,
-}
 FRESH_GROUPS = 4  # a step
 SAMPLES = 128  # a step, whatever the group size
 
@@ -102,14 +92,6 @@ QUESTIONS = {
             "the reference": {**EARLIER, "off_policy_taper_against": "reference"},
         },
         "the sampler",
-        tuned=True,
-    ),
-    "length": Question(
-        "recorded completions of",
-        ("agro", "agro_tapered", "agro_per_token", "agro_one_sided"),
-        {"100 to 120 tokens": LONG},
-        None,
-        {"eval_accuracy": "greedy", "eval_reward": "sampled", "eval_entropy": "entropy"},
         tuned=True,
     ),
     "group_size": Question(

@@ -54,9 +54,6 @@ ALGORITHMS = {
         "AGRO, off-policy loss (= policy gradient, loo)", tabular.BLUE, "-", AS_PUBLISHED
     ),
     "agro_tapered": Algorithm("AGRO, tapered", tabular.RED, "-", {}),
-    "agro_per_token": Algorithm(
-        "AGRO, tapered per token", tabular.BROWN, "--", {"off_policy_taper_per": "token"}
-    ),
     "agro_one_sided": Algorithm(
         "AGRO, one-sided", tabular.GREEN, ":", {"off_policy_taper": math.inf}
     ),

@@ -42,3 +42,18 @@ def test_graded_sums_slip_more_often_the_larger_the_first_numbers_tens() -> None
     assert [rates[tens] for tens in "159"] == pytest.approx([1 / 18, 1 / 2, 17 / 18])
     assert {r["prompt"][0] for r in TASKS["graded-sums-easy"]("train")} == set("1234")
     assert {r["prompt"][0] for r in TASKS["graded-sums-hard"]("eval")} == set("6789")
+
+
+def test_long_sums_work_out_every_line_and_slip_once() -> None:
+    """Each line adds the prompt's second number to the last two digits of the result before."""
+    rows = TASKS["long-sums"]("eval")
+    for row in rows:
+        a, b = map(int, row["prompt"].rstrip("=").split("+"))
+        lines = [line.split("=") for line in row["solution"].split(",")]
+        results = [int(lines[i][0]) for i in range(2, len(lines), 3)]
+        for result in results:
+            assert result == a + b
+            a = result % 100
+        assert row["answer"] == str(results[-1]) and len(results) == 6
+        assert row["slip"].rpartition(",")[2] != row["answer"]
+        assert 100 <= len(row["solution"]) <= 121  # and the prompt and its end in a context of 128

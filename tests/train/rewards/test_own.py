@@ -154,7 +154,9 @@ def test_function_that_is_not_there_is_refused(spec: str, message: str) -> None:
 
 
 def test_refusal_comes_from_the_process_that_imports_the_function() -> None:
-    with pytest.raises(ValueError, match="^reward: expected a function absent in .*, got None; define it there$"):
+    with pytest.raises(
+        ValueError, match="^reward: expected a function absent in .*, got None; define it there$"
+    ):
         load_rewards(TrainConfig(reward=[f"{FUNCTIONS}:absent"]))
 
 
