@@ -20,7 +20,7 @@ def test_splits_share_no_operands_in_either_order(task: str) -> None:
     assert not train & held_out
 
 
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "long-sums"])
 def test_answers_are_right(task: str) -> None:
     for row in TASKS[task]("train") + TASKS[task]("eval"):
         a, b = (int(n) for n in re.findall(r"\d+", row["prompt"]))
@@ -46,8 +46,7 @@ def test_graded_sums_slip_more_often_the_larger_the_first_numbers_tens() -> None
 
 def test_long_sums_work_out_every_line_and_slip_once() -> None:
     """Each line adds the prompt's second number to the last two digits of the result before."""
-    rows = TASKS["long-sums"]("eval")
-    for row in rows:
+    for row in TASKS["long-sums"]("train") + TASKS["long-sums"]("eval"):
         a, b = map(int, row["prompt"].rstrip("=").split("+"))
         lines = [line.split("=") for line in row["solution"].split(",")]
         results = [int(lines[i][0]) for i in range(2, len(lines), 3)]
