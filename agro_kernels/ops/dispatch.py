@@ -8,7 +8,7 @@ float64, and where Triton or the native part is missing.
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +33,22 @@ def triton_import_error() -> ImportError | None:
     return None
 
 
+def with_record(
+    record: Callable[..., tuple[Any, ...]], kernel: Callable[..., Any], *, at: int = 0
+) -> Callable[..., Any]:
+    """`kernel`, which takes a NamedTuple as its argument number `at`, as the dispatcher calls it.
+
+    The dispatcher has no records: it passes the fields, flat.
+    """
+    stop = at + len(record._fields)  # type: ignore[attr-defined]
+
+    @functools.wraps(kernel)
+    def call(*flat: Any) -> Any:
+        return kernel(*flat[:at], record(*flat[at:stop]), *flat[stop:])
+
+    return call
+
+
 def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The kernels choose their own precision: autocast would round the fp32 tiles inside them."""
 
@@ -54,13 +70,22 @@ def triton_if_possible(
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        in_float64 = any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)
+        in_float64 = any(getattr(arg, "dtype", None) == torch.float64 for arg in _flat(args))
         if (in_float64 and not float64) or triton_import_error() is not None:
             return getattr(fallback, name)(*args, **kwargs)
         kernels = importlib.import_module(f"agro_kernels._triton.{module}")
         return getattr(kernels, name)(*args, **kwargs)
 
     return call
+
+
+def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
+    """The arguments, and the fields of those that are records."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from argument
+        else:
+            yield argument
 
 
 def results_dtype(hidden: Tensor) -> torch.dtype:
