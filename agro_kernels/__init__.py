@@ -7,8 +7,8 @@ from agro_kernels.agro_loss import (
     agro_loss,
     linear_agro_loss,
 )
+from agro_kernels.head import IGNORE_INDEX
 from agro_kernels.linear_logprobs import (
-    IGNORE_INDEX,
     LogprobStats,
     LogprobsWithEntropy,
     linear_logprobs,

@@ -1,13 +1,180 @@
-"""Checks of the public arguments. One sentence each: argument, expected, got, next step."""
+"""The inputs of a head op, one record of them: made and checked once, passed on whole.
+
+The public functions make a `Head` of what they are given; the ops' schemas, the backends and the
+vocabulary-parallel form take it from there. The checks of the public arguments are here too. One
+sentence each: argument, expected, got, next step.
+
+Letters: N tokens, D hidden size, V vocabulary.
+"""
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from agro_kernels.reference import ROUNDED_LOGITS
 
+if TYPE_CHECKING:  # it imports this file
+    from agro_kernels.parallel import VocabularyShards
+
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+IGNORE_INDEX = -100
+
+
+class HeadOptions(TypedDict, total=False):
+    """The keywords that every head op takes; `linear_logprobs` says what they mean."""
+
+    bias: Tensor | None
+    temperature: float | Tensor
+    softcap: float | None
+    ignore_index: int
+    round_logits: str | None
+    kept_ids: Tensor | None
+    weight_grad: Tensor | None
+    shards: "VocabularyShards | None"
+
+
+class Head(NamedTuple):
+    """The inputs of a head op, flattened to N tokens. The fields are in the order of the schemas.
+
+    A tuple, because the dispatcher takes nothing but flat arguments: `op(*head, ...)` calls an op,
+    and `ops.dispatch.with_record` makes the record again on the other side.
+    """
+
+    hidden: Tensor
+    """(N, D) bf16, fp16, fp32 or float64, any strides."""
+    weight: Tensor
+    """(V, D), dtype and device of hidden, any strides."""
+    targets: Tensor
+    """(N,) int32 or int64: ids in [0, V), or ignore_index."""
+    bias: Tensor | None
+    """(V,), dtype of hidden."""
+    temperature: float
+    """1.0 where token_temperature is given."""
+    token_temperature: Tensor | None
+    """(N,) fp32: a temperature for each token, used instead of `temperature`."""
+    softcap: float
+    """0.0 is none."""
+    ignore_index: int
+    round_logits: torch.dtype | None
+    """The logits are rounded to this dtype before softcap and temperature; None: never."""
+    kept: Tensor | None
+    """(N, ceil(V / 32)) int32, one bit a vocabulary entry: what the sampler kept. None: all."""
+
+    @staticmethod
+    def of(
+        hidden: Tensor, weight: Tensor, targets: Tensor, **options: Unpack[HeadOptions]
+    ) -> "Head":
+        """The record of public arguments (..., D), (V, D), (...) and options, after their checks.
+
+        Casts as F.linear does under torch.autocast. weight_grad and shards are checked and not
+        kept: they are not arguments of an op. With shards, kept is of this rank's rows.
+        """
+        bias, softcap = options.get("bias"), options.get("softcap")
+        shards, weight_grad = options.get("shards"), options.get("weight_grad")
+        temperature = options.get("temperature", 1.0)
+        ignore_index = options.get("ignore_index", IGNORE_INDEX)
+        round_logits, kept_ids = options.get("round_logits"), options.get("kept_ids")
+        if shards is not None:
+            # Not at the top: that file imports this one, and torch's DTensor, which takes long.
+            from agro_kernels import parallel
+
+            tensors = {"hidden": hidden, "weight": weight, "bias": bias}
+            parallel.check_call(shards, **tensors, weight_grad=weight_grad)
+        hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
+        check_matrices(hidden, weight)
+        check_targets(targets, "hidden", hidden)
+        check_bias(bias, hidden, weight)
+        check_temperature(temperature, targets)
+        check_softcap(softcap)
+        check_ignore_index(ignore_index)
+        check_kept_ids(kept_ids, targets)
+        check_round_logits(round_logits)
+        check_weight_grad(weight_grad, weight)
+        if shards is not None:
+            parallel.check_shard(shards, weight, targets, ignore_index)
+        kept = None
+        if kept_ids is not None:
+            ids = kept_ids.reshape(-1, kept_ids.shape[-1])
+            kept = pack_kept_ids(ids, weight.shape[0]) if shards is None else shards.kept_bits(ids)
+        return Head(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            targets.reshape(-1),
+            bias,
+            *split_temperature(temperature),
+            softcap or 0.0,
+            ignore_index,
+            None if round_logits is None else ROUNDED_LOGITS[round_logits],
+            kept,
+        )
+
+    @property
+    def counts(self) -> Tensor:
+        """(N,) bool: which targets are not ignore_index."""
+        return self.targets != self.ignore_index
+
+    def part(self, rows: slice) -> "Head":
+        """Some of the N tokens, without a copy."""
+        temperatures = self.token_temperature
+        return self._replace(
+            hidden=self.hidden[rows],
+            targets=self.targets[rows],
+            token_temperature=None if temperatures is None else temperatures[rows],
+            kept=None if self.kept is None else self.kept[rows],
+        )
+
+    def check_values(self) -> None:
+        """The checks of values inside tensors, on the CPU only, as the ops make them."""
+        check_target_values(self.targets, self.weight.shape[0], self.ignore_index)
+        check_token_temperature_values(self.token_temperature, self.targets, self.ignore_index)
+
+
+HEAD_SCHEMA = (
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float temperature, "
+    "Tensor? token_temperature, float softcap, int ignore_index, ScalarType? round_logits, "
+    "Tensor? kept"
+)
+
+
+def cast_for_autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What F.linear does under torch.autocast: all to its dtype, except float64."""
+    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        castable = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        return tensor.to(dtype) if castable and tensor.dtype != torch.float64 else tensor
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
+
+
+def split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """The ops take a number and, apart from it, one temperature a token (N,) fp32."""
+    if isinstance(temperature, Tensor):
+        return 1.0, temperature.reshape(-1).float()
+    return float(temperature), None
+
+
+def pack_kept_ids(kept_ids: Tensor, vocabulary: int) -> Tensor:
+    """(N, K) ids -> (N, ceil(V / 32)) bits, as the ops take them."""
+    bits: Tensor = torch.ops.agro.pack_kept_ids(kept_ids, vocabulary)
+    return bits
+
+
+# --- Arguments: type, shape, dtype, device --------------------------------------------------------
+
+
+def check_names(function: str, options: Mapping[str, object]) -> None:
+    """Python's own error for a keyword that a function with **options: HeadOptions has not."""
+    for name in options:
+        if name not in HeadOptions.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -23,16 +190,8 @@ def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None
         )
 
 
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int,
-) -> None:
-    """The arguments that the head ops share; values inside tensors are looked at by the ops."""
+def check_matrices(hidden: Tensor, weight: Tensor) -> None:
+    """hidden (..., D) and weight (V, D)."""
     check_tensor("hidden", hidden)
     check_tensor("weight", weight)
     if hidden.dtype not in FLOATING:
@@ -50,38 +209,43 @@ def check_head(
             f"hidden: expected shape (..., {weight.shape[1]}) to match weight "
             f"{tuple(weight.shape)}, got {tuple(hidden.shape)}; pass hidden states, not logits"
         )
-    if weight.dtype != hidden.dtype:
+    check_like_hidden("weight", weight, hidden)
+
+
+def check_bias(bias: Tensor | None, hidden: Tensor, weight: Tensor) -> None:
+    if bias is None:
+        return
+    check_tensor("bias", bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias: expected shape (V,) = ({weight.shape[0]},) to match weight "
+            f"{tuple(weight.shape)}, got {tuple(bias.shape)}; pass lm_head.bias"
+        )
+    check_like_hidden("bias", bias, hidden)
+
+
+def check_like_hidden(name: str, value: Tensor, hidden: Tensor) -> None:
+    """The dtype and the device."""
+    if value.dtype != hidden.dtype:
         raise TypeError(
-            f"weight: expected {hidden.dtype} as hidden, got {weight.dtype}; "
+            f"{name}: expected {hidden.dtype} as hidden, got {value.dtype}; "
             "cast one of them or run under torch.autocast"
         )
-    check_device("weight", weight, "hidden", hidden)
-    check_targets(targets, "hidden", hidden)
-    if bias is not None:
-        check_tensor("bias", bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"bias: expected shape (V,) = ({weight.shape[0]},) to match weight "
-                f"{tuple(weight.shape)}, got {tuple(bias.shape)}; pass lm_head.bias"
-            )
-        if bias.dtype != hidden.dtype:
-            raise TypeError(
-                f"bias: expected {hidden.dtype} as hidden, got {bias.dtype}; "
-                "cast one of them or run under torch.autocast"
-            )
-        check_device("bias", bias, "hidden", hidden)
-    check_temperature(temperature, targets)
-    if softcap is not None:
-        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-            raise TypeError(
-                f"softcap: expected a float or None, got {type(softcap).__name__}; "
-                "pass the model's final_logit_softcapping"
-            )
-        if not 0.0 < softcap < math.inf:
-            raise ValueError(
-                f"softcap: expected a finite number > 0, got {softcap}; pass None for no cap"
-            )
-    check_ignore_index(ignore_index)
+    check_device(name, value, "hidden", hidden)
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is None:
+        return
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(
+            f"softcap: expected a float or None, got {type(softcap).__name__}; "
+            "pass the model's final_logit_softcapping"
+        )
+    if not 0.0 < softcap < math.inf:
+        raise ValueError(
+            f"softcap: expected a finite number > 0, got {softcap}; pass None for no cap"
+        )
 
 
 def check_logits(
@@ -156,19 +320,6 @@ def check_ignore_index(ignore_index: int) -> None:
             f"ignore_index: expected an int, got {type(ignore_index).__name__}; "
             "-100 is the usual one"
         )
-
-
-def check_head_options(
-    targets: Tensor,
-    weight: Tensor,
-    round_logits: str | None,
-    kept_ids: Tensor | None,
-    weight_grad: Tensor | None,
-) -> None:
-    """The rest of what the head ops share, after `check_head` has passed."""
-    check_kept_ids(kept_ids, targets)
-    check_round_logits(round_logits)
-    check_weight_grad(weight_grad, weight)
 
 
 def check_round_logits(round_logits: str | None) -> None:

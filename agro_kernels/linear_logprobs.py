@@ -1,19 +1,20 @@
 """Per-token log-probabilities straight from hidden states, without storing the (N, V) logits.
 
-From here: `reference.py` says what is computed, `library.py` says who computes it on which device.
+From here: `reference.py` says what is computed, `ops` says who computes it on which device.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.head import check_head, check_head_options
+from agro_kernels.head import IGNORE_INDEX as IGNORE_INDEX
+from agro_kernels.head import Head, HeadOptions, check_names
 from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
-from agro_kernels.reference import ROUNDED_LOGITS
 
-IGNORE_INDEX = -100
+if TYPE_CHECKING:  # it imports this file
+    from agro_kernels.parallel import VocabularyShards
 
 
 class LogprobsWithEntropy(NamedTuple):
@@ -43,6 +44,7 @@ def linear_logprobs(
     round_logits: str | None = None,
     kept_ids: Tensor | None = None,
     weight_grad: Tensor | None = None,
+    shards: "VocabularyShards | None" = None,
 ) -> Tensor:
     """Log-probability of each target token under softmax(hidden @ weight.T / temperature).
 
@@ -78,6 +80,9 @@ def linear_logprobs(
             backward pass, the sum never rounded below fp32, and weight.grad is left alone:
             Megatron's main_grad. (Of bf16 and fp16 inputs the gradient of each logit is rounded to
             their dtype before the products.) Not inside torch.compile.
+        shards: where the rows of weight are spread over ranks (tensor parallelism):
+            VocabularyShards.of(weight, group), and weight, bias and weight_grad are this rank's
+            part. All ranks call together; `agro_kernels.parallel` says the rest.
 
     Returns:
         logprobs: (...) fp32 (float64 for float64), nats. Exactly 0.0, with exactly zero gradient,
@@ -86,153 +91,81 @@ def linear_logprobs(
     Gradients flow to hidden, weight and bias, once (no second derivative); what does not require a
     gradient costs nothing in the backward pass. All sums over D and V are accumulated in fp32.
     """
-    logprobs, _, _ = _apply(
+    logprobs, _, _ = _results(
         hidden,
         weight,
         targets,
-        bias,
-        temperature,
-        softcap,
-        ignore_index,
-        round_logits,
-        kept_ids,
-        weight_grad,
         with_entropy=False,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        round_logits=round_logits,
+        kept_ids=kept_ids,
+        weight_grad=weight_grad,
+        shards=shards,
     )
     return logprobs
 
 
 def linear_logprobs_with_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    round_logits: str | None = None,
-    kept_ids: Tensor | None = None,
-    weight_grad: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, **options: Unpack[HeadOptions]
 ) -> LogprobsWithEntropy:
     """`linear_logprobs` and the entropy -sum_v p_v log p_v of each distribution, from one pass.
 
     Args: as linear_logprobs. Both results are differentiable; ignored rows have entropy 0.0.
     """
-    logprobs, _, entropy = _apply(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        softcap,
-        ignore_index,
-        round_logits,
-        kept_ids,
-        weight_grad,
-        with_entropy=True,
-    )
+    check_names("linear_logprobs_with_entropy", options)
+    logprobs, _, entropy = _results(hidden, weight, targets, with_entropy=True, **options)
     return LogprobsWithEntropy(logprobs, entropy)
 
 
 def linear_logprobs_with_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    round_logits: str | None = None,
-    kept_ids: Tensor | None = None,
-    weight_grad: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, **options: Unpack[HeadOptions]
 ) -> LogprobStats:
     """`linear_logprobs` with entropy and lse, for callers that keep lse for `weighted_logprob_sum`.
 
     Args: as linear_logprobs. All results are differentiable; lse is the logsumexp over the
     vocabulary of the final logits (capped, divided by the temperature); ignored rows have 0.0.
     """
-    logprobs, lse, entropy = _apply(
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        softcap,
-        ignore_index,
-        round_logits,
-        kept_ids,
-        weight_grad,
-        with_entropy=True,
-    )
+    check_names("linear_logprobs_with_stats", options)
+    logprobs, lse, entropy = _results(hidden, weight, targets, with_entropy=True, **options)
     return LogprobStats(logprobs, entropy, lse)
 
 
-def _apply(
+def _results(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    round_logits: str | None,
-    kept_ids: Tensor | None,
-    weight_grad: Tensor | None,
+    *,
     with_entropy: bool,
+    **options: Unpack[HeadOptions],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), the first two in the shape of targets, entropy too if asked for."""
-    hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
-    check_head(hidden, weight, targets, bias, temperature, softcap, ignore_index)
-    check_head_options(targets, weight, round_logits, kept_ids, weight_grad)
-    arguments = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        targets.reshape(-1),
-        bias,
-        *split_temperature(temperature),
-        softcap or 0.0,
-        ignore_index,
-        None if round_logits is None else ROUNDED_LOGITS[round_logits],
-        kept_bits(kept_ids, weight),
-        with_entropy,
-    )
-    if weight_grad is None:
-        logprobs, lse, entropy = torch.ops.agro.linear_logprobs_fwd(*arguments)
-    else:
-        refuse_under_compile()
-        logprobs, lse, entropy = AccumulatingLogprobs.apply(weight_grad, *arguments, None)
+    head = Head.of(hidden, weight, targets, **options)
+    logprobs, lse, entropy = flat_results(head, options, with_entropy=with_entropy)
     shape = targets.shape
     return logprobs.view(shape), lse.view(shape), entropy.view(shape) if with_entropy else entropy
 
 
-def cast_for_autocast(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What F.linear does under torch.autocast: all to its dtype, except float64."""
-    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
+def flat_results(
+    head: Head, options: HeadOptions, *, with_entropy: bool = False, lse: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, lse, entropy), (N,) each; entropy is (0,) unless with_entropy.
 
-    def cast(tensor: Tensor) -> Tensor:
-        castable = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        return tensor.to(dtype) if castable and tensor.dtype != torch.float64 else tensor
-
-    return cast(hidden), cast(weight), None if bias is None else cast(bias)
-
-
-def split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    """The ops take a number and, apart from it, one temperature a token (N,) fp32."""
-    if isinstance(temperature, Tensor):
-        return 1.0, temperature.reshape(-1).float()
-    return float(temperature), None
-
-
-def kept_bits(kept_ids: Tensor | None, weight: Tensor) -> Tensor | None:
-    """(..., K) ids -> (N, ceil(V / 32)) bits, as the ops take them."""
-    if kept_ids is None:
-        return None
-    ids = kept_ids.reshape(-1, kept_ids.shape[-1])
-    bits: Tensor = torch.ops.agro.pack_kept_ids(ids, weight.shape[0])
-    return bits
+    options: those that `head` was made of. lse (N,): from an earlier pass; then the logprobs cost
+    no matrix product, and entropy is (0,).
+    """
+    weight_grad, shards = options.get("weight_grad"), options.get("shards")
+    if shards is not None:
+        return shards.results(head, with_entropy, lse, weight_grad)
+    if weight_grad is not None:
+        refuse_under_compile()
+        results = AccumulatingLogprobs.apply(weight_grad, with_entropy, lse, *head)
+    elif lse is None:
+        results = torch.ops.agro.linear_logprobs_fwd(*head, with_entropy)
+    else:
+        logprobs = torch.ops.agro.target_logprobs(*head, lse)
+        results = logprobs, lse, logprobs.new_empty(0)
+    logprobs, lse, entropy = results
+    return logprobs, lse, entropy

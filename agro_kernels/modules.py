@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from agro_kernels.agro_loss import linear_agro_loss
 from agro_kernels.agro_options import AgroKeywords, check_names
-from agro_kernels.linear_logprobs import IGNORE_INDEX, LogprobStats, linear_logprobs_with_stats
+from agro_kernels.head import IGNORE_INDEX
+from agro_kernels.linear_logprobs import LogprobStats, linear_logprobs_with_stats
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.head import check_logits
-from agro_kernels.linear_logprobs import IGNORE_INDEX, split_temperature
+from agro_kernels.head import IGNORE_INDEX, check_logits, split_temperature
 
 
 def selective_logprobs(

@@ -19,11 +19,14 @@ eps is relative to the largest element of the truth, so where the truth is exact
 the result has to be too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from agro_kernels.head import Head
 
 SLACK = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 EPS = {
@@ -86,6 +89,24 @@ class HeadInputs:
     targets: Tensor  # (N,) int64
     bias: Tensor | None  # (V,)
     coefficients: Tensor  # (N,) fp32
+
+    def head(self, **options: Any) -> Head:
+        """As the kernels take them; options as those of linear_logprobs."""
+        return Head.of(self.hidden, self.weight, self.targets, bias=self.bias, **options)
+
+    def in_dtype(self, dtype: torch.dtype) -> "HeadInputs":
+        """A copy in another dtype of which hidden, weight and bias are leaves of autograd."""
+        hidden, weight, bias = (
+            None if t is None else t.to(dtype).detach().clone().requires_grad_()
+            for t in (self.hidden, self.weight, self.bias)
+        )
+        assert hidden is not None and weight is not None
+        return replace(self, hidden=hidden, weight=weight, bias=bias)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """hidden, weight and, if there is one, bias."""
+        return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
 
 
 def head_inputs(
@@ -150,21 +171,21 @@ def plain_linear_logprobs(
     weight: Tensor,
     targets: Tensor,
     *,
-    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
     ignore_index: int = -100,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,), differentiable; ignored rows are dropped and give zeros.
 
-    The `plain` side of the law; of float64 inputs, its `truth`.
+    The `plain` side of the law; of float64 inputs, its `truth`. options: bias and softcap, as
+    `plain_logits`.
     """
     rows = (targets != ignore_index).nonzero().squeeze(1)
     if isinstance(temperature, Tensor):
         temperature = temperature[rows].to(
             torch.float64 if hidden.dtype == torch.float64 else torch.float32
         )
-    logits = plain_logits(hidden[rows], weight, bias, temperature, softcap)
+    logits = plain_logits(hidden[rows], weight, temperature=temperature, **options)
     logprobs_all = logits.log_softmax(-1)
     # exp(logprob) * logprob is 0 * -inf for a banned token; its share of the entropy is zero.
     terms = torch.where(

@@ -13,39 +13,26 @@ from torch import Tensor
 
 from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
-from agro_kernels.head import check_target_values, check_token_temperature_values
+from agro_kernels.head import Head, check_target_values
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # agro_head.dtype
 
 
-def _library(
-    hidden: Tensor, round_logits: torch.dtype | None, kept: Tensor | None
-) -> ctypes.CDLL | None:
-    """The library if it serves these arguments, None if the blocked torch path does."""
-    if hidden.dtype not in DTYPES or round_logits is not None or kept is not None:
+def _library(head: Head) -> ctypes.CDLL | None:
+    """The library if it serves this head, None if the blocked torch path does."""
+    if head.hidden.dtype not in DTYPES or head.round_logits is not None or head.kept is not None:
         return None
     return native.load()
 
 
-class _Head:
-    """The inputs of a head op as the library takes them; keeps alive what it points to."""
+class _Struct:
+    """A head as the library takes it; keeps alive what it points to."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        token_temperature: Tensor | None,
-        softcap: float,
-        ignore_index: int,
-    ) -> None:
-        (n, d), v = hidden.shape, weight.shape[0]
-        hidden, weight = _with_contiguous_rows(hidden), _with_contiguous_rows(weight)
-        targets = targets.to(torch.int64).contiguous()
-        bias = None if bias is None else bias.contiguous()
-        token_temperature = _floats(token_temperature)
+    def __init__(self, head: Head) -> None:
+        hidden, weight = _with_contiguous_rows(head.hidden), _with_contiguous_rows(head.weight)
+        targets = head.targets.to(torch.int64).contiguous()
+        bias = None if head.bias is None else head.bias.contiguous()
+        token_temperature = _floats(head.token_temperature)
         self._alive = hidden, weight, targets, bias, token_temperature
         self._struct = native.Head(
             hidden=hidden.data_ptr(),
@@ -53,14 +40,14 @@ class _Head:
             targets=targets.data_ptr(),
             bias=_pointer(bias),
             token_temperature=_pointer(token_temperature),
-            n=n,
-            d=d,
-            v=v,
+            n=hidden.shape[0],
+            d=hidden.shape[1],
+            v=weight.shape[0],
             hidden_stride=hidden.stride(0),
             weight_stride=weight.stride(0),
-            ignore_index=ignore_index,
-            temperature=temperature,
-            softcap=softcap,
+            ignore_index=head.ignore_index,
+            temperature=head.temperature,
+            softcap=head.softcap,
             dtype=DTYPES[hidden.dtype],
             num_threads=torch.get_num_threads(),
         )
@@ -89,33 +76,19 @@ def _wanted(tensor: Tensor) -> int | None:
     return tensor.data_ptr() if tensor.numel() > 0 else None
 
 
-def linear_logprobs_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy."""
-    inputs = hidden, weight, targets, bias, temperature, token_temperature, softcap, ignore_index
-    library = _library(hidden, round_logits, kept)
+    library = _library(head)
     if library is None:
-        return blocked.linear_logprobs_fwd(*inputs, round_logits, kept, with_entropy)
-    check_target_values(targets, weight.shape[0], ignore_index)
-    check_token_temperature_values(token_temperature, targets, ignore_index)
-    n = hidden.shape[0]
-    logprobs = hidden.new_empty(n, dtype=torch.float32)
+        return blocked.linear_logprobs_fwd(head, with_entropy)
+    head.check_values()
+    n = head.hidden.shape[0]
+    logprobs = head.hidden.new_empty(n, dtype=torch.float32)
     lse = torch.empty_like(logprobs)
     entropy = logprobs.new_empty(n if with_entropy else 0)
-    head = _Head(*inputs)
+    struct = _Struct(head)
     status = library.agro_linear_logprobs_fwd(
-        head.pointer, logprobs.data_ptr(), lse.data_ptr(), _wanted(entropy)
+        struct.pointer, logprobs.data_ptr(), lse.data_ptr(), _wanted(entropy)
     )
     native.check_status(status, "linear_logprobs")
     return logprobs, lse, entropy
@@ -125,16 +98,7 @@ def linear_logprobs_bwd(
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
+    head: Head,
     lse: Tensor,
     entropy: Tensor,
     output_mask: list[bool],
@@ -144,33 +108,23 @@ def linear_logprobs_bwd(
 
     With weight_grad (V, D) fp32 the weight's gradient is added to it instead and dweight is (0,).
     """
-    inputs = hidden, weight, targets, bias, temperature, token_temperature, softcap, ignore_index
-    library = _library(hidden, round_logits, kept)
+    library = _library(head)
     if library is None:
         return blocked.linear_logprobs_bwd(
-            dlogprobs,
-            dlse,
-            dentropy,
-            *inputs,
-            round_logits,
-            kept,
-            lse,
-            entropy,
-            output_mask,
-            weight_grad,
+            dlogprobs, dlse, dentropy, head, lse, entropy, output_mask, weight_grad
         )
     # The numbers may have been changed since the forward pass looked at them.
-    check_target_values(targets, weight.shape[0], ignore_index)
+    check_target_values(head.targets, head.weight.shape[0], head.ignore_index)
     dlogprobs, dlse, dentropy = _floats(dlogprobs), _floats(dlse), _floats(dentropy)
     lse = lse.contiguous()
     entropy = entropy.contiguous()
-    gradients = _Gradients(hidden, weight, output_mask, weight_grad)
-    head = _Head(*inputs)
+    gradients = _Gradients(head, output_mask, weight_grad)
+    struct = _Struct(head)
     status = library.agro_linear_logprobs_bwd(
         _pointer(dlogprobs),
         _pointer(dlse),
         _pointer(dentropy),
-        head.pointer,
+        struct.pointer,
         lse.data_ptr(),
         None if dentropy is None else entropy.data_ptr(),
         *gradients.pointers,
@@ -182,15 +136,13 @@ def linear_logprobs_bwd(
 class _Gradients:
     """The outputs of a backward pass, unwritten; those not asked for have shape (0,)."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, output_mask: list[bool], weight_grad: Tensor | None
-    ) -> None:
+    def __init__(self, head: Head, output_mask: list[bool], weight_grad: Tensor | None) -> None:
         need_hidden, need_weight, need_bias = output_mask
-        (n, d), v = hidden.shape, weight.shape[0]
+        (n, d), v = head.hidden.shape, head.weight.shape[0]
         write_weight = need_weight and weight_grad is None
-        self.dhidden = hidden.new_empty((n, d) if need_hidden else 0)
-        self.dweight = weight.new_empty((v, d) if write_weight else 0)
-        self.dbias = weight.new_empty(v if need_bias else 0)
+        self.dhidden = head.hidden.new_empty((n, d) if need_hidden else 0)
+        self.dweight = head.weight.new_empty((v, d) if write_weight else 0)
+        self.dbias = head.weight.new_empty(v if need_bias else 0)
         self.weight_grad = weight_grad if need_weight else None
         # The library adds to contiguous memory only.
         self.sums = None if self.weight_grad is None else self.weight_grad.contiguous()

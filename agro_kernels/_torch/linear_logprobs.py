@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agro_kernels.head import check_target_values, check_token_temperature_values
+from agro_kernels.counted_rows import counted_rows
+from agro_kernels.head import Head
 
 # A tile of 2048 x 4096 fp32 logits is 32 MB. Below 1024 columns a GEMM on a CPU loses its speed.
 TOKEN_CHUNK = 2048
@@ -39,59 +40,35 @@ class _Tile:
     excluded: Tensor | None  # (rows, columns) bool: not kept by the sampler; z still has a value
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The inputs of a head op, reduced to the rows that count."""
-
-    index: Tensor | None  # (M,) int64: which of the N rows count; None when all do
-    hidden: Tensor  # (M, D) fp32 or float64
-    targets: Tensor  # (M,)
-    weight: Tensor  # (V, D) as given
-    bias: Tensor | None  # (V,) as given
-    temperature: float | Tensor  # float or (M, 1)
-    softcap: float  # 0.0 is none
-    round_logits: torch.dtype | None
-    kept: Tensor | None  # (M, ceil(V / 32)) int32
-
-    def take(self, values: Tensor) -> Tensor:
-        """(N,) -> (M,) in the dtype of the computation."""
-        values = values if self.index is None else values.index_select(0, self.index)
-        return values.to(self.hidden.dtype)
-
-    def put_back(self, values: Tensor, n: int) -> Tensor:
-        """(M, ...) -> (N, ...), zeros in the rows that do not count."""
-        if self.index is None:
-            return values
-        return values.new_zeros(n, *values.shape[1:]).index_copy_(0, self.index, values)
-
-    def tiles(self) -> Iterator[_Tile]:
-        (m, _), v, dtype = self.hidden.shape, self.weight.shape[0], self.hidden.dtype
-        buffer = self.hidden.new_empty(min(m, TOKEN_CHUNK) * min(v, VOCAB_BLOCK))
-        for v0 in range(0, v, VOCAB_BLOCK):
-            entries = slice(v0, min(v0 + VOCAB_BLOCK, v))
-            columns = entries.stop - v0
-            weight = self.weight[entries].to(dtype)
-            bias = None if self.bias is None else self.bias[entries].to(dtype)
-            for n0 in range(0, m, TOKEN_CHUNK):
-                rows = slice(n0, min(n0 + TOKEN_CHUNK, m))
-                logits = buffer[: (rows.stop - n0) * columns].view(-1, columns)
-                if bias is None:
-                    torch.mm(self.hidden[rows], weight.T, out=logits)
-                else:
-                    torch.addmm(bias, self.hidden[rows], weight.T, out=logits)
-                if self.round_logits is not None:
-                    logits.copy_(logits.to(self.round_logits))
-                if self.softcap > 0.0:
-                    logits.div_(self.softcap).tanh_().mul_(self.softcap)
-                if isinstance(self.temperature, Tensor):
-                    logits.div_(self.temperature[rows])
-                elif self.temperature != 1.0:
-                    logits.div_(self.temperature)
-                column = self.targets[rows].long() - v0
-                in_block = (column >= 0) & (column < columns)
-                column = column.where(in_block, 0).unsqueeze(1)
-                excluded = None if self.kept is None else _excluded(self.kept[rows], entries)
-                yield _Tile(rows, entries, weight, logits, in_block, column, excluded)
+def _tiles(head: Head) -> Iterator[_Tile]:
+    """All tiles of the logits of a head as `_upcast` makes it."""
+    (m, _), v, dtype = head.hidden.shape, head.weight.shape[0], head.hidden.dtype
+    buffer = head.hidden.new_empty(min(m, TOKEN_CHUNK) * min(v, VOCAB_BLOCK))
+    for v0 in range(0, v, VOCAB_BLOCK):
+        entries = slice(v0, min(v0 + VOCAB_BLOCK, v))
+        columns = entries.stop - v0
+        weight = head.weight[entries].to(dtype)
+        bias = None if head.bias is None else head.bias[entries].to(dtype)
+        for n0 in range(0, m, TOKEN_CHUNK):
+            rows = slice(n0, min(n0 + TOKEN_CHUNK, m))
+            logits = buffer[: (rows.stop - n0) * columns].view(-1, columns)
+            if bias is None:
+                torch.mm(head.hidden[rows], weight.T, out=logits)
+            else:
+                torch.addmm(bias, head.hidden[rows], weight.T, out=logits)
+            if head.round_logits is not None:
+                logits.copy_(logits.to(head.round_logits))
+            if head.softcap > 0.0:
+                logits.div_(head.softcap).tanh_().mul_(head.softcap)
+            if head.token_temperature is not None:
+                logits.div_(head.token_temperature[rows].unsqueeze(1))
+            elif head.temperature != 1.0:
+                logits.div_(head.temperature)
+            column = head.targets[rows].long() - v0
+            in_block = (column >= 0) & (column < columns)
+            column = column.where(in_block, 0).unsqueeze(1)
+            excluded = None if head.kept is None else _excluded(head.kept[rows], entries)
+            yield _Tile(rows, entries, weight, logits, in_block, column, excluded)
 
 
 def _excluded(kept: Tensor, entries: slice) -> Tensor:
@@ -103,82 +80,30 @@ def _excluded(kept: Tensor, entries: slice) -> Tensor:
     return ((bits & 1) == 0).flatten(1)[:, columns]
 
 
-def _head(
-    counted: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
-) -> _Head:
-    """The rows of the (N,) mask `counted`."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    index = counted.nonzero().squeeze(1)
-    if index.shape[0] < hidden.shape[0]:
-        hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
-        if token_temperature is not None:
-            token_temperature = token_temperature.index_select(0, index)
-        kept = None if kept is None else kept.index_select(0, index)
-    return _Head(
-        index=index if index.shape[0] < counted.shape[0] else None,
-        hidden=hidden.to(dtype),
-        targets=targets,
-        weight=weight,
-        bias=bias,
-        temperature=temperature
-        if token_temperature is None
-        else token_temperature.to(dtype).unsqueeze(1),
-        softcap=softcap,
-        round_logits=round_logits,
-        kept=kept,
+def _upcast(head: Head) -> Head:
+    """With hidden and token_temperature in the dtype of the computation, fp32 or float64."""
+    dtype = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
+    temperatures = head.token_temperature
+    return head._replace(
+        hidden=head.hidden.to(dtype),
+        token_temperature=None if temperatures is None else temperatures.to(dtype),
     )
 
 
 # --- Forward --------------------------------------------------------------------------------------
 
 
-def linear_logprobs_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy."""
-    check_target_values(targets, weight.shape[0], ignore_index)
-    check_token_temperature_values(token_temperature, targets, ignore_index)
-    head = _head(
-        targets != ignore_index,
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        token_temperature,
-        softcap,
-        round_logits,
-        kept,
-    )
-    logprobs, lse, entropy = _statistics(head, with_entropy)
-    n = hidden.shape[0]
-    return (
-        head.put_back(logprobs, n),
-        head.put_back(lse, n),
-        head.put_back(entropy, n) if with_entropy else entropy,
-    )
+    head.check_values()
+    rows = counted_rows(head, head.counts)
+    logprobs, lse, entropy = _statistics(_upcast(rows.head), with_entropy)
+    if with_entropy:
+        entropy = rows.put_back(entropy)
+    return rows.put_back(logprobs), rows.put_back(lse), entropy
 
 
-def _statistics(head: _Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy) of the counted rows, online over the vocabulary.
 
     With m the largest logit so far, s = sum exp(z - m) and e = sum exp(z - m) (z - m):
@@ -190,7 +115,7 @@ def _statistics(head: _Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor
     s = torch.zeros_like(m)
     e = torch.zeros_like(m) if with_entropy else m.new_empty(0)
     target_logits = torch.full_like(m, torch.nan)  # stays NaN for a target outside the vocabulary
-    for tile in head.tiles():
+    for tile in _tiles(head):
         rows, z = tile.rows, tile.logits
         if tile.excluded is not None:
             z.masked_fill_(tile.excluded, -torch.inf)
@@ -220,16 +145,7 @@ def linear_logprobs_bwd(
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
+    head: Head,
     lse: Tensor,
     entropy: Tensor,
     output_mask: list[bool],
@@ -240,40 +156,30 @@ def linear_logprobs_bwd(
     With weight_grad (V, D), fp32 or float64, the weight's gradient is added to it instead and
     dweight is (0,).
     """
-    head = _head(
-        targets != ignore_index,
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        token_temperature,
-        softcap,
-        round_logits,
-        kept,
+    rows = counted_rows(head, head.counts)
+    counted = _upcast(rows.head)
+    dtype = counted.hidden.dtype
+    dlogprobs, dlse, dentropy = (
+        None if gradient is None else rows.take(gradient).to(dtype)
+        for gradient in (dlogprobs, dlse, dentropy)
     )
     dhidden, dweight, dbias = _gradients(
-        head,
-        None if dlogprobs is None else head.take(dlogprobs),
-        None if dlse is None else head.take(dlse),
-        None if dentropy is None else head.take(dentropy),
-        head.take(lse),
-        None if dentropy is None else head.take(entropy),
+        counted,
+        dlogprobs,
+        dlse,
+        dentropy,
+        rows.take(lse).to(dtype),
+        None if dentropy is None else rows.take(entropy).to(dtype),
         output_mask,
-        weight_grad=weight_grad,
+        weight_grad,
     )
-    return _as_given(head, dhidden, hidden), dweight, dbias
-
-
-def _as_given(head: _Head, dhidden: Tensor, hidden: Tensor) -> Tensor:
-    """The fp32 gradient of the counted rows as one of `hidden`, rounded once."""
-    if dhidden.dim() == 1:  # not asked for
-        return hidden.new_empty(0)
-    return head.put_back(dhidden.to(hidden.dtype), hidden.shape[0])
+    # Rounded once, from fp32.
+    dhidden = dhidden.to(head.hidden.dtype)
+    return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias
 
 
 def _gradients(
-    head: _Head,
+    head: Head,
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
@@ -300,17 +206,17 @@ def _gradients(
     if not any(output_mask):
         return dhidden, dweight, dbias
     # Without a softcap dz/dx is 1 / temperature, one number a row: it goes into the upstream.
-    inverse = 1.0 / head.temperature
-    inverse = inverse.squeeze(1) if isinstance(inverse, Tensor) else inverse
+    temperatures = head.token_temperature
+    inverse = 1.0 / (head.temperature if temperatures is None else temperatures)
     zeros = torch.zeros_like(lse)
     at_target = zeros if dlogprobs is None else dlogprobs * inverse
     of_p = (zeros if dlse is None else dlse * inverse) - at_target
     of_entropy = None if dentropy is None else dentropy * inverse
-    for tile in head.tiles():
+    for tile in _tiles(head):
         rows, z = tile.rows, tile.logits
         slope = None
         if head.softcap > 0.0:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2
-            t = head.temperature[rows] if isinstance(head.temperature, Tensor) else head.temperature
+            t = head.temperature if temperatures is None else temperatures[rows].unsqueeze(1)
             slope = z.mul(t).div_(head.softcap).square_().neg_().add_(1.0)
         if tile.excluded is not None:
             z.masked_fill_(tile.excluded, -torch.inf)
@@ -351,40 +257,27 @@ def _gradients(
 # --- Log-probs where lse is known -----------------------------------------------------------------
 
 
-def target_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
-    lse: Tensor,
-) -> Tensor:
+def target_logprobs(head: Head, lse: Tensor) -> Tensor:
     """(N,) target logit - lse: N D operations, for callers that have lse (N,) from before."""
-    check_target_values(targets, weight.shape[0], ignore_index)
-    check_token_temperature_values(token_temperature, targets, ignore_index)
-    dtype, v = lse.dtype, weight.shape[0]
-    counted = targets != ignore_index
-    inside = (targets >= 0) & (targets < v)
-    ids = targets.where(inside, 0).long()
+    head.check_values()
+    dtype, v = lse.dtype, head.weight.shape[0]
+    inside = (head.targets >= 0) & (head.targets < v)
+    ids = head.targets.where(inside, 0).long()
     logits = lse.new_empty(lse.shape)
-    for n0 in range(0, hidden.shape[0], TOKEN_CHUNK):
+    for n0 in range(0, head.hidden.shape[0], TOKEN_CHUNK):
         rows = slice(n0, n0 + TOKEN_CHUNK)
-        of_targets = weight.index_select(0, ids[rows]).to(dtype)
-        torch.sum(hidden[rows].to(dtype) * of_targets, 1, out=logits[rows])
-    if bias is not None:
-        logits += bias.index_select(0, ids).to(dtype)
-    if round_logits is not None:
-        logits = logits.to(round_logits).to(dtype)
-    if softcap > 0.0:
-        logits = softcap * (logits / softcap).tanh()
-    logits = logits / (temperature if token_temperature is None else token_temperature.to(dtype))
-    if kept is not None:
-        word = kept.gather(1, (ids // 32).unsqueeze(1)).squeeze(1)
+        of_targets = head.weight.index_select(0, ids[rows]).to(dtype)
+        torch.sum(head.hidden[rows].to(dtype) * of_targets, 1, out=logits[rows])
+    if head.bias is not None:
+        logits += head.bias.index_select(0, ids).to(dtype)
+    if head.round_logits is not None:
+        logits = logits.to(head.round_logits).to(dtype)
+    if head.softcap > 0.0:
+        logits = head.softcap * (logits / head.softcap).tanh()
+    temperatures = head.token_temperature
+    logits = logits / (head.temperature if temperatures is None else temperatures.to(dtype))
+    if head.kept is not None:
+        word = head.kept.gather(1, (ids // 32).unsqueeze(1)).squeeze(1)
         logits = logits.where((word >> (ids % 32)) & 1 != 0, -torch.inf)
     logprobs = (logits - lse).where(inside, torch.nan)
-    return logprobs.where(counted, 0.0)
+    return logprobs.where(head.counts, 0.0)

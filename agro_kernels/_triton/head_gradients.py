@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from agro_kernels import tiles as configs
-from agro_kernels._triton.counted import Head
 from agro_kernels._triton.gemm import add_product
 from agro_kernels._triton.launch import gemm_arguments, select_config
 from agro_kernels._triton.primitives import (
@@ -22,6 +21,7 @@ from agro_kernels._triton.primitives import (
     logits_tile,
     rounded,
 )
+from agro_kernels.head import Head
 
 # The gradient of the logits is made in chunks of at most this many bytes, but never less than one
 # tile of columns. Larger is faster: each chunk of columns reads and writes the fp32 dhidden.
@@ -183,9 +183,9 @@ def head_gradients(
     output_mask: list[bool],
     weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_logprobs_bwd of the M rows of a Head; dhidden is (N, D).
+    """linear_logprobs_bwd of rows that all count.
 
-    The upstream gradients, lse, entropy: (M,) fp32, contiguous.
+    The upstream gradients, lse, entropy: (N,) fp32, contiguous.
     """
     hidden, weight = head.hidden, head.weight
     (N, D), V = hidden.shape, weight.shape[0]
@@ -194,7 +194,7 @@ def head_gradients(
     dbias = weight.new_zeros(V if need_bias else 0, dtype=torch.float32)
     upstream = [gradient for gradient in (dlogprobs, dlse, dentropy) if gradient is not None]
     if N == 0 or not upstream or not any(output_mask):
-        dhidden = hidden.new_zeros((head.num_tokens, D) if need_hidden else 0)
+        dhidden = hidden.new_zeros((N, D) if need_hidden else 0)
         return dhidden, dweight.zero_(), dbias.to(weight.dtype)
     dhidden = hidden.new_empty((N, D) if need_hidden else 0, dtype=torch.float32)
     scale = None
@@ -265,8 +265,7 @@ def head_gradients(
     if scale is not None:
         dhidden /= scale
         dbias /= scale
-    dhidden = dhidden.to(hidden.dtype)
-    return head.put_back(dhidden) if need_hidden else dhidden, dweight, dbias.to(weight.dtype)
+    return dhidden.to(hidden.dtype), dweight, dbias.to(weight.dtype)
 
 
 def chunk_shape(

@@ -1,4 +1,4 @@
-"""Shared by the launches of the two GEMM kernels: the row of configs.py, what follows from it."""
+"""Shared by the launches of the two GEMM kernels: the row of tiles.py, what follows from it."""
 
 import torch
 import triton.language as tl
@@ -6,13 +6,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from agro_kernels import tiles as configs
-from agro_kernels._triton.counted import Head
+from agro_kernels.counted_rows import CountedRows, counted_rows
+from agro_kernels.head import Head
 
 ROUNDED = {None: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def architecture(device: torch.device) -> str:
-    """The device's name in the tables of configs.py; CPU tensors are for Triton's interpreter."""
+    """The device's name in the tables of tiles.py; CPU tensors are for Triton's interpreter."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
@@ -21,8 +22,22 @@ def architecture(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
+def gather_counted(head: Head, counted: Tensor) -> CountedRows:
+    """The rows of the (N,) bool mask `counted`, with a contiguous bias.
+
+    A CUDA graph that is being captured cannot wait for their number: there all rows stay.
+    """
+    bias = None if head.bias is None else head.bias.contiguous()
+    wait = waiting_is_possible(head.hidden.device)
+    return counted_rows(head._replace(bias=bias), counted, wait=wait)
+
+
+def waiting_is_possible(device: torch.device) -> bool:
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 def select_config(kernel: str, head: Head) -> configs.TileConfig:
-    """The row of configs.py for a call. Nothing here depends on how many rows there are."""
+    """The row of tiles.py for a call. Nothing here depends on how many rows there are."""
     hidden = head.hidden
     return configs.select(
         kernel,
@@ -35,10 +50,10 @@ def select_config(kernel: str, head: Head) -> configs.TileConfig:
 
 
 def takes_aligned_rows(head: Head) -> bool:
-    """Whether the operands' rows can begin at multiples of 16 bytes, as tensor descriptors want it.
+    """Whether the operands' rows can begin at multiples of 16 bytes, as tensor descriptors need it.
 
-    Of the weight that is asked; hidden states that do not comply are copied by gemm_arguments, so
-    that a token's result does not depend on where its hidden states lie.
+    Only the weight's alignment decides: gemm_arguments copies misaligned hidden states, so a
+    token's result does not depend on where its hidden states lie in memory.
     """
     D, itemsize = head.hidden.shape[1], head.hidden.element_size()
     return D * itemsize % 16 == 0 and has_aligned_rows(head.weight)

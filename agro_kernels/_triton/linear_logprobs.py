@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from agro_kernels import tiles as configs
-from agro_kernels._triton.counted import Head, counted_head
 from agro_kernels._triton.head_gradients import head_gradients
-from agro_kernels._triton.launch import gemm_arguments, select_config
+from agro_kernels._triton.launch import gather_counted, gemm_arguments, select_config
 from agro_kernels._triton.primitives import (
     BANNED,
     LN2,
@@ -24,6 +23,7 @@ from agro_kernels._triton.primitives import (
     kept_tile,
     logits_tile,
 )
+from agro_kernels.head import Head
 
 MERGE_BLOCK_N = 128  # rows of one program that merges splits; without influence on results
 
@@ -211,38 +211,21 @@ def linear_logprobs_fwd_merge_kernel(
         tl.store(entropy_ptr + offs_n, tl.where(counted, entropy, 0.0), mask=mask_n)
 
 
-def linear_logprobs_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,) fp32 in nats; entropy is (0,) unless asked for.
 
-    hidden (N, D) and weight (V, D): bf16, fp16 or fp32, any strides; targets (N,) int32 or int64;
-    token_temperature (N,) fp32 or None; softcap 0.0 for none; kept (N, ceil(V / 32)) int32, one bit
-    a token, or None. A target outside [0, V) that is not ignore_index gives a logprob of NaN:
+    bf16, fp16 or fp32. A target outside [0, V) that is not ignore_index gives a logprob of NaN:
     looking at it here would stall the device.
     """
-    head = counted_head(
-        targets != ignore_index, hidden, weight, targets, bias, temperature, token_temperature,
-        softcap, ignore_index, round_logits, kept,
-    )  # fmt: skip
-    logprobs, lse, entropy = _statistics(head, with_entropy)
+    rows = gather_counted(head, head.counts)
+    logprobs, lse, entropy = _statistics(rows.head, with_entropy)
     if with_entropy:
-        entropy = head.put_back(entropy)
-    return head.put_back(logprobs), head.put_back(lse), entropy
+        entropy = rows.put_back(entropy)
+    return rows.put_back(logprobs), rows.put_back(lse), entropy
 
 
 def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_logprobs_fwd of the rows of a Head."""
+    """linear_logprobs_fwd of rows that all count."""
     hidden = head.hidden
     N, V = hidden.shape[0], head.weight.shape[0]
     logprobs = hidden.new_empty(N, dtype=torch.float32)
@@ -288,16 +271,7 @@ def linear_logprobs_bwd(
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
+    head: Head,
     lse: Tensor,
     entropy: Tensor,
     output_mask: list[bool],
@@ -307,23 +281,21 @@ def linear_logprobs_bwd(
 
     dlogprobs, dlse, dentropy: (N,) fp32 upstream gradients, None where there is none. lse (N,) and,
     if dentropy is given, entropy (N,) are the forward's. With weight_grad (V, D) fp32 the gradient
-    of weight is added to it and dweight is (0,). The rest is linear_logprobs_fwd's.
+    of weight is added to it and dweight is (0,).
     """
-    live = torch.zeros_like(targets, dtype=torch.bool)
+    live = torch.zeros_like(head.targets, dtype=torch.bool)
     for gradient in (dlogprobs, dlse, dentropy):
         if gradient is not None:
             live |= gradient != 0
-    head = counted_head(
-        live & (targets != ignore_index), hidden, weight, targets, bias, temperature,
-        token_temperature, softcap, ignore_index, round_logits, kept,
-    )  # fmt: skip
-    return head_gradients(
-        head,
-        dlogprobs=None if dlogprobs is None else head.take(dlogprobs),
-        dlse=None if dlse is None else head.take(dlse),
-        dentropy=None if dentropy is None else head.take(dentropy),
-        lse=head.take(lse),
-        entropy=None if dentropy is None else head.take(entropy),
+    rows = gather_counted(head, live & head.counts)
+    dhidden, dweight, dbias = head_gradients(
+        rows.head,
+        dlogprobs=None if dlogprobs is None else rows.take(dlogprobs),
+        dlse=None if dlse is None else rows.take(dlse),
+        dentropy=None if dentropy is None else rows.take(dentropy),
+        lse=rows.take(lse),
+        entropy=None if dentropy is None else rows.take(entropy),
         output_mask=output_mask,
         weight_grad=weight_grad,
     )
+    return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias

@@ -2,7 +2,6 @@
 log-probabilities from an lse that is known.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,19 +11,22 @@ from torch.autograd.function import once_differentiable
 from agro_kernels._cpu import linear_logprobs as cpu_linear_logprobs
 from agro_kernels._torch import kept_ids as torch_kept_ids
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
-from agro_kernels.ops.dispatch import library, results_dtype, triton_if_possible, without_autocast
+from agro_kernels.head import HEAD_SCHEMA, Head
+from agro_kernels.ops.dispatch import (
+    library,
+    results_dtype,
+    triton_if_possible,
+    with_record,
+    without_autocast,
+)
 
 library.define(
-    "linear_logprobs_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
-    "float temperature, Tensor? token_temperature, float softcap, int ignore_index, "
-    "ScalarType? round_logits, Tensor? kept, bool with_entropy) "
+    f"linear_logprobs_fwd({HEAD_SCHEMA}, bool with_entropy) "
     "-> (Tensor logprobs, Tensor lse, Tensor entropy)"
 )
 _BACKWARD_ARGUMENTS = (
-    "Tensor? dlogprobs, Tensor? dlse, Tensor? dentropy, Tensor hidden, Tensor weight, "
-    "Tensor targets, Tensor? bias, float temperature, Tensor? token_temperature, float softcap, "
-    "int ignore_index, ScalarType? round_logits, Tensor? kept, Tensor lse, Tensor entropy, "
-    "bool[] output_mask"
+    f"Tensor? dlogprobs, Tensor? dlse, Tensor? dentropy, {HEAD_SCHEMA}, Tensor lse, "
+    "Tensor entropy, bool[] output_mask"
 )
 library.define(
     f"linear_logprobs_bwd({_BACKWARD_ARGUMENTS}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
@@ -34,106 +36,99 @@ library.define(
     f"linear_logprobs_bwd_accumulate({_BACKWARD_ARGUMENTS}, Tensor(a!) weight_grad) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
-for _name, _function in (
-    ("linear_logprobs_fwd", "linear_logprobs_fwd"),
-    ("linear_logprobs_bwd", "linear_logprobs_bwd"),
-    ("linear_logprobs_bwd_accumulate", "linear_logprobs_bwd"),
+# name of the op, name of the function that serves it, place of the head among its arguments
+for _name, _function, _at in (
+    ("linear_logprobs_fwd", "linear_logprobs_fwd", 0),
+    ("linear_logprobs_bwd", "linear_logprobs_bwd", 3),
+    ("linear_logprobs_bwd_accumulate", "linear_logprobs_bwd", 3),
 ):
-    _everywhere = getattr(torch_linear_logprobs, _function)
-    _cpu = getattr(cpu_linear_logprobs, _function)
-    _cuda = triton_if_possible(_function, "linear_logprobs", torch_linear_logprobs)
-    library.impl(_name, without_autocast(_everywhere), "CompositeExplicitAutograd")
-    library.impl(_name, without_autocast(_cpu), "CPU")
-    library.impl(_name, without_autocast(_cuda), "CUDA")
+    for _key, _kernel in (
+        ("CompositeExplicitAutograd", getattr(torch_linear_logprobs, _function)),
+        ("CPU", getattr(cpu_linear_logprobs, _function)),
+        ("CUDA", triton_if_possible(_function, "linear_logprobs", torch_linear_logprobs)),
+    ):
+        library.impl(_name, without_autocast(with_record(Head, _kernel, at=_at)), _key)
 
 
-def _linear_logprobs_fwd_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, dtype = hidden.shape[0], results_dtype(hidden)
+def _linear_logprobs_fwd_fake(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    n, dtype = head.hidden.shape[0], results_dtype(head.hidden)
     return (
-        hidden.new_empty(n, dtype=dtype),
-        hidden.new_empty(n, dtype=dtype),
-        hidden.new_empty(n if with_entropy else 0, dtype=dtype),
+        head.hidden.new_empty(n, dtype=dtype),
+        head.hidden.new_empty(n, dtype=dtype),
+        head.hidden.new_empty(n if with_entropy else 0, dtype=dtype),
     )
-
-
-torch.library.register_fake("agro::linear_logprobs_fwd", _linear_logprobs_fwd_fake, lib=library)
 
 
 def _linear_logprobs_bwd_fake(
     dlogprobs: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    round_logits: torch.dtype | None,
-    kept: Tensor | None,
+    head: Head,
     lse: Tensor,
     entropy: Tensor,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hidden, weight, output_mask)
-
-
-torch.library.register_fake("agro::linear_logprobs_bwd", _linear_logprobs_bwd_fake, lib=library)
-
-
-def _linear_logprobs_bwd_accumulate_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments_of_bwd, _ = arguments
-    dhidden, dweight, dbias = _linear_logprobs_bwd_fake(*arguments_of_bwd)
-    return dhidden, dweight.new_empty(0), dbias
-
-
-torch.library.register_fake(
-    "agro::linear_logprobs_bwd_accumulate", _linear_logprobs_bwd_accumulate_fake, lib=library
-)
-
-
-def _empty_gradients(
-    hidden: Tensor, weight: Tensor, output_mask: list[bool]
+    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, unwritten; those not asked for have shape (0,)."""
+    need_hidden, need_weight, need_bias = output_mask
+    hidden, weight = head.hidden, head.weight
     return (
-        hidden.new_empty(hidden.shape if output_mask[0] else (0,)),
-        weight.new_empty(weight.shape if output_mask[1] else (0,)),
-        weight.new_empty(weight.shape[:1] if output_mask[2] else (0,)),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight and weight_grad is None else (0,)),
+        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
+def save_head(ctx: Any, head: Head, lse: Tensor, entropy: Tensor) -> None:
+    """Keeps what `saved_head` gives back."""
+    ctx.save_for_backward(
+        head.hidden,
+        head.weight,
+        head.targets,
+        head.bias,
+        head.token_temperature,
+        head.kept,
+        lse,
+        entropy,
+    )
+    ctx.options = head.temperature, head.softcap, head.ignore_index, head.round_logits
+    ctx.set_materialize_grads(False)
+
+
+def saved_head(ctx: Any) -> tuple[Head, Tensor, Tensor]:
+    """(head, lse, entropy) after `save_head`."""
+    hidden, weight, targets, bias, token_temperature, kept, lse, entropy = ctx.saved_tensors
+    temperature, softcap, ignore_index, round_logits = ctx.options
+    head = Head(
+        hidden, weight, targets, bias, temperature, token_temperature, softcap, ignore_index,
+        round_logits, kept,
+    )  # fmt: skip
+    return head, lse, entropy
+
+
+def input_gradients(
+    asked: list[bool], dhidden: Tensor, dweight: Tensor, dbias: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What autograd wants for the fields of a Head: a gradient each, or None."""
+    need_hidden, need_weight, need_bias = asked
+    return (
+        dhidden if need_hidden else None,
+        dweight if need_weight else None,
+        None,
+        dbias if need_bias else None,
+        *[None] * 6,
     )
 
 
 def _linear_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *head, _ = inputs
     _, lse, entropy = output
-    save_head(ctx, inputs, lse, entropy)
+    save_head(ctx, Head(*head), lse, entropy)
 
 
 def _target_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    lse = inputs[-1]
-    save_head(ctx, inputs, lse, lse.new_empty(0))
-
-
-def save_head(ctx: Any, inputs: Sequence[Any], lse: Tensor, entropy: Tensor) -> None:
-    """Keeps what `backward_arguments` gives back. The last of an op's inputs is not needed."""
-    hidden, weight, targets, bias, temperature, token_temperature, softcap, *others = inputs
-    ignore_index, round_logits, kept, _ = others
-    ctx.save_for_backward(hidden, weight, targets, bias, token_temperature, kept, lse, entropy)
-    ctx.options = temperature, softcap, ignore_index, round_logits
-    ctx.set_materialize_grads(False)
+    *head, lse = inputs
+    save_head(ctx, Head(*head), lse, lse.new_empty(0))
 
 
 @once_differentiable
@@ -145,63 +140,28 @@ def _logprobs_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of both ops: a given lse is what the inputs make it, not a constant."""
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-    dhidden, dweight, dbias = torch.ops.agro.linear_logprobs_bwd(
-        *backward_arguments(ctx, dlogprobs, dlse, dentropy), [need_hidden, need_weight, need_bias]
+    asked = [need_hidden, need_weight, need_bias]
+    head, lse, entropy = saved_head(ctx)
+    gradients = torch.ops.agro.linear_logprobs_bwd(
+        dlogprobs, dlse, of_entropy(dentropy, lse, entropy), *head, lse, entropy, asked
     )
-    return (
-        dhidden if need_hidden else None,
-        dweight if need_weight else None,
-        None,
-        dbias if need_bias else None,
-        *[None] * 7,
-    )
+    return *input_gradients(asked, *gradients), None
 
 
-def backward_arguments(
-    ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
-) -> tuple[Any, ...]:
-    """What the ops of the gradients take, up to output_mask, after `save_head`."""
-    hidden, weight, targets, bias, token_temperature, kept, lse, entropy = ctx.saved_tensors
-    temperature, softcap, ignore_index, round_logits = ctx.options
-    if entropy.shape != lse.shape:
-        dentropy = None  # the forward pass made no entropy: what came is the gradient of nothing
-    return (
-        dlogprobs,
-        dlse,
-        dentropy,
-        hidden,
-        weight,
-        targets,
-        bias,
-        temperature,
-        token_temperature,
-        softcap,
-        ignore_index,
-        round_logits,
-        kept,
-        lse,
-        entropy,
-    )
+def of_entropy(dentropy: Tensor | None, lse: Tensor, entropy: Tensor) -> Tensor | None:
+    """dentropy, or None where the forward pass made no entropy.
 
-
-torch.library.register_autograd(
-    "agro::linear_logprobs_fwd",
-    _logprobs_backward,
-    setup_context=_linear_logprobs_save,
-    lib=library,
-)
+    There autograd may pass a gradient of the empty tensor that was returned for it.
+    """
+    return dentropy if entropy.shape == lse.shape else None
 
 
 library.define("pack_kept_ids(Tensor kept_ids, SymInt vocabulary) -> Tensor kept")
 library.impl("pack_kept_ids", torch_kept_ids.pack_kept_ids, "CompositeExplicitAutograd")
-library.define(
-    "target_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
-    "float temperature, Tensor? token_temperature, float softcap, int ignore_index, "
-    "ScalarType? round_logits, Tensor? kept, Tensor lse) -> Tensor logprobs"
-)
+library.define(f"target_logprobs({HEAD_SCHEMA}, Tensor lse) -> Tensor logprobs")
 library.impl(
     "target_logprobs",
-    without_autocast(torch_linear_logprobs.target_logprobs),
+    without_autocast(with_record(Head, torch_linear_logprobs.target_logprobs)),
     "CompositeExplicitAutograd",
 )
 
@@ -210,17 +170,22 @@ def _pack_kept_ids_fake(kept_ids: Tensor, vocabulary: int) -> Tensor:
     return kept_ids.new_empty((kept_ids.shape[0], -(-vocabulary // 32)), dtype=torch.int32)
 
 
-torch.library.register_fake("agro::pack_kept_ids", _pack_kept_ids_fake, lib=library)
+def _target_logprobs_fake(head: Head, lse: Tensor) -> Tensor:
+    return head.hidden.new_empty(head.hidden.shape[0], dtype=results_dtype(head.hidden))
 
 
-def _target_logprobs_fake(hidden: Tensor, *others: Any) -> Tensor:
-    return hidden.new_empty(hidden.shape[0], dtype=results_dtype(hidden))
-
-
-torch.library.register_fake("agro::target_logprobs", _target_logprobs_fake, lib=library)
-torch.library.register_autograd(
-    "agro::target_logprobs",
-    _logprobs_backward,
-    setup_context=_target_logprobs_save,
-    lib=library,
-)
+for _name, _fake in (
+    ("linear_logprobs_fwd", with_record(Head, _linear_logprobs_fwd_fake)),
+    ("linear_logprobs_bwd", with_record(Head, _linear_logprobs_bwd_fake, at=3)),
+    ("linear_logprobs_bwd_accumulate", with_record(Head, _linear_logprobs_bwd_fake, at=3)),
+    ("target_logprobs", with_record(Head, _target_logprobs_fake)),
+    ("pack_kept_ids", _pack_kept_ids_fake),
+):
+    torch.library.register_fake(f"agro::{_name}", _fake, lib=library)
+for _name, _save in (
+    ("linear_logprobs_fwd", _linear_logprobs_save),
+    ("target_logprobs", _target_logprobs_save),
+):
+    torch.library.register_autograd(
+        f"agro::{_name}", _logprobs_backward, setup_context=_save, lib=library
+    )

@@ -1,8 +1,8 @@
 """The head ops with the weight's gradient added straight into the caller's fp32 buffer.
 
 Megatron and others keep `main_grad`, an fp32 sum over micro-batches, beside each weight. The ops of
-`library.py` return a new gradient, which would be rounded to the weight's dtype and then added;
-here it goes from the matrix products into the buffer, and autograd is told that there is none.
+`linear_logprobs.py` return a new gradient, which would be rounded to the weight's dtype and then
+added; here it goes from the matrix products into the buffer, and autograd gets none for the weight.
 """
 
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from agro_kernels.ops.linear_logprobs import backward_arguments, save_head
+from agro_kernels.head import Head
+from agro_kernels.ops.linear_logprobs import input_gradients, of_entropy, save_head, saved_head
 
 
 def refuse_under_compile() -> None:
@@ -27,21 +28,24 @@ def refuse_under_compile() -> None:
 class AccumulatingLogprobs(torch.autograd.Function):
     """linear_logprobs_fwd whose backward adds to weight_grad (V, D) instead of returning dweight.
 
-    Takes the op's arguments after weight_grad, and lse (N,) or None as the last. With lse from an
+    Takes the fields of a Head last, as apply sees no tensors inside a record. With lse (N,) from an
     earlier pass over the same inputs the logprobs are (target logit - lse): no matrix product.
     Returns (logprobs, lse, entropy), entropy (0,) unless with_entropy.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight_grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *of_op, lse = arguments
+    def forward(
+        ctx: Any, weight_grad: Tensor, with_entropy: bool, lse: Tensor | None, *fields: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if lse is None:
-            logprobs, lse, entropy = torch.ops.agro.linear_logprobs_fwd(*of_op)
+            logprobs, lse, entropy = torch.ops.agro.linear_logprobs_fwd(*fields, with_entropy)
         else:
-            logprobs = torch.ops.agro.target_logprobs(*of_op[:-1], lse)
+            logprobs = torch.ops.agro.target_logprobs(*fields, lse)
             entropy = logprobs.new_empty(0)
-        save_head(ctx, of_op, lse, entropy)
-        ctx.weight_grad = weight_grad  # not an input of the gradient: later additions are welcome
+        save_head(ctx, Head(*fields), lse, entropy)
+        # Not with save_for_backward, which refuses tensors that have changed since: the backward
+        # passes of other micro-batches add to this one.
+        ctx.weight_grad = weight_grad
         return logprobs, lse, entropy
 
     @staticmethod
@@ -49,17 +53,16 @@ class AccumulatingLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-        dhidden, _, dbias = torch.ops.agro.linear_logprobs_bwd_accumulate(
-            *backward_arguments(ctx, dlogprobs, dlse, dentropy),
-            [need_hidden, need_weight, need_bias],
-            ctx.weight_grad,
+        _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+        asked = [need_hidden, need_weight, need_bias]
+        head, lse, entropy = saved_head(ctx)
+        dentropy = of_entropy(dentropy, lse, entropy)
+        dhidden, dweight, dbias = torch.ops.agro.linear_logprobs_bwd_accumulate(
+            dlogprobs, dlse, dentropy, *head, lse, entropy, asked, ctx.weight_grad
         )
         return (
             None,
-            dhidden if need_hidden else None,
             None,
             None,
-            dbias if need_bias else None,
-            *[None] * 8,
+            *input_gradients([need_hidden, False, need_bias], dhidden, dweight, dbias),
         )

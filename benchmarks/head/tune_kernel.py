@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels import reference, tiles
+from agro_kernels.head import Head
 from agro_kernels.tiles import TileConfig
 from benchmarks.head.providers.base import Inputs
 
@@ -20,16 +21,13 @@ def call_of(kernel: str, inputs: Inputs) -> Callable[[], Tensor]:
     # Not on import: a smoke run tells Triton first that its kernels are to be interpreted.
     from agro_kernels._triton import linear_logprobs
 
-    head = (
-        inputs.hidden, inputs.weight, inputs.targets, None, 1.0, None, inputs.softcap or 0.0, -100,
-        None, None,
-    )  # fmt: skip
+    head = Head.of(inputs.hidden, inputs.weight, inputs.targets, softcap=inputs.softcap)
     if kernel == "linear_logprobs_fwd":
-        return lambda: torch.stack(linear_logprobs.linear_logprobs_fwd(*head, with_entropy=True))
-    _, lse, entropy = linear_logprobs.linear_logprobs_fwd(*head, with_entropy=False)
+        return lambda: torch.stack(linear_logprobs.linear_logprobs_fwd(head, with_entropy=True))
+    _, lse, entropy = linear_logprobs.linear_logprobs_fwd(head, with_entropy=False)
     only_bias = [False, False, True]
     return lambda: linear_logprobs.linear_logprobs_bwd(
-        inputs.coefficients, None, None, *head, lse, entropy, only_bias
+        inputs.coefficients, None, None, head, lse, entropy, only_bias
     )[2]
 
 

@@ -42,8 +42,8 @@ from agro_kernels._triton import (
     linear_logprobs,
     selective_logprobs,
 )
-from agro_kernels._triton.counted import Head
 from agro_kernels.agro_options import AgroOptions
+from agro_kernels.head import Head
 from benchmarks.measure.rows import column_names, texts
 
 TARGETS = {
@@ -188,8 +188,6 @@ def head_of(call: frozenset[str], dtype: torch.dtype, hidden_size: int, aligned:
 
     weight = empty(v, hidden_size + (0 if aligned else 1), dtype=dtype)[:, :hidden_size]
     return Head(
-        index=None,
-        num_tokens=n,
         hidden=empty(n, hidden_size, dtype=dtype),
         weight=weight,
         targets=empty(n, dtype=torch.int64),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agro_kernels._triton import linear_logprobs
+from agro_kernels.head import Head as OpHead
 from benchmarks.head.providers.base import FORM_GEMMS, FORMS, Step, make_inputs
 from benchmarks.head.providers.registry import PROVIDERS
 from benchmarks.measure.shapes import GPU_HEADS, HEADS, Head, Shape
@@ -134,10 +135,10 @@ def test_fused_forward_memory_is_what_the_launcher_allocates() -> None:
     """Under Triton's interpreter. (On a CPU the backward's products need copies of their own.)"""
     shape = Shape("memory", 256, Head("memory", 32, 256))
     inputs = make_inputs(shape, torch.bfloat16)
-    head = (inputs.hidden, inputs.weight, inputs.targets, None, 1.0, None, 0.0, -100, None, None)
+    head = OpHead.of(inputs.hidden, inputs.weight, inputs.targets)
 
     def step() -> None:
-        linear_logprobs.linear_logprobs_fwd(*head, with_entropy=False)
+        linear_logprobs.linear_logprobs_fwd(head, with_entropy=False)
 
     results = 2 * 4 * 256  # logprobs and lse
     predicted = extra_bytes("fused", "forward", shape, "interpreter")

@@ -22,6 +22,7 @@ from torch import Tensor
 from agro_kernels import reference, weighted_logprob_sum
 from agro_kernels._cpu import linear_logprobs as cpu
 from agro_kernels._cpu import native
+from agro_kernels.head import Head
 from tests.numerics import assert_close_to_truth, plain_linear_logprobs
 
 LAYOUTS = ("contiguous", "padded", "offset", "every second", "transposed")
@@ -193,29 +194,23 @@ def by_torch(
 
 def by_native(case: Case) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """As `by_torch`, from the library; and the total of the known-coefficients form."""
-    options = (
+    head = Head(
+        case.hidden,
+        case.weight,
+        case.targets,
         case.bias,
         case.temperature,
         case.token_temperature,
         case.softcap,
         case.ignore_index,
-        None,
-        None,
+        round_logits=None,
+        kept=None,
     )
-    tensors = case.hidden, case.weight, case.targets
-    logprobs, lse, entropy = cpu.linear_logprobs_fwd(*tensors, *options, True)
+    logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
     weight_grad = None if case.weight_grad is None else case.weight_grad.clone()
     dlogprobs, dlse, dentropy = case.upstream
     gradients = cpu.linear_logprobs_bwd(
-        dlogprobs,
-        dlse,
-        dentropy,
-        *tensors,
-        *options,
-        lse,
-        entropy,
-        case.output_mask,
-        weight_grad,
+        dlogprobs, dlse, dentropy, head, lse, entropy, case.output_mask, weight_grad
     )
     if weight_grad is not None and case.weight_grad is not None:
         assert gradients[1].shape == (0,)

@@ -19,6 +19,7 @@ from agro_kernels import (
     selective_logprobs,
     weighted_logprob_sum,
 )
+from agro_kernels.head import Head
 from tests.numerics import head_inputs
 
 D, V = 16, 70
@@ -277,10 +278,10 @@ def triton_linear_logprobs() -> tuple[Tensor, ...]:
     from agro_kernels._triton import linear_logprobs as kernels
 
     hidden, weight, bias = (leaf.detach() for leaf in Inputs(12).leaves)
-    arguments = (hidden, weight, Inputs(12).targets, bias, 0.7, None, 0.0, -100, None, None)
-    logprobs, lse, entropy = kernels.linear_logprobs_fwd(*arguments, True)
+    head = Head.of(hidden, weight, Inputs(12).targets, bias=bias, temperature=0.7)
+    logprobs, lse, entropy = kernels.linear_logprobs_fwd(head, True)
     gradients = kernels.linear_logprobs_bwd(
-        logprobs, None, None, *arguments, lse, entropy, [True, True, True]
+        logprobs, None, None, head, lse, entropy, [True, True, True]
     )
     return logprobs, lse, entropy, *gradients
 

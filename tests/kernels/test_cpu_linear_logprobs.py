@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from agro_kernels import weighted_logprob_sum
 from agro_kernels._cpu import linear_logprobs as cpu
 from agro_kernels._cpu import native
+from agro_kernels.head import Head
 from tests.kernels import fuzz_linear_logprobs as fuzz
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
@@ -68,13 +70,10 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def tail(
-    temperature: float | Tensor = 1.0, softcap: float | None = None, ignore_index: int = -100
-) -> tuple[object, ...]:
-    """The options as the ops take them, from temperature to kept."""
-    per_token = temperature if isinstance(temperature, Tensor) else None
-    scalar = 1.0 if isinstance(temperature, Tensor) else temperature
-    return scalar, per_token, softcap or 0.0, ignore_index, None, None
+def head_of(inputs: HeadInputs, *, temperature: float | Tensor = 1.0, **options: Any) -> Head:
+    """With the temperatures in the dtype and layout that they are given in."""
+    head = inputs.head(temperature=temperature, **options)
+    return head._replace(token_temperature=temperature) if isinstance(temperature, Tensor) else head
 
 
 def upstream(n: int) -> list[Tensor]:
@@ -83,14 +82,12 @@ def upstream(n: int) -> list[Tensor]:
     return list(torch.randn(3, n, generator=generator))
 
 
-def by_native(inputs: HeadInputs, **options: float | Tensor | None) -> list[Tensor]:
+def by_native(inputs: HeadInputs, **options: Any) -> list[Tensor]:
     """logprobs, lse, entropy and the gradients by `upstream`."""
-    tensors = inputs.hidden, inputs.weight, inputs.targets
-    rest = inputs.bias, *tail(**options)
-    logprobs, lse, entropy = cpu.linear_logprobs_fwd(*tensors, *rest, True)
-    gradients = cpu.linear_logprobs_bwd(
-        *upstream(len(lse)), *tensors, *rest, lse, entropy, [True, True, inputs.bias is not None]
-    )
+    head = head_of(inputs, **options)
+    logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
+    asked = [True, True, inputs.bias is not None]
+    gradients = cpu.linear_logprobs_bwd(*upstream(len(lse)), head, lse, entropy, asked)
     return [logprobs, lse, entropy, *gradients[: 2 + (inputs.bias is not None)]]
 
 
@@ -98,14 +95,12 @@ def by_plain_torch(
     inputs: HeadInputs, dtype: torch.dtype, **options: float | Tensor | None
 ) -> list[Tensor]:
     """The same in plain torch."""
-    leaves = [
-        None if t is None else t.to(dtype).clone().requires_grad_()
-        for t in (inputs.hidden, inputs.weight, inputs.bias)
-    ]
-    hidden, weight, bias = leaves
-    results = plain_linear_logprobs(hidden, weight, inputs.targets, bias=bias, **options)
+    copy = inputs.in_dtype(dtype)
+    results = plain_linear_logprobs(
+        copy.hidden, copy.weight, copy.targets, bias=copy.bias, **options
+    )
     loss = sum((r * u).sum() for r, u in zip(results, upstream(len(results[0])), strict=True))
-    gradients = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])
+    gradients = torch.autograd.grad(loss, copy.leaves)
     return [result.detach() for result in (*results, *gradients)]
 
 
@@ -353,11 +348,10 @@ def test_row_does_not_depend_on_threads_or_neighbours(
     isa: str, dtype: torch.dtype, threads: None
 ) -> None:
     inputs = head_inputs(300, 40, 700, dtype=dtype, bias=True)
-    rest = inputs.bias, *tail(0.7, 20.0)
 
     def forward(rows: slice | Tensor) -> list[Tensor]:
-        taken = inputs.hidden[rows], inputs.weight, inputs.targets[rows]
-        return list(cpu.linear_logprobs_fwd(*taken, *rest, True))
+        taken = replace(inputs, hidden=inputs.hidden[rows], targets=inputs.targets[rows])
+        return list(cpu.linear_logprobs_fwd(taken.head(temperature=0.7, softcap=20.0), True))
 
     torch.set_num_threads(2)
     together = forward(slice(None))
@@ -376,11 +370,9 @@ def test_row_does_not_depend_on_threads_or_neighbours(
 def test_row_does_not_depend_on_ignored_rows_between(isa: str) -> None:
     inputs = head_inputs(100, 40, 300, ignored=True)
     counted = inputs.targets != -100
-    rest = None, *tail()
-    between = cpu.linear_logprobs_fwd(inputs.hidden, inputs.weight, inputs.targets, *rest, True)
-    alone = cpu.linear_logprobs_fwd(
-        inputs.hidden[counted], inputs.weight, inputs.targets[counted], *rest, True
-    )
+    between = cpu.linear_logprobs_fwd(inputs.head(), True)
+    kept = replace(inputs, hidden=inputs.hidden[counted], targets=inputs.targets[counted])
+    alone = cpu.linear_logprobs_fwd(kept.head(), True)
     for ours, expected in zip(between, alone, strict=True):
         assert torch.equal(ours[counted], expected)
         assert torch.equal(ours[~counted], torch.zeros(int((~counted).sum())))
@@ -388,11 +380,9 @@ def test_row_does_not_depend_on_ignored_rows_between(isa: str) -> None:
 
 def test_row_does_not_depend_on_n_above_a_token_chunk(isa: str) -> None:
     inputs = head_inputs(4500, 3, 70)
-    rest = None, *tail()
-    many = cpu.linear_logprobs_fwd(inputs.hidden, inputs.weight, inputs.targets, *rest, True)
-    few = cpu.linear_logprobs_fwd(
-        inputs.hidden[4000:4100], inputs.weight, inputs.targets[4000:4100], *rest, True
-    )
+    head = inputs.head()
+    many = cpu.linear_logprobs_fwd(head, True)
+    few = cpu.linear_logprobs_fwd(head.part(slice(4000, 4100)), True)
     for ours, expected in zip(many, few, strict=True):
         assert torch.equal(ours[4000:4100], expected)
     assert_as_expected(expectation(inputs))
@@ -487,12 +477,11 @@ def test_new_process_uses_the_best_instruction_set_and_its_forked_child_can_call
 @pytest.mark.parametrize("mask", [[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)])
 def test_every_output_mask(isa: str, mask: list[int]) -> None:
     inputs = head_inputs(37, 53, 301, bias=True)
-    tensors = inputs.hidden, inputs.weight, inputs.targets
-    rest = inputs.bias, *tail()
+    head = inputs.head()
     asked = [bool(one) for one in mask]
-    logprobs, lse, entropy = cpu.linear_logprobs_fwd(*tensors, *rest, True)
-    everything = cpu.linear_logprobs_bwd(*upstream(37), *tensors, *rest, lse, entropy, ALL)
-    some = cpu.linear_logprobs_bwd(*upstream(37), *tensors, *rest, lse, entropy, asked)
+    logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
+    everything = cpu.linear_logprobs_bwd(*upstream(37), head, lse, entropy, ALL)
+    some = cpu.linear_logprobs_bwd(*upstream(37), head, lse, entropy, asked)
     for ours, expected, wanted in zip(some, everything, asked, strict=True):
         assert ours.shape == (expected.shape if wanted else (0,))
         assert torch.equal(ours, expected[: len(ours)] if wanted else expected.new_empty(0))
@@ -501,13 +490,12 @@ def test_every_output_mask(isa: str, mask: list[int]) -> None:
 @pytest.mark.parametrize("given", [[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)])
 def test_missing_upstream_is_zero(isa: str, given: list[int]) -> None:
     inputs = head_inputs(37, 53, 301)
-    tensors = inputs.hidden, inputs.weight, inputs.targets
-    rest = None, *tail()
-    _, lse, entropy = cpu.linear_logprobs_fwd(*tensors, *rest, True)
+    head = inputs.head()
+    _, lse, entropy = cpu.linear_logprobs_fwd(head, True)
     some = [u if one else None for u, one in zip(upstream(37), given, strict=True)]
     zeros = [u * one for u, one in zip(upstream(37), given, strict=True)]
-    ours = cpu.linear_logprobs_bwd(*some, *tensors, *rest, lse, entropy, ALL)
-    expected = cpu.linear_logprobs_bwd(*zeros, *tensors, *rest, lse, entropy, ALL)
+    ours = cpu.linear_logprobs_bwd(*some, head, lse, entropy, ALL)
+    expected = cpu.linear_logprobs_bwd(*zeros, head, lse, entropy, ALL)
     for name, a, b in zip(NAMES[3:], ours, expected, strict=True):
         if not any(given):
             assert torch.equal(a, torch.zeros_like(a)), name
@@ -516,9 +504,8 @@ def test_missing_upstream_is_zero(isa: str, given: list[int]) -> None:
 
 def test_entropy_is_not_made_unless_asked_for(isa: str) -> None:
     inputs = head_inputs(37, 53, 301)
-    arguments = inputs.hidden, inputs.weight, inputs.targets, None, *tail()
-    with_entropy = cpu.linear_logprobs_fwd(*arguments, True)
-    without = cpu.linear_logprobs_fwd(*arguments, False)
+    with_entropy = cpu.linear_logprobs_fwd(inputs.head(), True)
+    without = cpu.linear_logprobs_fwd(inputs.head(), False)
     assert without[2].shape == (0,)
     assert torch.equal(without[0], with_entropy[0])
     assert torch.equal(without[1], with_entropy[1])
@@ -527,15 +514,13 @@ def test_entropy_is_not_made_unless_asked_for(isa: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_grad_is_added_to_in_fp32(isa: str, dtype: torch.dtype) -> None:
     inputs = head_inputs(37, 53, 301, dtype=dtype, bias=True)
-    tensors = inputs.hidden, inputs.weight, inputs.targets
-    rest = inputs.bias, *tail()
-    _, lse, entropy = cpu.linear_logprobs_fwd(*tensors, *rest, True)
+    _, lse, entropy = cpu.linear_logprobs_fwd(inputs.head(), True)
     held = torch.randn(301, 53, generator=torch.Generator().manual_seed(1))
     truth = by_plain_torch(inputs, torch.float64)[4] + held
     # In half precision the gradient of the logits is rounded on its way into the product.
     plain = by_plain_torch(inputs, dtype)[4].float() + held
     for weight_grad in (held.clone(), held.T.contiguous().T):
-        arguments = *tensors, *rest, lse, entropy
+        arguments = inputs.head(), lse, entropy
         gradients = cpu.linear_logprobs_bwd(*upstream(37), *arguments, ALL, weight_grad)
         assert gradients[1].shape == (0,)
         assert_close_to_truth(weight_grad, truth, plain, "weight_grad")
@@ -563,14 +548,17 @@ def test_banned_tokens_equal_a_vocabulary_without_them(isa: str, dtype: torch.dt
         bias=bias[allowed],
         targets=torch.searchsorted(allowed, targets),
     )
-    ours = by_native(inputs)
-    truth = by_plain_torch(kept, torch.float64)
-    plain = by_plain_torch(kept, dtype)
-    for name, a, b, c in zip(NAMES, ours, truth, plain, strict=True):
+    for name, ours, truth, plain in zip(
+        NAMES,
+        by_native(inputs),
+        by_plain_torch(kept, torch.float64),
+        by_plain_torch(kept, dtype),
+        strict=True,
+    ):
         if name in ("dweight", "dbias"):
-            assert torch.equal(a[banned], torch.zeros_like(a[banned])), name
-            a = a[allowed]
-        assert_close_to_truth(a, b, c, name)
+            assert torch.equal(ours[banned], torch.zeros_like(ours[banned])), name
+            ours = ours[allowed]
+        assert_close_to_truth(ours, truth, plain, name)
 
 
 def test_banned_target_has_logprob_minus_infinity_and_no_nan_elsewhere(isa: str) -> None:
@@ -594,14 +582,8 @@ def test_banned_target_has_logprob_minus_infinity_and_no_nan_elsewhere(isa: str)
 
 def test_row_with_every_token_banned(isa: str) -> None:
     inputs = head_inputs(5, 16, 150, bias=True)
-    logprobs, lse, entropy = cpu.linear_logprobs_fwd(
-        inputs.hidden,
-        inputs.weight,
-        inputs.targets,
-        torch.full((150,), -torch.inf),
-        *tail(),
-        True,
-    )
+    banned = replace(inputs, bias=torch.full((150,), -torch.inf))
+    logprobs, lse, entropy = cpu.linear_logprobs_fwd(banned.head(), True)
     assert torch.equal(lse, torch.full((5,), -torch.inf))
     assert logprobs.isnan().all() and entropy.isnan().all()
 
@@ -690,13 +672,12 @@ def test_small_tensors_may_have_any_layout_and_integer_type(isa: str) -> None:
     )
     ours = by_native(strided, temperature=spread(temperature.double())) + known_form(strided, None)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
-    tensors = inputs.hidden, inputs.weight, inputs.targets
-    rest = inputs.bias, *tail()
-    _, lse, entropy = cpu.linear_logprobs_fwd(*tensors, *rest, True)
+    head = inputs.head()
+    _, lse, entropy = cpu.linear_logprobs_fwd(head, True)
     ones = [torch.ones(37)] * 3
     expanded = [torch.ones(()).expand(37)] * 3
-    expected = cpu.linear_logprobs_bwd(*ones, *tensors, *rest, lse, entropy, ALL)
-    ours = cpu.linear_logprobs_bwd(*expanded, *tensors, *rest, spread(lse), spread(entropy), ALL)
+    expected = cpu.linear_logprobs_bwd(*ones, head, lse, entropy, ALL)
+    ours = cpu.linear_logprobs_bwd(*expanded, head, spread(lse), spread(entropy), ALL)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
@@ -716,20 +697,21 @@ def test_the_torch_path_serves_the_rest(why: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(native, "load", lambda: pytest.fail("the library must not be asked"))
     dtype = torch.float64 if why == "float64" else torch.float32
     inputs = head_inputs(7, 9, 33, dtype=dtype)
-    kept = torch.full((7, 2), -1, dtype=torch.int32) if why == "kept" else None
-    rest = None, 1.0, None, 0.0, -100, torch.bfloat16 if why == "rounded" else None, kept
-    tensors = inputs.hidden, inputs.weight, inputs.targets
-    logprobs, lse, entropy = cpu.linear_logprobs_fwd(*tensors, *rest, True)
+    head = inputs.head(
+        round_logits="bf16" if why == "rounded" else None,
+        kept_ids=torch.full((7, 1), -1) if why == "kept" else None,
+    )
+    logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
     ones = torch.ones_like(logprobs)
-    gradients = cpu.linear_logprobs_bwd(ones, None, None, *tensors, *rest, lse, entropy, ALL)
+    gradients = cpu.linear_logprobs_bwd(ones, None, None, head, lse, entropy, ALL)
     assert all(result.isfinite().all() for result in (logprobs, *gradients))
 
 
 @pytest.mark.parametrize("value", [-1, 33, 10**9])
 def test_rejects_out_of_range_targets(value: int) -> None:
     inputs = head_inputs(7, 9, 33)
-    tensors = inputs.hidden, inputs.weight, inputs.targets
-    _, lse, entropy = cpu.linear_logprobs_fwd(*tensors, None, *tail(), True)
+    head = inputs.head()
+    _, lse, entropy = cpu.linear_logprobs_fwd(head, True)
     inputs.targets[3] = value
     message = rf"targets: expected token ids in \[0, 33\).*got {value} at position 3"
     with pytest.raises(ValueError, match=message):
@@ -737,7 +719,7 @@ def test_rejects_out_of_range_targets(value: int) -> None:
     with pytest.raises(ValueError, match=message):
         known_form(inputs, None)
     with pytest.raises(ValueError, match=message):
-        cpu.linear_logprobs_bwd(*upstream(7), *tensors, None, *tail(), lse, entropy, ALL)
+        cpu.linear_logprobs_bwd(*upstream(7), head, lse, entropy, ALL)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])

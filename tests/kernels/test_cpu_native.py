@@ -39,11 +39,8 @@ def loaded_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def forward() -> tuple[Tensor, Tensor]:
     """(logprobs by the op, logprobs by the blocked torch path)."""
-    inputs = head_inputs(7, 9, 33)
-    arguments = inputs.hidden, inputs.weight, inputs.targets, None, 1.0, None, 0.0, -100
-    ours, theirs = (
-        module.linear_logprobs_fwd(*arguments, None, None, False)[0] for module in (cpu, blocked)
-    )
+    head = head_inputs(7, 9, 33).head()
+    ours, theirs = (module.linear_logprobs_fwd(head, False)[0] for module in (cpu, blocked))
     return ours, theirs
 
 

@@ -10,17 +10,11 @@ from agro_kernels import (
     reference,
     weighted_logprob_sum,
 )
-from agro_kernels._torch import linear_logprobs as blocked
 from tests.numerics import assert_close_to_truth
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 N, D, V = 21, 19, 203
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "TOKEN_CHUNK", 8)
-    monkeypatch.setattr(blocked, "VOCAB_BLOCK", 64)
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def exact_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,19 +55,15 @@ def results(function: object, inputs: tuple[Tensor, ...], **options: object) -> 
 
 
 def assert_matches_reference(inputs: tuple[Tensor, ...], **options: object) -> None:
-    ours = results(linear_logprobs_with_stats, inputs, **options)
-    plain = results(reference.linear_logprobs_with_stats, inputs, **options)
     doubles = (*(t.double() for t in inputs[:3]), inputs[3])
-    truth = results(reference.linear_logprobs_with_stats, doubles, **options)
-    assert len(ours) == len(plain) == len(truth) == 6
-    for name, a, b, c in zip(
+    for name, ours, truth, plain in zip(
         ("logprobs", "lse", "entropy", "dhidden", "dweight", "dbias"),
-        ours,
-        truth,
-        plain,
+        results(linear_logprobs_with_stats, inputs, **options),
+        results(reference.linear_logprobs_with_stats, doubles, **options),
+        results(reference.linear_logprobs_with_stats, inputs, **options),
         strict=True,
     ):
-        assert_close_to_truth(a, b, c, name)
+        assert_close_to_truth(ours, truth, plain, name)
 
 
 # --- round_logits ---------------------------------------------------------------------------------

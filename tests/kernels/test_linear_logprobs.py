@@ -4,12 +4,12 @@ The public functions run here by whatever serves the device; the small tiles of 
 small shapes cross several vocabulary blocks and token chunks of the blocked torch path.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from agro_kernels import (
     linear_logprobs,
@@ -19,57 +19,67 @@ from agro_kernels import (
 )
 from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
+from agro_kernels.head import Head
+from tests.kernels.recorder import Recorder
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Tile aligned, every dimension odd, tiny, many vocabulary blocks, one token, no token.
 SHAPES = [(32, 64, 128), (37, 53, 301), (2, 1, 3), (5, 16, 1000), (1, 33, 65), (0, 8, 16)]
 NAMES = ("logprobs", "lse", "entropy", "dhidden", "dweight", "dbias")
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "TOKEN_CHUNK", 16)
-    monkeypatch.setattr(blocked, "VOCAB_BLOCK", 64)
+def our_results(inputs: HeadInputs, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """logprobs, lse, entropy and the gradients of a scalar that depends on each of the three."""
+
+    def ours(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        stats = linear_logprobs_with_stats(*tensors, **options)
+        return stats.logprobs, stats.lse, stats.entropy
+
+    return results_and_gradients(ours, inputs, dtype, **options)
+
+
+def plain_results(inputs: HeadInputs, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """The same by plain torch; in float64, the truth."""
+    return results_and_gradients(plain_linear_logprobs, inputs, dtype, **options)
+
+
+def reference_results(inputs: HeadInputs, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """The same by reference.py, whose gradients come from lse as one number."""
+
+    def of_reference(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        logprobs, entropy, lse = reference.linear_logprobs_with_stats(*tensors, **options)
+        return logprobs, lse, entropy
+
+    return results_and_gradients(of_reference, inputs, dtype, **options)
 
 
 def results_and_gradients(
-    inputs: HeadInputs, dtype: torch.dtype, how: str, **options: float | Tensor | None
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: HeadInputs,
+    dtype: torch.dtype,
+    **options: Any,
 ) -> list[Tensor]:
-    """logprobs, lse, entropy and the gradients of a scalar that depends on each of the three."""
-    leaves = [
-        None if t is None else t.to(dtype).detach().clone().requires_grad_()
-        for t in (inputs.hidden, inputs.weight, inputs.bias)
-    ]
-    hidden, weight, bias = leaves
-    if how == "ours":
-        stats = linear_logprobs_with_stats(hidden, weight, inputs.targets, bias=bias, **options)
-        logprobs, lse, entropy = stats.logprobs, stats.lse, stats.entropy
-    elif how == "reference":
-        logprobs, entropy, lse = reference.linear_logprobs_with_stats(
-            hidden, weight, inputs.targets, bias=bias, **options
-        )
-    else:
-        logprobs, lse, entropy = plain_linear_logprobs(
-            hidden, weight, inputs.targets, bias=bias, **options
-        )
+    """By a function that returns (logprobs, lse, entropy)."""
+    copy = inputs.in_dtype(dtype)
+    results = function(copy.hidden, copy.weight, copy.targets, bias=copy.bias, **options)
+    logprobs, lse, entropy = results
     c = inputs.coefficients.to(logprobs.dtype)
     (logprobs @ c + entropy @ c.flip(0) + (lse * c.cos()).sum()).backward()
-    results = [logprobs, lse, entropy, hidden.grad, weight.grad]
-    return [r.detach() for r in results + ([] if bias is None else [bias.grad])]
+    return [result.detach() for result in (*results, *(leaf.grad for leaf in copy.leaves))]
 
 
-def assert_matches_truth(
-    inputs: HeadInputs, dtype: torch.dtype, **options: float | Tensor | None
-) -> None:
-    ours, truth, plain = (
-        results_and_gradients(inputs, dtype, "ours", **options),
-        results_and_gradients(inputs, torch.float64, "plain", **options),
-        results_and_gradients(inputs, dtype, "plain", **options),
-    )
-    for name, a, b, c in zip(NAMES, ours, truth, plain, strict=False):
-        assert a.dtype == (torch.float32 if name in NAMES[:3] else dtype), name
-        assert_close_to_truth(a, b, c, name)
+def assert_matches_truth(inputs: HeadInputs, dtype: torch.dtype, **options: Any) -> None:
+    for name, ours, truth, plain in zip(
+        NAMES,
+        our_results(inputs, dtype, **options),
+        plain_results(inputs, torch.float64, **options),
+        plain_results(inputs, dtype, **options),
+        strict=False,
+    ):
+        assert ours.dtype == (torch.float32 if name in NAMES[:3] else dtype), name
+        assert_close_to_truth(ours, truth, plain, name)
 
 
 # --- The meaning ----------------------------------------------------------------------------------
@@ -108,15 +118,15 @@ def test_op_gradients_match_finite_differences() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_reference_is_the_plain_program(dtype: torch.dtype) -> None:
     inputs = head_inputs(11, 8, 40, dtype=dtype, ignored=True)
-    ours = reference.linear_logprobs_with_stats(inputs.hidden, inputs.weight, inputs.targets)
-    logprobs, lse, entropy = plain_linear_logprobs(
-        inputs.hidden.double(), inputs.weight.double(), inputs.targets
+    logprobs, entropy, lse = reference.linear_logprobs_with_stats(
+        inputs.hidden, inputs.weight, inputs.targets
     )
-    plain = plain_linear_logprobs(inputs.hidden, inputs.weight, inputs.targets)
-    for a, b, c in zip(ours, (logprobs, entropy, lse), (plain[0], plain[2], plain[1]), strict=True):
-        assert_close_to_truth(a, b, c)
+    truths = plain_linear_logprobs(inputs.hidden.double(), inputs.weight.double(), inputs.targets)
+    plains = plain_linear_logprobs(inputs.hidden, inputs.weight, inputs.targets)
+    for ours, truth, plain in zip((logprobs, lse, entropy), truths, plains, strict=True):
+        assert_close_to_truth(ours, truth, plain)
     assert torch.equal(
-        ours[0], reference.linear_logprobs(inputs.hidden, inputs.weight, inputs.targets)
+        logprobs, reference.linear_logprobs(inputs.hidden, inputs.weight, inputs.targets)
     )
 
 
@@ -170,13 +180,19 @@ def test_shifted_logits_match_truth(offset: float) -> None:
     shifted = HeadInputs(
         inputs.hidden, inputs.weight, inputs.targets, inputs.bias + offset, inputs.coefficients
     )
-    ours = results_and_gradients(shifted, torch.float32, "ours")
-    truth = results_and_gradients(shifted, torch.float64, "plain")
-    plain = results_and_gradients(shifted, torch.float32, "plain")
     # The backward pass knows lse as one fp32 number, as in logits.gather(...) - logits.logsumexp().
-    from_lse = results_and_gradients(shifted, torch.float32, "reference")
-    for name, a, b, c in zip(NAMES, ours, truth, plain[:3] + from_lse[3:], strict=True):
-        assert_close_to_truth(a, b, c, name)
+    plains = [
+        *plain_results(shifted, torch.float32)[:3],
+        *reference_results(shifted, torch.float32)[3:],
+    ]
+    for name, ours, truth, plain in zip(
+        NAMES,
+        our_results(shifted, torch.float32),
+        plain_results(shifted, torch.float64),
+        plains,
+        strict=True,
+    ):
+        assert_close_to_truth(ours, truth, plain, name)
 
 
 def test_one_hot_distributions_match_truth() -> None:
@@ -214,7 +230,6 @@ def banned_inputs() -> tuple[HeadInputs, Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_banned_tokens_equal_a_vocabulary_without_them(temperature: float) -> None:
     inputs, allowed = banned_inputs()
-    ours = results_and_gradients(inputs, torch.float32, "ours", temperature=temperature)
     kept = HeadInputs(
         inputs.hidden,
         inputs.weight[allowed],
@@ -222,14 +237,18 @@ def test_banned_tokens_equal_a_vocabulary_without_them(temperature: float) -> No
         inputs.bias[allowed],
         inputs.coefficients,
     )
-    truth = results_and_gradients(kept, torch.float64, "plain", temperature=temperature)
-    plain = results_and_gradients(kept, torch.float32, "plain", temperature=temperature)
     banned = inputs.bias == -torch.inf
-    for name, a, b, c in zip(NAMES, ours, truth, plain, strict=True):
+    for name, ours, truth, plain in zip(
+        NAMES,
+        our_results(inputs, torch.float32, temperature=temperature),
+        plain_results(kept, torch.float64, temperature=temperature),
+        plain_results(kept, torch.float32, temperature=temperature),
+        strict=True,
+    ):
         if name in ("dweight", "dbias"):
-            assert torch.equal(a[banned], torch.zeros_like(a[banned])), name
-            a = a[allowed]
-        assert_close_to_truth(a, b, c, name)
+            assert torch.equal(ours[banned], torch.zeros_like(ours[banned])), name
+            ours = ours[allowed]
+        assert_close_to_truth(ours, truth, plain, name)
 
 
 def test_banned_target_has_logprob_minus_infinity_and_no_nan_elsewhere() -> None:
@@ -237,8 +256,8 @@ def test_banned_target_has_logprob_minus_infinity_and_no_nan_elsewhere() -> None
     targets = inputs.targets.clone()
     targets[[0, 5]] = 3
     swapped = HeadInputs(inputs.hidden, inputs.weight, targets, inputs.bias, inputs.coefficients)
-    ours = results_and_gradients(swapped, torch.float32, "ours")
-    before = results_and_gradients(inputs, torch.float32, "ours")
+    ours = our_results(swapped, torch.float32)
+    before = our_results(inputs, torch.float32)
     hit = torch.zeros(20, dtype=torch.bool)
     hit[[0, 5]] = True
     assert torch.equal(ours[0] == -torch.inf, hit)
@@ -253,7 +272,7 @@ def test_ignored_rows_give_exact_zeros_whatever_they_hold(garbage: float) -> Non
     ignored = inputs.targets == -100
     hidden = inputs.hidden.masked_fill(ignored[:, None], garbage)
     filled = HeadInputs(hidden, inputs.weight, inputs.targets, inputs.bias, inputs.coefficients)
-    with_ignored = results_and_gradients(filled, torch.float32, "ours")
+    with_ignored = our_results(filled, torch.float32)
     kept = HeadInputs(
         inputs.hidden[~ignored],
         inputs.weight,
@@ -369,8 +388,8 @@ def test_backward_twice_gives_the_same() -> None:
 
 def test_repeat_is_bitwise_equal() -> None:
     inputs = head_inputs(37, 53, 301, bias=True, ignored=True)
-    first = results_and_gradients(inputs, torch.float32, "ours", softcap=3.0)
-    second = results_and_gradients(inputs, torch.float32, "ours", softcap=3.0)
+    first = our_results(inputs, torch.float32, softcap=3.0)
+    second = our_results(inputs, torch.float32, softcap=3.0)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -379,33 +398,6 @@ def test_whole_chunks_do_not_depend_on_the_rest_of_the_batch() -> None:
     whole = linear_logprobs_with_stats(inputs.hidden, inputs.weight, inputs.targets)
     part = linear_logprobs_with_stats(inputs.hidden[16:32], inputs.weight, inputs.targets[16:32])
     assert all(torch.equal(a[16:32], b) for a, b in zip(whole, part, strict=True))
-
-
-class _Recorder(TorchDispatchMode):
-    """Counts matrix products and remembers the largest tensor that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products = 0
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace == "agro":  # look inside: a mode sees an op as one operation
-            with self:
-                return getattr(blocked, func.overloadpacket.__name__)(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
-        for tensor in _tensors(result):
-            self.largest = max(self.largest, tensor.untyped_storage().nbytes() // 4)
-        return result
-
-
-def _tensors(result: object) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, (tuple, list)):
-        for item in result:
-            yield from _tensors(item)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +412,7 @@ def test_frozen_inputs_cost_no_product(frozen: str, products: int) -> None:
         inputs.weight.requires_grad_()
     inputs.bias.requires_grad_()
     logprobs = linear_logprobs(inputs.hidden, inputs.weight, inputs.targets, bias=inputs.bias)
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         logprobs.sum().backward()
     assert recorder.products == products
     assert (inputs.hidden.grad is None) == ("hidden" in frozen)
@@ -433,7 +425,7 @@ def test_largest_tensor_is_far_below_the_logits() -> None:
     inputs = head_inputs(n, d, v)
     inputs.hidden.requires_grad_()
     inputs.weight.requires_grad_()
-    with _Recorder() as recorder:
+    with Recorder() as recorder:
         stats = linear_logprobs_with_stats(inputs.hidden, inputs.weight, inputs.targets)
         (stats.logprobs.sum() + stats.entropy.sum()).backward()
     assert recorder.products > 0
@@ -515,7 +507,7 @@ def test_rejects_out_of_range_targets(value: int) -> None:
 def test_out_of_range_targets_are_nan_where_no_check_can_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(blocked, "check_target_values", lambda *_: None)  # as on a GPU
+    monkeypatch.setattr(Head, "check_values", lambda _: None)  # as on a GPU
     monkeypatch.setattr(native, "load", lambda: None)
     inputs = head_inputs(20, 8, 150)
     expected = linear_logprobs(inputs.hidden, inputs.weight, inputs.targets)

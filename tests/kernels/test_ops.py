@@ -3,47 +3,51 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from agro_kernels.ops import linear_logprobs as library
+from agro_kernels._torch import linear_logprobs as blocked
+from agro_kernels.head import Head
+from agro_kernels.ops import dispatch
 from tests.kernels.test_agro_loss import Batch
 from tests.numerics import head_inputs
 
 OPS = torch.ops.agro
 
 
-Options = tuple[float, Tensor | None, float, int, torch.dtype | None, Tensor | None]
+def head(dtype: torch.dtype, kind: str = "few", *, bias: bool = True) -> Head:
+    """9 tokens of a vocabulary of 33, some ignored; `kind` "all" has every option.
 
-
-def options(n: int, v: int, kind: str) -> Options:
-    """temperature, token_temperature, softcap, ignore_index, round_logits, kept of the head ops."""
+    opcheck compares inputs, so none is NaN.
+    """
+    inputs = head_inputs(9, 8, 33, dtype=dtype, bias=bias, ignored=True)
+    inputs = replace(inputs, hidden=inputs.hidden.nan_to_num())
     if kind == "few":
-        return 0.7, None, 0.0, -100, None, None
-    kept_ids = torch.randint(0, v, (n, 5))
+        return inputs.head(temperature=0.7)
+    kept_ids = torch.randint(0, 33, (9, 5))
     kept_ids[::3] = -1
-    kept = OPS.pack_kept_ids(kept_ids, v)
-    return 1.0, torch.linspace(0.5, 2.0, n), 3.0, -100, torch.bfloat16, kept
+    temperature = torch.linspace(0.5, 2.0, 9)
+    return inputs.head(temperature=temperature, softcap=3.0, round_logits="bf16", kept_ids=kept_ids)
 
 
-def head(dtype: torch.dtype, *, leaves: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, targets, bias; opcheck compares inputs, so none is NaN."""
-    inputs = head_inputs(9, 8, 33, dtype=dtype, bias=True, ignored=True)
-    assert inputs.bias is not None
-    tensors = (inputs.hidden.nan_to_num(), inputs.weight, inputs.bias)
-    hidden, weight, bias = (tensor.requires_grad_(leaves) for tensor in tensors)
-    return hidden, weight, inputs.targets, bias
+def with_leaves(made: Head) -> Head:
+    """The same head with the tensors that may get a gradient as leaves of autograd."""
+    assert made.bias is not None
+    hidden, weight, bias = (
+        tensor.clone().requires_grad_() for tensor in (made.hidden, made.weight, made.bias)
+    )
+    return made._replace(hidden=hidden, weight=weight, bias=bias)
 
 
 def linear_logprobs_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for kind, with_entropy in (("few", True), ("all", True), ("all", False)):
-        yield (*head(dtype, leaves=True), *options(9, 33, kind), with_entropy)
-    hidden, weight, targets, _ = head(dtype)
-    yield hidden.requires_grad_(), weight, targets, None, *options(9, 33, "few"), False
-    yield hidden.detach(), weight, targets.clamp_min(0), None, *options(9, 33, "few"), True
+        yield *with_leaves(head(dtype, kind)), with_entropy
+    plain = head(dtype, bias=False)
+    yield *plain._replace(hidden=plain.hidden.clone().requires_grad_()), False
+    yield *plain._replace(targets=plain.targets.clamp_min(0)), True
 
 
 def linear_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -53,10 +57,10 @@ def linear_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         ("all", [True, False, False]),
         ("few", [False, True, False]),
     ):
-        arguments = (*head(dtype), *options(9, 33, kind))
-        logprobs, lse, entropy = OPS.linear_logprobs_fwd(*arguments, True)
+        made = head(dtype, kind)
+        logprobs, lse, entropy = OPS.linear_logprobs_fwd(*made, True)
         upstream = logprobs.sin(), None if mask[2] else lse.cos(), entropy.cos()
-        yield *upstream, *arguments, lse, entropy, mask
+        yield *upstream, *made, lse, entropy, mask
 
 
 def linear_logprobs_bwd_accumulate_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -66,10 +70,10 @@ def linear_logprobs_bwd_accumulate_calls(dtype: torch.dtype) -> Iterator[tuple[A
 
 def target_logprobs_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for kind in ("few", "all"):
-        arguments = (*head(dtype, leaves=True), *options(9, 33, kind))
+        made = with_leaves(head(dtype, kind))
         with torch.no_grad():
-            lse = OPS.linear_logprobs_fwd(*arguments, False)[1]
-        yield *arguments, lse
+            lse = OPS.linear_logprobs_fwd(*made, False)[1]
+        yield *made, lse
 
 
 def pack_kept_ids_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -156,9 +160,9 @@ def test_op_passes_opcheck(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mask", [[True, True, True], [True, False, False], [False, True, False]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_gradients_nobody_asked_for_are_empty(dtype: torch.dtype, mask: list[bool]) -> None:
-    arguments = (*head(dtype), *options(9, 33, "few"))
-    logprobs, lse, entropy = OPS.linear_logprobs_fwd(*arguments, False)
-    gradients = OPS.linear_logprobs_bwd(logprobs, None, None, *arguments, lse, entropy, mask)
+    made = head(dtype)
+    logprobs, lse, entropy = OPS.linear_logprobs_fwd(*made, False)
+    gradients = OPS.linear_logprobs_bwd(logprobs, None, None, *made, lse, entropy, mask)
     for gradient, asked, shape in zip(gradients, mask, [(9, 8), (33, 8), (33,)], strict=True):
         assert gradient.shape == (shape if asked else (0,))
         assert gradient.dtype == dtype
@@ -169,79 +173,56 @@ def test_cuda_has_a_kernel_of_its_own(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"agro::{name}", "CUDA")
 
 
+def triton_or_torch() -> Callable[..., Any]:
+    """What CUDA tensors are served by; here it gets CPU tensors."""
+    return dispatch.triton_if_possible("linear_logprobs_fwd", "linear_logprobs", blocked)
+
+
 def test_cuda_falls_back_without_triton_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises ImportError
-    library.triton_import_error.cache_clear()
-    inputs = head_inputs(5, 8, 33)
-    kernel = library._triton_if_possible(
-        "linear_logprobs_fwd", "linear_logprobs", library.torch_linear_logprobs
-    )
-    arguments = (
-        inputs.hidden,
-        inputs.weight,
-        inputs.targets,
-        None,
-        1.0,
-        None,
-        0.0,
-        -100,
-        None,
-        None,
-        False,
-    )
+    dispatch.triton_import_error.cache_clear()
+    made, kernel = head(torch.float32), triton_or_torch()
     with pytest.warns(UserWarning, match="triton cannot be imported .*triton") as warned:
-        logprobs, _, _ = kernel(*arguments)
-        kernel(*arguments)
+        logprobs, _, _ = kernel(made, False)
+        kernel(made, False)
     assert len(warned) == 1
-    assert isinstance(library.triton_import_error(), ImportError)
-    expected, _, _ = library.torch_linear_logprobs.linear_logprobs_fwd(*arguments)
-    assert torch.equal(logprobs, expected)
-    library.triton_import_error.cache_clear()
+    assert isinstance(dispatch.triton_import_error(), ImportError)
+    assert torch.equal(logprobs, blocked.linear_logprobs_fwd(made, False)[0])
+    dispatch.triton_import_error.cache_clear()
 
 
 def test_float64_is_never_sent_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "agro_kernels._triton.linear_logprobs", None)
-    inputs = head_inputs(5, 8, 33, dtype=torch.float64)
-    kernel = library._triton_if_possible(
-        "linear_logprobs_fwd", "linear_logprobs", library.torch_linear_logprobs
-    )
-    arguments = (
-        inputs.hidden,
-        inputs.weight,
-        inputs.targets,
-        None,
-        1.0,
-        None,
-        0.0,
-        -100,
-        None,
-        None,
-        False,
-    )
-    assert kernel(*arguments)[0].dtype == torch.float64
+    logprobs, _, _ = triton_or_torch()(head(torch.float64), False)
+    assert logprobs.dtype == torch.float64
 
 
 def test_kernels_switch_autocast_off() -> None:
-    inputs = head_inputs(5, 8, 33)
-    arguments = (
-        inputs.hidden,
-        inputs.weight,
-        inputs.targets,
-        None,
-        1.0,
-        None,
-        0.0,
-        -100,
-        None,
-        None,
-        True,
-    )
-    expected = OPS.linear_logprobs_fwd(*arguments)
+    made = head(torch.float32)
+    expected = OPS.linear_logprobs_fwd(*made, True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = OPS.linear_logprobs_fwd(*arguments)
+        ours = OPS.linear_logprobs_fwd(*made, True)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_schemas_are_those_that_compiled_graphs_hold() -> None:
+    """The order and the names of the head's arguments, which callers of the ops rely on."""
+    fields = list(Head._fields)
+    expected = {
+        "linear_logprobs_fwd": [*fields, "with_entropy"],
+        "linear_logprobs_bwd": [
+            *("dlogprobs", "dlse", "dentropy"),
+            *fields,
+            *("lse", "entropy", "output_mask"),
+        ],
+        "target_logprobs": [*fields, "lse"],
+    }
+    expected["linear_logprobs_bwd_accumulate"] = [*expected["linear_logprobs_bwd"], "weight_grad"]
+    for name, arguments in expected.items():
+        schema = getattr(OPS, name).default._schema
+        assert [argument.name for argument in schema.arguments] == arguments
 
 
 def test_cpu_calls_do_not_import_triton() -> None:

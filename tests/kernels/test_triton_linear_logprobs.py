@@ -16,9 +16,9 @@ from torch import Tensor
 import agro_kernels  # noqa: F401  (registers pack_kept_ids)
 from agro_kernels import reference
 from agro_kernels import tiles as configs
-from agro_kernels._triton import counted as heads
 from agro_kernels._triton import gemm, head_gradients, launch
 from agro_kernels._triton import linear_logprobs as kernels
+from agro_kernels.head import Head
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,27 +95,9 @@ def case(
     return inputs, keywords[options]
 
 
-def op_arguments(options: dict[str, Any], vocabulary: int = ODD[2]) -> dict[str, Any]:
-    """The options of the public functions as the arguments of the ops."""
-    kept_ids = options.get("kept_ids")
-    temperature = options.get("temperature", 1.0)
-    is_tensor = isinstance(temperature, Tensor)
-    return {
-        "temperature": 1.0 if is_tensor else temperature,
-        "token_temperature": temperature if is_tensor else None,
-        "softcap": options.get("softcap", 0.0),
-        "ignore_index": options.get("ignore_index", -100),
-        "round_logits": reference.ROUNDED_LOGITS.get(options.get("round_logits", "")),
-        "kept": None if kept_ids is None else torch.ops.agro.pack_kept_ids(kept_ids, vocabulary),
-    }
-
-
 def forward(inputs: HeadInputs, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy) of the kernels."""
-    return kernels.linear_logprobs_fwd(
-        inputs.hidden, inputs.weight, inputs.targets, inputs.bias,
-        **op_arguments(options, inputs.weight.shape[0]), with_entropy=True,
-    )  # fmt: skip
+    return kernels.linear_logprobs_fwd(inputs.head(**options), with_entropy=True)
 
 
 def backward(
@@ -128,11 +110,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) of the kernels for upstream (dlogprobs, dlse, dentropy)."""
     lse, entropy = forward(inputs, options)[1:] if statistics is None else statistics
-    return kernels.linear_logprobs_bwd(
-        *upstream, inputs.hidden, inputs.weight, inputs.targets, inputs.bias,
-        **op_arguments(options, inputs.weight.shape[0]), lse=lse, entropy=entropy,
-        output_mask=output_mask, weight_grad=weight_grad,
-    )  # fmt: skip
+    head = inputs.head(**options)
+    return kernels.linear_logprobs_bwd(*upstream, head, lse, entropy, output_mask, weight_grad)
 
 
 def truth_forward(inputs: HeadInputs, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,14 +137,8 @@ def autograd_backward(
     function: Any, inputs: HeadInputs, upstream: tuple[Tensor | None, ...], options: dict[str, Any]
 ) -> tuple[Tensor, ...]:
     """(dhidden, dweight, dbias) of truth_forward or plain_forward by autograd."""
-    leaves = [
-        None if tensor is None else tensor.detach().clone().requires_grad_()
-        for tensor in (inputs.hidden, inputs.weight, inputs.bias)
-    ]
-    hidden, weight, bias = leaves
-    assert hidden is not None and weight is not None
-    copied = HeadInputs(hidden, weight, inputs.targets, bias, inputs.coefficients)
-    results = function(copied, options)
+    copy = inputs.in_dtype(inputs.hidden.dtype)
+    results = function(copy, options)
     pairs = [
         (result, gradient.to(result.dtype))
         for result, gradient in zip(results, upstream, strict=True)
@@ -173,27 +146,21 @@ def autograd_backward(
     ]
     return torch.autograd.grad(
         [result for result, _ in pairs],
-        [leaf for leaf in leaves if leaf is not None],
+        copy.leaves,
         [gradient for _, gradient in pairs],
     )
 
 
-def in_float64(inputs: HeadInputs) -> HeadInputs:
-    return HeadInputs(
-        inputs.hidden.double(),
-        inputs.weight.double(),
-        inputs.targets,
-        None if inputs.bias is None else inputs.bias.double(),
-        inputs.coefficients,
-    )
-
-
 def check_forward(inputs: HeadInputs, options: dict[str, Any]) -> None:
-    ours = forward(inputs, options)
-    truth, plain = truth_forward(inputs, options), plain_forward(inputs, options)
-    for name, *three in zip(("logprobs", "lse", "entropy"), ours, truth, plain, strict=True):
-        assert three[0].dtype == torch.float32
-        assert_close_to_truth(*three, name)
+    for name, ours, truth, plain in zip(
+        ("logprobs", "lse", "entropy"),
+        forward(inputs, options),
+        truth_forward(inputs, options),
+        plain_forward(inputs, options),
+        strict=True,
+    ):
+        assert ours.dtype == torch.float32
+        assert_close_to_truth(ours, truth, plain, name)
 
 
 def check_backward(
@@ -205,12 +172,15 @@ def check_backward(
         c = inputs.coefficients
         upstream = (c, 0.3 * c.flip(0), 0.5 * c.roll(1))
     output_mask = [True, True, inputs.bias is not None]
-    ours = backward(inputs, upstream, options, output_mask)
-    truth = autograd_backward(truth_forward, in_float64(inputs), upstream, options)
-    plain = autograd_backward(plain_forward, inputs, upstream, options)
-    for name, our, true, pl in zip(("dhidden", "dweight", "dbias"), ours, truth, plain):  # noqa: B905
-        assert our.dtype == inputs.hidden.dtype
-        assert_close_to_truth(our, true, pl, name)
+    for name, ours, truth, plain in zip(
+        ("dhidden", "dweight", "dbias"),
+        backward(inputs, upstream, options, output_mask),
+        autograd_backward(truth_forward, inputs.in_dtype(torch.float64), upstream, options),
+        autograd_backward(plain_forward, inputs, upstream, options),
+        strict=False,
+    ):
+        assert ours.dtype == inputs.hidden.dtype
+        assert_close_to_truth(ours, truth, plain, name)
 
 
 # --- Against float64 ------------------------------------------------------------------------------
@@ -235,12 +205,7 @@ def misaligned(matrix: Tensor) -> Tensor:
 
 
 def loads_by_descriptor(inputs: HeadInputs) -> bool:
-    head = heads.counted_head(
-        inputs.targets != -100, inputs.hidden, inputs.weight, inputs.targets, None,
-        **{"temperature": 1.0, "token_temperature": None, "softcap": 0.0, "ignore_index": -100,
-           "round_logits": None, "kept": None},
-    )  # fmt: skip
-    return launch.select_config("linear_logprobs_fwd", head).descriptors
+    return launch.select_config("linear_logprobs_fwd", inputs.head()).descriptors
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -290,7 +255,7 @@ def test_on_a_gpu_at_the_size_of_its_tiles(
 ) -> None:
     monkeypatch.setattr(head_gradients, "DLOGITS_CHUNK_BYTES", 512 * 4096 * 4)  # a few chunks
     monkeypatch.setattr(head_gradients, "TOKEN_CHUNK", 512)
-    for shape in ((1000, 520, 10007), (200, 4096, 5000)):  # a row of configs.py each
+    for shape in ((1000, 520, 10007), (200, 4096, 5000)):  # a row of tiles.py each
         check_forward(*case(options, shape, dtype))
         check_backward(*case(options, shape, dtype))
 
@@ -445,7 +410,7 @@ def test_rows_that_do_not_count_cost_no_work(monkeypatch: pytest.MonkeyPatch) ->
     rows: list[int] = []
     arguments_of = launch.gemm_arguments
 
-    def recorded(config: configs.TileConfig, head: heads.Head) -> dict[str, object]:
+    def recorded(config: configs.TileConfig, head: Head) -> dict[str, object]:
         rows.append(head.hidden.shape[0])
         return arguments_of(config, head)
 
@@ -487,7 +452,7 @@ def test_rows_are_masked_where_waiting_for_their_number_is_impossible(
         )
 
     gathered = results()
-    monkeypatch.setattr(heads, "waiting_is_possible", lambda device: False)
+    monkeypatch.setattr(launch, "waiting_is_possible", lambda device: False)
     monkeypatch.setattr(Tensor, "nonzero", None)
     truth_dtype = torch.float64
     for result, expected in zip(results(), gathered, strict=True):
@@ -529,7 +494,7 @@ def test_weight_grad_is_added_to(dtype: torch.dtype, options: str) -> None:
     expected = backward(inputs, upstream, keywords)
     assert ours[1].shape == (0,)
     assert torch.equal(ours[0], expected[0]) and torch.equal(ours[2], expected[2])
-    truth = autograd_backward(truth_forward, in_float64(inputs), upstream, keywords)[1]
+    truth = autograd_backward(truth_forward, inputs.in_dtype(torch.float64), upstream, keywords)[1]
     plain = autograd_backward(plain_forward, inputs, upstream, keywords)[1]
     assert_close_to_truth(total, before.double() + truth, before + plain)
 
@@ -537,7 +502,7 @@ def test_weight_grad_is_added_to(dtype: torch.dtype, options: str) -> None:
 def test_weight_grad_of_fp16_is_unscaled() -> None:
     inputs = head_inputs(*ODD, device=DEVICE, dtype=torch.float16)
     upstream = (inputs.coefficients, None, None)
-    truth = autograd_backward(truth_forward, in_float64(inputs), upstream, {})[1]
+    truth = autograd_backward(truth_forward, inputs.in_dtype(torch.float64), upstream, {})[1]
     plain = autograd_backward(plain_forward, inputs, upstream, {})[1]
     total = torch.zeros(ODD[2], ODD[1], device=DEVICE)
     tiny = (inputs.coefficients * 2.0**-16, None, None)
@@ -560,7 +525,7 @@ def test_fp16_gradients_do_not_underflow() -> None:
     inputs.hidden.mul_(2.0**-6)
     inputs.weight.mul_(2.0**6)  # the same logits; dhidden is far from fp16's smallest number
     upstream = (inputs.coefficients, None, None)
-    truth = autograd_backward(truth_forward, in_float64(inputs), upstream, {})
+    truth = autograd_backward(truth_forward, inputs.in_dtype(torch.float64), upstream, {})
     plain = autograd_backward(plain_forward, inputs, upstream, {})
     tiny = (inputs.coefficients * 2.0**-16, None, None)
     dhidden, _, _ = backward(inputs, tiny, {}, [True, False, False])
@@ -681,9 +646,7 @@ def test_no_tokens() -> None:
 
 def test_entropy_is_empty_unless_asked_for() -> None:
     inputs = head_inputs(*ODD, device=DEVICE)
-    logprobs, lse, entropy = kernels.linear_logprobs_fwd(
-        inputs.hidden, inputs.weight, inputs.targets, None, **op_arguments({}), with_entropy=False
-    )
+    logprobs, lse, entropy = kernels.linear_logprobs_fwd(inputs.head(), with_entropy=False)
     assert entropy.shape == (0,)
     assert torch.equal(logprobs, forward(inputs, {})[0]) and torch.equal(
         lse, forward(inputs, {})[1]

@@ -1,9 +1,10 @@
 """weighted_logprob_sum: the value and gradients of the differentiable way, in fewer products."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from agro_kernels import (
     linear_logprobs,
@@ -11,71 +12,63 @@ from agro_kernels import (
     reference,
     weighted_logprob_sum,
 )
-from agro_kernels._torch import linear_logprobs as blocked
+from tests.kernels.recorder import Recorder
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(32, 64, 128), (37, 53, 301), (2, 1, 3), (5, 16, 1000), (1, 33, 65), (0, 8, 16)]
 NAMES = ("total", "dhidden", "dweight", "dbias")
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "TOKEN_CHUNK", 16)
-    monkeypatch.setattr(blocked, "VOCAB_BLOCK", 64)
-
-
-def value_and_gradients(
-    inputs: HeadInputs,
-    dtype: torch.dtype,
-    how: str,
-    with_lse: bool = False,
-    **options: float | Tensor | None,
+def our_results(
+    inputs: HeadInputs, dtype: torch.dtype, with_lse: bool, **options: Any
 ) -> list[Tensor]:
     """total and the gradients of 3 * total."""
-    hidden, weight, bias = (
-        None if t is None else t.to(dtype).detach().clone().requires_grad_()
-        for t in (inputs.hidden, inputs.weight, inputs.bias)
+    copy = inputs.in_dtype(dtype)
+    tensors = copy.hidden, copy.weight, copy.targets
+    lse = None
+    if with_lse:
+        with torch.no_grad():
+            lse = linear_logprobs_with_stats(*tensors, bias=copy.bias, **options).lse
+    total = weighted_logprob_sum(*tensors, copy.coefficients, lse=lse, bias=copy.bias, **options)
+    return with_gradients(total, copy)
+
+
+def plain_results(inputs: HeadInputs, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """The same by plain torch; in float64, the truth."""
+    copy = inputs.in_dtype(dtype)
+    logprobs, _, _ = plain_linear_logprobs(
+        copy.hidden, copy.weight, copy.targets, bias=copy.bias, **options
     )
-    targets, coefficients = inputs.targets, inputs.coefficients
-    if how == "ours":
-        lse = None
-        if with_lse:
-            with torch.no_grad():
-                lse = linear_logprobs_with_stats(hidden, weight, targets, bias=bias, **options).lse
-        total = weighted_logprob_sum(
-            hidden, weight, targets, coefficients, lse=lse, bias=bias, **options
-        )
-    else:
-        logprobs = plain_linear_logprobs(hidden, weight, targets, bias=bias, **options)[0]
-        total = logprobs @ coefficients.to(logprobs.dtype)
+    return with_gradients(logprobs @ copy.coefficients.to(logprobs.dtype), copy)
+
+
+def with_gradients(total: Tensor, inputs: HeadInputs) -> list[Tensor]:
     (3.0 * total).backward()
-    results = [total, hidden.grad, weight.grad] + ([] if bias is None else [bias.grad])
-    return [r.detach() for r in results]
+    return [total.detach(), *(leaf.grad for leaf in inputs.leaves)]
 
 
 def assert_matches_truth(
-    draws: list[HeadInputs], dtype: torch.dtype, with_lse: bool, **options: float | Tensor | None
+    draws: list[HeadInputs], dtype: torch.dtype, with_lse: bool, **options: Any
 ) -> None:
     """The law over the gradients of all draws together: of two numbers a maximum is luck."""
     results: list[list[Tensor]] = [[], [], []]
     for inputs in draws:
-        ours = value_and_gradients(inputs, dtype, "ours", with_lse, **options)
+        ours = our_results(inputs, dtype, with_lse, **options)
         assert_total_is_the_sum_of_logprobs(inputs, ours[0], **options)
-        truth = value_and_gradients(inputs, torch.float64, "plain", **options)
-        plain = value_and_gradients(inputs, dtype, "plain", **options)
+        truth = plain_results(inputs, torch.float64, **options)
+        plain = plain_results(inputs, dtype, **options)
         for kind, found in zip(results, (ours, truth, plain), strict=True):
             kind.append(torch.cat([gradient.flatten() for gradient in found[1:]]))
         assert {gradient.dtype for gradient in ours[1:]} == {dtype}
     sizes = [t.numel() for t in (inputs.hidden, inputs.weight, inputs.bias) if t is not None]
     split = [torch.stack(kind).split(sizes, dim=1) for kind in results]
-    for name, a, b, c in zip(NAMES[1:], *split, strict=False):
-        assert_close_to_truth(a, b, c, name)
+    for name, ours, truth, plain in zip(NAMES[1:], *split, strict=False):
+        assert_close_to_truth(ours, truth, plain, name)
 
 
-def assert_total_is_the_sum_of_logprobs(
-    inputs: HeadInputs, total: Tensor, **options: float | Tensor | None
-) -> None:
+def assert_total_is_the_sum_of_logprobs(inputs: HeadInputs, total: Tensor, **options: Any) -> None:
     """The law for a sum: as close to the truth as its terms allow together."""
     doubles = [
         None if t is None else t.double() for t in (inputs.hidden, inputs.weight, inputs.bias)
@@ -155,12 +148,12 @@ def test_banned_tokens_give_no_nan(with_lse: bool) -> None:
     bias[:70] = -torch.inf
     targets = inputs.targets % 130 + 70
     banned = HeadInputs(inputs.hidden, inputs.weight, targets, bias, inputs.coefficients)
-    ours = value_and_gradients(banned, torch.float32, "ours", with_lse)
+    ours = our_results(banned, torch.float32, with_lse)
     kept = HeadInputs(
         inputs.hidden, inputs.weight[70:], targets - 70, bias[70:], inputs.coefficients
     )
-    truth = value_and_gradients(kept, torch.float64, "plain")
-    plain = value_and_gradients(kept, torch.float32, "plain")
+    truth = plain_results(kept, torch.float64)
+    plain = plain_results(kept, torch.float32)
     assert_close_to_truth(ours[1], truth[1], plain[1], "dhidden")
     assert_close_to_truth(ours[2][70:], truth[2], plain[2], "dweight")
     assert_close_to_truth(ours[3][70:], truth[3], plain[3], "dbias")
@@ -182,19 +175,6 @@ def test_no_counted_tokens_give_connected_zero_gradients(empty: str) -> None:
     assert torch.equal(weight.grad, torch.zeros(70, 8))
 
 
-class _Products(TorchDispatchMode):
-    """Counts matrix products."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func.namespace == "agro":  # look inside: a mode sees an op as one operation
-            with self:
-                return getattr(blocked, func.overloadpacket.__name__)(*args, **(kwargs or {}))
-        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("frozen", "with_lse", "products"),
     [
@@ -213,13 +193,13 @@ def test_number_of_products(frozen: str, with_lse: bool, products: int) -> None:
     weight = inputs.weight.requires_grad_("weight" not in frozen)
     with torch.no_grad():
         lse = linear_logprobs_with_stats(hidden, weight, inputs.targets).lse
-    with _Products() as counter:
+    with Recorder() as recorder:
         total = weighted_logprob_sum(
             hidden, weight, inputs.targets, inputs.coefficients, lse=lse if with_lse else None
         )
         if total.requires_grad:
             total.backward()
-    assert counter.count == products
+    assert recorder.products == products
     assert (hidden.grad is None) == ("hidden" in frozen)
     assert (weight.grad is None) == ("weight" in frozen)
 
@@ -227,11 +207,11 @@ def test_number_of_products(frozen: str, with_lse: bool, products: int) -> None:
 def test_without_grad_mode_no_gradient_is_computed() -> None:
     inputs = head_inputs(16, 8, 64)
     inputs.weight.requires_grad_()
-    with torch.no_grad(), _Products() as counter:
+    with torch.no_grad(), Recorder() as recorder:
         total = weighted_logprob_sum(
             inputs.hidden, inputs.weight, inputs.targets, inputs.coefficients
         )
-    assert counter.count == 1
+    assert recorder.products == 1
     assert not total.requires_grad
 
 
@@ -272,8 +252,8 @@ def test_backward_twice_gives_the_same() -> None:
 
 def test_repeat_is_bitwise_equal() -> None:
     inputs = head_inputs(37, 53, 301, bias=True, ignored=True)
-    first = value_and_gradients(inputs, torch.float32, "ours", with_lse=True)
-    second = value_and_gradients(inputs, torch.float32, "ours", with_lse=True)
+    first = our_results(inputs, torch.float32, with_lse=True)
+    second = our_results(inputs, torch.float32, with_lse=True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
