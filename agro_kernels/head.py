@@ -9,18 +9,26 @@ Letters: N tokens, D hidden size, V vocabulary.
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from agro_kernels.reference import ROUNDED_LOGITS
 
-if TYPE_CHECKING:  # it imports this file
-    from agro_kernels.parallel import VocabularyShards
-
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 IGNORE_INDEX = -100
+
+
+class Shards(Protocol):
+    """What `shards` is to this file: `agro_kernels.parallel.VocabularyShards`, which imports it."""
+
+    def check_call(self, **tensors: Tensor | None) -> None: ...
+    def check_shard(self, weight: Tensor, targets: Tensor, ignore_index: int) -> None: ...
+    def kept_bits(self, ids: Tensor) -> Tensor: ...
+    def results(
+        self, head: "Head", with_entropy: bool, lse: Tensor | None, weight_grad: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class HeadOptions(TypedDict, total=False):
@@ -33,7 +41,7 @@ class HeadOptions(TypedDict, total=False):
     round_logits: str | None
     kept_ids: Tensor | None
     weight_grad: Tensor | None
-    shards: "VocabularyShards | None"
+    shards: Shards | None
 
 
 class Head(NamedTuple):
@@ -78,11 +86,8 @@ class Head(NamedTuple):
         ignore_index = options.get("ignore_index", IGNORE_INDEX)
         round_logits, kept_ids = options.get("round_logits"), options.get("kept_ids")
         if shards is not None:
-            # Not at the top: that file imports this one, and torch's DTensor, which takes long.
-            from agro_kernels import parallel
-
-            tensors = {"hidden": hidden, "weight": weight, "bias": bias}
-            parallel.check_call(shards, **tensors, weight_grad=weight_grad)
+            check_shards(shards)
+            shards.check_call(hidden=hidden, weight=weight, bias=bias, weight_grad=weight_grad)
         hidden, weight, bias = cast_for_autocast(hidden, weight, bias)
         check_matrices(hidden, weight)
         check_targets(targets, "hidden", hidden)
@@ -94,7 +99,7 @@ class Head(NamedTuple):
         check_round_logits(round_logits)
         check_weight_grad(weight_grad, weight)
         if shards is not None:
-            parallel.check_shard(shards, weight, targets, ignore_index)
+            shards.check_shard(weight, targets, ignore_index)
         kept = None
         if kept_ids is not None:
             ids = kept_ids.reshape(-1, kept_ids.shape[-1])
@@ -137,6 +142,14 @@ HEAD_SCHEMA = (
     "Tensor? token_temperature, float softcap, int ignore_index, ScalarType? round_logits, "
     "Tensor? kept"
 )
+
+
+def check_shards(shards: object) -> None:
+    if not hasattr(shards, "check_shard"):
+        raise TypeError(
+            f"shards: expected agro_kernels.parallel.VocabularyShards or None, got "
+            f"{type(shards).__name__}; make it with VocabularyShards.of(weight, group)"
+        )
 
 
 def cast_for_autocast(

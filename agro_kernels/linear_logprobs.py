@@ -3,18 +3,15 @@
 From here: `reference.py` says what is computed, `ops` says who computes it on which device.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
 from agro_kernels.head import IGNORE_INDEX as IGNORE_INDEX
-from agro_kernels.head import Head, HeadOptions, check_names
+from agro_kernels.head import Head, HeadOptions, Shards, check_names
 from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
-
-if TYPE_CHECKING:  # it imports this file
-    from agro_kernels.parallel import VocabularyShards
 
 
 class LogprobsWithEntropy(NamedTuple):
@@ -44,7 +41,7 @@ def linear_logprobs(
     round_logits: str | None = None,
     kept_ids: Tensor | None = None,
     weight_grad: Tensor | None = None,
-    shards: "VocabularyShards | None" = None,
+    shards: Shards | None = None,
 ) -> Tensor:
     """Log-probability of each target token under softmax(hidden @ weight.T / temperature).
 

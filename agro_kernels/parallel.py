@@ -40,9 +40,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-import agro_kernels
 from agro_kernels.head import FLOATING, Head, check_target_values, check_tensor, pack_kept_ids
+from agro_kernels.linear_logprobs import linear_logprobs as _linear_logprobs
+from agro_kernels.linear_logprobs import (
+    linear_logprobs_with_entropy as _linear_logprobs_with_entropy,
+)
+from agro_kernels.linear_logprobs import linear_logprobs_with_stats as _linear_logprobs_with_stats
 from agro_kernels.ops.linear_logprobs import input_gradients, of_entropy, save_head, saved_head
+from agro_kernels.weighted_logprobs import weighted_logprob_sum as _weighted_logprob_sum
 
 R = TypeVar("R")
 
@@ -137,6 +142,24 @@ class VocabularyShards:
         only_elsewhere = (ids >= 0).any(1) & ~here.any(1)
         return bits.masked_fill(only_elsewhere.unsqueeze(1), 0)
 
+    def check_call(self, **tensors: Tensor | None) -> None:
+        """What a call with shards= needs, and what the checks of a single device do not see."""
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "shards: expected a call outside torch.compile, got one inside; its collectives "
+                "are not traced: leave this call out with torch.compiler.disable"
+            )
+        _refuse_dtensor(**tensors)
+
+    def check_shard(self, weight: Tensor, targets: Tensor, ignore_index: int) -> None:
+        """This rank's rows (V_r, D) against their number, and the targets against all of V."""
+        if weight.shape[0] != self.sizes[self.rank]:
+            raise ValueError(
+                f"weight: expected {self.sizes[self.rank]} rows, as shards.sizes says of rank "
+                f"{self.rank}, got {weight.shape[0]}; use VocabularyShards.of(weight)"
+            )
+        check_target_values(targets, self.vocabulary, ignore_index)
+
     def results(
         self, head: Head, with_entropy: bool, lse: Tensor | None, weight_grad: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,31 +172,6 @@ class VocabularyShards:
             self, with_entropy, lse, weight_grad, *head
         )
         return results
-
-
-def check_call(shards: object, **tensors: Tensor | None) -> None:
-    """What a call with shards= needs, and what the checks of a single device do not see."""
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "shards: expected a call outside torch.compile, got one inside; its collectives are "
-            "not traced: leave this call out with torch.compiler.disable"
-        )
-    if not isinstance(shards, VocabularyShards):
-        raise TypeError(
-            f"shards: expected agro_kernels.parallel.VocabularyShards or None, got "
-            f"{type(shards).__name__}; make it with VocabularyShards.of(weight, group)"
-        )
-    _refuse_dtensor(**tensors)
-
-
-def check_shard(shards: VocabularyShards, weight: Tensor, targets: Tensor, ignored: int) -> None:
-    """This rank's rows (V_r, D) against their number, and the targets against all of V."""
-    if weight.shape[0] != shards.sizes[shards.rank]:
-        raise ValueError(
-            f"weight: expected {shards.sizes[shards.rank]} rows, as shards.sizes says of rank "
-            f"{shards.rank}, got {weight.shape[0]}; use VocabularyShards.of(weight)"
-        )
-    check_target_values(targets, shards.vocabulary, ignored)
 
 
 def _refuse_dtensor(**tensors: Tensor | None) -> None:
@@ -319,7 +317,7 @@ def _with_shards(function: Callable[..., R]) -> Callable[..., R]:
     return call
 
 
-linear_logprobs = _with_shards(agro_kernels.linear_logprobs)
-linear_logprobs_with_entropy = _with_shards(agro_kernels.linear_logprobs_with_entropy)
-linear_logprobs_with_stats = _with_shards(agro_kernels.linear_logprobs_with_stats)
-weighted_logprob_sum = _with_shards(agro_kernels.weighted_logprob_sum)
+linear_logprobs = _with_shards(_linear_logprobs)
+linear_logprobs_with_entropy = _with_shards(_linear_logprobs_with_entropy)
+linear_logprobs_with_stats = _with_shards(_linear_logprobs_with_stats)
+weighted_logprob_sum = _with_shards(_weighted_logprob_sum)
