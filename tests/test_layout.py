@@ -37,7 +37,9 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "agro_train": [
         {"types", "refusal", "seeds", "durable"},
-        {"config", "ranks", "run_folder", "user_function"},
+        {"keys", "ranks", "run_folder", "user_function"},
+        {"settings"},
+        {"config"},
         {"data"},
         {"policy", "rewards", "watch"},
         {"engines"},

@@ -1,12 +1,15 @@
 """`agro train`: a configuration to its last step, or an interrupted run from its checkpoint."""
 
 import gc
-from argparse import ArgumentParser, Namespace
+import textwrap
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from agro_train import config as configuration
 from agro_train.durable import no_room
+from agro_train.keys import as_text
 from agro_train.refusal import Refusal
+from agro_train.settings import KEYS
 
 DESCRIPTION = (
     "Run a configuration: the path of a YAML file or the name of a shipped one (without it: a tiny "
@@ -15,7 +18,12 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.description = DESCRIPTION
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.description = textwrap.fill(DESCRIPTION, 100)
+    parser.epilog = (
+        "Settings, with the defaults that hold where the configuration says nothing:\n\n"
+        f"{as_text(KEYS.values())}"
+    )
     parser.add_argument("settings", nargs="*", metavar="CONFIG | key=value")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
     parser.add_argument(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels import POLICY_GRADIENT_FORMS, policy_gradient_coefficients
-from agro_train import config as configuration
+from agro_train import settings
 from agro_train.algorithm import ALGORITHMS, coefficients, load_algorithm, try_algorithm
 from agro_train.cli import main
 from agro_train.config import TrainConfig
@@ -39,7 +39,7 @@ def made_up_scores() -> Scores:
 
 
 def test_configuration_knows_the_algorithms_of_the_table() -> None:
-    assert tuple(ALGORITHMS) == configuration.ALGORITHMS
+    assert tuple(ALGORITHMS) == settings.ALGORITHMS
 
 
 def test_every_form_that_needs_no_sampler_is_in_the_table() -> None:

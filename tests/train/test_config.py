@@ -1,11 +1,22 @@
 """Configurations: what is shipped resolves, what cannot work is refused in one sentence."""
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 
 from agro_train import config
 from agro_train.cli import main
+from agro_train.keys import Key, key, keys_of
+from agro_train.refusal import Refusal
+from agro_train.settings import KEYS
+
+ROOT = Path(__file__).parents[2]
+NUMERIC = [one for one in KEYS.values() if one.kind in (int, float)]
+LISTS = [one for one in KEYS.values() if get_origin(one.kind) is list]
 
 
 @pytest.mark.parametrize("name", list(config.shipped()))
@@ -41,7 +52,33 @@ def test_dry_run_prints_a_file_that_resolves_to_itself(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("bta=0.1", "bta: expected one of the known keys, got an unknown one"),
+        ("bta=0.1", "bta: expected one of the known keys, got an unknown one; nearest: beta"),
+        ("lerning_rate=1", "lerning_rate: expected one of the known keys, got an unknown one; "),
+        ("zzz=1", "zzz: expected one of the known keys, got an unknown one; agro train --help"),
+        ("steps.x=1", "steps: expected an integer, got {'x': 1}"),
+        ("steps=3.0", "steps: expected an integer, got 3.0"),
+        ("steps=true", "steps: expected an integer, got True"),
+        ("beta=true", "beta: expected a number, got True"),
+        ("beta=", "beta: expected a number, got nothing"),
+        ("beta=[1", "beta: expected a value as YAML has it, got beta=[1: "),
+        ("fsdp=maybe", "fsdp: expected true or false, got 'maybe'"),
+        ("eval_data=", "eval_data: expected text, got nothing; write '' for empty text"),
+        (
+            "prompt_template={prompt}",
+            "prompt_template: expected text, got {'prompt': None}; q",
+        ),
+        ("recorded=", "recorded: expected a list of texts, got nothing; write [] for none"),
+        ("recorded=[[a]]", "recorded: expected a list of texts, got [['a']]"),
+        ("reward={a: 1}", "reward: expected a list of texts, got {'a': 1}"),
+        ("reward_weights=[1,x]", "reward_weights: expected a list of numbers, got [1, 'x']"),
+        ("lora_target_modules=[]", "lora_target_modules: expected all-linear or names of linear"),
+        ("run_name=${nothing}", "config: expected values that can be resolved, got "),
+        ("=1", "arguments: expected key=value, got '=1'"),
+        ("vllm_server_base_url=http://[x", "vllm_server_base_url: expected http://HOST:PORT, got"),
+        ("vllm_server_base_url=http://x:y", "vllm_server_base_url: expected http://HOST:PORT, got"),
+        ("vllm_server_base_url=", "vllm_server_base_url: expected text, got nothing"),
+        ("vllm_gpu_memory_utilization=2", "vllm_gpu_memory_utilization: expected a number above 0"),
+        ("algorithm=:function", "algorithm: expected one of agro, pg_loo, "),
         ("beta=high", "beta: "),
         ("beta=0", "beta: expected a number above 0, got 0"),
         ("beta=nan", "beta: expected a finite number, got nan"),
@@ -89,6 +126,155 @@ def test_combination_that_cannot_work_is_refused(settings: list[str], argument: 
         config.load(None, settings)
 
 
+def beyond(one: Key) -> Iterator[tuple[float, float]]:
+    """Values just outside each limit, each with its neighbour inside."""
+    for limit, inside, outside in (
+        (one.least, 0, -1),
+        (one.above, 1, 0),
+        (one.most, 0, 1),
+        (one.below, -1, 0),
+    ):
+        if limit is not None and one.kind is int:
+            yield int(limit) + outside, int(limit) + inside
+        elif limit is not None:
+            steps = {0: float(limit)}
+            steps |= {way: math.nextafter(limit, way * math.inf) for way in (-1, 1)}
+            yield steps[outside], steps[inside]
+
+
+def test_every_number_but_the_seed_has_a_limit() -> None:
+    assert [one.name for one in NUMERIC if not list(beyond(one))] == ["seed"]
+
+
+@pytest.mark.parametrize("one", NUMERIC, ids=lambda one: one.name)
+def test_number_just_beyond_its_limit_is_refused(one: Key) -> None:
+    for outside, inside in beyond(one):
+        one.check(inside)
+        with pytest.raises(Refusal) as error:
+            config.load(None, [f"{one.name}={outside!r}"])
+        assert str(error.value).startswith(f"{one.name}: expected {one.limits}, got {outside!r}")
+    if one.infinite:
+        assert getattr(config.load(None, [f"{one.name}=.inf"]), one.name) == math.inf
+    elif one.kind is float:
+        with pytest.raises(Refusal, match=f"^{one.name}: expected a finite number, got inf$"):
+            config.load(None, [f"{one.name}=.inf"])
+
+
+@pytest.mark.parametrize(
+    "one", [one for one in KEYS.values() if one.choices], ids=lambda one: one.name
+)
+def test_choice_that_is_none_is_refused(one: Key) -> None:
+    for choice in one.choices:
+        one.check(choice)
+    with pytest.raises(Refusal, match=f"^{one.name}: expected one of .*, got 'other'$"):
+        config.load(None, [f"{one.name}=other"])
+
+
+def test_infinity_is_a_value_where_a_key_says_so() -> None:
+    @dataclass
+    class Settings:
+        power: float = key(1.0, "a power", least=0, infinite=True)
+
+    (power,) = keys_of(Settings).values()
+    power.check(power.read(".inf".removeprefix(".")))
+    for value in (-math.inf, math.nan):
+        with pytest.raises(Refusal, match="power: expected a finite number"):
+            power.check(value)
+
+
+def test_help_lists_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    shown = [line.strip() for line in lines]
+    groups = [shown.index(f"{one.heading}:") for one in KEYS.values() if one.heading]
+    assert groups == sorted(groups)
+    for one in KEYS.values():
+        assert one.setting in shown and one.meaning
+    assert "beta=0.01" in shown and "recorded=[]" in shown and "eval_data=''" in shown
+
+
+def test_page_of_the_configuration_is_what_the_fields_say() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text()
+    assert written == config.page(), "python -m agro_train.config > docs/configuration.md"
+
+
+@pytest.mark.parametrize("one", LISTS, ids=lambda one: one.name)
+def test_list_stands_with_and_without_brackets(one: Key) -> None:
+    texts = {"report_to": ["wandb", "trackio"], "reward_weights": ["1", "0.5"]}
+    first, second = texts.get(one.name, ["a.b", "c:d"])
+    expected = [float(first), float(second)] if one.name == "reward_weights" else [first, second]
+    for spelt in (f"[{first},{second}]", f"{first},{second}", f"{first}, {second}"):
+        settings = [f"{one.name}={spelt}"]
+        settings += ["reward=[a:b,c:d]"] if one.name == "reward_weights" else []
+        assert getattr(config.load(None, settings), one.name) == expected
+    assert getattr(config.load(None, [f"{one.name}={first}"]), one.name) == expected[:1]
+    assert getattr(config.load(None, [f"{one.name}=[{first}]"]), one.name) == expected[:1]
+
+
+def test_commas_within_quotes_stay(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text('recorded: ["a,b.jsonl"]\n')
+    assert config.load(tmp_path / "run.yaml").recorded == ["a,b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("beta=1", 1.0),
+        ("beta='0.5'", 0.5),
+        ("learning_rate=1e-5", 1e-5),
+        ("steps='3'", 3),
+        ("steps=1_000", 1000),
+        ("seed=-3", -3),
+        ("fsdp=1", True),
+        ("fsdp=yes", True),
+        ("fsdp='off'", False),
+        ("fsdp='0'", False),
+        ("run_name=5", "5"),
+        ("run_name=true", "True"),
+        ("run_name=2024-01-02", "2024-01-02"),
+        ("lr_baseline=0.50", "0.5"),
+        ("project=a=b", "a=b"),
+        ("recorded=[a.jsonl,3]", ["a.jsonl", "3"]),
+        ("output_dir=runs/${seed}", "runs/0"),
+        ("lr_weight=${beta}", 0.01),
+        ("algorithm=my_module:my_function", "my_module:my_function"),
+    ],
+)
+def test_value_has_its_keys_type(setting: str, value: object) -> None:
+    found = getattr(config.load(None, [setting]), setting.partition("=")[0])
+    assert found == value and type(found) is type(value)
+
+
+def test_what_may_change_when_a_run_is_resumed() -> None:
+    assert {one.name for one in KEYS.values() if one.resumable} == {
+        "steps",
+        "eval_every",
+        "eval_prompts",
+        "eval_generations",
+        "save_every",
+        "save_total_limit",
+        "vllm_server_base_url",
+        "vllm_server_timeout",
+        "vllm_weights_dir",
+        "vllm_gpu_memory_utilization",
+        "samples_every",
+        "report_to",
+    }
+
+
+def test_resumed_run_keeps_its_folder_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("007").mkdir()
+    Path("007/config.yaml").write_text(config.TrainConfig().to_yaml())
+    assert config.load_resumed(Path("007"), ["steps=5"]).output_dir == "007"
+    with pytest.raises(Refusal, match="expected no configuration with --resume, got my.yaml"):
+        config.load_resumed(Path("007"), ["my.yaml"])
+
+
 def test_run_saves_before_its_end_by_default() -> None:
     assert 0 < config.TrainConfig().save_every <= 50 < config.TrainConfig().steps
 
@@ -121,3 +307,18 @@ def test_broken_yaml_is_refused_by_name(tmp_path: Path) -> None:
     path.write_text("beta: [1\n")
     with pytest.raises(ValueError, match="broken.yaml"):
         config.load(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"3\n", b"\xe6\n", b"a: !!python/name:os.system\n", b"a: *b\n"]
+)
+def test_file_that_is_no_configuration_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(Refusal, match=r"^config: expected a YAML file, got .*run\.yaml: "):
+        config.load(tmp_path / "run.yaml")
+
+
+def test_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("1: 2\n")
+    with pytest.raises(Refusal, match="^1: expected one of the known keys"):
+        config.load(tmp_path / "run.yaml")
