@@ -20,6 +20,11 @@ On policy the sampling law moves too. `lr_weight` adds that likelihood-ratio ter
 exact gradient of the on-policy loss, 0.0 (the default) is beta times the KL-regularised policy
 gradient. Read the warning at `agro_coefficients` before using it.
 
+On recorded generations the loss asks for differences of log-ratios within a group, and nothing
+holds their common level: a language model can lower the bad ones and lose the good ones with them.
+`taper` lowers a generation only as far as the policy still gives it what its sampler gave it, with
+the same optimum. The taper is this project's, not the paper's; docs/losses.md has the proof.
+
 Everything the gradient needs is one number a sequence, so there are two ways in: `agro_loss`, one
 differentiable call, and `agro_coefficients`, the numbers themselves for a trainer that splits its
 batch. Both give the same gradient.
@@ -44,8 +49,8 @@ from agro_kernels.linear_logprobs import IGNORE_INDEX, linear_logprobs
 class AgroStats(NamedTuple):
     """What to log of a batch. 0-d tensors on the batch's device: reading one waits for the device.
 
-    Rows are sequences. A row is kept if its reward, log-ratio and importance weight are finite; a
-    group is valid if it has at least two kept rows. A mean over nothing is 0.
+    Rows are sequences. `agro_coefficients` says which are kept; a group is valid if it has at least
+    two kept rows. A mean over nothing is 0, but that of taper_weight is 1.
     """
 
     reward: Tensor
@@ -66,9 +71,9 @@ class AgroStats(NamedTuple):
     num_dropped: Tensor
     """Rows that were not kept, int64."""
     taper_weight: Tensor
-    """Mean taper weight of the rows whose probability is lowered, float64; 1 without a taper."""
+    """Mean taper weight t of the rows with d < 0 in valid groups, float64; 1 without a taper."""
     sampler_log_ratio: Tensor
-    """Mean log(pi / sampler) of the kept rows with known sampling_logprobs, nats, float64."""
+    """Mean log(pi / mu) of the kept rows with finite sampling_logprobs, nats, float64."""
 
 
 class AgroCoefficients(NamedTuple):
@@ -98,11 +103,12 @@ def agro_coefficients(
 
     For one group of n, with R_i = r_i - beta * log(pi / pi_ref)_i and d_i = R_i - mean(R),
 
-        c_i = -beta * d_i / (n - 1)                                        pathwise
+        c_i = -beta * d_i / (n - 1) * t_i                                  pathwise, tapered
             + lr_weight * n / (2 (n-1)^2) * d_i^2                          likelihood ratio,
             - lr_weight * lr_baseline / (2 (n-1)) * v_{-i}                 on-policy rows only
 
-    where v_{-i} is the unbiased variance of R over the other n - 1 rows; then times `scale` and
+    where t_i = min(1, pi / mu)_i ^ taper if d_i < 0, else 1, mu being the law that sampled row i,
+    and v_{-i} is the unbiased variance of R over the other n - 1 rows; then times `scale` and
     divided by the number of groups. This is a loss: a negative coefficient raises the
     probability. sum_b c_b * logprob_b may be split over micro-batches and devices at will, and a
     group with it, as long as the coefficients came from whole groups. Everything is float64 inside.
@@ -140,20 +146,20 @@ def agro_coefficients(
             global count when this call holds only some of the groups. A count below 1 is taken as
             1.
         scale: factor on everything, > 0. 1 / beta gives the size of a policy gradient.
-        sampling_logprobs: (B,) any float dtype, nats: sum of token log-probabilities of each
-            sequence under whatever sampled it, mu, at that time. Where logprobs holds summed
-            log-ratios to the reference, so must this: log(mu / pi_ref), which is 0 for samples of
-            the reference. NaN or infinite: unknown, and that row is not tapered. None: no row is.
-        taper: exponent >= 0 of the taper. Where the pathwise part of a coefficient lowers a
-            probability (c_i > 0), it is multiplied by
-
-                w_i = min(1, pi(y_i) / mu(y_i)) ^ taper
-
-            a constant: no gradient flows through it. 0 is AGRO as it stands, 1 the ratio itself,
-            and inf gives w_i = 0 in every row whose sampler is known (one-sided AGRO: what a
-            limit would make of a ratio of 1 hangs on rounding). A tensor (B,) has one exponent a
-            row: 1 / length makes it the ratio per token. The optimum stays the same from any
-            data; on fresh samples of the policy's own, where pi = mu, every finite taper is AGRO.
+        sampling_logprobs: (B,) any float dtype, nats: log mu, the sum of token log-probabilities of
+            each sequence under whatever sampled it, at the time. If logprobs holds summed
+            log-ratios to the reference, so must this, log(mu / pi_ref), which is 0 for samples of
+            the reference. NaN or infinite: unknown, and the row is not tapered. None: no row is,
+            whatever taper says.
+        taper: exponent >= 0 of t_i. The weight is a constant: no gradient flows through it. 0 is
+            AGRO as it stands, 1 the ratio itself, and inf gives t_i = 0 in every row with d_i < 0
+            and a known sampler, also where pi >= mu (one-sided AGRO; on the policy's own samples,
+            pi = mu but for rounding, a limit would be 0 or 1 by chance). A tensor (B,) of any float
+            dtype has an exponent for each row: 1 / length makes it the ratio per token. Whatever
+            the exponents, the optimum is the same from any data; while pi = mu every finite one
+            gives AGRO. With importance_weights the same t_i multiply their coefficients. TOPR
+            tapers policy gradients in this way and AsymRE shifts their baseline; neither has the
+            KL inside, and neither this optimum.
 
     Returns:
         coefficients (B,) fp32 (float64 if rewards, logprobs and ref_logprobs all are), and the
@@ -179,8 +185,8 @@ def agro_coefficients(
     coefficients, moments, counts = torch.ops.agro.agro_coefficients(
         rewards.detach(), logprobs.detach(), ref_logprobs.detach(), groups, *options
     )
-    of_agro, of_taper = moments.split([5, 2])
-    stats = AgroStats(*of_agro.unbind(), *counts.unbind(), *of_taper.unbind())
+    means = moments.unbind()  # the last two are the taper's
+    stats = AgroStats(*means[:5], *counts.unbind(), *means[5:])
     return AgroCoefficients(coefficients, stats)
 
 

@@ -212,7 +212,8 @@ def next_tokens(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
 class LinearAgroLoss(nn.Module):
     """`linear_agro_loss` with its options held by a module; it has no parameters of its own.
 
-    Args: as for `linear_agro_loss`.
+    Args: as for `linear_agro_loss`. options: those of `agro_coefficients` that hold for every
+    batch: beta, and any of lr_weight, lr_cap, lr_baseline, scale, taper.
     """
 
     def __init__(

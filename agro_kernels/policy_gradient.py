@@ -21,7 +21,8 @@ from torch import Tensor
 from agro_kernels._torch.agro_loss import check_cu_seqlens, group_index
 from agro_kernels.agro_options import AgroOptions, check_sequences, check_tokens
 
-# exp of a log-ratio beyond this many nats would overflow fp32; a sample there has said all it can.
+# exp of more nats overflows fp32. A weight of this size outweighs every other one already, so that
+# clipping the log-ratio here changes nothing.
 MAX_LOG_WEIGHT = 80.0
 
 
@@ -206,7 +207,7 @@ class _Groups:
         size = self._sum(kept.double())
         self.num_valid = (torch.zeros_like(size).index_put_((self.index,), size) >= 2).sum()
         self.used = kept & (size >= 2)
-        self.size = size.clamp(min=2)  # smaller groups are selected away in mean_loss
+        self.size = size.clamp(min=2)  # mean_loss sets the rows of smaller groups to 0
 
     def less_others(self, values: Tensor) -> Tensor:
         """Each row less the mean of its group's other rows: n / (n - 1) times its deviation."""

@@ -106,7 +106,7 @@ def _from_log_ratios(
     mean = per_group(weights * regularized) / weight.where(weight > 0, 1.0)
     deviation = (regularized - mean[group]).where(kept & valid[group], 0.0)
     squares = per_group(weights * deviation**2)
-    n = size.clamp(min=2)  # groups below two are selected away at the end
+    n = size.clamp(min=2)  # rows of smaller groups are set to 0 at the end
     variance = (weight * squares / (n * (n - 1))).where(valid, 0.0)
 
     coefficients = -beta * weights * deviation * (weight / (n * (n - 1)))[group]
@@ -195,7 +195,7 @@ def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """The values, which only a device whose memory we may read without waiting can show us."""
+    """Raise unless the values make sense; on the CPU only, since reading them waits for a GPU."""
     if cu_seqlens.device.type != "cpu":
         return
     rising = bool((cu_seqlens.diff() >= 0).all())

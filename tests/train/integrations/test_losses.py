@@ -55,6 +55,21 @@ def by_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(hidden @ weight.T, targets)
 
 
+def test_tapered_agro_is_its_formula() -> None:
+    tapered = run("losses.md", "def tapered")["tapered"]
+    rewards, logprobs, ref_logprobs, sampling_logprobs = torch.randn(4, 2, 4, dtype=torch.float64)
+    groups = torch.arange(8) // 4
+    rows = (rewards, logprobs, ref_logprobs, sampling_logprobs)
+    ours = tapered(*(row.flatten() for row in rows), groups, BETA)
+    regularised = rewards - BETA * (logprobs - ref_logprobs)
+    deviations = regularised - regularised.mean(1, keepdim=True)
+    ratios = (logprobs - sampling_logprobs).exp().clamp(max=1.0)
+    weights = ratios.where(deviations < 0, 1.0)
+    exact = -BETA * deviations / 3 * weights / 2  # groups of four, and two of them
+    torch.testing.assert_close(ours, exact.flatten(), rtol=1e-12, atol=1e-14)
+    assert 0 < int((weights < 1).sum()) < int((deviations < 0).sum())
+
+
 def test_dpo_is_the_paper() -> None:
     """-log sigmoid(beta (log-ratio of chosen - of rejected)), pair by pair."""
     dpo = run("losses.md", "def dpo")["dpo"]
