@@ -3,6 +3,8 @@
 What the kernels compute is compared with float64, option by option, in test_triton_*.py.
 """
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -158,15 +160,17 @@ def test_selective_logprobs_match_float64() -> None:
     assert (leaf.grad.double() - exact.grad).norm() < 2.0**-8 * exact.grad.norm()
 
 
-def test_agro_loss_and_coefficients_are_those_of_the_cpu() -> None:
+@pytest.mark.parametrize("taper", [0.0, 1.0, math.inf])
+def test_agro_loss_and_coefficients_are_those_of_the_cpu(taper: float) -> None:
     batch = Batch()
     results = []
     for device in ("cpu", "cuda"):
         logprobs, *others = (tensor.to(device) for tensor in batch.tokens)
         leaf = logprobs.requires_grad_()
-        loss = agro_loss(leaf, *others, beta=BETA, num_groups=3)
+        options = {"sampling_logprobs": batch.sampling_logprobs.to(device), "taper": taper}
+        loss = agro_loss(leaf, *others, beta=BETA, num_groups=3, **options)
         (gradient,) = torch.autograd.grad(loss, leaf)
         sums = (tensor.to(device) for tensor in batch.sums)
-        coefficients, _ = agro_coefficients(*sums, beta=BETA)
+        coefficients, _ = agro_coefficients(*sums, beta=BETA, **options)
         results.append([tensor.detach().cpu() for tensor in (loss, gradient, coefficients)])
     torch.testing.assert_close(results[1], results[0])

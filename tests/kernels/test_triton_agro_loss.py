@@ -310,10 +310,13 @@ def test_cuda_tensors_are_served_without_a_host_synchronisation() -> None:
     tokens = on_device(batch.tokens)
     logprobs = tokens[0].requires_grad_()
     sums = on_device(batch.sums)
+    sampled, exponents = on_device((batch.sampling_logprobs, batch.row_taper))
 
     def step() -> None:
-        agro_loss(logprobs, *tokens[1:], beta=BETA, num_groups=3).backward()
-        agro_coefficients(*sums, beta=BETA, num_groups=3)
+        for taper in (0.0, 1.0, exponents):
+            options = {"num_groups": 3, "sampling_logprobs": sampled, "taper": taper}
+            agro_loss(logprobs, *tokens[1:], beta=BETA, **options).backward()
+            agro_coefficients(*sums, beta=BETA, **options)
 
     step()  # compiles
     try:
