@@ -16,7 +16,10 @@ Rows = list[dict[str, str]]
 
 
 def plot_cpu(path: Path) -> list[Path]:
-    """Time over the floor's, and memory, of bench_cpu's CSV: a PNG for each dtype and entropy."""
+    """Draws time over the floor's, and memory: a PNG for each dtype, with and without entropy.
+
+    path: the CSV. Returns the PNGs, which lie beside it.
+    """
     rows = [row for row in read_csv(path) if row["median_s"]]
     written = []
     for entropy in ("no", "yes"):

@@ -9,9 +9,9 @@ memory does its update need?
 Method. Each trainer runs its own loop in a process of its own; they take turns, one step each
 (A B C A B C), after one that is not counted. SmolLM2-135M-Instruct, all weights trained in float32,
 AdamW, a frozen copy as the reference, a KL penalty (beta 0.01), no gradient checkpointing, float32
-products under the same torch.set_float32_matmul_precision for all, the one agro_train chooses on
-this CPU. Completions have exactly --completion-length tokens: none may end early. A micro-batch is
-the same for all, the --generations completions of one prompt, since memory grows with it: TRL's
+products under the same torch.set_float32_matmul_precision for all, agro_train's choice on this CPU.
+Completions have exactly --completion-length tokens: none may end early. A micro-batch is the same
+for all, the --generations completions of one prompt, since memory grows with it: TRL's
 per_device_train_batch_size, ours the token_budget that holds one group and not two. (TRL reads the
 prompt once for each of them, and padding; ours reads it once for all.)
 

@@ -91,15 +91,20 @@ def test_ours_and_plain_torch_are_measured(form: str, shape: Shape) -> None:
         *((name, phase) for name in ("ours", "torch") for phase in PHASES[form]),
     ]
     for row in rows:
-        assert row.status == "ok" and row.n == 3
-        assert row.median_ms is not None and row.p20_ms is not None and row.p80_ms is not None
+        assert row.status == "ok"
+        assert row.n == 3
+        assert row.median_ms is not None
+        assert row.p20_ms is not None
+        assert row.p80_ms is not None
         assert 0.0 < row.p20_ms <= row.median_ms <= row.p80_ms
         flop = row.algorithmic_gemms * shape.gemm_flop()
         assert row.tflops == pytest.approx(1e-9 * flop / row.median_ms)
         if row.provider == "ours" and form == "forward":
-            assert row.logprob_error is not None and row.logprob_error < 1e-4  # fp32 logits
+            assert row.logprob_error is not None
+            assert row.logprob_error < 1e-4
         elif row.provider == "ours":
-            assert row.dhidden_error is not None and row.dhidden_error < 1e-2
+            assert row.dhidden_error is not None
+            assert row.dhidden_error < 1e-2
 
 
 def test_smoke_run_writes_rows_and_plots(tmp_path: Path) -> None:
@@ -130,7 +135,8 @@ def test_appended_rows_stand_beside_those_of_other_cases(
     assert gpu.main([*arguments, "--tokens", "64", "--append"]) == 0
     after = read_csv(path)
     kept = [row for row in before if row["tokens"] == "37"]
-    assert kept and after[: len(kept)] == kept
+    assert kept
+    assert after[: len(kept)] == kept
     assert sorted(row["tokens"] for row in after) == sorted(row["tokens"] for row in before)
     assert after != before
 
@@ -197,7 +203,10 @@ def test_no_product_is_counted_twice(form: str, phase: str, gemms: int) -> None:
 def test_without_a_gpu_one_sentence_and_status_2(
     main: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert callable(main) and main([]) == 2
+    assert callable(main)
+    assert main([]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert "no GPU here" in captured.err and "--smoke" in captured.err
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "no GPU here" in captured.err
+    assert "--smoke" in captured.err

@@ -17,10 +17,12 @@ def test_inputs_have_certain_tokens_and_the_asked_spread() -> None:
     inputs = make_inputs(ACCURACY_SHAPE, torch.float32, logit_std=5.0)
     logprobs_all = (inputs.hidden @ inputs.weight.T).log_softmax(-1)
     certain = logprobs_all.gather(1, inputs.targets[:, None]).exp().squeeze(1) > 0.5
-    assert certain[::2].float().mean() > 0.5 and not certain[1::2].any()
+    assert certain[::2].float().mean() > 0.5
+    assert not certain[1::2].any()
     assert 4.5 < (inputs.hidden[1::2] @ inputs.weight.T).std() < 5.5
     again = make_inputs(ACCURACY_SHAPE, torch.float32, logit_std=5.0)
-    assert torch.equal(inputs.weight, again.weight) and torch.equal(inputs.hidden, again.hidden)
+    assert torch.equal(inputs.weight, again.weight)
+    assert torch.equal(inputs.hidden, again.hidden)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -32,9 +32,12 @@ def setting(tmp_path: Path) -> Setting:
 
 def test_our_own_loop_is_timed_step_by_step(setting: Setting) -> None:
     (found,) = step_benchmark.in_turn(["agro"], setting)
-    assert found.status == "ok" and len(found.steps) == 2
+    assert found.status == "ok"
+    assert len(found.steps) == 2
     for step in found.steps:
-        assert step.rollout_s > 0 and step.update_s > 0 and step.resident_bytes > 0
+        assert step.rollout_s > 0
+        assert step.update_s > 0
+        assert step.resident_bytes > 0
         assert step.prompt_tokens == 4 * (4 + 5)
         assert step.completion_tokens == 2 * 4 * 6  # none ended early
         assert step.micro_batch_completions == 4  # one group
@@ -45,7 +48,8 @@ def test_a_trainer_that_fails_says_so(
 ) -> None:
     missing = Setting(**{**vars(setting), "model": str(tmp_path / "nowhere")})
     (found,) = step_benchmark.in_turn(["agro"], missing)
-    assert found.status.startswith("died") and not found.steps
+    assert found.status.startswith("died")
+    assert not found.steps
     assert "nowhere" in capsys.readouterr().out
     assert step_benchmark.to_row(found, setting).n == 0
 
@@ -68,7 +72,8 @@ def test_ratios_are_of_the_best_peer(setting: Setting, tmp_path: Path) -> None:
     step_benchmark.write(rows, setting, tmp_path / "rows.csv")
     written = read_csv(tmp_path / "rows.csv")
     assert [row["trainer"] for row in written] == ["agro", "trl_grpo", "trl_rloo"]
-    assert written[0]["update_ratio"] == "0.5" and written[0]["cpu"]
+    assert written[0]["update_ratio"] == "0.5"
+    assert written[0]["cpu"]
 
 
 @pytest.mark.parametrize("other", [{"completion_tokens": 47}, {"completions": 5}], ids=str)

@@ -50,7 +50,8 @@ def test_candidates_fit_the_architecture(architecture: str) -> None:
 def test_a_quick_search_has_the_likely_tiles_only() -> None:
     quick = candidates("sm90", 2, 2048, quick=True)
     every = candidates("sm90", 2, 2048)
-    assert set(quick) < set(every) and 10 < len(quick) < len(every) / 10
+    assert set(quick) < set(every)
+    assert 10 < len(quick) < len(every) / 10
     assert tiles.select("linear_logprobs_fwd", "sm90", 2, 2048) in quick
 
 
@@ -71,7 +72,9 @@ def test_tuner_puts_out_a_tile_that_is_wrong_or_cannot_run() -> None:
     truth = truth_of("linear_logprobs_fwd", inputs)
     good = Candidate(TileConfig(16, 16, 16, 1, 1))
     check("linear_logprobs_fwd", good, inputs, truth, 1e-4)
-    assert good.status == "ok" and good.error is not None and good.error < 1e-4
+    assert good.status == "ok"
+    assert good.error is not None
+    assert good.error < 1e-4
     strict = Candidate(TileConfig(16, 16, 16, 1, 1))
     check("linear_logprobs_fwd", strict, inputs, truth + 1.0, 1e-4)
     assert strict.status.startswith("wrong: error 1.0e+00")

@@ -58,7 +58,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
             "where the exact on-policy gradient reaches the optimum it takes as many updates as "
             "the policy gradient, to the step grid's factor of two "
             f"({min(ratios):.2f} to {max(ratios):.2f} times, {len(ratios)} problems)",
-            0.5 <= min(ratios) and max(ratios) <= 2,
+            min(ratios) >= 0.5 and max(ratios) <= 2,
         )
     ]
 

@@ -26,8 +26,10 @@ def one_thread() -> Iterator[None]:
 def test_two_arm_descent_converges_inside_the_ridge_and_not_outside() -> None:
     starts = torch.tensor([2.39, 2.41, -2.39, -2.41], dtype=torch.float64)
     ends = two_arms.descend_two_arms("exact", starts, 2_000).tolist()
-    assert abs(ends[0]) < 1e-6 and abs(ends[2]) < 1e-6
-    assert ends[1] > 5 and ends[3] < -5
+    assert abs(ends[0]) < 1e-6
+    assert abs(ends[2]) < 1e-6
+    assert ends[1] > 5
+    assert ends[3] < -5
 
 
 def test_two_arm_loss_falls_along_the_exact_direction() -> None:
@@ -44,7 +46,7 @@ def test_two_arm_loss_falls_along_the_exact_direction() -> None:
 def test_success_speed_of_the_ops_coefficients_is_the_rule(beta: float) -> None:
     exact = success_rate.success_speed(METHODS["exact"], beta, RATES)
     assert float((exact - (1 + (2 * RATES - 1) / (2 * beta))).abs().max()) < 1e-12
-    assert (exact > 0).tolist() == (RATES > 0.5 - beta).tolist()
+    assert (exact > 0).tolist() == (0.5 - beta < RATES).tolist()
     gradient = success_rate.success_speed(METHODS["policy_gradient"], beta, RATES)
     assert float((gradient - 1).abs().max()) < 1e-12
     assert bool((success_rate.success_speed(METHODS["capped"], beta, RATES) > 0).all())
@@ -57,7 +59,8 @@ def test_success_rates_part_at_the_rule_in_training() -> None:
         assert end > 0.9 if start > 0.5 - success_rate.TRAINED_BETA else end < 0.1
     for name in ("capped", "policy_gradient"):
         run = success_rate.train_success_rates(name, 300)
-        assert bool((run.diff(dim=0) > 0).all()) and bool((run[-1] > 0.9).all())
+        assert bool((run.diff(dim=0) > 0).all())
+        assert bool((run[-1] > 0.9).all())
 
 
 @pytest.mark.parametrize("name", list(speed.LABELS))
@@ -67,7 +70,8 @@ def test_updates_needed_are_the_fewest_over_the_steps(name: str) -> None:
         return speed.updates_needed(name, bandits, limit)
 
     (count,) = needed([0], 1_000)
-    assert count is not None and count > 1
+    assert count is not None
+    assert count > 1
     assert needed([0], count) == [count]
     assert needed([0], count - 1) == [None]
     assert needed([0, 1, 2], 1_000) == [count, *needed([1], 1_000), *needed([2], 1_000)]
@@ -87,7 +91,8 @@ def test_quick_run_holds_and_writes_everything(
             if row["updates"] == "exact"
         }
     assert basin["capped"] == basin["policy_gradient"] == [10, 10, 10]
-    assert basin["exact"][0] == 10 and basin["exact"][2] == 0
+    assert basin["exact"][0] == 10
+    assert basin["exact"][2] == 0
 
 
 def test_readme_has_the_results_of_the_committed_run() -> None:
