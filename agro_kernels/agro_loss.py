@@ -30,7 +30,7 @@ differentiable call, and `agro_coefficients`, the numbers themselves for a train
 batch. Both give the same gradient.
 """
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -39,11 +39,12 @@ import agro_kernels.ops  # noqa: F401  (registers the ops)
 from agro_kernels.agro_options import (
     AgroKeywords,
     AgroOptions,
-    check_names,
+    LinearAgroKeywords,
     check_sequences,
     check_tokens,
 )
-from agro_kernels.linear_logprobs import IGNORE_INDEX, linear_logprobs
+from agro_kernels.head import HeadOptions, check_names
+from agro_kernels.linear_logprobs import linear_logprobs
 
 
 class AgroStats(NamedTuple):
@@ -232,7 +233,7 @@ def agro_loss(
     to it; `linear_logprobs` passes on no gradient to them. A sequence that holds a NaN or infinite
     log-ratio is dropped, and all its tokens get gradient 0.
     """
-    check_names("agro_loss", options)
+    check_names("agro_loss", options, AgroKeywords)
     check_sequences(rewards, groups)
     check_tokens(cu_seqlens, rewards, logprobs=logprobs, ref_logprobs=ref_logprobs)
     record = AgroOptions.of(rewards, **options)
@@ -247,15 +248,7 @@ def linear_agro_loss(
     rewards: Tensor,
     groups: Tensor,
     cu_seqlens: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    round_logits: str | None = None,
-    kept_ids: Tensor | None = None,
-    weight_grad: Tensor | None = None,
-    **options: Unpack[AgroKeywords],
+    **options: Unpack[LinearAgroKeywords],
 ) -> Tensor:
     """`agro_loss` straight from hidden states, the logits never stored.
 
@@ -265,9 +258,8 @@ def linear_agro_loss(
         loss = agro_loss(logprobs, ref_logprobs, rewards, groups, cu_seqlens, beta=beta, ...)
 
     Args:
-        hidden: (N, D), weight: (V, D), targets: (N,), bias, temperature, softcap, ignore_index,
-            round_logits, kept_ids, weight_grad: as for `linear_logprobs`. hidden[t] is the state
-            that predicts targets[t].
+        hidden: (N, D), weight: (V, D), targets: (N,) and options of the head, bias, temperature
+            and the like: as for `linear_logprobs`. hidden[t] is the state that predicts targets[t].
         ref_logprobs: (N,). Must be 0.0 where targets == ignore_index, as `linear_logprobs` makes
         it. rewards, groups, cu_seqlens and the other options: as for `agro_loss`.
 
@@ -276,22 +268,13 @@ def linear_agro_loss(
 
     Gradients flow to hidden, weight and bias.
     """
-    check_names("linear_agro_loss", options)
+    check_names("linear_agro_loss", options, LinearAgroKeywords)
     check_sequences(rewards, groups)
     check_tokens(cu_seqlens, rewards, targets=targets, ref_logprobs=ref_logprobs)
-    record = AgroOptions.of(rewards, **options)
-    logprobs = linear_logprobs(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        round_logits=round_logits,
-        kept_ids=kept_ids,
-        weight_grad=weight_grad,
-    )
+    of_loss: Any = {k: v for k, v in options.items() if k in AgroKeywords.__annotations__}
+    of_head: Any = {k: v for k, v in options.items() if k in HeadOptions.__annotations__}
+    record = AgroOptions.of(rewards, **of_loss)
+    logprobs = linear_logprobs(hidden, weight, targets, **of_head)
     return _loss_of_tokens(logprobs, ref_logprobs, rewards, groups, cu_seqlens, record)
 
 

@@ -8,13 +8,12 @@ Letters: N tokens, B sequences, one row each.
 """
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from agro_kernels.head import check_device, check_tensor
+from agro_kernels.head import HeadOptions, check_device, check_tensor
 
 
 class AgroKeywords(TypedDict, total=False):
@@ -30,6 +29,10 @@ class AgroKeywords(TypedDict, total=False):
     scale: float
     sampling_logprobs: Tensor | None
     taper: float | Tensor
+
+
+class LinearAgroKeywords(AgroKeywords, HeadOptions, total=False):
+    """The keywords of the functions that compute the log-probabilities, too."""
 
 
 class AgroOptions(NamedTuple):
@@ -126,15 +129,6 @@ def count_tensor(count: int | Tensor | None, device: torch.device) -> Tensor | N
             )
         return count.detach().to(device, torch.float64, non_blocking=device.type != "cpu")
     return torch.full((), count, dtype=torch.float64, device=device)
-
-
-def check_names(function: str, keywords: Mapping[str, object]) -> None:
-    """Python's own errors for a function with `AgroKeywords` written out."""
-    for name in keywords:
-        if name not in AgroKeywords.__annotations__:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    if "beta" not in keywords:
-        raise TypeError(f"{function}() missing 1 required keyword-only argument: 'beta'")
 
 
 # --- Tensors --------------------------------------------------------------------------------------

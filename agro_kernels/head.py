@@ -9,7 +9,7 @@ Letters: N tokens, D hidden size, V vocabulary.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol, TypedDict, Unpack
+from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -183,11 +183,14 @@ def pack_kept_ids(kept_ids: Tensor, vocabulary: int) -> Tensor:
 # --- Arguments: type, shape, dtype, device --------------------------------------------------------
 
 
-def check_names(function: str, options: Mapping[str, object]) -> None:
-    """Python's own error for a keyword that a function with **options: HeadOptions has not."""
+def check_names(function: str, options: Mapping[str, object], known: Any = HeadOptions) -> None:
+    """Python's own errors for a function that has the keywords of the TypedDict `known`."""
     for name in options:
-        if name not in HeadOptions.__annotations__:
+        if name not in known.__annotations__:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    for name in known.__required_keys__:
+        if name not in options:
+            raise TypeError(f"{function}() missing 1 required keyword-only argument: {name!r}")
 
 
 def check_tensor(name: str, value: object) -> None:

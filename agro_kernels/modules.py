@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from agro_kernels.agro_loss import linear_agro_loss
-from agro_kernels.agro_options import AgroKeywords, check_names
-from agro_kernels.head import IGNORE_INDEX
+from agro_kernels.agro_options import LinearAgroKeywords
+from agro_kernels.head import IGNORE_INDEX, check_names
 from agro_kernels.linear_logprobs import LogprobStats, linear_logprobs_with_stats
 
 M = TypeVar("M", bound=nn.Module)
@@ -212,26 +212,14 @@ def next_tokens(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
 class LinearAgroLoss(nn.Module):
     """`linear_agro_loss` with its options held by a module; it has no parameters of its own.
 
-    Args: as for `linear_agro_loss`. options: those of `agro_coefficients` that hold for every
-    batch: beta, and any of lr_weight, lr_cap, lr_baseline, scale, taper.
+    Args: those of `linear_agro_loss` that hold for every batch: beta, and any of lr_weight, lr_cap,
+    lr_baseline, scale, taper, temperature, softcap, ignore_index.
     """
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        **options: Unpack[AgroKeywords],
-    ) -> None:
+    def __init__(self, **options: Unpack[LinearAgroKeywords]) -> None:
         super().__init__()
-        check_names("LinearAgroLoss", options)
-        self.options: dict[str, Any] = {
-            **options,
-            "temperature": temperature,
-            "softcap": softcap,
-            "ignore_index": ignore_index,
-        }
+        check_names("LinearAgroLoss", options, LinearAgroKeywords)
+        self.options: dict[str, Any] = dict(options)
 
     def forward(
         self,

@@ -95,7 +95,7 @@ def taper(scores: Scores, config: TrainConfig) -> float | Tensor:
     """The exponent of the ratio to the sampler, for all rows or (B,): per token it is divided by
     the completion's length, so that the ratio is the geometric mean of its tokens'."""
     if config.off_policy_taper_per == "token" and math.isfinite(config.off_policy_taper):
-        return config.off_policy_taper / scores.lengths.clamp(min=1)
+        return config.off_policy_taper / scores.lengths.clamp(min=1).double()
     return config.off_policy_taper
 
 

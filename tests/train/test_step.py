@@ -31,7 +31,7 @@ from tests.train.models import ragged_rollouts, tiny_policy
 
 
 def test_likelihood_ratio_term_is_for_on_policy_rollouts_only() -> None:
-    config = replace(CONFIG, lr_weight=1.0)
+    config = replace(CONFIG, lr_weight=1.0, off_policy_taper=0.0)
     plain, _ = gradient(ragged_rollouts())
     assert_equal(gradient(ragged_rollouts(), config, on_policy=False)[0], plain)
     on_policy, _ = gradient(ragged_rollouts(), config, on_policy=True)
