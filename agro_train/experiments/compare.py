@@ -31,7 +31,7 @@ class Algorithm:
     settings: Mapping[str, object]  # of `agro train`
 
 
-# Without the taper, which acts on recorded and replayed completions alone.
+# Without the taper, which acts on recorded and replayed completions alone: as in the paper.
 AS_PUBLISHED: Mapping[str, object] = {"off_policy_taper": 0.0}
 
 ALGORITHMS = {
@@ -52,10 +52,6 @@ ALGORITHMS = {
     ),
     "agro": Algorithm(
         "AGRO, off-policy loss (= policy gradient, loo)", tabular.BLUE, "-", AS_PUBLISHED
-    ),
-    "agro_tapered": Algorithm("AGRO, tapered", tabular.RED, "-", {}),
-    "agro_one_sided": Algorithm(
-        "AGRO, one-sided", tabular.GREEN, ":", {"off_policy_taper": math.inf}
     ),
     "on_policy": Algorithm(
         "AGRO, on-policy, lr_weight=1", tabular.RED, "-", {"lr_weight": 1.0, **AS_PUBLISHED}
