@@ -34,7 +34,8 @@ def install(**options: Any) -> None:
     """Have every RemoteExperienceMaker of this process compute AGRO's advantages.
 
     Args:
-        options: lr_weight, lr_cap and lr_baseline of `agro_coefficients`.
+        options: lr_weight, lr_cap, lr_baseline and taper of `agro_coefficients`. The taper's
+            ratios are those of OpenRLHF's policy to vLLM.
     """
     nothing = torch.zeros(2)  # the op checks its own options
     agro_coefficients(nothing, nothing, nothing, nothing.long(), beta=1.0, **options)
@@ -52,7 +53,8 @@ def agro_advantages(maker: Any, experiences: list[Any], **options: Any) -> list[
     Args:
         maker: the RemoteExperienceMaker; its kl_ctl.value is beta.
         experiences: all of one rollout. Of each: rewards (b,), kl (b, A) log-ratios, action_mask
-            (b, A), index: places in the rollout, where a prompt's completions follow each other.
+            (b, A), index: places in the rollout, where a prompt's completions follow each other;
+            with a taper action_log_probs and rollout_log_probs (b, A), too.
         options: of `agro_coefficients`.
 
     Returns:
@@ -72,11 +74,16 @@ def agro_advantages(maker: Any, experiences: list[Any], **options: Any) -> list[
         rewards = rewards.clamp(*args.reward.clip_range)
     places = torch.tensor([place for e in experiences for place in e.index])
     groups = places // args.rollout.n_samples_per_prompt
+    sampling = None
+    if options.get("taper", 0.0) > 0:
+        # log(vLLM / reference), because log_ratios are log(policy / reference).
+        sampling = log_ratios - torch.cat([_sampler_log_ratios(e) for e in experiences])
     coefficients, _ = agro_coefficients(
         rewards,
         log_ratios,
         torch.zeros_like(log_ratios),
         groups.to(rewards.device),
+        sampling_logprobs=sampling,
         beta=beta,
         scale=1 / beta,
         **options,
@@ -106,6 +113,13 @@ def _log_ratios(experience: Any) -> Tensor:
     return sums
 
 
+def _sampler_log_ratios(experience: Any) -> Tensor:
+    """(b,) float64 sums of log(policy / vLLM) over the counted tokens."""
+    per_token = experience.action_log_probs.double() - experience.rollout_log_probs.double()
+    sums: Tensor = per_token.where(experience.action_mask.bool(), 0.0).sum(1)
+    return sums
+
+
 def check_arguments(args: Any, rows: int, **options: Any) -> None:
     """Raises ValueError, naming the command-line argument, where the gradient would be another."""
     expect = partial(_expect, args)
@@ -115,7 +129,14 @@ def check_arguments(args: Any, rows: int, **options: Any) -> None:
     expect("actor.loss_agg_mode", "token-mean", "advantages hold the number of tokens")
     expect("actor.policy_loss_type", "ppo", "its ratio is 1 token by token")
     expect("algo.advantage.estimator", "rloo", "it is what AGRO takes the place of")
-    expect("algo.advantage.is_correction_level", "off", "AGRO needs no importance weights")
+    if options.get("taper", 0.0) > 0:
+        # OpenRLHF asks vLLM for log-probs only to correct by them: clipped to [1, 1], by 1.
+        reason = "the taper needs vLLM's log-probs, and AGRO no other use of them"
+        expect("algo.advantage.is_correction_level", "token", reason)
+        expect("algo.advantage.is_correction_mode", "clip", reason)
+        expect("algo.advantage.is_correction_threshold", [1.0, 1.0], reason)
+    else:
+        expect("algo.advantage.is_correction_level", "off", "AGRO needs no importance weights")
     expect("algo.kl.estimator", "k1", "AGRO's reward holds the log-ratio itself")
     expect("algo.kl.use_loss", False, "the divergence is in the reward already")
     expect("algo.kl.target", None, "algo.kl.init_coef is AGRO's beta and stays")

@@ -10,7 +10,9 @@ How it differs from the RLOOTrainer it is made of:
 * the loss is linear in the log-probabilities: no ratio, nothing to clip;
 * the advantage is AGRO's, from whole groups, in float64; a completion without a reward, or one that
   `mask_truncated_completions` masks, is left out of its group;
-* log-probabilities come from `linear_logprobs`.
+* log-probabilities come from `linear_logprobs`;
+* with `taper`, vLLM's own log-probabilities, which RLOO throws away, say how far a completion may
+  be pushed down.
 """
 
 from collections.abc import Iterator
@@ -127,6 +129,13 @@ class AGROConfig(RLOOConfig):  # type: ignore[misc]
         default=None,
         metadata={"help": "Baseline of the likelihood-ratio term, in [0, 1]. None: by group size."},
     )
+    taper: float = field(
+        default=0.0,
+        metadata={
+            "help": "With use_vllm: a completion whose probability is to fall is pushed down by "
+            "min(1, policy / vLLM) to this power of what AGRO says. 0: AGRO as it stands."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,6 +155,12 @@ class AGROConfig(RLOOConfig):  # type: ignore[misc]
             )
         nothing = torch.zeros(2)  # the op checks its own options
         agro_coefficients(nothing, nothing, nothing, nothing.long(), **self.agro_options())
+        if self.taper > 0 and not self.use_vllm:
+            raise ValueError(
+                f"taper: expected 0 without use_vllm, got {self.taper}; transformers' generate "
+                "samples from the policy itself and does not say with what probability, so set "
+                "taper=0"
+            )
 
     def agro_options(self) -> dict[str, Any]:
         """The options of `agro_coefficients`."""
@@ -154,6 +169,7 @@ class AGROConfig(RLOOConfig):  # type: ignore[misc]
             "lr_weight": self.lr_weight,
             "lr_cap": self.lr_cap,
             "lr_baseline": "auto" if self.lr_baseline is None else self.lr_baseline,
+            "taper": self.taper,
             "scale": 1.0 / self.beta if self.beta > 0 else 1.0,
         }
 
@@ -173,12 +189,37 @@ class AGROTrainer(RLOOTrainer):  # type: ignore[misc]
             raise TypeError(f"args: expected an AGROConfig, got {type(args).__name__}; it has beta")
         self._passes: list[Tensor] = []  # (B, C) log-probs of the scoring passes, in TRL's order
         self._rewards_per_func = torch.empty(0)
+        self._sampled: list[list[float | None]] = []  # vLLM's log-probs of this rank's completions
         super().__init__(model, reward_funcs, args, **others)
         if self.aux_loss_enabled:
             raise ValueError(
                 "router_aux_loss_coef: expected 0 for a mixture of experts, got "
                 f"{self.router_aux_loss_coef}; AGROTrainer has no auxiliary loss"
             )
+        if args.taper > 0:
+            self._keep_sampling_logprobs()
+
+    def _keep_sampling_logprobs(self) -> None:
+        """Has vLLM return the log-probability of each token it samples: RLOOTrainer asks for none,
+        and drops what `generate` returns beside the tokens.
+        """
+        engine = self.vllm_generation
+        if self.vllm_mode == "server" and self.accelerator.is_main_process:
+            got = engine.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+            if got != "processed_logprobs":
+                raise ValueError(
+                    "taper: expected a vLLM server with --logprobs-mode processed_logprobs, got "
+                    f"{got}, which leaves the temperature out; restart the server or set taper=0"
+                )
+        generate = engine.generate
+
+        def keeping(*args: Any, **kwargs: Any) -> Any:
+            results = generate(*args, **kwargs)
+            # By rank of probability; with 0 asked for, the sampled token alone.
+            self._sampled = [[token[0] for token in tokens] for tokens in results[2]]
+            return results
+
+        engine.logprobs, engine.generate = 0, keeping
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         with agro_logprobs():
@@ -201,14 +242,18 @@ class AGROTrainer(RLOOTrainer):  # type: ignore[misc]
         policy, reference = self._passes
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
-        sums = completion_sums(torch.stack([policy, reference]), output["completion_mask"])
-        logprobs, ref_logprobs = self.accelerator.gather(sums.T.contiguous()).T
+        per_token = [policy, reference]
+        if self.args.taper > 0:
+            per_token.append(padded_rows(self._sampled, like=policy))
+        sums = completion_sums(torch.stack(per_token), output["completion_mask"])
+        logprobs, ref_logprobs, *sampling = self.accelerator.gather(sums.T.contiguous()).T
         rows = len(logprobs)
         coefficients, stats = agro_coefficients(
             self._rewards(),
             logprobs,
             ref_logprobs,
             torch.arange(rows, device=logprobs.device) // group_size,
+            sampling_logprobs=sampling[0] if sampling else None,
             **self.args.agro_options(),
         )
         first = self.accelerator.process_index * len(inputs)
@@ -258,6 +303,9 @@ class AGROTrainer(RLOOTrainer):  # type: ignore[misc]
         metrics["agro/lr_dominance"].append(float(stats.lr_dominance))
         metrics["agro/kl_seq"].append(float(stats.log_ratio))
         metrics["agro/dropped"].append(float(stats.num_dropped))
+        if self.args.taper > 0:
+            metrics["agro/taper_weight"].append(float(stats.taper_weight))
+            metrics["agro/sampler_log_ratio"].append(float(stats.sampler_log_ratio))
 
 
 def completion_sums(per_token: Tensor, mask: Tensor) -> Tensor:
@@ -265,3 +313,12 @@ def completion_sums(per_token: Tensor, mask: Tensor) -> Tensor:
     counted = mask.bool()
     sums = per_token.double().where(counted, 0.0).sum(-1)
     return sums.masked_fill(~counted.any(-1), float("nan"))
+
+
+def padded_rows(rows: list[list[float | None]], like: Tensor) -> Tensor:
+    """Rows of any lengths as one (B, C) tensor like `like`; NaN for None and where a row ends."""
+    padded = torch.full(like.shape, float("nan"))
+    for row, values in zip(padded, rows, strict=True):
+        known = [float("nan") if value is None else value for value in values]
+        row[: len(values)] = torch.tensor(known)
+    return padded.to(like)

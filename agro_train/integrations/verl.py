@@ -6,7 +6,9 @@ and the loss multiplies them with the log-probabilities. With `use_kl_in_reward`
 formed the regularised reward that the coefficients need.
 
 Importing this module registers both; `import verl` does so by the entry point `verl.plugins`.
-Options: `algorithm.agro` may hold lr_weight, lr_cap and lr_baseline of `agro_coefficients`.
+Options: `algorithm.agro` may hold lr_weight, lr_cap and lr_baseline of `agro_coefficients`, and
+taper. verl shows an estimator neither its own log-probabilities nor the rollout engine's, so the
+taper acts in the policy loss, to which verl hands min(1, policy / engine) as an importance weight.
 
 How it differs from verl's `rloo` with the `vanilla` loss:
 
@@ -30,7 +32,8 @@ from verl.utils.torch_functional import masked_mean
 from agro_kernels import agro_coefficients
 
 AGGREGATION = "seq-mean-token-sum"
-OPTIONS = ("lr_weight", "lr_cap", "lr_baseline")
+CORRECTION = "algorithm.rollout_correction"
+OPTIONS = ("lr_weight", "lr_cap", "lr_baseline", "taper")
 
 _log = logging.getLogger(__name__)
 
@@ -95,33 +98,55 @@ def agro_policy_loss(
             those of the policy.
         loss_agg_mode: "seq-mean-token-sum".
         config: verl's ActorConfig; its global_batch_info holds what verl divides by.
-        rollout_is_weights: None.
+        rollout_is_weights: with `algorithm.agro.taper`, (b, T): min(1, policy / engine) of the
+            sequence in each of its tokens, else None.
 
     Returns:
         loss (0-d), metrics.
     """
     _expect("actor.loss_agg_mode", loss_agg_mode, (AGGREGATION,), "AGRO sums over tokens")
     _check_actor(config)
-    if rollout_is_weights is not None:
-        raise ValueError(
-            "rollout_is_weights: expected None, got a tensor; AGRO needs no importance weights, "
-            "set algorithm.rollout_correction.rollout_is=null"
-        )
     if config.global_batch_info.get("global_batch_size") is None:
         raise ValueError(
             "global_batch_size: expected the number of sequences of the step, got None; micro-"
             "batches would be averaged each by its own"
         )
     mask = response_mask.bool()
+    metrics: dict[str, Any] = {}
+    if rollout_is_weights is not None:
+        advantages, metrics["actor/taper_weight"] = _tapered(advantages, rollout_is_weights, mask)
     # agg_loss multiplies with the mask, and 0 times a NaN of the padding is NaN.
     losses = (-advantages * log_prob).where(mask, 0.0)
     loss: Tensor = agg_loss(losses, mask, loss_agg_mode, **config.global_batch_info)
     drift = masked_mean(old_log_prob - log_prob.detach(), mask)
-    return loss, {"actor/ppo_kl": drift.item()}
+    return loss, {"actor/ppo_kl": drift.item(), **metrics}
+
+
+def _tapered(advantages: Tensor, ratios: Tensor, mask: Tensor) -> tuple[Tensor, float]:
+    """The advantages, those below 0 times min(1, policy / engine), and the mean of these factors.
+
+    As `agro_coefficients` tapers: an advantage below 0 is a coefficient above 0. Where the engine
+    gave no number the row is left as it is.
+    """
+    ratios = ratios.nan_to_num(nan=1.0).where(mask, 0.0)
+    ratio = ratios.amax(1, keepdim=True)
+    if ((ratios != ratio) & mask).any() or (ratio > 1).any():
+        raise ValueError(
+            "rollout_is_weights: expected min(1, policy / engine) of whole sequences, got others; "
+            f"set {CORRECTION}.rollout_is=sequence and {CORRECTION}.rollout_is_threshold=1.0, or "
+            "rollout_is=null without algorithm.agro.taper"
+        )
+    lowered = (advantages < 0) & mask
+    factors = ratio[lowered.any(1)]
+    mean = float(factors.mean()) if factors.numel() else 1.0
+    return advantages * ratio.where(lowered, 1.0), mean
 
 
 def _algorithm(config: Any) -> tuple[float, dict[str, Any]]:
-    """beta and the options, from verl's `algorithm`, checked."""
+    """beta and the options of `agro_coefficients`, from verl's `algorithm`, checked.
+
+    The taper is checked and left out: the policy loss has it.
+    """
     if config is None:
         raise ValueError("config: expected verl's algorithm settings, got None; they hold beta")
     _expect(
@@ -149,29 +174,50 @@ def _algorithm(config: Any) -> tuple[float, dict[str, Any]]:
             "reward"
         )
     correction = config.get("rollout_correction") or {}
-    name = "algorithm.rollout_correction"
     _expect(
-        f"{name}.bypass_mode",
+        f"{CORRECTION}.bypass_mode",
         correction.get("bypass_mode") or False,
         (False,),
         "AGRO needs the log-probs of the policy, not of the rollout engine",
     )
-    _expect(
-        f"{name}.rollout_is",
-        correction.get("rollout_is"),
-        (None,),
-        "AGRO needs no importance weights",
-    )
     rejection = correction.get("rollout_rs")
     if rejection is not None and "token_" in rejection:
         raise ValueError(
-            f"{name}.rollout_rs: expected null or seq_..., got {rejection}; AGRO's reward is that "
-            "of whole sequences, so reject whole sequences"
+            f"{CORRECTION}.rollout_rs: expected null or seq_..., got {rejection}; AGRO's reward is "
+            "that of whole sequences, so reject whole sequences"
         )
     given: Mapping[str, Any] = config.get("agro") or {}
     for option in given:
         _expect("algorithm.agro", option, OPTIONS, "beta is algorithm.kl_ctrl.kl_coef")
-    return beta, dict(given)
+    options = dict(given)
+    _check_taper(options.pop("taper", 0.0), correction, options)
+    return beta, options
+
+
+def _check_taper(taper: Any, correction: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise unless verl's importance weights are the taper's ratios, or there are neither."""
+    _expect("algorithm.agro.taper", taper, (0, 1), "verl hands on the ratio itself, not a power")
+    if taper == 0:
+        _expect(
+            f"{CORRECTION}.rollout_is",
+            correction.get("rollout_is"),
+            (None,),
+            "AGRO needs no importance weights; algorithm.agro.taper=1 would use them",
+        )
+        return
+    reason = "the taper is min(1, policy / engine) of the sequence"
+    for name, wanted in (
+        ("rollout_is", "sequence"),
+        ("rollout_is_threshold", 1.0),
+        ("rollout_is_batch_normalize", False),
+    ):
+        _expect(f"{CORRECTION}.{name}", correction.get(name), (wanted,), reason)
+    _expect(
+        "algorithm.agro.lr_weight",
+        options.get("lr_weight", 0.0),
+        (0,),
+        "the policy loss cannot taper the pathwise part of an advantage alone, set taper=0",
+    )
 
 
 def _num_sequences(config: Any, rows: int, options: dict[str, Any]) -> int:
@@ -184,6 +230,13 @@ def _num_sequences(config: Any, rows: int, options: dict[str, Any]) -> int:
     _expect("actor.policy_loss.loss_mode", actor.policy_loss.loss_mode, ("agro",), "they go along")
     _expect("actor.loss_agg_mode", actor.loss_agg_mode, (AGGREGATION,), "AGRO sums over tokens")
     _check_actor(actor)
+    if OmegaConf.select(whole, "algorithm.agro.taper"):
+        _expect(
+            "actor_rollout_ref.rollout.calculate_log_probs",
+            whole.actor_rollout_ref.rollout.calculate_log_probs,
+            (True,),
+            "the taper needs the rollout engine's log-probs",
+        )
     num_sequences = int(actor.ppo_mini_batch_size * whole.actor_rollout_ref.rollout.n)
     if rows > num_sequences:
         raise ValueError(

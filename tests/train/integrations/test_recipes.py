@@ -51,6 +51,7 @@ class Recorded:
         inputs = head_inputs(B * T, D, V, dtype=torch.float32)
         self.weight = inputs.weight
         self.ref_weight = self.weight + 0.3 * torch.randn(V, D)
+        self.engine_weight = self.weight + 0.2 * self.ref_weight.roll(1, 0)
         self.mask = torch.arange(T) < torch.randint(2, T + 1, (B, 1))
         self.mask[5] = torch.tensor([1, 1, 0, 0, 1, 1, 0]).bool()
         self.mask[3] = False
@@ -69,6 +70,8 @@ class Recorded:
         results = []
         for dtype in (torch.float64, torch.float32):
             weight = self.weight.to(dtype)
+            if "taper" in options:
+                options["sampling_logprobs"] = self.logprobs(self.engine_weight.to(dtype)).nansum(1)
             coefficients, stats = agro_coefficients(
                 self.rewards.masked_fill(~self.mask.any(1), float("nan")).to(dtype),
                 self.logprobs(weight).nansum(1),
@@ -79,6 +82,7 @@ class Recorded:
                 **options,
             )
             assert int(stats.num_dropped) == 1
+            assert ("taper" in options) == (float(stats.taper_weight) < 1)
             weight.requires_grad_()
             (coefficients * self.logprobs(weight).nansum(1)).sum().backward()
             assert weight.grad is not None and weight.grad.abs().max() > 0.1
@@ -252,6 +256,11 @@ def arguments(package: types.SimpleNamespace, *more: str) -> Any:
     return caught.value.args[0]
 
 
+def taper_arguments() -> list[str]:
+    """What the page adds to the command line for a taper."""
+    return blocks("is_correction_level", "bash").replace("\\\n", " ").split()
+
+
 def experiences(package: types.SimpleNamespace, batch: Recorded) -> list[Any]:
     """The rollout in three parts of unequal size, the rows scattered."""
     found = []
@@ -263,6 +272,7 @@ def experiences(package: types.SimpleNamespace, batch: Recorded) -> list[Any]:
                 sequences=torch.zeros(len(rows), T + 1, dtype=torch.long),
                 action_mask=batch.mask[rows],
                 action_log_probs=logprobs[rows],
+                rollout_log_probs=batch.logprobs(batch.engine_weight)[rows].nan_to_num(),
                 kl=package.compute_approx_kl(logprobs[rows], ref_logprobs[rows]),
                 rewards=batch.rewards[rows],
                 response_length=batch.mask[rows].sum(1),
@@ -280,11 +290,16 @@ def maker(package: types.SimpleNamespace, args: Any) -> Any:
 
 
 @pytest.mark.openrlhf
-@pytest.mark.parametrize("options", CASES, ids=["pathwise", "on-policy"])
+@pytest.mark.parametrize(
+    "options",
+    [*CASES, {"taper": 1.0}, {"taper": 0.5, "lr_weight": 1.0}],
+    ids=["pathwise", "on-policy", "tapered", "tapered on-policy"],
+)
 def test_openrlhf_advantages_and_policy_loss_have_our_gradient(
     openrlhf: types.SimpleNamespace, options: dict[str, Any]
 ) -> None:
-    batch, args = Recorded(), arguments(openrlhf)
+    more = taper_arguments() if "taper" in options else []
+    batch, args = Recorded(), arguments(openrlhf, *more)
     openrlhf.ours.install(**options)
     made = maker(openrlhf, args).compute_advantages_and_returns(experiences(openrlhf, batch))
     assert all(e.kl is None and e.advantages.dtype == torch.float32 for e in made)
@@ -293,6 +308,9 @@ def test_openrlhf_advantages_and_policy_loss_have_our_gradient(
         token_level_loss=args.actor.loss_agg_mode == "token-mean",
         policy_loss_type=args.actor.policy_loss_type,
         is_correction_level=args.algo.advantage.is_correction_level,
+        is_correction_mode=args.algo.advantage.is_correction_mode,
+        is_correction_gating=args.algo.advantage.is_correction_gating,
+        is_correction_threshold=args.algo.advantage.is_correction_threshold,
     )
     weight = batch.weight.clone().requires_grad_()
     steps = len(made)  # micro-batches of one optimiser step; DeepSpeed divides by their number
@@ -303,6 +321,7 @@ def test_openrlhf_advantages_and_policy_loss_have_our_gradient(
             experience.action_log_probs,
             experience.advantages,
             action_mask=experience.action_mask,
+            rollout_log_probs=experience.rollout_log_probs,
             **norm,
         )
         (loss / steps).backward()
@@ -330,6 +349,17 @@ def test_openrlhf_refuses_what_would_be_another_gradient(openrlhf: types.SimpleN
         args = arguments(openrlhf, *more)
         with pytest.raises(ValueError, match=re.escape(message)):
             maker(openrlhf, args).compute_advantages_and_returns(experiences(openrlhf, Recorded()))
+    taper_refused = [
+        ([], "algo.advantage.is_correction_level: expected token, got off"),
+        (["--algo.advantage.is_correction_mode", "mask"], "mode: expected clip, got mask"),
+        (["--algo.advantage.is_correction_threshold", "2"], "expected [1.0, 1.0], got [0.0, 2.0]"),
+    ]
+    for more, message in taper_refused:
+        args = arguments(openrlhf, *(taper_arguments() if more else []), *more)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            openrlhf.ours.check_arguments(args, B, taper=1.0)
+    with pytest.raises(ValueError, match="is_correction_level: expected off, got token"):
+        openrlhf.ours.check_arguments(arguments(openrlhf, *taper_arguments()), B)
     args = arguments(openrlhf)
     args.train.async_enable = True
     with pytest.raises(ValueError, match="train.async_enable: expected False, got True"):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from trl import (  # noqa: E402
 from trl.kernels import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
-from agro_kernels import next_tokens, patch_model  # noqa: E402
+from agro_kernels import AgroStats, next_tokens, patch_model  # noqa: E402
 from agro_train.algorithm import coefficients  # noqa: E402
 from agro_train.config import TrainConfig  # noqa: E402
 from agro_train.integrations.trl import (  # noqa: E402
@@ -168,13 +169,111 @@ def test_gradient_is_this_projects(folder: Path, tmp_path: Path, options: dict[s
     compare(recorder, folder, trainer.scored, options, GENERATIONS)
 
 
+class Engine:
+    """Stands where TRL has vLLM: samples from the reference, an older policy than the trained one.
+
+    It tells the log-probabilities that vLLM would, those of the sampled tokens at the temperature,
+    and of one token none.
+    """
+
+    def __init__(self, folder: Path, logprobs: int | None, temperature: float, **_: Any) -> None:
+        self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.logprobs, self.temperature = logprobs, temperature
+        self.sums: list[float] = []  # of every completion so far; NaN where one token has none
+
+    def sync_weights(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], **_: Any) -> tuple[Any, ...]:
+        completions, logprobs = [], []
+        for prompt in prompts:
+            ids, told = list(prompt), []
+            for _token in range(8):
+                logits = self.model(torch.tensor([ids])).logits[0, -1] / self.temperature
+                chances = logits.log_softmax(-1)
+                ids.append(int(chances.exp().multinomial(1)))
+                told.append([float(chances[ids[-1]])])
+                if ids[-1] == self.model.config.eos_token_id:
+                    break
+            completions.append(ids[len(prompt) :])
+            logprobs.append(told)
+        logprobs[1][0] = [None]
+        for told in logprobs:
+            self.sums.append(sum(float("nan") if t is None else t for (t,) in told))
+        return prompts, completions, logprobs if self.logprobs is not None else None, None
+
+
+@pytest.mark.parametrize("taper", [0.0, 0.5, float("inf")])
+def test_what_vllm_sampled_is_tapered_as_this_project_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taper: float
+) -> None:
+    monkeypatch.setattr(
+        "trl.trainer.rloo_trainer.VLLMGeneration", lambda **kwargs: Engine(folder, **kwargs)
+    )
+    options = {"beta": 0.3, "taper": taper}
+    recorder = Recorder()
+    trainer = Spying(
+        policy(folder),
+        [share_of_small_digits, length],
+        AGROConfig(**common(tmp_path), **rollouts(**options), use_vllm=True, vllm_mode="colocate"),
+        train_dataset=Dataset.from_list(PROMPTS),
+        processing_class=tiny.build_tokenizer(),
+        callbacks=[recorder],
+    )
+    trainer.train()
+    assert len(trainer.vllm_generation.sums) == 12  # one generation, on one rank
+    assert (trainer.vllm_generation.logprobs is None) == (taper == 0)
+    batch = {**trainer.scored, "sampling_logprobs": torch.tensor(trainer.vllm_generation.sums)}
+    stats = compare(recorder, folder, batch, options, GENERATIONS)
+    (log,) = [row for row in trainer.state.log_history if "agro/variance" in row]
+    assert ("agro/taper_weight" in log) == (taper > 0)
+    if taper > 0:
+        assert float(stats.taper_weight) < 0.95
+        assert log["agro/taper_weight"] == pytest.approx(float(stats.taper_weight), rel=1e-4)
+        expected = float(stats.sampler_log_ratio)
+        assert log["agro/sampler_log_ratio"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_server_whose_log_probs_leave_the_temperature_out_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = ["raw_logprobs", "processed_logprobs"]
+
+    def engine(**kwargs: Any) -> Engine:
+        made = Engine(folder, **kwargs)
+        info = {"model_config": {"logprobs_mode": modes.pop(0)}}
+        made.vllm_client = types.SimpleNamespace(get_server_info=lambda: info)
+        return made
+
+    monkeypatch.setattr("trl.trainer.rloo_trainer.VLLMGeneration", engine)
+
+    def build() -> AGROTrainer:
+        return AGROTrainer(
+            policy(folder),
+            length,
+            AGROConfig(
+                **common(tmp_path),
+                **rollouts(beta=0.3, taper=1.0),
+                use_vllm=True,
+                vllm_mode="server",
+            ),
+            train_dataset=Dataset.from_list(PROMPTS),
+            processing_class=tiny.build_tokenizer(),
+        )
+
+    with pytest.raises(ValueError, match="^taper: expected a vLLM server .* got raw_logprobs"):
+        build()
+    assert build().vllm_generation.logprobs == 0
+
+
 def compare(
     recorder: Recorder,
     folder: Path,
     batch: dict[str, Any],
     options: dict[str, Any],
     group_size: int,
-) -> None:
+) -> AgroStats:
     """The recorded gradient, by the law, with that of all rows of `batch` at once."""
     exact = policy(folder).double()
     reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -182,17 +281,25 @@ def compare(
         logprobs, ref_logprobs = sums(exact, batch), sums(reference, batch)
     rewards = batch["rewards"].masked_fill(~batch["completion_mask"].bool().any(1), float("nan"))
     known = {name: options[name] for name in ("beta", "lr_weight", "lr_cap") if name in options}
+    unknown = torch.full((len(rewards),), float("nan"), dtype=torch.float64)
     weights, stats = coefficients(
         Scores(
             rewards=rewards,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
+            sampling_logprobs=batch.get("sampling_logprobs", unknown),
+            lengths=batch["completion_mask"].sum(1),
             groups=torch.arange(len(rewards)) // group_size,
             on_policy=torch.ones(len(rewards), dtype=torch.bool),
             entropy=torch.zeros(()),
             num_tokens=torch.tensor(1),
         ),
-        TrainConfig(model="tiny", lr_baseline=str(options.get("lr_baseline", "auto")), **known),
+        TrainConfig(
+            model="tiny",
+            lr_baseline=str(options.get("lr_baseline", "auto")),
+            off_policy_taper=options.get("taper", 0.0),
+            **known,
+        ),
     )
     assert 0 < int(stats.num_dropped) < len(rewards)  # missing rewards take part in the test
     assert float(weights.abs().max()) > 0.1
@@ -201,6 +308,7 @@ def compare(
     assert recorder.gradients.keys() == truth.keys()
     for name, gradient in recorder.gradients.items():
         assert_close_to_truth(gradient, truth[name], plain[name], name)
+    return stats
 
 
 def test_two_ranks_have_the_whole_batchs_gradient(folder: Path, tmp_path: Path) -> None:
@@ -458,6 +566,8 @@ def test_a_step_without_any_reward_changes_nothing(folder: Path, tmp_path: Path)
         ({"beta": 0.0}, "^beta: expected a finite number > 0"),
         ({"beta": 0.1, "lr_weight": -1.0}, "^lr_weight: expected"),
         ({"beta": 0.1, "lr_baseline": 2.0}, "^lr_baseline: expected"),
+        ({"beta": 0.1, "taper": -1.0, "use_vllm": True}, "^taper: expected a number >= 0"),
+        ({"beta": 0.1, "taper": 1.0}, "^taper: expected 0 without use_vllm, got 1.0"),
         ({"beta": 0.1, "num_iterations": 2}, "^num_iterations, steps_per_generation"),
         ({"beta": 0.1, "steps_per_generation": 6}, "^num_iterations, steps_per_generation"),
         ({"beta": 0.1, "normalize_advantages": True}, "^normalize_advantages: expected False"),

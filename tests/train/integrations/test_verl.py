@@ -34,6 +34,7 @@ with warnings.catch_warnings():
         get_policy_loss_fn,
     )
     from verl.trainer.ppo.ray_trainer import apply_kl_penalty, compute_advantage
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
     from verl.utils import tensordict_utils
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.utils.losses import ppo_loss
@@ -96,6 +97,7 @@ class Recorded:
         self.scores = torch.randint(0, 2, (B,)).float() + 0.25 * torch.rand(B)
         self.scores[8] = float("nan")
         self.ref_weight = self.weight + 0.3 * noise
+        self.engine_weight = 0.9 * self.weight + 0.2 * noise.roll(1, 0)  # by and large flatter
         self.dtype = dtype
 
     def logprobs(self, weight: Tensor) -> Tensor:
@@ -114,6 +116,7 @@ class Recorded:
                 # verl pads log-probs with 0
                 "old_log_probs": self.logprobs(self.weight).nan_to_num(),
                 "ref_log_prob": self.logprobs(self.ref_weight).nan_to_num(),
+                "rollout_log_probs": self.logprobs(self.engine_weight).nan_to_num(),
             },
             non_tensors={"uid": UIDS},
         )
@@ -129,19 +132,20 @@ class Recorded:
 
 
 def advantages(batch: Recorded, config: Any) -> DataProto:
-    """verl's driver: KL penalty, then advantages."""
+    """verl's driver: KL penalty, rollout correction, then advantages."""
     data = apply_kl_penalty(
         batch.data(), get_kl_controller(config.algorithm.kl_ctrl), config.algorithm.kl_penalty
     )[0]
+    correction = config.algorithm.rollout_correction
+    data = compute_rollout_correction_and_add_to_batch(data, correction)[0]
     return compute_advantage(data, config.algorithm.adv_estimator, config=config.algorithm)
 
 
 def micro_batch(data: DataProto, rows: Tensor, dp_size: int) -> TensorDict:
     """What verl's engine hands its loss function."""
     responses = data.batch["response_mask"][rows]
-    tensors = {
-        name: data.batch[name][rows] for name in ("response_mask", "old_log_probs", "advantages")
-    }
+    names = ("response_mask", "old_log_probs", "advantages", "rollout_is_weights")
+    tensors = {name: data.batch[name][rows] for name in names if name in data.batch}
     lengths = torch.ones(len(rows), 1 + T, dtype=torch.long)
     micro = TensorDict(
         {
@@ -218,6 +222,63 @@ def test_gradient_is_this_projects(case: str, split: str) -> None:
     assert_close_to_truth(found, *results)
 
 
+def tapered(*more: str) -> Any:
+    """The settings with the taper that docs/verl.md prints."""
+    page = PAGE.read_text()
+    (block,) = re.findall(r"```bash\n(    \+algorithm.agro.taper.*?)```", page, flags=re.S)
+    words = [word for word in block.replace("\\\n", " ").split() if "=" in word]
+    assert len(words) == 3
+    return settings(*words, *more)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tapered_gradient_is_this_projects(split: str) -> None:
+    """verl's ratios of policy to rollout engine, over the counted tokens of each sequence."""
+    config, batch = tapered(), Recorded()
+    found, metrics = gradient(batch, advantages(batch, config), config, SPLITS[split])
+    assert "actor/taper_weight" in metrics
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        weight, ref_weight = batch.weight.to(dtype), batch.ref_weight.to(dtype)
+        sampling = batch.logprobs(batch.engine_weight.to(dtype)).nansum(1)
+        known = {"sampling_logprobs": sampling, "taper": 1.0}
+        coefficients = batch.coefficients(weight, ref_weight, **known)
+        plain = batch.coefficients(weight, ref_weight)
+        changed = coefficients != plain
+        assert 2 <= int(changed.sum()) and (plain[changed] > 0).all()  # only what is lowered
+        weight.requires_grad_()
+        (coefficients * batch.logprobs(weight).nansum(1)).sum().backward()
+        assert weight.grad is not None and weight.grad.abs().max() > 0.1
+        results.append(weight.grad)
+    assert_close_to_truth(found, *results)
+
+
+def test_log_of_the_taper_is_the_mean_weight_of_what_is_lowered() -> None:
+    config, batch = tapered(), Recorded()
+    _, metrics = gradient(batch, advantages(batch, config), config, SPLITS["whole"])
+    _, stats = agro_coefficients(
+        batch.scores.masked_fill(~batch.mask.any(1), float("nan")),
+        *(batch.logprobs(w).nansum(1) for w in (batch.weight, batch.ref_weight)),
+        torch.from_numpy(np.unique(UIDS, return_inverse=True)[1]),
+        beta=BETA,
+        sampling_logprobs=batch.logprobs(batch.engine_weight).nansum(1),
+        taper=1.0,
+    )
+    assert 0.1 < float(stats.taper_weight) < 0.9
+    assert metrics["actor/taper_weight"].values == pytest.approx([float(stats.taper_weight)])
+
+
+def test_policy_loss_tapers_nothing_where_the_engine_gave_no_number() -> None:
+    config, batch = tapered(), Recorded()
+    data = advantages(batch, config)
+    lowered = (data.batch["advantages"] < 0).any(1).nonzero()[0, 0]
+    data.batch["rollout_is_weights"][lowered] = float("nan")
+    found, _ = gradient(batch, data, config, SPLITS["whole"])
+    data.batch["rollout_is_weights"][lowered] = 1.0 * batch.mask[lowered]
+    expected, _ = gradient(batch, data, config, SPLITS["whole"])
+    assert torch.equal(found, expected)
+
+
 def test_gradient_is_that_of_the_variance_over_beta() -> None:
     """Without agro_coefficients: autograd through the variances of the regularised reward."""
     config, batch = settings(), Recorded()
@@ -275,9 +336,15 @@ REFUSED = [
     ("algorithm.kl_ctrl.kl_coef=0.0", "algorithm.kl_ctrl.kl_coef: expected > 0, got 0.0"),
     ("algorithm.rollout_correction.bypass_mode=true", "bypass_mode: expected False, got True"),
     ("algorithm.rollout_correction.rollout_is=token", "rollout_is: expected null, got token"),
-    ("algorithm.rollout_correction.rollout_rs=token_k1", "expected null or seq_..., got token_k1"),
+    (
+        "algorithm.rollout_correction.rollout_rs=token_k1 "
+        "algorithm.rollout_correction.rollout_rs_threshold=0.5_2.0",
+        "expected null or seq_..., got token_k1",
+    ),
     ("+algorithm.agro.beta=0.1", "algorithm.agro: expected lr_weight or lr_cap or lr_baseline"),
     ("+algorithm.agro.lr_weight=-1.0", "lr_weight: expected"),
+    ("+algorithm.agro.taper=0.5", "algorithm.agro.taper: expected 0 or 1, got 0.5"),
+    ("+algorithm.agro.taper=1.0", "rollout_is: expected sequence, got None"),
     (f"{ACTOR}.policy_loss.loss_mode=vanilla", "loss_mode: expected agro, got vanilla"),
     (f"{ACTOR}.loss_agg_mode=token-mean", "expected seq-mean-token-sum, got token-mean"),
     (f"{ACTOR}.ppo_epochs=2", "actor.ppo_epochs: expected 1, got 2"),
@@ -290,7 +357,27 @@ REFUSED = [
 @pytest.mark.parametrize(("override", "message"), REFUSED, ids=[o for o, _ in REFUSED])
 def test_driver_refuses_what_would_be_another_gradient(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        advantages(Recorded(), settings(override))
+        advantages(Recorded(), settings(*override.split()))
+
+
+ROLLOUT = "actor_rollout_ref.rollout"
+TAPER_REFUSED = [
+    ("algorithm.rollout_correction.rollout_is=token", "rollout_is: expected sequence, got token"),
+    ("algorithm.rollout_correction.rollout_is_threshold=2.0", "threshold: expected 1.0, got 2.0"),
+    (
+        "algorithm.rollout_correction.rollout_is_batch_normalize=true",
+        "rollout_is_batch_normalize: expected False, got True",
+    ),
+    ("+algorithm.agro.lr_weight=1.0", "algorithm.agro.lr_weight: expected 0, got 1.0"),
+    (f"{ROLLOUT}.calculate_log_probs=false", "calculate_log_probs: expected True, got False"),
+    ("algorithm.agro.taper=0.0", "rollout_is: expected null, got sequence"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), TAPER_REFUSED, ids=[o for o, _ in TAPER_REFUSED])
+def test_driver_refuses_a_taper_that_would_be_another(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        advantages(Recorded(), tapered(override))
 
 
 def test_driver_refuses_the_on_policy_term_for_older_completions() -> None:
@@ -326,8 +413,10 @@ def test_loss_refuses_what_only_the_workers_know() -> None:
             loss(ours.AGGREGATION, omega_conf_to_dataclass(changed))
     with pytest.raises(ValueError, match="actor.loss_agg_mode: expected seq-mean-token-sum"):
         loss("token-mean", actor)
-    with pytest.raises(ValueError, match="rollout_is_weights: expected None"):
-        loss(ours.AGGREGATION, actor, rollout_is_weights=rows)
+    per_token = torch.linspace(0.1, 0.9, T).expand(2, T)
+    for weights in (rows + 2.0, per_token):
+        with pytest.raises(ValueError, match=r"rollout_is_weights: expected min\(1, policy"):
+            loss(ours.AGGREGATION, actor, rollout_is_weights=weights)
     actor.global_batch_info.clear()
     with pytest.raises(ValueError, match="global_batch_size: expected the number of sequences"):
         loss(ours.AGGREGATION, actor)
