@@ -92,7 +92,12 @@ class Sweep:
         """A run keeps its name's meaning: where a default has changed since it was made, its
         settings name the one that it had, and a run with today's is another run."""
         path = self.defaults_path
-        then: dict[str, object] = json.loads(path.read_text()) if path.exists() else {}
+        if not path.is_file():
+            raise Refusal(
+                f"output_dir: expected {path}, which says what the runs beside it had for the "
+                "settings that they do not name, got no such file; bring it, or give another folder"
+            )
+        then: dict[str, object] = json.loads(path.read_text())
         now = json.loads(json.dumps(defaults()))
         if unsaid := sorted(now.keys() - then.keys()):
             raise Refusal(

@@ -1,5 +1,6 @@
 """The experiments with a language model: what is compared is a comparison, and it all runs."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from agro_train.experiments import beyond, compare, fig2, fig4, fig5, language, 
 from agro_train.experiments.compare import ALGORITHMS
 from agro_train.experiments.language import QUICK, Curve, Point, Start, measure, point
 from agro_train.experiments.sweep import Sweep
+from agro_train.refusal import Refusal
 from agro_train.seeds import shuffled
 
 HOME = Path(__file__).parents[3] / "docs" / "experiments"
@@ -241,6 +243,38 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(
     assert ran == [0]
 
 
+def test_a_known_run_keeps_the_default_it_was_made_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A changed default is named in the runs from before, and today's are other runs."""
+    ran: list[Point] = []
+
+    def note(one: Point, *_: object) -> Curve:
+        ran.append(one)
+        return curve(eval_reward=len(ran) / 10)
+
+    monkeypatch.setattr(sweep, "measure", note)
+    monkeypatch.setattr(sweep, "make_start", lambda *_: Start(Path(), "", {"12+9=": 0.25}))
+    offline = point(0, {"recorded": language.RECORDED})
+    published = point(0, {"recorded": language.RECORDED, "off_policy_taper": 0.0})
+    fresh = point(0, {})
+    path = tmp_path / "language_defaults.json"
+    Sweep(tmp_path, quick=True).curves([offline, fresh])
+    path.write_text(path.read_text().replace('"off_policy_taper": 1.0', '"off_policy_taper": 0.0'))
+    ran.clear()
+    again = Sweep(tmp_path, quick=True)
+    # The taper is no setting of a run that has no off-policy rows.
+    assert again.curves([published, fresh])[published][-1]["eval_reward"] == 0.1 and not ran
+    assert again.curves([offline, published])[offline][-1]["eval_reward"] == 0.1
+    assert ran == [offline]
+    assert json.loads(path.read_text())["off_policy_taper"] == 1.0
+    assert len(Sweep(tmp_path, quick=True).curves([offline, published, fresh])) == 3
+    assert ran == [offline]
+    path.unlink()
+    with pytest.raises(Refusal, match="expected .*language_defaults.json, which says what"):
+        Sweep(tmp_path, quick=True)
+
+
 def threads_of(one: Point, work: Path, recorded_prompts: int | None) -> int:
     return torch.get_num_threads()
 
@@ -325,7 +359,7 @@ def test_readme_has_the_tables_of_the_committed_runs_or_says_there_are_none(
     if not list((HOME / "results").glob(f"{figure}*.png")):
         assert f"`agro reproduce {figure}`: **not run yet**" in readme
         return
-    for name in ("language_curves.csv", "language_starts.csv"):
+    for name in ("language_curves.csv", "language_starts.csv", "language_defaults.json"):
         shutil.copy(HOME / "results" / name, tmp_path)
     monkeypatch.setattr(Sweep, "_run", lambda _, missing: pytest.fail("a run") if missing else None)
     assert main(["reproduce", figure, f"output_dir={tmp_path}"]) == 0
