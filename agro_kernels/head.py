@@ -111,8 +111,7 @@ class Head(NamedTuple):
             kept,
         )
 
-    @property
-    def counts(self) -> Tensor:
+    def counted(self) -> Tensor:
         """(N,) bool: which targets are not ignore_index."""
         return self.targets != self.ignore_index
 
