@@ -105,7 +105,7 @@ class Head(NamedTuple):
             ids = kept_ids.reshape(-1, kept_ids.shape[-1])
             kept = pack_kept_ids(ids, weight.shape[0]) if shards is None else shards.kept_bits(ids)
         return Head(
-            hidden.reshape(-1, hidden.shape[-1]),
+            hidden.reshape(targets.numel(), hidden.shape[-1]),
             weight,
             targets.reshape(-1),
             bias,
@@ -116,8 +116,7 @@ class Head(NamedTuple):
             kept,
         )
 
-    @property
-    def counts(self) -> Tensor:
+    def counted(self) -> Tensor:
         """(N,) bool: which targets are not ignore_index."""
         return self.targets != self.ignore_index
 

@@ -221,11 +221,11 @@ class _ShardedLogprobs(torch.autograd.Function):
         dentropy = of_entropy(dentropy, lse, entropy)
         if dlogprobs is not None:
             # logprob = target logit - lse: where the target is not here, only lse is.
-            held = shards.of_rank(head.targets, shards.rank) & head.counts
+            held = shards.of_rank(head.targets, shards.rank) & head.counted()
             of_lse = -dlogprobs if dlse is None else dlse - dlogprobs
             dlse = of_lse.where(~held, 0.0 if dlse is None else dlse)
             in_vocabulary = (head.targets >= 0) & (head.targets < shards.vocabulary)
-            dlse = dlse.where(in_vocabulary | ~head.counts, torch.nan)
+            dlse = dlse.where(in_vocabulary | ~head.counted(), torch.nan)
             dlogprobs = dlogprobs.where(held, 0.0)
         _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         asked = [need_hidden, need_weight, need_bias]
@@ -245,9 +245,9 @@ class _ShardedLogprobs(torch.autograd.Function):
 
 def _local(head: Head, shards: VocabularyShards, elsewhere: int) -> Head:
     """The head of this rank's rows alone; `elsewhere`: the target of a token that another holds."""
-    held = shards.of_rank(head.targets, shards.rank) & head.counts
+    held = shards.of_rank(head.targets, shards.rank) & head.counted()
     targets = (head.targets - shards.start).where(held, elsewhere)
-    return head._replace(targets=targets.where(head.counts, _IGNORED), ignore_index=_IGNORED)
+    return head._replace(targets=targets.where(head.counted(), _IGNORED), ignore_index=_IGNORED)
 
 
 def _gather(shards: VocabularyShards, *mine: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ def _pick(head: Head, shards: VocabularyShards, logprobs: Tensor) -> Tensor:
     picked = torch.full_like(logprobs[0, 0], torch.nan)
     for rank in range(len(shards.sizes)):
         picked = logprobs[rank, 0].where(shards.of_rank(head.targets, rank), picked)
-    return picked.where(head.counts, 0.0)
+    return picked.where(head.counted(), 0.0)
 
 
 def _merge(
@@ -294,7 +294,7 @@ def _merge(
         if with_entropy:
             w = log_w.exp()
             merged = merged + (w * (parts[rank, 2] - log_w)).where(w != 0, 0.0)
-    counted, dtype = head.counts, lse.dtype
+    counted, dtype = head.counted(), lse.dtype
     return (
         _pick(head, shards, parts[:, 1:2]).to(dtype),
         total.where(counted, 0.0).to(dtype),

@@ -51,7 +51,7 @@ def weighted_logprob_sum(
         check_constant("lse", lse, targets)
     sums_dtype = torch.promote_types(head.hidden.dtype, torch.float32)
     coefficients = coefficients.reshape(-1).to(sums_dtype)
-    counted = (coefficients != 0) & head.counts
+    counted = (coefficients != 0) & head.counted()
     head = head._replace(targets=head.targets.where(counted, head.ignore_index))
     lse = None if lse is None else lse.reshape(-1).to(sums_dtype)
     logprobs, _, _ = flat_results(head, options, lse=lse)

@@ -96,7 +96,7 @@ def _upcast(head: Head) -> Head:
 def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy."""
     head.check_values()
-    rows = counted_rows(head, head.counts)
+    rows = counted_rows(head, head.counted())
     logprobs, lse, entropy = _statistics(_upcast(rows.head), with_entropy)
     if with_entropy:
         entropy = rows.put_back(entropy)
@@ -156,7 +156,7 @@ def linear_logprobs_bwd(
     With weight_grad (V, D), fp32 or float64, the weight's gradient is added to it instead and
     dweight is (0,).
     """
-    rows = counted_rows(head, head.counts)
+    rows = counted_rows(head, head.counted())
     counted = _upcast(rows.head)
     dtype = counted.hidden.dtype
     dlogprobs, dlse, dentropy = (
@@ -280,4 +280,4 @@ def target_logprobs(head: Head, lse: Tensor) -> Tensor:
         word = head.kept.gather(1, (ids // 32).unsqueeze(1)).squeeze(1)
         logits = logits.where((word >> (ids % 32)) & 1 != 0, -torch.inf)
     logprobs = (logits - lse).where(inside, torch.nan)
-    return logprobs.where(head.counts, 0.0)
+    return logprobs.where(head.counted(), 0.0)

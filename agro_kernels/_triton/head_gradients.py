@@ -190,82 +190,116 @@ def head_gradients(
     hidden, weight = head.hidden, head.weight
     (N, D), V = hidden.shape, weight.shape[0]
     need_hidden, need_weight, need_bias = output_mask
-    dweight = weight.new_empty((V, D) if need_weight and weight_grad is None else 0)
     dbias = weight.new_zeros(V if need_bias else 0, dtype=torch.float32)
-    upstream = [gradient for gradient in (dlogprobs, dlse, dentropy) if gradient is not None]
+    gradients = {"dlogprobs_ptr": dlogprobs, "dlse_ptr": dlse, "dentropy_ptr": dentropy}
+    upstream = [gradient for gradient in gradients.values() if gradient is not None]
     if N == 0 or not upstream or not any(output_mask):
         dhidden = hidden.new_zeros((N, D) if need_hidden else 0)
-        return dhidden, dweight.zero_(), dbias.to(weight.dtype)
+        dweight = weight.new_zeros((V, D) if need_weight and weight_grad is None else 0)
+        return dhidden, dweight, dbias.to(weight.dtype)
     dhidden = hidden.new_empty((N, D) if need_hidden else 0, dtype=torch.float32)
-    scale = None
-    if hidden.dtype == torch.float16:
-        scale = _fp16_scale(upstream, head)
-        dlogprobs, dlse, dentropy = (
-            None if gradient is None else gradient * scale
-            for gradient in (dlogprobs, dlse, dentropy)
-        )
-    # A gradient of the weight that is fp32 already is summed where it lies, any other in a buffer.
-    weight_total = dweight if weight_grad is None else weight_grad
-    sum_in_place = weight_total.dtype == torch.float32 and scale is None
+    scale = _fp16_scale(upstream, head) if hidden.dtype == torch.float16 else None
+    if scale is not None:
+        gradients = {k: None if v is None else v * scale for k, v in gradients.items()}
 
     config = select_config("linear_logprobs_bwd", head)
     rows_per_chunk, columns_per_chunk = chunk_shape(N, V, hidden.element_size(), config)
+    per_token = {**gradients, "lse_ptr": lse, "entropy_ptr": entropy}
+    row_chunks = _row_chunks(head, per_token, config, rows_per_chunk)
     dlogits_buffer = hidden.new_empty(rows_per_chunk, columns_per_chunk)
-    buffer_rows = columns_per_chunk if need_weight and not sum_in_place else 0
-    dweight_buffer = weight.new_empty(buffer_rows, D, dtype=torch.float32)
-    row_chunks = [slice(i, min(i + rows_per_chunk, N)) for i in range(0, N, rows_per_chunk)]
-    arguments = []
-    for rows in row_chunks:
-        of_tokens = dict(
-            dlogprobs_ptr=dlogprobs,
-            dlse_ptr=dlse,
-            dentropy_ptr=dentropy,
-            lse_ptr=lse,
-            entropy_ptr=entropy,
-        )
-        arguments.append(
-            {
-                **{k: None if v is None else v[rows] for k, v in of_tokens.items()},
-                **gemm_arguments(config, head.part(rows)),
-            }
-        )
+    weight_sum = _WeightSum(weight, weight_grad, scale, columns_per_chunk, needed=need_weight)
     with torch.cuda.device_of(hidden):
         for start_v in range(0, V, columns_per_chunk):
             entries = slice(start_v, min(start_v + columns_per_chunk, V))
-            num_columns = entries.stop - start_v
-            chunk_total = (weight_total[entries] if sum_in_place else dweight_buffer)[:num_columns]
-            for rows, of_rows in zip(row_chunks, arguments, strict=True):
-                num_rows = rows.stop - rows.start
-                grid = triton.cdiv(num_rows, config.block_n) * triton.cdiv(
-                    num_columns, config.block_v
-                )
-                linear_logprobs_bwd_kernel[(grid,)](
-                    **of_rows,
-                    dlogits_ptr=dlogits_buffer,
-                    start_chunk=start_v,
-                    num_columns=num_columns,
-                    stride_dlogits_n=columns_per_chunk,
-                    ignore_index=head.ignore_index,
-                )
-                dlogits = dlogits_buffer[:num_rows, :num_columns]
+            for rows, arguments in row_chunks:
+                dlogits = dlogits_buffer[: rows.stop - rows.start, : entries.stop - start_v]
+                _write_dlogits(dlogits, start_v, arguments, config)
                 if need_hidden:
                     add_product(dhidden[rows], dlogits, weight[entries], keep=start_v > 0)
                 if need_weight:
-                    keep = rows.start > 0 or (sum_in_place and weight_grad is not None)
-                    add_product(chunk_total, dlogits.T, hidden[rows], keep=keep)
+                    weight_sum.add(entries, dlogits, hidden[rows], first=rows.start == 0)
                 if need_bias:
                     dbias[entries] += dlogits.sum(0, dtype=torch.float32)
-            if need_weight and not sum_in_place:
-                if scale is not None:
-                    chunk_total /= scale
-                if weight_grad is None:
-                    dweight[entries] = chunk_total
-                else:
-                    weight_grad[entries] += chunk_total
+            if need_weight:
+                weight_sum.finish(entries)
     if scale is not None:
         dhidden /= scale
         dbias /= scale
-    return dhidden.to(hidden.dtype), dweight, dbias.to(weight.dtype)
+    return dhidden.to(hidden.dtype), weight_sum.dweight, dbias.to(weight.dtype)
+
+
+def _row_chunks(
+    head: Head, per_token: dict[str, Tensor | None], config: configs.TileConfig, size: int
+) -> list[tuple[slice, dict[str, object]]]:
+    """Some rows at a time, with the kernel's arguments for them; per_token (N,) or None."""
+    chunks = []
+    for start in range(0, head.hidden.shape[0], size):
+        rows = slice(start, min(start + size, head.hidden.shape[0]))
+        arguments = {name: None if v is None else v[rows] for name, v in per_token.items()}
+        arguments |= gemm_arguments(config, head.part(rows))
+        arguments["ignore_index"] = head.ignore_index
+        chunks.append((rows, arguments))
+    return chunks
+
+
+def _write_dlogits(
+    dlogits: Tensor, start_v: int, arguments: dict[str, object], config: configs.TileConfig
+) -> None:
+    """Launches the kernel for the columns from start_v on; dlogits (rows, columns)."""
+    num_rows, num_columns = dlogits.shape
+    grid = triton.cdiv(num_rows, config.block_n) * triton.cdiv(num_columns, config.block_v)
+    linear_logprobs_bwd_kernel[(grid,)](
+        **arguments,
+        dlogits_ptr=dlogits,
+        start_chunk=start_v,
+        num_columns=num_columns,
+        stride_dlogits_n=dlogits.stride(0),
+    )
+
+
+class _WeightSum:
+    """The gradient of the weight, summed in fp32 over chunks of tokens.
+
+    Where it is fp32 already and not scaled it is summed in place; otherwise in a buffer for one
+    chunk of columns, from which it is rounded once.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_grad: Tensor | None,
+        scale: Tensor | None,
+        columns_per_chunk: int,
+        *,
+        needed: bool,
+    ) -> None:
+        (V, D), self.scale = weight.shape, scale
+        self.dweight = weight.new_empty((V, D) if needed and weight_grad is None else 0)
+        self.adds = weight_grad is not None
+        self.total = self.dweight if weight_grad is None else weight_grad
+        self.in_place = self.total.dtype == torch.float32 and scale is None
+        buffer_rows = columns_per_chunk if needed and not self.in_place else 0
+        self.buffer = weight.new_empty(buffer_rows, D, dtype=torch.float32)
+
+    def add(self, entries: slice, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+        """dlogits.T @ hidden, of the first chunk of tokens or a later one."""
+        keep = not first or (self.in_place and self.adds)
+        add_product(self._chunk(entries), dlogits.T, hidden, keep=keep)
+
+    def finish(self, entries: slice) -> None:
+        """After the last chunk of tokens."""
+        if self.in_place:
+            return
+        chunk = self._chunk(entries)
+        if self.scale is not None:
+            chunk /= self.scale
+        if self.adds:
+            self.total[entries] += chunk
+        else:
+            self.total[entries] = chunk
+
+    def _chunk(self, entries: slice) -> Tensor:
+        return self.total[entries] if self.in_place else self.buffer[: entries.stop - entries.start]
 
 
 def chunk_shape(

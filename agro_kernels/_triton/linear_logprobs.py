@@ -217,7 +217,7 @@ def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor,
     bf16, fp16 or fp32. A target outside [0, V) that is not ignore_index gives a logprob of NaN:
     looking at it here would stall the device.
     """
-    rows = gather_counted(head, head.counts)
+    rows = gather_counted(head, head.counted())
     logprobs, lse, entropy = _statistics(rows.head, with_entropy)
     if with_entropy:
         entropy = rows.put_back(entropy)
@@ -287,7 +287,7 @@ def linear_logprobs_bwd(
     for gradient in (dlogprobs, dlse, dentropy):
         if gradient is not None:
             live |= gradient != 0
-    rows = gather_counted(head, live & head.counts)
+    rows = gather_counted(head, live & head.counted())
     dhidden, dweight, dbias = head_gradients(
         rows.head,
         dlogprobs=None if dlogprobs is None else rows.take(dlogprobs),
