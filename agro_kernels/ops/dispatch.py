@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agro_kernels.head import Head
+
 library = torch.library.Library("agro", "DEF")
 
 
@@ -33,18 +35,13 @@ def triton_import_error() -> ImportError | None:
     return None
 
 
-def with_record(
-    record: Callable[..., tuple[Any, ...]], kernel: Callable[..., Any], *, at: int = 0
-) -> Callable[..., Any]:
-    """`kernel`, which takes a NamedTuple as its argument number `at`, as the dispatcher calls it.
-
-    The dispatcher has no records: it passes the fields, flat.
-    """
-    stop = at + len(record._fields)  # type: ignore[attr-defined]
+def with_head(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel(head, ...)` as the dispatcher calls it: it has no records and passes the fields."""
+    stop = len(Head._fields)
 
     @functools.wraps(kernel)
     def call(*flat: Any) -> Any:
-        return kernel(*flat[:at], record(*flat[at:stop]), *flat[stop:])
+        return kernel(Head(*flat[:stop]), *flat[stop:])
 
     return call
 

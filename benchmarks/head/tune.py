@@ -6,7 +6,7 @@
     python -m benchmarks.tune_linear_logprobs --smoke      its code, under Triton's interpreter
 
 The heads stand for the range of hidden sizes of one row, the tokens for all batches. A tile is
-judged by its times for all of them together, because configs.py lets nothing depend on the number
+judged by its times for all of them together, because tiles.py lets nothing depend on the number
 of tokens: a row that was best for some of them would have to serve the rest too.
 
 Method. Every tile that shared memory and registers have room for runs on a small shape first; one
@@ -52,6 +52,7 @@ from torch import Tensor
 from agro_kernels import reference
 from agro_kernels import tiles as configs
 from agro_kernels.head import Head as OpHead
+from agro_kernels.head import Upstream
 from agro_kernels.tiles import TileConfig
 from benchmarks.head.providers.base import Inputs, make_inputs
 from benchmarks.measure import timing
@@ -137,7 +138,7 @@ def variations(kernel: str, architecture: str, tile: TileConfig) -> list[TileCon
 
 @contextmanager
 def instead_of_shipped(kernel: str, tile: TileConfig) -> Iterator[None]:
-    """Inside, the launches of a kernel get this tile, whatever configs.py has for them."""
+    """Inside, the launches of a kernel get this tile, whatever tiles.py has for them."""
     select = configs.select
 
     def chosen(name: str, *arguments: Any, **options: Any) -> TileConfig:
@@ -193,11 +194,10 @@ def call_of(kernel: str, inputs: Inputs) -> Callable[[], Tensor]:
     head = OpHead.of(inputs.hidden, inputs.weight, inputs.targets, softcap=inputs.softcap)
     if kernel == "linear_logprobs_fwd":
         return lambda: torch.stack(linear_logprobs.linear_logprobs_fwd(head, with_entropy=True))
-    _, lse, entropy = linear_logprobs.linear_logprobs_fwd(head, with_entropy=False)
+    _, lse, _ = linear_logprobs.linear_logprobs_fwd(head, with_entropy=False)
+    upstream = Upstream(inputs.coefficients, None, None, lse, None)
     only_bias = [False, False, True]
-    return lambda: linear_logprobs.linear_logprobs_bwd(
-        inputs.coefficients, None, None, head, lse, entropy, only_bias
-    )[2]
+    return lambda: linear_logprobs.linear_logprobs_bwd(upstream, head, only_bias)[2]
 
 
 def truth_of(kernel: str, inputs: Inputs) -> Tensor:

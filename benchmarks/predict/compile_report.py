@@ -3,7 +3,7 @@
     python -m benchmarks.compile_report [--target sm_90 ...] [--quick] [--csv PATH]
 
 The launchers are called with tensors that have shapes and no memory; what they would launch is
-compiled for the target, with its rows of configs.py. No GPU is needed and nothing runs. One line a
+compiled for the target, with its rows of tiles.py. No GPU is needed and nothing runs. One line a
 case: registers and spilled bytes of a thread, shared memory of a program, how many programs a
 multiprocessor holds at once, and how many of the instructions that make a kernel fast its code has:
 matrix products (wgmma, tcgen05, mma.sync, mfma), hardware exp2, copies to shared memory that
@@ -41,7 +41,7 @@ from agro_kernels._triton import (
     linear_logprobs,
     selective_logprobs,
 )
-from agro_kernels.head import Head
+from agro_kernels.head import Head, Upstream
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -67,12 +67,12 @@ SHARED_BYTES = {
 }
 
 # Llama 3's vocabulary and one that no tile divides; a large and a small hidden size, for which
-# configs.py has different rows.
+# tiles.py has different rows.
 NUM_TOKENS, VOCABULARY, RAGGED_VOCABULARY = 8192, 128256, 50257
 HIDDEN_SIZES = (4096, 1024)
 EXTRAS = frozenset({"bias", "token_temperature", "round_logits", "kept", "ragged"})
 EVERYTHING = EXTRAS | {"softcap"}
-# Name -> what the call has. "everything" comes without the softcap too, for which configs.py may
+# Name -> what the call has. "everything" comes without the softcap too, for which tiles.py may
 # have another row, and first: of calls with the same tile --quick takes the first.
 FWD_CALLS = {
     "everything": EVERYTHING | {"entropy"},
@@ -194,7 +194,7 @@ def head_of(call: frozenset[str], dtype: torch.dtype, hidden_size: int, aligned:
 
 
 def head_cases(target: str, quick: bool) -> list[Case]:
-    """The kernels of linear_logprobs: every row of configs.py, and every kind of call it is for."""
+    """The kernels of linear_logprobs: every row of tiles.py, and every kind of call it is for."""
     cases: dict[tuple[object, ...], Case] = {}
 
     def add(name: str, recorder: Recorder) -> None:
@@ -219,16 +219,14 @@ def head_cases(target: str, quick: bool) -> list[Case]:
                     continue
                 head = head_of(call, dtype, d, aligned)
                 per_token = torch.empty(NUM_TOKENS, device="meta")
-                head_gradients.head_gradients(
-                    head,
+                upstream = Upstream(
+                    dlogprobs=per_token if "dlogprobs" in call else None,
+                    dlse=per_token if "dlse" in call else None,
+                    dentropy=per_token if "dentropy" in call else None,
                     lse=per_token,
-                    output_mask=[True, True, False],
-                    **{
-                        argument: per_token if argument in call else None
-                        for argument in ("dlogprobs", "dlse", "dentropy")
-                    },
                     entropy=per_token if "dentropy" in call else None,
                 )
+                head_gradients.head_gradients(upstream, head, [True, True, False])
                 add(f"linear_logprobs_bwd {name} {suffix}", kernels["linear_logprobs_bwd_kernel"])
     return list(cases.values())
 
