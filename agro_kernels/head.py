@@ -8,7 +8,7 @@ Letters: N tokens, D hidden size, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
@@ -48,7 +48,7 @@ class Head(NamedTuple):
     """The inputs of a head op, flattened to N tokens. The fields are in the order of the schemas.
 
     A tuple, because the dispatcher takes nothing but flat arguments: `op(*head, ...)` calls an op,
-    and `ops.dispatch.with_record` makes the record again on the other side.
+    and `ops.dispatch.with_head` makes the record again on the other side.
     """
 
     hidden: Tensor
@@ -141,6 +141,31 @@ HEAD_SCHEMA = (
     "Tensor? token_temperature, float softcap, int ignore_index, ScalarType? round_logits, "
     "Tensor? kept"
 )
+
+
+class Upstream(NamedTuple):
+    """What a backward pass is given for each token: (N,) each, fp32 (float64 of float64)."""
+
+    dlogprobs: Tensor | None
+    """The gradients of the results: None where there is none."""
+    dlse: Tensor | None
+    dentropy: Tensor | None
+    lse: Tensor
+    """The forward pass's."""
+    entropy: Tensor | None
+    """The forward pass's, for dentropy; None without it."""
+
+    def gradients(self) -> list[Tensor]:
+        """Those that there are."""
+        return [gradient for gradient in self[:3] if gradient is not None]
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Upstream":
+        """With a function of all tensors."""
+        dlogprobs, dlse, dentropy, entropy = (
+            None if value is None else function(value)
+            for value in (self.dlogprobs, self.dlse, self.dentropy, self.entropy)
+        )
+        return Upstream(dlogprobs, dlse, dentropy, function(self.lse), entropy)
 
 
 def check_shards(shards: object) -> None:

@@ -66,7 +66,7 @@ def linear_logprobs(
         temperature: float, or a tensor of the shape of targets; > 0. It must be the sampler's,
             otherwise the log-ratio to the sampling policy is biased. No gradient flows to it.
         softcap: cap of the logits before the temperature (Gemma 2's final_logit_softcapping).
-        ignore_index: targets that do not count; a row is never read where targets say so.
+        ignore_index: targets that do not count; the hidden states of these rows are never read.
         round_logits: "bf16" or "fp16" rounds hidden @ weight.T + bias to that dtype, before softcap
             and temperature: the log-probs of an inference engine that keeps its logits in it. The
             gradient goes straight through. None, the default, never rounds.

@@ -80,7 +80,7 @@ class LogprobHead(nn.Linear):
         if hasattr(self.weight, "full_tensor"):
             raise ValueError(
                 f"weight: expected a whole tensor, got a {type(self.weight).__name__} spread over "
-                "ranks; call the model that FSDP wraps, or use agro_kernels.parallel for a head "
+                "ranks; call the model that FSDP wraps, or linear_logprobs with shards= for a head "
                 "under tensor parallelism"
             )
         return linear_logprobs_with_stats(

@@ -51,10 +51,9 @@ from agro_kernels.weighted_logprobs import weighted_logprob_sum as _weighted_log
 
 R = TypeVar("R")
 
-# What ignored targets become on a shard. Not the caller's ignore_index, which may be any number, a
-# local row's too.
+# The ignore_index of a shard. The caller's may be any number, that of a row of the shard too.
 _IGNORED = -1
-# Stands for "no logit yet". Finite, because -inf - -inf is NaN.
+# The maximum of no logits. Finite, because -inf - -inf is NaN.
 _LOWEST_MAX = -1e30
 
 
@@ -199,13 +198,14 @@ class _ShardedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = Head(*fields)
         if lse is None:
-            # A target on another rank: row 0 stands for it, and its logprob is not looked at.
+            # Where another rank holds the target, row 0 stands for it; _merge drops its logprob.
             local = torch.ops.agro.linear_logprobs_fwd(*_local(head, shards, 0), with_entropy)
             logprobs, lse, entropy = _merge(head, shards, local)
         else:
             mine = torch.ops.agro.target_logprobs(*_local(head, shards, _IGNORED), lse)
             logprobs = _pick(head, shards, _gather(shards, mine))
-            lse = lse.clone()  # the result gets a history, which the caller's tensor must not have
+            # Autograd marks the results as differentiable; the caller's own tensor must stay as is.
+            lse = lse.clone()
             entropy = lse.new_empty(0)
         save_head(ctx, head, lse, entropy)
         ctx.shards, ctx.weight_grad = shards, weight_grad
@@ -220,7 +220,8 @@ class _ShardedLogprobs(torch.autograd.Function):
         shards: VocabularyShards = ctx.shards
         dentropy = of_entropy(dentropy, lse, entropy)
         if dlogprobs is not None:
-            # logprob = target logit - lse: where the target is not here, only lse is.
+            # logprob = target logit - lse. On ranks without the target's row, only lse depends on
+            # the rank's rows.
             held = shards.of_rank(head.targets, shards.rank) & head.counted()
             of_lse = -dlogprobs if dlse is None else dlse - dlogprobs
             dlse = of_lse.where(~held, 0.0 if dlse is None else dlse)
@@ -274,8 +275,9 @@ def _merge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy) over all ranks from this rank's, by the formulas of this file.
 
-    In float64 and in rank order. A shard whose every token is banned has lse -inf, weight 0 and no
-    other number of use; only where all shards are so, the results are NaN as the single op's.
+    In float64 and in rank order. A shard with every token banned has lse -inf and weight 0, and its
+    other numbers are not used. With every token of every shard banned, the results are NaN, as
+    those of the op on one device.
     """
     logprobs, lse, entropy = local
     with_entropy = of_entropy(entropy, lse, entropy) is not None

@@ -57,21 +57,19 @@ def linear_logprobs_with_stats(
     weight: Tensor,
     targets: Tensor,
     *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    round_logits: str | None = None,
-    kept_ids: Tensor | None = None,
     ignore_index: int = -100,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, entropy, lse), each (N,), of hidden (N, D), weight (V, D), targets (N,).
+
+    options: bias, temperature, softcap, round_logits, kept_ids, as `logits_of`.
 
     logprob = z_y - lse, lse = log sum_v exp(z_v), entropy = lse - sum_v p_v z_v. A token with logit
     -inf has probability 0 and no share of the entropy. Ignored rows give 0.
     """
     counted = targets != ignore_index
     hidden = hidden.masked_fill(~counted[:, None], 0.0)  # a NaN times a zero gradient is a NaN
-    logits = logits_of(hidden, weight, bias, temperature, softcap, round_logits, kept_ids)
+    logits = logits_of(hidden, weight, **options)
     lse = logits.logsumexp(-1)
     picked = logits.gather(-1, targets.where(counted, 0).long()[:, None]).squeeze(-1)
     log_p = (logits - lse[:, None]).clamp_min(-1e30)  # 0 * -1e30 is 0, 0 * -inf is NaN
@@ -83,30 +81,9 @@ def linear_logprobs_with_stats(
     )
 
 
-def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    round_logits: str | None = None,
-    kept_ids: Tensor | None = None,
-    ignore_index: int = -100,
-) -> Tensor:
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
     """log softmax(z)[target], (N,), with z of `logits_of`; 0 where targets == ignore_index."""
-    return linear_logprobs_with_stats(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        round_logits=round_logits,
-        kept_ids=kept_ids,
-        ignore_index=ignore_index,
-    )[0]
+    return linear_logprobs_with_stats(hidden, weight, targets, **options)[0]
 
 
 def weighted_logprob_sum(
@@ -115,26 +92,13 @@ def weighted_logprob_sum(
     targets: Tensor,
     coefficients: Tensor,
     *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    round_logits: str | None = None,
-    kept_ids: Tensor | None = None,
     ignore_index: int = -100,
+    **options: Any,
 ) -> Tensor:
     """sum_t coefficients_t * logprob_t, 0-d; a coefficient of 0 leaves its row out."""
-    logprobs = linear_logprobs(
-        hidden,
-        weight,
-        targets.where(coefficients != 0, ignore_index),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        round_logits=round_logits,
-        kept_ids=kept_ids,
-        ignore_index=ignore_index,
-    )
     counted = (coefficients != 0) & (targets != ignore_index)
+    targets = targets.where(counted, ignore_index)
+    logprobs = linear_logprobs(hidden, weight, targets, ignore_index=ignore_index, **options)
     return (coefficients.to(logprobs.dtype) * logprobs).where(counted, 0.0).sum()
 
 

@@ -1,17 +1,17 @@
 """Tile sizes of the Triton kernels, a table per GPU architecture. Nothing is tuned at run time.
 
-Provenance. Triton 3.8 compiled every row for its architecture and `python -m
-benchmarks.predict.compile_report` read the result back (benchmarks/results/compile_report.csv): no
-register is spilled in any combination of options. An H200 timed tiles of sm90 for bf16, D 2048 and
-4,096 or 16,384 tokens (tune_linear_logprobs_*_sm90_bf16.csv there). Backward the row was the
-fastest; forward several tiles of 128 x 256 were, within 3 %, and the row is the one of them that
-larger D have. It ran the rows of D 4096 too (bench_linear_logprobs.csv). No other row has been
-timed.
+Provenance. Triton 3.8 compiled every row for its architecture, and `python -m
+benchmarks.predict.compile_report` inspected the code (benchmarks/results/compile_report.csv): no
+combination of options spills a register. Tiles of sm90 were timed on an H200 for bf16, D 2048 and
+4,096 or 16,384 tokens (tune_linear_logprobs_*_sm90_bf16.csv there). The backward row was the
+fastest. Forward, several tiles of 128 x 256 were equally fast within 3 %; the row is the one that
+larger D have too. The rows of D 4096 ran in a benchmark there (bench_linear_logprobs.csv). No other
+row has been timed.
 
 A row decides the order in which a logit and a sum over the vocabulary are added up (block_v,
-block_d, max_splits). Which row a call gets depends on the architecture, the dtype, the hidden size,
-the layout of the weight and on whether there is a softcap, never on the number of tokens: the
-result of a token does not depend on the batch it is in.
+block_d, max_splits). The row of a call depends on the architecture, the dtype, the hidden size, the
+layout of the weight and on whether there is a softcap, never on the number of tokens. So the result
+of a token does not depend on the batch it is in.
 """
 
 from dataclasses import dataclass
@@ -81,11 +81,11 @@ INTERPRETER = (
 )
 
 # kernel -> architecture -> bytes of an operand's element -> rows; a call gets the first that serves
-# it. Where D is large a tile of 128 x 256 pays: it fetches a quarter less for each product. Below,
-# two smaller programs share a multiprocessor, and the exponentials of one run beside the matrix
-# products of the other. Four warps leave a thread twice the registers of eight, and with a softcap,
-# where the logits stay beside their gradient, that is still too few. Operands that are not aligned
-# pass through the registers on their way to shared memory: hence the smaller last rows.
+# it. Where D is large, a tile of 128 x 256 is faster: it loads a quarter less for each product.
+# Where D is small, two smaller programs share a multiprocessor, and the exponentials of one overlap
+# with the matrix products of the other. With four warps a thread has twice the registers of eight.
+# With a softcap that is still too few, as the logits are kept beside their gradient. Operands that
+# are not aligned pass through registers on their way to shared memory: hence the smaller last rows.
 WIDE_FWD, WIDE_BWD = 2048, 2049  # hidden sizes from here on are large
 TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
     "linear_logprobs_fwd": {

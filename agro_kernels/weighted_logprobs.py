@@ -55,5 +55,5 @@ def weighted_logprob_sum(
     head = head._replace(targets=head.targets.where(counted, head.ignore_index))
     lse = None if lse is None else lse.reshape(-1).to(sums_dtype)
     logprobs, _, _ = flat_results(head, options, lse=lse)
-    # Where a row does not count its coefficient may be anything, NaN too.
+    # The coefficient of a row that does not count may be anything, even NaN: hence `where`.
     return (coefficients.where(counted, 0.0) * logprobs).sum()

@@ -1,7 +1,7 @@
 """linear_logprobs on the native kernels of csrc.
 
-float64, logits rounded on purpose and restricted vocabularies belong to the blocked torch path, and
-so does everything where the library is not built; the rest is handed to the library as pointers.
+The library gets pointers. The blocked torch path serves float64, round_logits and kept ids, and
+everything where the library is not built.
 
 Letters: N tokens, D hidden size, V vocabulary.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
-from agro_kernels.head import Head, check_target_values
+from agro_kernels.head import Head, Upstream, check_target_values
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # agro_head.dtype
 
@@ -32,7 +32,9 @@ class _Struct:
         hidden, weight = _with_contiguous_rows(head.hidden), _with_contiguous_rows(head.weight)
         targets = head.targets.to(torch.int64).contiguous()
         bias = None if head.bias is None else head.bias.contiguous()
-        token_temperature = _floats(head.token_temperature)
+        token_temperature = head.token_temperature
+        if token_temperature is not None:
+            token_temperature = _floats(token_temperature)
         self._alive = hidden, weight, targets, bias, token_temperature
         self._struct = native.Head(
             hidden=hidden.data_ptr(),
@@ -61,9 +63,9 @@ def _with_contiguous_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _floats(values: Tensor | None) -> Tensor | None:
+def _floats(values: Tensor) -> Tensor:
     """(N,) fp32, contiguous."""
-    return None if values is None else values.to(torch.float32).contiguous()
+    return values.to(torch.float32).contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -71,8 +73,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _wanted(tensor: Tensor) -> int | None:
-    """The address of an output; None of an empty one, which nobody asked for or which has no
-    element to write."""
+    """The address of an output; None if it is empty: not asked for, or without an element."""
     return tensor.data_ptr() if tensor.numel() > 0 else None
 
 
@@ -95,14 +96,7 @@ def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor,
 
 
 def linear_logprobs_bwd(
-    dlogprobs: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    head: Head,
-    lse: Tensor,
-    entropy: Tensor,
-    output_mask: list[bool],
-    weight_grad: Tensor | None = None,
+    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 
@@ -110,23 +104,19 @@ def linear_logprobs_bwd(
     """
     library = _library(head)
     if library is None:
-        return blocked.linear_logprobs_bwd(
-            dlogprobs, dlse, dentropy, head, lse, entropy, output_mask, weight_grad
-        )
-    # The numbers may have been changed since the forward pass looked at them.
+        return blocked.linear_logprobs_bwd(upstream, head, output_mask, weight_grad)
+    # The targets may have been changed since the forward pass checked them.
     check_target_values(head.targets, head.weight.shape[0], head.ignore_index)
-    dlogprobs, dlse, dentropy = _floats(dlogprobs), _floats(dlse), _floats(dentropy)
-    lse = lse.contiguous()
-    entropy = entropy.contiguous()
+    upstream = upstream.each(_floats)
     gradients = _Gradients(head, output_mask, weight_grad)
     struct = _Struct(head)
     status = library.agro_linear_logprobs_bwd(
-        _pointer(dlogprobs),
-        _pointer(dlse),
-        _pointer(dentropy),
+        _pointer(upstream.dlogprobs),
+        _pointer(upstream.dlse),
+        _pointer(upstream.dentropy),
         struct.pointer,
-        lse.data_ptr(),
-        None if dentropy is None else entropy.data_ptr(),
+        _pointer(upstream.lse),
+        _pointer(upstream.entropy),
         *gradients.pointers,
     )
     native.check_status(status, "linear_logprobs, backward")
@@ -144,7 +134,7 @@ class _Gradients:
         self.dweight = head.weight.new_empty((v, d) if write_weight else 0)
         self.dbias = head.weight.new_empty(v if need_bias else 0)
         self.weight_grad = weight_grad if need_weight else None
-        # The library adds to contiguous memory only.
+        # The library can only add to contiguous memory.
         self.sums = None if self.weight_grad is None else self.weight_grad.contiguous()
 
     @property

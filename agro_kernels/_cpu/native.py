@@ -63,7 +63,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     except AttributeError as error:
         raise OSError(f"{path}: it is not the library that csrc is built into") from error
     version.restype, version.argtypes = c_int32, []
-    if version() != INTERFACE_VERSION:  # calling on would read other structs than were written
+    if version() != INTERFACE_VERSION:  # the structs would be laid out differently
         raise OSError(
             f"{path}: it was built from version {version()} of csrc/agro_cpu.h, this package "
             f"needs version {INTERFACE_VERSION}"

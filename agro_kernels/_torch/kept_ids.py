@@ -23,11 +23,11 @@ def pack_kept_ids(kept_ids: Tensor, vocabulary: int) -> Tensor:
         )
     ids, _ = kept_ids.long().sort(1)
     counted = (ids >= 0) & (ids < vocabulary)
-    counted[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # each id once: a sum of bits is then their union
+    counted[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # each id once, so that adding bits sets them
     ids = ids.where(counted, 0)
     bits = torch.ones_like(ids) << (ids % 32)
     bits = bits.where(counted, 0)
-    # Bit 31 is the sign of an int32: the sum is made in int64 and its low half is taken.
+    # Bit 31 is the sign bit of an int32, so the bits are added in int64 and then narrowed.
     packed = bits.new_zeros(n, words).scatter_add_(1, ids // 32, bits)
     packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
     every = (kept_ids < 0).all(1, keepdim=True)

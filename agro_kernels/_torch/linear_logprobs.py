@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from agro_kernels.counted_rows import counted_rows
-from agro_kernels.head import Head
+from agro_kernels.head import Head, Upstream
 
 # A tile of 2048 x 4096 fp32 logits is 32 MB. Below 1024 columns a GEMM on a CPU loses its speed.
 TOKEN_CHUNK = 2048
 VOCAB_BLOCK = 4096
-# exp(-1000) is 0 in fp32 and in float64. Banned tokens (logit -inf) are lifted to it where a
-# product with their probability follows: 0 * -1000 is 0, 0 * -inf is NaN.
+# exp(-1000) is 0 in fp32 and in float64. Where a log-probability is multiplied by its probability,
+# that of a banned token (-inf) is raised to -1000 first: 0 * -1000 is 0, but 0 * -inf is NaN.
 NOTHING = -1000.0
-# Stands for "no logit yet". Finite, because -inf - -inf is NaN.
+# The maximum of no logits. Finite, because -inf - -inf is NaN.
 LOWEST_MAX = -1e30
 
 
@@ -142,14 +142,7 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
 
 
 def linear_logprobs_bwd(
-    dlogprobs: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    head: Head,
-    lse: Tensor,
-    entropy: Tensor,
-    output_mask: list[bool],
-    weight_grad: Tensor | None = None,
+    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 
@@ -158,39 +151,17 @@ def linear_logprobs_bwd(
     """
     rows = counted_rows(head, head.counted())
     counted = _upcast(rows.head)
-    dtype = counted.hidden.dtype
-    dlogprobs, dlse, dentropy = (
-        None if gradient is None else rows.take(gradient).to(dtype)
-        for gradient in (dlogprobs, dlse, dentropy)
-    )
-    dhidden, dweight, dbias = _gradients(
-        counted,
-        dlogprobs,
-        dlse,
-        dentropy,
-        rows.take(lse).to(dtype),
-        None if dentropy is None else rows.take(entropy).to(dtype),
-        output_mask,
-        weight_grad,
-    )
-    # Rounded once, from fp32.
+    upstream = upstream.each(lambda values: rows.take(values).to(counted.hidden.dtype))
+    dhidden, dweight, dbias = _gradients(upstream, counted, output_mask, weight_grad)
+    # The only rounding: the sums above are fp32.
     dhidden = dhidden.to(head.hidden.dtype)
     return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias
 
 
 def _gradients(
-    head: Head,
-    dlogprobs: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor | None,
-    output_mask: list[bool],
-    weight_grad: Tensor | None = None,
+    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden fp32, dweight, dbias) from logits computed again.
-
-    The upstream gradients, lse and entropy are (M,) or None.
+    """(dhidden fp32, dweight, dbias) of M rows that all count, from logits computed again.
 
     With l_v = z_v - lse and p_v = exp(l_v):
     dz_v = dlogprob (1[v=y] - p_v) - dentropy p_v (l_v + entropy) + dlse p_v, times dz/dx for the
@@ -202,12 +173,13 @@ def _gradients(
     dweight = weight.new_empty(weight.shape if need_weight and weight_grad is None else 0)
     dbias = head.hidden.new_zeros(weight.shape[0] if need_bias else 0)
     if m == 0:
-        dweight.zero_()  # no tile is going to write it
+        dweight.zero_()  # there is no tile that would write it
     if not any(output_mask):
         return dhidden, dweight, dbias
-    # Without a softcap dz/dx is 1 / temperature, one number a row: it goes into the upstream.
+    # Without a softcap dz/dx is 1 / temperature, one number a row: the upstream gradients take it.
     temperatures = head.token_temperature
     inverse = 1.0 / (head.temperature if temperatures is None else temperatures)
+    dlogprobs, dlse, dentropy, lse, entropy = upstream
     zeros = torch.zeros_like(lse)
     at_target = zeros if dlogprobs is None else dlogprobs * inverse
     of_p = (zeros if dlse is None else dlse * inverse) - at_target

@@ -1,4 +1,4 @@
-"""The library's matrix product, added to an fp32 matrix without a rounding in between."""
+"""torch's matrix product, added to an fp32 matrix without a rounding in between."""
 
 import functools
 from collections.abc import Callable
@@ -22,10 +22,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
 def _add_product_of(
     dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor, bool], None]:
-    """The first of three ways that this torch offers for 16-bit operands on this device.
+    """The first of three ways that works with this torch for 16-bit operands on this device.
 
-    Which builds have a GEMM with an fp32 result differs between CUDA, ROCm and versions of torch
-    and is written nowhere, so the GEMM itself is asked, once, with a small product.
+    Whether a GEMM with an fp32 result exists depends on CUDA or ROCm and on the version of torch,
+    and is not documented. So each way is tried once, with a small product.
     """
     operand = torch.zeros(16, 16, dtype=dtype, device=device)
     total = torch.zeros(16, 16, dtype=torch.float32, device=device)

@@ -1,8 +1,9 @@
 """Gradients of the head: the kernel that makes the gradient of the logits, and the GEMMs with it.
 
-The vocabulary is cut into chunks and, for many tokens, each of them into chunks of tokens. For
-each, one kernel recomputes the logits and writes their gradient, and the library's GEMMs give a
-term of that part of dweight, which is rounded once, and a term of dhidden, both summed in fp32.
+The logits are cut into chunks of columns (vocabulary entries), and for many tokens each of these
+into chunks of rows. For each chunk one kernel recomputes the logits and writes their gradient. Two
+GEMMs of cuBLAS or hipBLAS then add its part of dhidden and of dweight, both summed in fp32. dweight
+is rounded once, after its last chunk of rows.
 """
 
 import torch
@@ -21,21 +22,22 @@ from agro_kernels._triton.primitives import (
     logits_tile,
     rounded,
 )
-from agro_kernels.head import Head
+from agro_kernels.head import Head, Upstream
 
-# The gradient of the logits is made in chunks of at most this many bytes, but never less than one
-# tile of columns. Larger is faster: each chunk of columns reads and writes the fp32 dhidden.
+# Largest size in bytes of a chunk of the logits' gradient, which has at least one tile of columns.
+# Larger is faster: each chunk of columns reads and writes the fp32 dhidden.
 DLOGITS_CHUNK_BYTES = 512 * 2**20
 
-# Tokens of a chunk. With 16-bit operands it leaves 8192 columns, as good a shape for the GEMM that
-# sums over columns as for the one that sums over tokens.
+# Most tokens of a chunk. With 16-bit operands that leaves 8192 columns, a shape at which both GEMMs
+# are efficient: the one that sums over columns and the one that sums over tokens.
 TOKEN_CHUNK = 32768
 
-# Columns of a chunk at most, for the fp32 sum of its dweight: 512 MB too where D is 4096.
+# Most columns of a chunk. It bounds the fp32 sum of the chunk's dweight: 512 MB where D is 4096.
 COLUMN_CHUNK = 32768
 
-# Largest |gradient of a logprob| after the power-of-two scaling that keeps fp16 from underflowing;
-# the entropy's gradient is some ten times larger at most, and fp16 ends at 65504.
+# fp16 gradients are scaled by a power of two so that they do not underflow: the largest gradient of
+# a logprob becomes this in absolute value. The entropy's gradient is at most some ten times larger,
+# and the largest fp16 number is 65504.
 FP16_GRADIENT_PEAK = 256.0
 
 
@@ -97,7 +99,7 @@ def linear_logprobs_bwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_v = tl.arange(0, BLOCK_V)
     mask_n = offs_n < N - start_n
-    rows = tl.minimum(offs_n, (N - 1 - start_n).to(tl.int32))  # past the end: the last one
+    rows = tl.minimum(offs_n, (N - 1 - start_n).to(tl.int32))  # rows past the end load the last one
     logits = logits_tile(
         hidden=hidden,
         weight=weight,
@@ -125,7 +127,7 @@ def linear_logprobs_bwd_kernel(
     allowed = logits
     if kept_ptr is not None:
         kept = kept_tile(kept_ptr, start_n, start_v, N, V, BLOCK_N, BLOCK_V)
-        allowed = tl.where(kept, logits, BANNED)  # the softcap's slope is that of logits
+        allowed = tl.where(kept, logits, BANNED)  # the softcap's slope is computed from `logits`
     targets = tl.load(targets_ptr + start_n + rows)
     lse = tl.load(lse_ptr + start_n + rows)
     inverse_temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
@@ -134,7 +136,7 @@ def linear_logprobs_bwd_kernel(
     else:
         inverse_temperature /= temperature
     log_p = allowed * inverse_temperature[:, None] - lse[:, None]
-    # 32 bits: twice the registers would go into comparing every column with it.
+    # 32 bits: comparing every column with a 64-bit target would take twice the registers.
     in_tile = (targets >= start_v) & (targets < min(start_v + BLOCK_V, V))
     target_column = tl.where(in_tile, targets - start_v, -1).to(tl.int32)
     is_target = offs_v[None, :] == target_column[:, None]
@@ -159,7 +161,7 @@ def linear_logprobs_bwd_kernel(
     if softcap is not None:
         capped = logits / softcap
         dlogits *= (1.0 - capped) * (1.0 + capped)  # the slope of tanh, 1 - tanh^2
-    # A selection, not a product: an ignored row may hold NaN.
+    # tl.where, not a product with 0: an ignored row may hold NaN.
     counted = targets != ignore_index
     dlogits = tl.where(counted[:, None], dlogits, 0.0)
     mask = mask_n[:, None] if EVEN_V else mask_n[:, None] & (offs_v[None, :] < V - start_v)
@@ -173,39 +175,26 @@ def linear_logprobs_bwd_kernel(
 
 
 def head_gradients(
-    head: Head,
-    *,
-    dlogprobs: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor | None,
-    output_mask: list[bool],
-    weight_grad: Tensor | None = None,
+    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_logprobs_bwd of rows that all count.
-
-    The upstream gradients, lse, entropy: (N,) fp32, contiguous.
-    """
+    """linear_logprobs_bwd of rows that all count; what upstream holds is contiguous."""
     hidden, weight = head.hidden, head.weight
     (N, D), V = hidden.shape, weight.shape[0]
     need_hidden, need_weight, need_bias = output_mask
     dbias = weight.new_zeros(V if need_bias else 0, dtype=torch.float32)
-    gradients = {"dlogprobs_ptr": dlogprobs, "dlse_ptr": dlse, "dentropy_ptr": dentropy}
-    upstream = [gradient for gradient in gradients.values() if gradient is not None]
-    if N == 0 or not upstream or not any(output_mask):
+    if N == 0 or not upstream.gradients() or not any(output_mask):
         dhidden = hidden.new_zeros((N, D) if need_hidden else 0)
         dweight = weight.new_zeros((V, D) if need_weight and weight_grad is None else 0)
         return dhidden, dweight, dbias.to(weight.dtype)
     dhidden = hidden.new_empty((N, D) if need_hidden else 0, dtype=torch.float32)
-    scale = _fp16_scale(upstream, head) if hidden.dtype == torch.float16 else None
+    scale = _fp16_scale(upstream.gradients(), head) if hidden.dtype == torch.float16 else None
     if scale is not None:
-        gradients = {k: None if v is None else v * scale for k, v in gradients.items()}
+        scaled = (None if gradient is None else gradient * scale for gradient in upstream[:3])
+        upstream = Upstream(*scaled, upstream.lse, upstream.entropy)
 
     config = select_config("linear_logprobs_bwd", head)
     rows_per_chunk, columns_per_chunk = chunk_shape(N, V, hidden.element_size(), config)
-    per_token = {**gradients, "lse_ptr": lse, "entropy_ptr": entropy}
-    row_chunks = _row_chunks(head, per_token, config, rows_per_chunk)
+    row_chunks = _row_chunks(upstream, head, config, rows_per_chunk)
     dlogits_buffer = hidden.new_empty(rows_per_chunk, columns_per_chunk)
     weight_sum = _WeightSum(weight, weight_grad, scale, columns_per_chunk, needed=need_weight)
     with torch.cuda.device_of(hidden):
@@ -229,15 +218,16 @@ def head_gradients(
 
 
 def _row_chunks(
-    head: Head, per_token: dict[str, Tensor | None], config: configs.TileConfig, size: int
+    upstream: Upstream, head: Head, config: configs.TileConfig, size: int
 ) -> list[tuple[slice, dict[str, object]]]:
-    """Some rows at a time, with the kernel's arguments for them; per_token (N,) or None."""
+    """`size` rows at a time, with the kernel's arguments for them."""
     chunks = []
     for start in range(0, head.hidden.shape[0], size):
         rows = slice(start, min(start + size, head.hidden.shape[0]))
-        arguments = {name: None if v is None else v[rows] for name, v in per_token.items()}
-        arguments |= gemm_arguments(config, head.part(rows))
+        arguments = gemm_arguments(config, head.part(rows))
         arguments["ignore_index"] = head.ignore_index
+        for name, values in upstream._asdict().items():
+            arguments[f"{name}_ptr"] = None if values is None else values[rows]
         chunks.append((rows, arguments))
     return chunks
 
@@ -314,13 +304,13 @@ def chunk_shape(
     return rows, min(columns, triton.cdiv(vocabulary, config.block_v) * config.block_v)
 
 
-def _fp16_scale(upstream: list[Tensor], head: Head) -> Tensor:
+def _fp16_scale(gradients: list[Tensor], head: Head) -> Tensor:
     """The power of two, 0-d fp32 on the device, that lifts the largest gradient to the fp16 peak.
 
     A coefficient divided by the number of tokens is below fp16's smallest number soon; scaling by a
     power of two and back is exact. NaN and inf do not count.
     """
-    largest = torch.stack([gradient.abs() for gradient in upstream]).amax(0)
+    largest = torch.stack([gradient.abs() for gradient in gradients]).amax(0)
     temperatures = head.token_temperature
     largest = largest / (head.temperature if temperatures is None else temperatures)
     counted = (head.targets != head.ignore_index) & largest.isfinite()

@@ -23,9 +23,9 @@ from agro_kernels._triton.primitives import (
     kept_tile,
     logits_tile,
 )
-from agro_kernels.head import Head
+from agro_kernels.head import Head, Upstream
 
-MERGE_BLOCK_N = 128  # rows of one program that merges splits; without influence on results
+MERGE_BLOCK_N = 128  # rows of one program that merges splits; results do not depend on it
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -81,7 +81,7 @@ def linear_logprobs_fwd_kernel(
     start_n = i_n.to(tl.int64) * BLOCK_N
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N - start_n
-    rows = tl.minimum(offs_n, (N - 1 - start_n).to(tl.int32))  # past the end: the last one
+    rows = tl.minimum(offs_n, (N - 1 - start_n).to(tl.int32))  # rows past the end load the last one
     targets = tl.load(targets_ptr + start_n + rows)
     k = tl.full((BLOCK_N,), LOG2E, tl.float32)
     if token_temperature_ptr is not None:
@@ -119,7 +119,7 @@ def linear_logprobs_fwd_kernel(
             INPUT_PRECISION=INPUT_PRECISION,
             INTERPRETED=INTERPRETED,
         )
-        # After the transform: tanh would turn a column without a token into a logit of -softcap.
+        # Columns without a token are masked after the softcap: it turns BANNED into -softcap.
         if not EVEN_V:
             logits = tl.where(offs_v[None, :] < V - start_v, logits, BANNED)
         if kept_ptr is not None:
@@ -197,7 +197,7 @@ def linear_logprobs_fwd_merge_kernel(
         m = m_new
 
     log_s = tl.log2(s) * LN2
-    all_banned = (m <= BANNED) & (s == s)  # a NaN leaves m where it was, and is in s
+    all_banned = (m <= BANNED) & (s == s)  # a NaN logit does not change m, but makes s NaN
     lse = tl.where(all_banned, float("-inf"), m / temperatures + log_s)
     target_logit = tl.load(target_logit_ptr + offs_n, mask=mask_n, other=0.0)
     logprobs = (target_logit - m) / temperatures - log_s
@@ -240,7 +240,7 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
         max_ptr=partials[0],
         sum_ptr=partials[1],
         moment_ptr=partials[2] if with_entropy else None,
-        # A target outside the vocabulary is met by no program: its logit, and logprob, stay NaN.
+        # No program finds a target outside the vocabulary: its logit and its logprob stay NaN.
         target_logit_ptr=hidden.new_full((N,), float("nan"), dtype=torch.float32),
     )
     with torch.cuda.device_of(hidden):
@@ -268,34 +268,17 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
 
 
 def linear_logprobs_bwd(
-    dlogprobs: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    head: Head,
-    lse: Tensor,
-    entropy: Tensor,
-    output_mask: list[bool],
-    weight_grad: Tensor | None = None,
+    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden (N, D), dweight (V, D), dbias (V,)); (0,) for each that output_mask leaves out.
 
-    dlogprobs, dlse, dentropy: (N,) fp32 upstream gradients, None where there is none. lse (N,) and,
-    if dentropy is given, entropy (N,) are the forward's. With weight_grad (V, D) fp32 the gradient
-    of weight is added to it and dweight is (0,).
+    With weight_grad (V, D) fp32 the gradient of weight is added to it and dweight is (0,).
     """
     live = torch.zeros_like(head.targets, dtype=torch.bool)
-    for gradient in (dlogprobs, dlse, dentropy):
-        if gradient is not None:
-            live |= gradient != 0
+    for gradient in upstream.gradients():
+        live |= gradient != 0
     rows = gather_counted(head, live & head.counted())
     dhidden, dweight, dbias = head_gradients(
-        rows.head,
-        dlogprobs=None if dlogprobs is None else rows.take(dlogprobs),
-        dlse=None if dlse is None else rows.take(dlse),
-        dentropy=None if dentropy is None else rows.take(dentropy),
-        lse=rows.take(lse),
-        entropy=None if dentropy is None else rows.take(entropy),
-        output_mask=output_mask,
-        weight_grad=weight_grad,
+        upstream.each(rows.take), rows.head, output_mask, weight_grad
     )
     return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias

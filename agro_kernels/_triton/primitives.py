@@ -6,8 +6,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Stands for -inf where a logit or a running maximum is missing: vocabulary tail, banned token.
-# Being finite it needs no guard: exp2(BANNED - m) is 0 and 0 * BANNED is 0, where -inf makes NaN.
+# Stands for -inf: the logit of a banned token or past the end of the vocabulary, and the maximum of
+# no logits. It is finite so that exp2(BANNED - m) and 0 * BANNED are 0, where -inf would give NaN.
 BANNED = tl.constexpr(-1e30)
 
 
@@ -48,7 +48,7 @@ def tanh(x):
 def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """x, fp32, to the nearest number of a dtype, ties to even; of that dtype."""
     if INTERPRETED and DTYPE == tl.bfloat16:
-        # Triton's interpreter cuts the lower bits off. What is left of them here are zeros.
+        # Triton's interpreter truncates; here the bits that it drops are zeros already.
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = (bits & -65536).to(tl.float32, bitcast=True)
@@ -91,8 +91,8 @@ def logits_tile(
     16-bit dtype) may be None. A bias of -inf gives BANNED, or -softcap if there is one.
     """
     offs_v = tl.arange(0, BLOCK_V)
-    # Columns past the end repeat the last one, as rows do below: no load of the main loop is masked
-    # for them.
+    # Columns past the end load the last one, as rows do below, so that the loads of the main loop
+    # need no mask for them.
     columns = offs_v if EVEN_V else tl.minimum(offs_v, V - 1 - start_v)
     logits = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if DESCRIPTORS:

@@ -78,7 +78,7 @@ def selective_logprobs_fwd_kernel(
         s = s * tl.exp2((m - m_new) * k) + tl.sum(p, axis=1)
         m = m_new
 
-    all_banned = s == 0  # or the row was not read; a NaN in it is in s
+    all_banned = s == 0  # also where the row was not read; a NaN logit makes s NaN
     log_s = tl.log2(tl.where(all_banned, 1.0, s)) * LN2
     lse = tl.where(all_banned, float("-inf"), m / temperatures + log_s)
     # A target outside the vocabulary is not looked up: its logprob is NaN.
@@ -143,12 +143,12 @@ def selective_logprobs_bwd_kernel(
             mask=live[:, None] & mask_v,
             other=0.0,
         ).to(tl.float32)
-        # Rounded correctly: a large logit would hand the error of a mere inverse on to p.
+        # A correctly rounded division: a large logit times an approximate inverse errs too much.
         log_p = tl.div_rn(logits, temperatures[:, None]) - lse[:, None]
         p = tl.exp2(log_p * LOG2E)
         is_target = offs_v[None, :] == targets[:, None]
         dlogits = row_scale[:, None] * tl.where(is_target, 1.0 - p, -p)
-        # A selection, not a product: a row that is left out has no p.
+        # tl.where, not a product with 0: p was not computed for a row that is left out.
         dlogits = tl.where(live[:, None], dlogits, 0.0)
         tl.store(
             dlogits_ptr + rows[:, None] * V + offs_v[None, :],

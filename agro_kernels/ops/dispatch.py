@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agro_kernels.head import Head
+
 library = torch.library.Library("agro", "DEF")
 
 
@@ -47,6 +49,11 @@ def with_record(
         return kernel(*flat[:at], record(*flat[at:stop]), *flat[stop:])
 
     return call
+
+
+def with_head(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel(head, ...)` as the dispatcher calls it."""
+    return with_record(Head, kernel)
 
 
 def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:

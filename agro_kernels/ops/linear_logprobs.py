@@ -1,7 +1,11 @@
-"""The head ops: schemas, shapes, gradients. And what goes around them: the ids that a sampler kept,
-log-probabilities from an lse that is known.
+"""The head ops: schemas, shapes, gradients.
+
+Beside the two passes: `pack_kept_ids`, for the ids that a sampler kept, and `target_logprobs`, the
+log-probabilities where lse is known already.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +15,12 @@ from torch.autograd.function import once_differentiable
 from agro_kernels._cpu import linear_logprobs as cpu_linear_logprobs
 from agro_kernels._torch import kept_ids as torch_kept_ids
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
-from agro_kernels.head import HEAD_SCHEMA, Head
+from agro_kernels.head import HEAD_SCHEMA, Head, Upstream
 from agro_kernels.ops.dispatch import (
     library,
     results_dtype,
     triton_if_possible,
-    with_record,
+    with_head,
     without_autocast,
 )
 
@@ -31,23 +35,41 @@ _BACKWARD_ARGUMENTS = (
 library.define(
     f"linear_logprobs_bwd({_BACKWARD_ARGUMENTS}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
-# Apart from the op above, so that compiled graphs without weight_grad hold no op that mutates.
+# An op of its own, so that compiled graphs without weight_grad contain no op that mutates.
 library.define(
     f"linear_logprobs_bwd_accumulate({_BACKWARD_ARGUMENTS}, Tensor(a!) weight_grad) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
-# name of the op, name of the function that serves it, place of the head among its arguments
-for _name, _function, _at in (
-    ("linear_logprobs_fwd", "linear_logprobs_fwd", 0),
-    ("linear_logprobs_bwd", "linear_logprobs_bwd", 3),
-    ("linear_logprobs_bwd_accumulate", "linear_logprobs_bwd", 3),
+
+
+def with_upstream(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel(upstream, head, output_mask, ...)` with the arguments of the schemas above."""
+    stop = len(Head._fields)
+
+    @functools.wraps(kernel)
+    def call(
+        dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None, *flat: Any
+    ) -> Any:
+        lse, entropy, *others = flat[stop:]
+        if dentropy is None:
+            entropy = None
+        upstream = Upstream(dlogprobs, dlse, dentropy, lse, entropy)
+        return kernel(upstream, Head(*flat[:stop]), *others)
+
+    return call
+
+
+for _name, _function, _flat in (
+    ("linear_logprobs_fwd", "linear_logprobs_fwd", with_head),
+    ("linear_logprobs_bwd", "linear_logprobs_bwd", with_upstream),
+    ("linear_logprobs_bwd_accumulate", "linear_logprobs_bwd", with_upstream),
 ):
     for _key, _kernel in (
         ("CompositeExplicitAutograd", getattr(torch_linear_logprobs, _function)),
         ("CPU", getattr(cpu_linear_logprobs, _function)),
         ("CUDA", triton_if_possible(_function, "linear_logprobs", torch_linear_logprobs)),
     ):
-        library.impl(_name, without_autocast(with_record(Head, _kernel, at=_at)), _key)
+        library.impl(_name, without_autocast(_flat(_kernel)), _key)
 
 
 def _linear_logprobs_fwd_fake(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,14 +82,7 @@ def _linear_logprobs_fwd_fake(head: Head, with_entropy: bool) -> tuple[Tensor, T
 
 
 def _linear_logprobs_bwd_fake(
-    dlogprobs: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    head: Head,
-    lse: Tensor,
-    entropy: Tensor,
-    output_mask: list[bool],
-    weight_grad: Tensor | None = None,
+    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, unwritten; those not asked for have shape (0,)."""
     need_hidden, need_weight, need_bias = output_mask
@@ -161,7 +176,7 @@ library.impl("pack_kept_ids", torch_kept_ids.pack_kept_ids, "CompositeExplicitAu
 library.define(f"target_logprobs({HEAD_SCHEMA}, Tensor lse) -> Tensor logprobs")
 library.impl(
     "target_logprobs",
-    without_autocast(with_record(Head, torch_linear_logprobs.target_logprobs)),
+    without_autocast(with_head(torch_linear_logprobs.target_logprobs)),
     "CompositeExplicitAutograd",
 )
 
@@ -175,10 +190,10 @@ def _target_logprobs_fake(head: Head, lse: Tensor) -> Tensor:
 
 
 for _name, _fake in (
-    ("linear_logprobs_fwd", with_record(Head, _linear_logprobs_fwd_fake)),
-    ("linear_logprobs_bwd", with_record(Head, _linear_logprobs_bwd_fake, at=3)),
-    ("linear_logprobs_bwd_accumulate", with_record(Head, _linear_logprobs_bwd_fake, at=3)),
-    ("target_logprobs", with_record(Head, _target_logprobs_fake)),
+    ("linear_logprobs_fwd", with_head(_linear_logprobs_fwd_fake)),
+    ("linear_logprobs_bwd", with_upstream(_linear_logprobs_bwd_fake)),
+    ("linear_logprobs_bwd_accumulate", with_upstream(_linear_logprobs_bwd_fake)),
+    ("target_logprobs", with_head(_target_logprobs_fake)),
     ("pack_kept_ids", _pack_kept_ids_fake),
 ):
     torch.library.register_fake(f"agro::{_name}", _fake, lib=library)

@@ -25,11 +25,7 @@ for _name in ("selective_logprobs_fwd", "selective_logprobs_bwd"):
 
 
 def _selective_logprobs_fwd_fake(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    ignore_index: int,
+    logits: Tensor, targets: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     dtype = results_dtype(logits)
     return (
@@ -43,15 +39,7 @@ torch.library.register_fake(
 )
 
 
-def _selective_logprobs_bwd_fake(
-    dlogprobs: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    ignore_index: int,
-    lse: Tensor,
-) -> Tensor:
+def _selective_logprobs_bwd_fake(dlogprobs: Tensor, logits: Tensor, *others: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels import reference, tiles
-from agro_kernels.head import Head
+from agro_kernels.head import Head, Upstream
 from agro_kernels.tiles import TileConfig
 from benchmarks.head.providers.base import Inputs
 
@@ -24,11 +24,10 @@ def call_of(kernel: str, inputs: Inputs) -> Callable[[], Tensor]:
     head = Head.of(inputs.hidden, inputs.weight, inputs.targets, softcap=inputs.softcap)
     if kernel == "linear_logprobs_fwd":
         return lambda: torch.stack(linear_logprobs.linear_logprobs_fwd(head, with_entropy=True))
-    _, lse, entropy = linear_logprobs.linear_logprobs_fwd(head, with_entropy=False)
+    _, lse, _ = linear_logprobs.linear_logprobs_fwd(head, with_entropy=False)
+    upstream = Upstream(inputs.coefficients, None, None, lse, None)
     only_bias = [False, False, True]
-    return lambda: linear_logprobs.linear_logprobs_bwd(
-        inputs.coefficients, None, None, head, lse, entropy, only_bias
-    )[2]
+    return lambda: linear_logprobs.linear_logprobs_bwd(upstream, head, only_bias)[2]
 
 
 def truth_of(kernel: str, inputs: Inputs) -> Tensor:

@@ -43,7 +43,7 @@ from agro_kernels._triton import (
     selective_logprobs,
 )
 from agro_kernels.agro_options import AgroOptions
-from agro_kernels.head import Head
+from agro_kernels.head import Head, Upstream
 from benchmarks.measure.rows import column_names, texts
 
 TARGETS = {
@@ -227,16 +227,14 @@ def head_cases(target: str, quick: bool) -> list[Case]:
                     continue
                 head = head_of(call, dtype, d, aligned)
                 per_token = torch.empty(NUM_TOKENS, device="meta")
-                head_gradients.head_gradients(
-                    head,
+                upstream = Upstream(
+                    dlogprobs=per_token if "dlogprobs" in call else None,
+                    dlse=per_token if "dlse" in call else None,
+                    dentropy=per_token if "dentropy" in call else None,
                     lse=per_token,
-                    output_mask=[True, True, False],
-                    **{
-                        argument: per_token if argument in call else None
-                        for argument in ("dlogprobs", "dlse", "dentropy")
-                    },
                     entropy=per_token if "dentropy" in call else None,
                 )
+                head_gradients.head_gradients(upstream, head, [True, True, False])
                 add(f"linear_logprobs_bwd {name} {suffix}", kernels["linear_logprobs_bwd_kernel"])
     return list(cases.values())
 

@@ -6,8 +6,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agro_kernels._torch import linear_logprobs as blocked
-from agro_kernels.head import Head
-from agro_kernels.ops.dispatch import with_record
+from agro_kernels.ops.dispatch import with_head
+from agro_kernels.ops.linear_logprobs import with_upstream
+
+BLOCKED = {
+    "linear_logprobs_fwd": with_head(blocked.linear_logprobs_fwd),
+    "linear_logprobs_bwd": with_upstream(blocked.linear_logprobs_bwd),
+    "target_logprobs": with_head(blocked.target_logprobs),
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -26,9 +32,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = func.overloadpacket.__name__
         if func.namespace == "agro":
-            before = [argument.name for argument in func._schema.arguments].index("hidden")
             with self:
-                return with_record(Head, getattr(blocked, name), at=before)(*args)
+                return BLOCKED[name](*args)
         result = func(*args, **(kwargs or {}))
         self.products += name in ("mm", "addmm", "addmm_")
         for tensor in _tensors(result):

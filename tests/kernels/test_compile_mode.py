@@ -19,7 +19,7 @@ from agro_kernels import (
     selective_logprobs,
     weighted_logprob_sum,
 )
-from agro_kernels.head import Head
+from agro_kernels.head import Head, Upstream
 from tests.numerics import head_inputs
 
 D, V = 16, 70
@@ -166,13 +166,16 @@ def test_other_numbers_of_tokens_do_not_recompile(program: Program) -> None:
 
 
 @inductor
-def test_inductor_equals_eager() -> None:
+@pytest.mark.parametrize(
+    "program", [engine_options, known_coefficients], ids=lambda program: program.__name__
+)
+def test_inductor_equals_eager(program: Program) -> None:
     """The whole compiler: what surrounds the ops is fused, the ops are called."""
     torch._dynamo.reset()
     inputs = Inputs(12)
-    compiled = torch.compile(known_coefficients, fullgraph=True)
+    compiled = torch.compile(program, fullgraph=True)
     ours = value_and_gradients(compiled, inputs)
-    for a, b in zip(ours, value_and_gradients(known_coefficients, inputs), strict=True):
+    for a, b in zip(ours, value_and_gradients(program, inputs), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -280,9 +283,8 @@ def triton_linear_logprobs() -> tuple[Tensor, ...]:
     hidden, weight, bias = (leaf.detach() for leaf in Inputs(12).leaves)
     head = Head.of(hidden, weight, Inputs(12).targets, bias=bias, temperature=0.7)
     logprobs, lse, entropy = kernels.linear_logprobs_fwd(head, True)
-    gradients = kernels.linear_logprobs_bwd(
-        logprobs, None, None, head, lse, entropy, [True, True, True]
-    )
+    upstream = Upstream(logprobs, None, None, lse, None)
+    gradients = kernels.linear_logprobs_bwd(upstream, head, [True, True, True])
     return logprobs, lse, entropy, *gradients
 
 

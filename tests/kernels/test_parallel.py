@@ -20,7 +20,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from agro_kernels import parallel, reference
+import agro_kernels
+from agro_kernels import (
+    linear_logprobs,
+    linear_logprobs_with_entropy,
+    linear_logprobs_with_stats,
+    parallel,
+    reference,
+    weighted_logprob_sum,
+)
 from agro_kernels.parallel import VocabularyShards
 from tests.numerics import assert_close_to_truth, head_inputs, plain_linear_logprobs
 
@@ -120,8 +128,8 @@ def spread(
             tensor.requires_grad_(False)
     hidden, weight, bias = leaves
     assert hidden is not None and weight is not None
-    results = parallel.linear_logprobs_with_stats(
-        hidden, weight, inputs.targets, rank.shards, bias=bias, **options
+    results = linear_logprobs_with_stats(
+        hidden, weight, inputs.targets, shards=rank.shards, bias=bias, **options
     )
     return backward(tuple(results), leaves, parts)
 
@@ -215,8 +223,8 @@ def int32_targets_of_another_shape(rank: Rank) -> None:
     flat = spread(rank, inputs, torch.float32, "logprobs")
     weight = rank.part(inputs.weight)
     assert weight is not None
-    logprobs = parallel.linear_logprobs(
-        inputs.hidden.view(3, 7, D), weight, inputs.targets.view(3, 7).int(), rank.shards
+    logprobs = linear_logprobs(
+        inputs.hidden.view(3, 7, D), weight, inputs.targets.view(3, 7).int(), shards=rank.shards
     )
     assert torch.equal(logprobs.flatten(), flat["logprobs"])  # type: ignore[arg-type]
 
@@ -317,8 +325,8 @@ def weight_gradient_into_a_buffer(rank: Rank) -> None:
         assert weight is not None
         weight.requires_grad_()
         buffer = torch.ones(weight.shape)
-        results = parallel.linear_logprobs_with_stats(
-            hidden, weight, inputs.targets, rank.shards, weight_grad=buffer
+        results = linear_logprobs_with_stats(
+            hidden, weight, inputs.targets, shards=rank.shards, weight_grad=buffer
         )
         terms = zip(results, upstream_of(N), strict=True)
         torch.stack([(term * up).sum() for term, up in terms]).sum().backward()
@@ -356,12 +364,12 @@ def coefficients_known_in_advance(rank: Rank) -> None:
             lse = None
             if how != "without lse":
                 with torch.no_grad():
-                    lse = parallel.linear_logprobs_with_stats(
-                        hidden, weight, left_out, rank.shards, bias=bias, **options
+                    lse = linear_logprobs_with_stats(
+                        hidden, weight, left_out, shards=rank.shards, bias=bias, **options
                     ).lse
-            total = parallel.weighted_logprob_sum(
-                hidden, weight, inputs.targets, coefficients, rank.shards,
-                lse=lse, bias=bias, weight_grad=buffer, **options,
+            total = weighted_logprob_sum(
+                hidden, weight, inputs.targets, coefficients, lse=lse,
+                shards=rank.shards, bias=bias, weight_grad=buffer, **options,
             )  # fmt: skip
             (3.0 * total).backward()
             assert lse is None or not lse.requires_grad
@@ -405,7 +413,7 @@ def repeats_and_second_backward_are_bitwise_equal(rank: Rank) -> None:
         assert torch.equal(first[name], second[name])  # type: ignore[arg-type]
     hidden, weight = leaf(inputs.hidden, torch.bfloat16), rank.part(inputs.weight)
     assert hidden is not None and weight is not None
-    total = parallel.linear_logprobs(hidden, weight, inputs.targets, rank.shards).sum()
+    total = linear_logprobs(hidden, weight, inputs.targets, shards=rank.shards).sum()
     (once,) = torch.autograd.grad(total, hidden, retain_graph=True)
     (twice,) = torch.autograd.grad(total, hidden)
     assert torch.equal(once, twice)
@@ -416,9 +424,9 @@ def a_token_does_not_depend_on_its_neighbours(rank: Rank) -> None:
     inputs = head_inputs(N, D, V)
     weight = rank.part(inputs.weight)
     assert weight is not None
-    every = parallel.linear_logprobs_with_stats(inputs.hidden, weight, inputs.targets, rank.shards)
+    every = linear_logprobs_with_stats(inputs.hidden, weight, inputs.targets, shards=rank.shards)
     hidden, targets = torch.cat([inputs.hidden] * 3), torch.cat([inputs.targets] * 3)
-    more = parallel.linear_logprobs_with_stats(hidden, weight, targets, rank.shards)
+    more = linear_logprobs_with_stats(hidden, weight, targets, shards=rank.shards)
     for few, many in zip(every, more, strict=True):
         for copy in many.split(N):
             # The matrix product of the library may add in another order for another N.
@@ -433,10 +441,10 @@ def autocast_as_linear(rank: Rank) -> None:
     assert weight is not None and low_weight is not None
     hidden = inputs.hidden.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = parallel.linear_logprobs(hidden, weight, inputs.targets, rank.shards)
+        ours = linear_logprobs(hidden, weight, inputs.targets, shards=rank.shards)
     ours.sum().backward()
     low_hidden = low.hidden.requires_grad_()
-    exact = parallel.linear_logprobs(low_hidden, low_weight, low.targets, rank.shards)
+    exact = linear_logprobs(low_hidden, low_weight, low.targets, shards=rank.shards)
     exact.sum().backward()
     assert torch.equal(ours, exact)
     assert hidden.grad is not None and hidden.grad.dtype == torch.float32
@@ -477,17 +485,42 @@ def one_collective_each_way(rank: Rank) -> None:
             yield
 
     with counted():
-        results = parallel.linear_logprobs_with_entropy(hidden, weight, inputs.targets, rank.shards)
+        results = linear_logprobs_with_entropy(hidden, weight, inputs.targets, shards=rank.shards)
         assert calls == ["all_gather"]
         (results.logprobs + results.entropy).sum().backward()
         assert calls == ["all_gather", "all_reduce"]
         # Frozen hidden states: nothing to reduce.
         calls.clear()
         frozen = inputs.hidden.detach()
-        parallel.linear_logprobs(
-            frozen, weight.requires_grad_(), inputs.targets, rank.shards
+        linear_logprobs(
+            frozen, weight.requires_grad_(), inputs.targets, shards=rank.shards
         ).sum().backward()
         assert calls == ["all_gather"]
+
+
+def stacked(results: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return torch.stack(results) if isinstance(results, tuple) else results
+
+
+@check
+def the_names_in_parallel_are_these_functions(rank: Rank) -> None:
+    """agro_kernels.parallel.linear_logprobs(..., shards): by position or keyword, the same bits."""
+    inputs = head_inputs(N, D, V, ignored=True)
+    weight = rank.part(inputs.weight)
+    assert weight is not None
+    tensors = inputs.hidden, weight, inputs.targets
+    for name in (
+        "linear_logprobs", "linear_logprobs_with_entropy", "linear_logprobs_with_stats",
+        "weighted_logprob_sum",
+    ):  # fmt: skip
+        more = (inputs.coefficients,) if name == "weighted_logprob_sum" else ()
+        function = getattr(agro_kernels, name)
+        expected = function(*tensors, *more, shards=rank.shards, softcap=5.0)
+        ours = getattr(parallel, name)(*tensors, *more, rank.shards, softcap=5.0)
+        again = getattr(parallel, name)(*tensors, *more, shards=rank.shards, softcap=5.0)
+        assert type(ours) is type(expected)
+        for results in (ours, again):
+            assert torch.equal(stacked(results), stacked(expected))
 
 
 @check
@@ -542,6 +575,8 @@ def wrong_arguments_are_named(rank: Rank) -> None:
         ({"targets": outside}, ValueError, rf"targets: .*\[0, {V}\).*got {V} at position 4"),
         ({"weight": weight[:-1] if len(weight) > 1 else torch.cat([weight] * 2)}, ValueError,
          "weight: expected .* rows, as shards.sizes says of rank"),
+        ({"shards": rank.shards.sizes}, TypeError,
+         r"shards: expected agro_kernels.parallel.VocabularyShards or None, got tuple"),
         ({"weight": sharded}, TypeError, r"weight: .*got a DTensor; pass weight.to_local\(\)"),
         ({"weight": weight.double()}, TypeError, "weight: expected torch.float32 as hidden"),
         ({"kept_ids": kept}, ValueError, f"kept_ids: expected ids below {V}, got {V}"),
@@ -553,12 +588,12 @@ def wrong_arguments_are_named(rank: Rank) -> None:
     ]  # fmt: skip
     for changed, error, message in cases:
         with pytest.raises(error, match=message):
-            parallel.linear_logprobs(**{**arguments, **changed})
+            linear_logprobs(**{**arguments, **changed})
     coefficients = torch.ones(N)
     with pytest.raises(ValueError, match="coefficients: expected the shape"):
-        parallel.weighted_logprob_sum(**arguments, coefficients=coefficients[1:])
+        weighted_logprob_sum(**arguments, coefficients=coefficients[1:])
     with pytest.raises(ValueError, match="lse: expected the shape"):
-        parallel.weighted_logprob_sum(**arguments, coefficients=coefficients, lse=coefficients[1:])
+        weighted_logprob_sum(**arguments, coefficients=coefficients, lse=coefficients[1:])
 
 
 # --- The processes --------------------------------------------------------------------------------
@@ -625,9 +660,9 @@ def test_inside_compile_the_error_says_so() -> None:
     torch._dynamo.reset()
     inputs = head_inputs(N, D, V)
     shards = VocabularyShards((V,), 0)
-    compiled = torch.compile(parallel.linear_logprobs, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(linear_logprobs, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="expected a call outside torch.compile"):
-        compiled(inputs.hidden, inputs.weight, inputs.targets, shards)
+        compiled(inputs.hidden, inputs.weight, inputs.targets, shards=shards)
 
 
 def test_without_a_process_group_the_error_says_so() -> None:

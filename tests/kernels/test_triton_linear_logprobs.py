@@ -18,7 +18,7 @@ from agro_kernels import reference
 from agro_kernels import tiles as configs
 from agro_kernels._triton import gemm, head_gradients, launch
 from agro_kernels._triton import linear_logprobs as kernels
-from agro_kernels.head import Head
+from agro_kernels.head import Head, Upstream
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,8 +110,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) of the kernels for upstream (dlogprobs, dlse, dentropy)."""
     lse, entropy = forward(inputs, options)[1:] if statistics is None else statistics
-    head = inputs.head(**options)
-    return kernels.linear_logprobs_bwd(*upstream, head, lse, entropy, output_mask, weight_grad)
+    return kernels.linear_logprobs_bwd(
+        Upstream(*upstream, lse, entropy), inputs.head(**options), output_mask, weight_grad
+    )
 
 
 def truth_forward(inputs: HeadInputs, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
