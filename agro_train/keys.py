@@ -94,9 +94,9 @@ class Key:
 
     def check(self, value: Any) -> None:
         """Raises Refusal, in one sentence, for a value beyond the limits."""
-        if isinstance(value, float) and not math.isfinite(value):
-            if not (self.infinite and value == math.inf):
-                raise Refusal(f"{self.name}: expected a finite number, got {value}")
+        beyond = isinstance(value, float) and not math.isfinite(value)
+        if beyond and not (self.infinite and value == math.inf):
+            raise Refusal(f"{self.name}: expected a finite number, got {value}")
         if not self._allows(value):
             hint = f"; {self.hint}" if self.hint else ""
             raise Refusal(f"{self.name}: expected {self.limits}, got {value!r}{hint}")

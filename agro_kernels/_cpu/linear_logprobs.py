@@ -147,7 +147,7 @@ class _Gradients:
         )
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.weight_grad is not None and self.sums is not None:
-            if self.sums is not self.weight_grad:
-                self.weight_grad.copy_(self.sums)
+        buffer, sums = self.weight_grad, self.sums
+        if buffer is not None and sums is not None and sums is not buffer:
+            buffer.copy_(sums)
         return self.dhidden, self.dweight, self.dbias

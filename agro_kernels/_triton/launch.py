@@ -76,12 +76,12 @@ def gemm_arguments(config: configs.TileConfig, head: Head) -> dict[str, object]:
     (N, D), V = hidden.shape, weight.shape[0]
     if takes_aligned_rows(head) and not has_aligned_rows(hidden):
         hidden = hidden.clone(memory_format=torch.contiguous_format)
-    operands: dict[str, object] = dict(hidden=hidden, weight=weight)
+    operands: dict[str, object] = {"hidden": hidden, "weight": weight}
     if config.descriptors:
-        operands = dict(
-            hidden=TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d]),
-            weight=TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d]),
-        )
+        operands = {
+            "hidden": TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d]),
+            "weight": TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d]),
+        }
     return dict(
         **operands,
         bias_ptr=head.bias,

@@ -236,13 +236,13 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
     config = select_config("linear_logprobs_fwd", head)
     tiles_per_split, num_splits = configs.split_vocabulary(V, config)
     partials = hidden.new_empty((3 if with_entropy else 2, num_splits, N), dtype=torch.float32)
-    statistics = dict(
-        max_ptr=partials[0],
-        sum_ptr=partials[1],
-        moment_ptr=partials[2] if with_entropy else None,
+    statistics = {
+        "max_ptr": partials[0],
+        "sum_ptr": partials[1],
+        "moment_ptr": partials[2] if with_entropy else None,
         # No program finds a target outside the vocabulary: its logit and its logprob stay NaN.
-        target_logit_ptr=hidden.new_full((N,), float("nan"), dtype=torch.float32),
-    )
+        "target_logit_ptr": hidden.new_full((N,), float("nan"), dtype=torch.float32),
+    }
     with torch.cuda.device_of(hidden):
         linear_logprobs_fwd_kernel[(triton.cdiv(N, config.block_n) * num_splits,)](
             **statistics,

@@ -16,9 +16,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import torch  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
 
 Direction = Callable[[Tensor], Tensor]
 """(S, K) log-probabilities of the current policy to (S, K) what to add to its logits."""

@@ -177,9 +177,9 @@ class AGROConfig(RLOOConfig):  # type: ignore[misc]
 class AGROTrainer(RLOOTrainer):  # type: ignore[misc]
     """RLOOTrainer with AGRO's gradient. Arguments as RLOOTrainer, `args` an AGROConfig."""
 
-    _tag_names = ["trl", "agro"]
+    _tag_names = ["trl", "agro"]  # noqa: RUF012  (as TRL's trainers have it)
     _name = "AGRO"
-    _paper = {"title": "RL-finetuning LLMs from on- and off-policy data", "id": "2503.19612"}
+    _paper = {"title": "RL-finetuning LLMs from on- and off-policy data", "id": "2503.19612"}  # noqa: RUF012
 
     def __init__(
         self, model: Any, reward_funcs: Any, args: AGROConfig | None = None, **others: Any

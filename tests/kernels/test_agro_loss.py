@@ -195,7 +195,7 @@ def test_order_and_names_of_groups_do_not_matter(name: str) -> None:
 def test_taper_shrinks_only_what_lowers_a_probability() -> None:
     """By min(1, pi / mu) ** taper, row by row; the rows that are raised keep every bit."""
     batch = Batch()
-    rewards, logprobs, ref_logprobs, groups = batch.sums
+    _rewards, logprobs, _ref_logprobs, _groups = batch.sums
     plain = agro_coefficients(*batch.sums, beta=BETA).coefficients
     for taper in (0.5, 1.0, batch.row_taper):
         tapered = agro_coefficients(

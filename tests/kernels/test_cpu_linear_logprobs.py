@@ -194,7 +194,7 @@ def test_options_match_truth(
 
 def test_total_is_the_sum_of_the_terms(isa: str) -> None:
     inputs = head_inputs(37, 53, 301, bias=True, ignored=True)
-    logprobs, lse, _ = by_native(inputs)[:3]
+    _logprobs, lse, _ = by_native(inputs)[:3]
     truth = by_plain_torch(inputs, torch.float64)
     plain = by_plain_torch(inputs, torch.float32)
     c = inputs.coefficients.double()
@@ -479,7 +479,7 @@ def test_every_output_mask(isa: str, mask: list[int]) -> None:
     inputs = head_inputs(37, 53, 301, bias=True)
     head = inputs.head()
     asked = [bool(one) for one in mask]
-    logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
+    _logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
     everything = cpu.linear_logprobs_bwd(Upstream(*upstream(37), lse, entropy), head, ALL)
     some = cpu.linear_logprobs_bwd(Upstream(*upstream(37), lse, entropy), head, asked)
     for ours, expected, wanted in zip(some, everything, asked, strict=True):
@@ -701,7 +701,7 @@ def test_the_torch_path_serves_the_rest(why: str, monkeypatch: pytest.MonkeyPatc
         round_logits="bf16" if why == "rounded" else None,
         kept_ids=torch.full((7, 1), -1) if why == "kept" else None,
     )
-    logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
+    logprobs, lse, _entropy = cpu.linear_logprobs_fwd(head, True)
     ones = torch.ones_like(logprobs)
     gradients = cpu.linear_logprobs_bwd(Upstream(ones, None, None, lse, None), head, ALL)
     assert all(result.isfinite().all() for result in (logprobs, *gradients))

@@ -5,29 +5,14 @@ import sys
 
 import agro_kernels
 
-PUBLIC = {
-    "IGNORE_INDEX",
-    "POLICY_GRADIENT_FORMS",
-    "AgroCoefficients",
-    "AgroStats",
-    "LinearAgroLoss",
-    "LogprobHead",
-    "LogprobStats",
-    "LogprobsWithEntropy",
-    "agro_coefficients",
-    "agro_loss",
-    "linear_agro_loss",
-    "linear_logprobs",
-    "linear_logprobs_with_entropy",
-    "linear_logprobs_with_stats",
-    "next_tokens",
-    "pack_sequences",
-    "patch_model",
-    "policy_gradient_coefficients",
-    "reward_to_go_coefficients",
-    "selective_logprobs",
-    "weighted_logprob_sum",
-}
+PUBLIC = set(
+    """
+    IGNORE_INDEX POLICY_GRADIENT_FORMS AgroCoefficients AgroStats LinearAgroLoss LogprobHead
+    LogprobStats LogprobsWithEntropy agro_coefficients agro_loss linear_agro_loss linear_logprobs
+    linear_logprobs_with_entropy linear_logprobs_with_stats next_tokens pack_sequences patch_model
+    policy_gradient_coefficients reward_to_go_coefficients selective_logprobs weighted_logprob_sum
+    """.split()
+)
 
 
 def test_public_names() -> None:

@@ -15,7 +15,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("architecture, itemsize, tile", ROWS)
+@pytest.mark.parametrize(("architecture", "itemsize", "tile"), ROWS)
 def test_row_is_possible(architecture: str, itemsize: int, tile: configs.TileConfig) -> None:
     for block in (tile.block_n, tile.block_v, tile.block_d):
         assert block >= 16 and block & (block - 1) == 0  # tl.arange, and the smallest tl.dot
@@ -69,7 +69,7 @@ def test_unknown_architecture_gets_the_row_for_others() -> None:
 
 @pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 2048, 2049, 128256, 151936, 262144])
 @pytest.mark.parametrize(
-    "architecture, hidden_size", [("sm80", 4096), ("sm90", 576), ("sm90", 4096)]
+    ("architecture", "hidden_size"), [("sm80", 4096), ("sm90", 576), ("sm90", 4096)]
 )
 def test_splits_cover_the_vocabulary_and_none_is_empty(
     vocabulary: int, architecture: str, hidden_size: int

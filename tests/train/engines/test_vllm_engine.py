@@ -208,7 +208,7 @@ def test_policy_that_is_not_finite_is_no_match(engine: VllmEngine) -> None:
 
 
 @pytest.mark.parametrize(
-    "worse, message",
+    ("worse", "message"),
     [
         ({"logprobs": ()}, "expected tokens and as many log-probabilities, got 5 and 0"),
         ({"ids": (), "logprobs": ()}, "expected tokens .* got 0 and 0"),

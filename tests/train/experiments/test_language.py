@@ -351,7 +351,7 @@ def test_quick_run(figure: str, quick_folder: Path, capsys: pytest.CaptureFixtur
     assert list(quick_folder.glob(f"{figure}*.png")) and list(quick_folder.glob(f"{figure}*.csv"))
 
 
-@pytest.mark.parametrize("figure", (*FIGURES, "smollm2"))
+@pytest.mark.parametrize("figure", [*FIGURES, "smollm2"])
 def test_readme_has_the_tables_of_the_committed_runs_or_says_there_are_none(
     figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

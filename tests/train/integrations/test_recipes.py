@@ -37,7 +37,7 @@ def blocks(word: str, language: str = "python") -> str:
 
 def run(word: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
-    exec(compile(blocks(word), PAGE.name, "exec"), names)  # noqa: S102
+    exec(compile(blocks(word), PAGE.name, "exec"), names)
     return names
 
 

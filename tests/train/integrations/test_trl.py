@@ -495,7 +495,7 @@ def documented_losses() -> dict[str, Any]:
     page = (DOCS / "losses.md").read_text()
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
-        exec(compile(block, "docs/losses.md", "exec"), names)  # noqa: S102
+        exec(compile(block, "docs/losses.md", "exec"), names)
     return names
 
 
@@ -611,7 +611,7 @@ def test_the_pages_script_trains(
         script = script.replace(printed, ours)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(compile(script, "docs/trl.md", "exec"), names)  # noqa: S102
+    exec(compile(script, "docs/trl.md", "exec"), names)
     logs = [row for row in names["trainer"].state.log_history if "reward" in row]
     rewards = [row["reward"] for row in logs]
     assert len(rewards) == names["args"].max_steps

@@ -203,7 +203,7 @@ def test_full_disk_leaves_the_checkpoint_before(file: str, training: Training) -
     """The error says so whichever library met it, and nothing of the new one takes up room."""
     older = training.save(2)
     size = (older / file).stat().st_size
-    with pytest.raises(Exception) as caught, largest_file(size - 1):  # noqa: B017, PT011
+    with pytest.raises(Exception) as caught, largest_file(size - 1):  # noqa: PT011
         training.save(4)
     assert durable.no_room(caught.value) == os.strerror(errno.EFBIG)
     assert names(training.folder) == {"checkpoint-2", "latest_checkpoint"}

@@ -85,7 +85,7 @@ def test_new_built_in_reward_is_a_class_and_a_word_in_the_table(
 ) -> None:
     _, source = blocks("python")
     names: dict[str, Any] = {}
-    exec(compile(source, str(PAGE), "exec"), names)  # noqa: S102
+    exec(compile(source, str(PAGE), "exec"), names)
     monkeypatch.setitem(functions.BUILT_IN, "contains", names["ContainsReward"])
     config = TrainConfig(reward=["contains"])
     (part,) = rewards = load_rewards(config)

@@ -24,7 +24,7 @@ def completed(texts: Sequence[str], **columns: str) -> list[Rollout]:
 @pytest.fixture(scope="module")
 def math() -> Iterator[MathReward]:
     """With one worker for all tests, which takes a second to start."""
-    yield MathReward(Workers(math_worker.__name__, size=1, timeout_s=60.0))
+    return MathReward(Workers(math_worker.__name__, size=1, timeout_s=60.0))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_runs_that_differ_in_seed_and_names_are_one_curve(tmp_path: Path) -> Non
 
 
 def test_folders_name_curves_that_no_setting_tells_apart(tmp_path: Path) -> None:
-    many = dict(beta=0.1, steps=7, temperature=0.9, weight_decay=0.1)
+    many = {"beta": 0.1, "steps": 7, "temperature": 0.9, "weight_decay": 0.1}
     runs = [
         save_run(tmp_path / "plain", rewards(0.1)),
         save_run(tmp_path / "changed", rewards(0.1), **many),

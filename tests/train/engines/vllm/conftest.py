@@ -1,5 +1,6 @@
 """vLLM for real: in a process beside the tests, and as a server. `make test-vllm` runs these."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -74,9 +75,7 @@ def serve(
 
     yield start
     for process in started:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     log.close()
