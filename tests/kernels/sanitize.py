@@ -40,20 +40,25 @@ def preloaded() -> str | None:
     return " ".join(found) if os.path.isabs(found[0]) else None  # the bare name: there is none
 
 
+def build_library(folder: Path, **environment: str) -> Path:
+    """The library of csrc, built in `folder` with these variables set."""
+    build = [sys.executable, "setup.py", "-q", "build_ext"]
+    subprocess.run(
+        [*build, "--build-lib", folder, "--build-temp", folder],
+        cwd=ROOT,
+        env=os.environ | environment,
+        check=True,
+    )
+    return folder / "agro_kernels/_cpu/_native.so"
+
+
 def run(cases: int, seed: int) -> subprocess.CompletedProcess[str]:
     """The fuzzing process, ended; its output is in stdout."""
     preload = preloaded()
     if preload is None:
         raise SystemExit("the compiler has no libasan.so: install it, or set CXX to g++")
     with tempfile.TemporaryDirectory() as folder:
-        build = [sys.executable, "setup.py", "-q", "build_ext"]
-        subprocess.run(
-            [*build, "--build-lib", folder, "--build-temp", folder],
-            cwd=ROOT,
-            env=os.environ | {"CXXFLAGS": FLAGS},
-            check=True,
-        )
-        library = f"{folder}/agro_kernels/_cpu/_native.so"
+        library = build_library(Path(folder), CXXFLAGS=FLAGS)
         fuzz = [sys.executable, "-m", "tests.kernels.fuzz_linear_logprobs"]
         options = ["--cases", str(cases), "--seed", str(seed), "--library", library]
         return subprocess.run(

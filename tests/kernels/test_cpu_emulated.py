@@ -5,11 +5,9 @@ qemu-user`. An emulator proves the results, not the speed. On an ARM machine the
 CPU kernels run them natively.
 """
 
-import os
 import shutil
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels._cpu.linear_logprobs import DTYPES
+from tests.kernels.sanitize import build_library
 from tests.kernels.test_cpu_linear_logprobs import NAMES, SHAPES, by_plain_torch, upstream
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs
 
@@ -34,14 +33,7 @@ pytestmark = pytest.mark.skipif(
 def program(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command that runs call_native.cpp in the emulator, csrc linked to it."""
     folder = tmp_path_factory.mktemp("arm")
-    build = [sys.executable, "setup.py", "-q", "build_ext"]
-    subprocess.run(
-        [*build, "--build-lib", folder, "--build-temp", folder],
-        cwd=ROOT,
-        env=os.environ | {"CXX": COMPILER},
-        check=True,
-    )
-    library, binary = folder / "agro_kernels/_cpu/_native.so", folder / "call_native"
+    library, binary = build_library(folder, CXX=COMPILER), folder / "call_native"
     source = Path(__file__).with_name("call_native.cpp")
     subprocess.run(
         [COMPILER, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", source, library,
