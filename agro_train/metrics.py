@@ -24,8 +24,8 @@ def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -
     mean weighted by |coefficient|, each one's part of the gradient, in `weights`.
     """
     tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
-    demonstrated = proportion(rollouts, lambda r: r.source == "demonstration")
-    made = [(r, w) for r, w in zip(rollouts, weights, strict=True) if r.source != "demonstration"]
+    demonstrated = proportion(rollouts, lambda r: r.demonstrated)
+    made = [(r, w) for r, w in zip(rollouts, weights, strict=True) if not r.demonstrated]
     rollouts, weights = [r for r, _ in made], [w for _, w in made]
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     ended = [len(rollout.completion_ids) for rollout in rollouts if rollout.finish == "stop"]

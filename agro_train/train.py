@@ -100,7 +100,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
     ]
     metrics = {**describe(rollouts, step, stats.weights), **stats.metrics}
     if run.demonstrations:
-        kept = sum(rollout.source == "demonstration" for rollout in rollouts)
+        kept = sum(rollout.demonstrated for rollout in rollouts)
         metrics["sample/demonstrations_left_out"] = float(run.mix[step].fresh - kept)
     metrics["epoch"] = run.mix[step].first_fresh / len(run.questions.prompts)
     metrics["time_s"] = time.perf_counter() - began

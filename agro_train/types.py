@@ -63,6 +63,11 @@ class Rollout:
     sampling_logprobs: tuple[float, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def demonstrated(self) -> bool:
+        """Whether the dataset gave it, not some policy."""
+        return self.source == "demonstration"
+
 
 @dataclass(frozen=True)
 class MicroBatch:

@@ -157,6 +157,8 @@ def best_and_worst(rollouts: Sequence[Rollout], count: int) -> tuple[list[Rollou
     seen: Counter[tuple[str, float]] = Counter()
     ranked = []  # (reward, how many of its group had that reward before it, place)
     for place, rollout in enumerate(rollouts):
+        if rollout.demonstrated:
+            continue  # it says nothing of what the policy does
         if rollout.reward is not None and math.isfinite(rollout.reward):
             ranked.append((rollout.reward, seen[rollout.group, rollout.reward], place))
             seen[rollout.group, rollout.reward] += 1

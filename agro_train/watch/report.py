@@ -185,7 +185,7 @@ def completions(folder: RunFolder) -> dict[int, list[tuple[str, Rollout]]]:
     logs = folder.all_rollouts()
     shown = {}
     for step in evenly_spaced(list(logs), STEPS_SHOWN):
-        rollouts = read_rollouts(logs[step])
+        rollouts = [rollout for rollout in read_rollouts(logs[step]) if not rollout.demonstrated]
         best, worst = best_and_worst(rollouts, COMPLETIONS_SHOWN)
         groups = {"best": best, "worst": worst, "random": some(rollouts, COMPLETIONS_SHOWN)}
         shown[step] = [(word, rollout) for word, chosen in groups.items() for rollout in chosen]

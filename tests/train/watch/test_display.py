@@ -125,3 +125,6 @@ def test_best_and_worst_are_different_and_have_rewards() -> None:
     same = [rollout(group, [1], [2], 1.0) for group in "aab"]
     best, worst = best_and_worst(same, 2)
     assert [r.group for r in best] == ["a", "b"] and [r.group for r in worst] == ["a"]
+    with_an_answer = [replace(same[0], source="demonstration"), *same[1:]]
+    best, worst = best_and_worst(with_an_answer, 2)
+    assert [*best, *worst] == same[1:]
