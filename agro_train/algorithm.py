@@ -63,7 +63,7 @@ def try_algorithm(config: TrainConfig) -> None:
     """Raises Refusal for a user's function that cannot be found or returns something else.
 
     It is called with made-up scores of a step's shape, before there is a model: among them a
-    completion without a reward and a group whose rewards are all equal, which every long run meets.
+    completion without a reward, a group whose rewards are all equal, and one that is off-policy.
     """
     if config.algorithm in ALGORITHMS:
         return
@@ -72,14 +72,15 @@ def try_algorithm(config: TrainConfig) -> None:
     rewards, lengths = torch.rand(2, len(groups), generator=generator, dtype=torch.float64)
     rewards[groups == 0] = 1.0
     rewards[-1] = float("nan")
+    fresh = groups < max(1, config.prompts_per_step - 1)  # the last group is replayed
     scores = Scores(
         rewards=rewards,
         logprobs=-10 * lengths,
         ref_logprobs=-11 * lengths,
-        sampling_logprobs=torch.full_like(rewards, math.nan),
+        sampling_logprobs=(-12 * lengths).masked_fill(fresh, math.nan),
         lengths=torch.full_like(groups, 10),
         groups=groups,
-        on_policy=torch.ones(len(groups), dtype=torch.bool),
+        on_policy=fresh,
         entropy=torch.tensor(1.0, dtype=torch.float64),
         num_tokens=torch.tensor(10 * len(groups)),
     )

@@ -102,7 +102,10 @@ def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
                 f"{name}: expected only {', '.join(resumable)} with --resume, got {override}; "
                 "the rest continues as it began"
             )
-    return replace(load(path, overrides), output_dir=str(folder))
+    config = load(path, overrides)
+    if "off_policy_taper" not in _read_file(path):  # it began before there was a taper
+        config = replace(config, off_policy_taper=0.0)
+    return replace(config, output_dir=str(folder))
 
 
 def _read_file(source: Path) -> dict[Any, Any]:

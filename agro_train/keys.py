@@ -87,7 +87,7 @@ class Key:
     def _advice(self, given: Any) -> str:
         """What to write instead of a value that YAML takes for something else."""
         if self.kind is str and given is None:
-            return "; write '' for empty text"
+            return "; write \"''\" for empty text, with both kinds of quotes in a shell"
         if self.kind is str and isinstance(given, list | dict):
             return "; quote it for YAML, and the quotes for the shell"
         return "; write [] for none" if get_origin(self.kind) is list and given is None else ""
@@ -191,6 +191,8 @@ def _converted(given: Any, kind: Any) -> Any:
         return [_converted(part, of) for part in given]
     if given is None or isinstance(given, list | dict | bytes):
         raise TypeError
+    if given is False and "no" in get_args(kind):
+        return "no"  # YAML's word for false
     if kind is bool:
         word = str(given).lower()
         return word in TRUE if word in TRUE + FALSE else int(word) != 0

@@ -56,7 +56,7 @@ class Run:
     recorded: Recorded
     mix: list[Mix]  # of every step
     rewards: Rewards
-    demonstrations: Mapping[str, Rollout]  # worked answers by group; empty: none are learned from
+    demonstrations: Mapping[tuple[str, str], Rollout]  # by group and text; empty: none are used
     engine: Engine
     optimizer: torch.optim.Optimizer
     scheduler: Any

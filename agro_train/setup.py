@@ -352,9 +352,10 @@ def summarise(
     if unreadable:
         line += f"{unreadable} left out as their gold answer cannot be parsed, "
     line += f"{len(recorded.groups)} recorded groups"
+    against_sampler = config.off_policy_taper_against == "sampler"
     if recorded.num_unrewarded:
         line += f" with {recorded.num_unrewarded} completions without a reward"
-    if recorded.num_without_sampler and config.tapers:
+    if recorded.num_without_sampler and config.tapers and against_sampler:
         line += (
             f" ({recorded.num_without_sampler} completions without sampling_logprob: the "
             "reference's stands in)"

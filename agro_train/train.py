@@ -162,7 +162,10 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
 
 def demonstration(run: Run, prompt: Prompt) -> list[Rollout]:
     """The prompt's worked answer, if the run learns from those."""
-    return [run.demonstrations[prompt.group]] if run.demonstrations else []
+    if not run.demonstrations:
+        return []
+    found = run.demonstrations[prompt.group, prompt.columns[run.config.demonstrations]]
+    return [replace(found, columns=prompt.columns)]
 
 
 def replayed(run: Run, step: int) -> list[list[Rollout]]:

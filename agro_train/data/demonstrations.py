@@ -14,13 +14,19 @@ from agro_train.types import Prompt, Rollout
 
 def load_demonstrations(
     prompts: Sequence[Prompt], column: str, tokenizer: Any, context: int | None
-) -> dict[str, Rollout]:
-    """Each prompt's worked answer, ended as a completion is, by the prompt's group.
+) -> dict[tuple[str, str], Rollout]:
+    """The prompts' worked answers, ended as a completion is, by group and text: two rows may ask
+    the same with answers of their own.
 
     Args:
         column: of the dataset, with text in every row.
         context: tokens the model can read. None: unknown.
     """
+    if tokenizer.eos_token_id is None:
+        raise Refusal(
+            "demonstrations: expected a tokenizer with an end token, got none; a worked answer "
+            "cannot be ended without: set the tokenizer's eos_token"
+        )
     found = {}
     for prompt in prompts:
         text = prompt.columns.get(column)
@@ -38,7 +44,7 @@ def load_demonstrations(
                 f"demonstrations: expected prompt and worked answer of at most {context} tokens, "
                 f"the model's context, got {length} in {question}; leave the row out"
             )
-        found[prompt.group] = Rollout(
+        found[prompt.group, text] = Rollout(
             group=prompt.group,
             prompt=prompt.text,
             prompt_ids=prompt.ids,

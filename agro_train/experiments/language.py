@@ -124,7 +124,9 @@ def named_by(base: str) -> frozenset[str]:
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_text, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
 
 
 # --- Where runs start -----------------------------------------------------------------------------

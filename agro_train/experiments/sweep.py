@@ -84,20 +84,22 @@ class Sweep:
         return {one: known[one] for one in wanted}
 
     def _read_files(self) -> None:
+        # The defaults first: rows that already name what has changed since are left as they are.
+        path = self.defaults_path
+        then = json.loads(path.read_text()) if path.is_file() else None
         self.rows, self.start_rows = _read(self.curves_path), _read(self.starts_path)
         if self.rows:
-            self._name_changed_defaults()
+            self._name_changed_defaults(then)
 
-    def _name_changed_defaults(self) -> None:
+    def _name_changed_defaults(self, then: Mapping[str, object] | None) -> None:
         """A run keeps its name's meaning: where a default has changed since it was made, its
         settings name the one that it had, and a run with today's is another run."""
         path = self.defaults_path
-        if not path.is_file():
+        if then is None:
             raise Refusal(
                 f"output_dir: expected {path}, which says what the runs beside it had for the "
                 "settings that they do not name, got no such file; bring it, or give another folder"
             )
-        then: dict[str, object] = json.loads(path.read_text())
         now = json.loads(json.dumps(defaults()))
         if unsaid := sorted(now.keys() - then.keys()):
             raise Refusal(

@@ -39,7 +39,8 @@ def number_reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -
 def last_integer(text: str) -> str | None:
     _, mark, final = text.rpartition("####")
     # There a comma separates thousands; elsewhere it may separate anything.
-    found = re.findall(r"-?\d+", re.sub(r"(?<=\d),(?=\d{3})", "", final) if mark else text)
+    found = re.findall(r"-?\d+", re.sub(r"(?<=\d),(?=\d{3})", "", final)) if mark else []
+    found = found or re.findall(r"-?\d+", text)  # a heading of Markdown has the same mark
     return _digits(found[-1]) if found else None
 
 

@@ -12,7 +12,7 @@ from agro_train import config
 from agro_train.cli import main
 from agro_train.keys import Key, key, keys_of
 from agro_train.refusal import Refusal
-from agro_train.settings import KEYS
+from agro_train.settings import KEYS, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 NUMERIC = [one for one in KEYS.values() if one.kind in (int, float)]
@@ -62,7 +62,7 @@ def test_dry_run_prints_a_file_that_resolves_to_itself(
         ("beta=", "beta: expected a number, got nothing"),
         ("beta=[1", "beta: expected a value as YAML has it, got beta=[1: "),
         ("fsdp=maybe", "fsdp: expected true or false, got 'maybe'"),
-        ("eval_data=", "eval_data: expected text, got nothing; write '' for empty text"),
+        ("eval_data=", "eval_data: expected text, got nothing; write \"''\" for empty text"),
         (
             "prompt_template={prompt}",
             "prompt_template: expected text, got {'prompt': None}; q",
@@ -322,3 +322,17 @@ def test_key_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("1: 2\n")
     with pytest.raises(Refusal, match="^1: expected one of the known keys"):
         config.load(tmp_path / "run.yaml")
+
+
+def test_no_is_a_word_where_it_is_a_choice() -> None:
+    """YAML reads it as false."""
+    assert config.load(None, ["mixed_precision=no"]).mixed_precision == "no"
+
+
+def test_a_run_from_before_the_taper_goes_on_without_it(tmp_path: Path) -> None:
+    today = TrainConfig().to_yaml()
+    (tmp_path / "config.yaml").write_text(today)
+    assert config.load_resumed(tmp_path).off_policy_taper == 1.0
+    lines = [line for line in today.splitlines() if not line.startswith("off_policy")]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    assert config.load_resumed(tmp_path).off_policy_taper == 0.0

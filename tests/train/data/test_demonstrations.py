@@ -29,6 +29,22 @@ def test_worked_answer_is_ended_like_a_completion() -> None:
     assert found.sampling_logprob is None and found.columns["answer"] == "3"
 
 
+def test_rows_that_ask_the_same_keep_answers_of_their_own() -> None:
+    asked = [prompt("1+2=", solution=text, answer="3") for text in ("1+2=3", "2+1=3")]
+    found = load_demonstrations(asked, "solution", TOKENIZER, 128)
+    assert [found[one.group, one.columns["solution"]].completion for one in asked] == [
+        "1+2=3",
+        "2+1=3",
+    ]
+
+
+def test_tokenizer_without_an_end_token_is_refused() -> None:
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(Refusal, match="demonstrations: expected a tokenizer with an end token"):
+        load_demonstrations([prompt("1+2=", solution="3")], "solution", tokenizer, 128)
+
+
 @pytest.mark.parametrize("row", [{}, {"solution": None}, {"solution": 3}, {"solution": " "}])
 def test_row_without_a_worked_answer_is_refused(row: dict[str, object]) -> None:
     good = prompt("1+2=", solution="3")

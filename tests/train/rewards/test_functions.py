@@ -24,6 +24,7 @@ def test_number_is_the_last_integer() -> None:
 def test_number_knows_gsm8ks_form_on_either_side() -> None:
     gold = "Half of 2,000 is 2000/2 = <<2000/2=1000>>1000.\n#### 1,000"
     completions = ["#### 1000", "so 1000", "1,5 and then\n#### 1,000\n", gold, "#### 1", "####"]
+    assert number_reward(["x = 42\n#### Done"], ["42"]) == [1.0]
     assert number_reward(completions, [gold] * 6) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
     check_columns("number", [Prompt("g", "q", (1,), {"answer": gold})])
     with pytest.raises(Refusal, match="in column answer"):
