@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from agro_train.keys import as_markdown, unknown
 from agro_train.refusal import Refusal
+from agro_train.run_folder import RunFolder
 from agro_train.settings import KEYS, TrainConfig
 
 __all__ = ["TrainConfig", "find", "from_arguments", "load", "load_resumed", "page", "shipped"]
@@ -85,7 +86,7 @@ def from_arguments(words: Sequence[str]) -> TrainConfig:
 
 def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration of the run in `folder`, with only what may change in mid-run overridden."""
-    path = folder / "config.yaml"
+    path = RunFolder(folder).config
     if not path.is_file():
         raise Refusal(
             f"--resume: expected the folder of a run, got {str(folder)!r}; it has no config.yaml"

@@ -205,7 +205,7 @@ def base_source(config: TrainConfig, start: Start) -> str:
     """Where the weights that the run began with are: a resumed run has kept the embedded model's,
     which its warm start made."""
     if config.model == "tiny" and start.checkpoint is not None:
-        return str(start.checkpoint.parent / "base_model")
+        return str(RunFolder(start.checkpoint.parent).base_model)
     return config.model
 
 
@@ -322,9 +322,9 @@ def open_folder(
     else:
         folder.create(config.to_yaml())
         if warm_start is not None:
-            warm_start.model.save_pretrained(folder.path / "base_model")
-            tokenizer.save_pretrained(folder.path / "base_model")
-            durable.sync_tree(folder.path / "base_model")
+            warm_start.model.save_pretrained(folder.base_model)
+            tokenizer.save_pretrained(folder.base_model)
+            durable.sync_tree(folder.base_model)
     run_id = record_start(folder.path, start.step, accelerator, resumed=resume)
     start_trackers(accelerator, config, folder.path, run_id, start.step)
 

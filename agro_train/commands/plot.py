@@ -4,6 +4,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from agro_train.refusal import Refusal
+from agro_train.run_folder import RunFolder
 from agro_train.watch.plots import plot_comparison, plot_run
 
 DESCRIPTION = (
@@ -34,7 +35,7 @@ def run(options: Namespace) -> int:
 
 def check_run(folder: Path, command: str) -> None:
     """Raises Refusal where the folder has no record of a run."""
-    if not (folder / "metrics.jsonl").is_file():
+    if not RunFolder(folder).metrics.is_file():
         raise Refusal(
             f"{command}: expected the folder of a run, got {str(folder)!r}; it has no metrics"
         )

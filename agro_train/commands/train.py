@@ -9,6 +9,7 @@ from agro_train import config as configuration
 from agro_train.durable import no_room
 from agro_train.keys import as_text
 from agro_train.refusal import Refusal
+from agro_train.run_folder import RunFolder
 from agro_train.settings import KEYS
 
 DESCRIPTION = (
@@ -84,7 +85,7 @@ def _refusal(error: Exception, folder: str) -> Refusal:
     reason = no_room(error)
     if reason is None:
         raise error
-    started = (Path(folder) / "config.yaml").is_file()
+    started = RunFolder(Path(folder)).config.is_file()
     return Refusal(
         f"output_dir: expected room to write to {folder!r}, got {reason!r}; what was saved before "
         f"is whole: make room and {f'go on with --resume {folder}' if started else 'start again'}"
