@@ -351,8 +351,8 @@ def test_resume_refuses_what_the_checkpoint_decides(
 
 def test_completions_are_text_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     nasty = replace(rollout("g", [1], [2], 1.0), completion="[/asy] [red]x")
-    row = {"group": "g", "temperature": 0.0, "completion": "[asy]", "reward": 0.0}
-    Display(0, 1).before_and_after([row], [nasty])
+    before = replace(rollout("g", [1], [2], 0.0), completion="[asy]", temperature=0.0)
+    Display(0, 1).before_and_after([before], [nasty])
     printed = capsys.readouterr().out
     assert "[/asy] [red]x" in printed and "[asy]" in printed
 
