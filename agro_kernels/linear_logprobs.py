@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.head import IGNORE_INDEX as IGNORE_INDEX
-from agro_kernels.head import Head, HeadOptions, Shards, check_names
+from agro_kernels.head import IGNORE_INDEX, Head, HeadOptions, Shards, check_names
 from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
 
