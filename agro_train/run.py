@@ -13,6 +13,7 @@ from agro_train.config import TrainConfig
 from agro_train.data.mix import Mix
 from agro_train.data.recorded import Recorded
 from agro_train.engines.engine import Engine
+from agro_train.fresh import FreshGroups
 from agro_train.questions import Questions
 from agro_train.ranks import Ranks
 from agro_train.rewards.functions import Rewards
@@ -58,6 +59,7 @@ class Run:
     rewards: Rewards
     demonstrations: Mapping[tuple[str, str], Rollout]  # by group and text; empty: none are used
     engine: Engine
+    fresh: FreshGroups
     optimizer: torch.optim.Optimizer
     scheduler: Any
     summary: str

@@ -162,6 +162,12 @@ class TrainConfig:
     )
     temperature: float = key(1.0, "of the policy that is sampled and trained", above=0)
     max_completion_length: int = key(64, "tokens", least=1)
+    max_staleness: int = key(
+        0,
+        "updates that may be made between sampling a group and learning from it; above 0, groups "
+        "are sampled beside the updates",
+        least=0,
+    )
     generation_batch_size: int = key(64, "sequences generated at once, per rank", least=1)
     token_budget: int = key(1024, "tokens per micro-batch", least=1)
     share_prompts: bool = key(
@@ -257,6 +263,7 @@ class TrainConfig:
         self._check_adapter()
         self._check_shares()
         self._check_algorithm()
+        self._check_staleness()
         if self.demonstrations and self.offline:
             raise Refusal(
                 "demonstrations: expected some groups to be fresh, got recorded ones alone; worked "
@@ -271,6 +278,21 @@ class TrainConfig:
             raise Refusal(
                 "share_prompts: expected false with attn_implementation=flash_attention_2, "
                 "got true; its variable-length kernels know no shared prefix"
+            )
+
+    def _check_staleness(self) -> None:
+        if not self.max_staleness:
+            return
+        if self.offline:
+            raise Refusal(
+                f"max_staleness: expected 0 where every group is recorded, got {self.max_staleness}"
+                "; there is nothing to sample ahead"
+            )
+        if self.lr_weight:
+            raise Refusal(
+                f"lr_weight: expected 0 with max_staleness={self.max_staleness}, got "
+                f"{self.lr_weight}; the likelihood-ratio term holds only for samples of the "
+                "current policy, and these are older"
             )
 
     def _check_adapter(self) -> None:

@@ -1,12 +1,13 @@
 """Puts a run together: everything is loaded and checked before the output folder is touched."""
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,9 @@ from agro_train.data.demonstrations import load_demonstrations
 from agro_train.data.mix import Mix, in_recorded_order, plan
 from agro_train.data.recorded import Recorded, load_recorded
 from agro_train.engines.engine import Engine
+from agro_train.engines.process_engine import ProcessEngine
 from agro_train.engines.transformers_engine import TransformersEngine
+from agro_train.fresh import Ahead, FreshGroups, Group, InStep, Questioner, groups_of_json
 from agro_train.policy import checkpoint
 from agro_train.policy.adapter import AdapterOff, add_adapter
 from agro_train.policy.load import (
@@ -45,6 +48,9 @@ from agro_train.run import Models, Run, Start
 from agro_train.run_folder import RunFolder
 from agro_train.watch.environment import record_start
 from agro_train.watch.trackers import check_trackers, start_trackers
+
+if TYPE_CHECKING:
+    from agro_train.engines.vllm_engine import VllmEngine
 
 # How long ranks wait in a collective. The main one alone checks and writes checkpoints, which takes
 # longer than NCCL's 10 minutes where the model is large and the disk slow.
@@ -99,7 +105,8 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
 
     models, warm_start = load_models(config, source, tokenizer, start, accelerator)
     optimizer, scheduler = make_optimizer(config, models.policy, start)
-    engine = start_engine(config, models, questions, accelerator)
+    ask = Questioner(config, questions.prompts, mix, ranks, rewards, demonstrations)
+    engine, fresh = start_engine(config, models, questions, accelerator, ask, start)
     recorded = with_known_references(config, recorded, models, accelerator)
     open_folder(config, folder, start, tokenizer, warm_start, accelerator, resume=resume)
     return Run(
@@ -114,6 +121,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         rewards=rewards,
         demonstrations=demonstrations,
         engine=engine,
+        fresh=fresh,
         optimizer=optimizer,
         scheduler=scheduler,
         summary=summarise(config, models, questions, recorded, accelerator, precision, warm_start),
@@ -268,17 +276,43 @@ def make_optimizer(
 
 
 def start_engine(
-    config: TrainConfig, models: Models, questions: Questions, accelerator: Accelerator
-) -> Engine:
-    """What samples completions: vLLM, or transformers."""
-    ends = models.end_tokens
+    config: TrainConfig,
+    models: Models,
+    questions: Questions,
+    accelerator: Accelerator,
+    ask: Questioner,
+    start: Start,
+) -> tuple[Engine, FreshGroups]:
+    """What samples completions, vLLM or transformers, and who has it sample the fresh groups."""
+    policy, tokenizer, ends = models.policy, models.tokenizer, models.end_tokens
+    vllm: VllmEngine | None = None
     if config.use_vllm:
-        from agro_train.engines.vllm_engine import start  # without vLLM there is nothing to import
+        from agro_train.engines import vllm_engine  # without vLLM there is nothing to import
 
         longest = questions.longest
-        return start(config, models.policy, accelerator, models.tokenizer, ends, longest)
-    lend = partial(with_gathered_model, models.policy, accelerator)
-    return TransformersEngine(lend, models.tokenizer, ends, config)
+        vllm = vllm_engine.start(config, policy, accelerator, tokenizer, ends, longest)
+    if config.max_staleness:
+        beside = vllm or ProcessEngine(policy, accelerator, tokenizer, ends, config)
+        ahead = Ahead(ask, beside, start.step, groups_in_flight(start, ask))
+        return ahead, ahead
+    engine: Engine = vllm or TransformersEngine(
+        partial(with_gathered_model, policy, accelerator), tokenizer, ends, config
+    )
+    return engine, InStep(ask, engine)
+
+
+def groups_in_flight(start: Start, ask: Questioner) -> list[Group]:
+    """This rank's part of what the checkpoint holds of the steps to come: of each such step all its
+    groups, or none where the engine ended before they were there."""
+    path = None if start.checkpoint is None else start.checkpoint / checkpoint.AHEAD
+    if path is None or not path.is_file():
+        return []
+    groups = list(groups_of_json(path.read_text()))
+    count = Counter(group.step for group in groups)
+    last = start.step
+    while last in count and count[last] == ask.mix[last].fresh:
+        last += 1
+    return [g for g in groups if g.step < last and g.number in ask.numbers(g.step)]
 
 
 def with_known_references(

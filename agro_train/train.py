@@ -11,13 +11,13 @@ from agro_train.data.mix import in_recorded_order, replayed_groups
 from agro_train.data.recorded import read_rollouts, sampling_logprob, write_rollouts
 from agro_train.engines.engine import BrokenEngine
 from agro_train.evaluate import Evaluation, evaluate, passes, summarise
+from agro_train.fresh import groups_to_json
 from agro_train.metrics import describe, peak_memory_gb
 from agro_train.policy import checkpoint
-from agro_train.rewards.functions import refuse_broken, score
+from agro_train.rewards.functions import refuse_broken
 from agro_train.run import Run
-from agro_train.seeds import derive_seed, shuffled
 from agro_train.step import update
-from agro_train.types import Prompt, Rollout
+from agro_train.types import Rollout
 from agro_train.watch.display import Display
 from agro_train.watch.plots import plot_run
 from agro_train.watch.report import write_report
@@ -49,6 +49,8 @@ def train(run: Run) -> Path:
                 last = step + 1 == config.steps
                 if last or due(config.eval_every, step + 1):
                     evaluation = run_evaluation(run, step + 1, display)
+                if not last:
+                    run.fresh.advance(step + 1)
                 if last or due(config.save_every, step + 1):
                     save(run, step + 1)
                     saved = taken
@@ -56,6 +58,8 @@ def train(run: Run) -> Path:
             if taken > saved:  # what was learned is not lost with the engine
                 save(run, taken)
             raise
+        finally:
+            run.fresh.close()
         if run.main:
             plot_run(run.folder.path)
             write_report(run.folder.path)
@@ -98,7 +102,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
         else rollout
         for rollout, logprob in zip(gather_object(rollouts), stats.logprobs, strict=True)
     ]
-    metrics = {**describe(rollouts, step, stats.weights), **stats.metrics}
+    metrics = {**describe(rollouts, step, stats.weights), **stats.metrics, **run.fresh.metrics()}
     if run.demonstrations:
         kept = sum(rollout.demonstrated for rollout in rollouts)
         metrics["sample/demonstrations_left_out"] = float(run.mix[step].fresh - kept)
@@ -112,60 +116,32 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
 
 def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
     """This rank's rollouts with rewards, the number of each one's group within the step over all
-    ranks, and which of them the policy sampled just now.
+    ranks, and which of them are samples of the policy as it is now.
 
     The step's groups are numbered through: fresh ones, then replayed ones, then recorded ones.
     """
     config, mix = run.config, run.mix[step]
-    prompts = shuffled(run.questions.prompts, mix.first_fresh, mix.fresh, config.seed)
-    numbers = range(config.prompts_per_step)[run.ranks.rank_slice]
-    mine = [number for number in numbers if number < mix.fresh]
     rollouts: list[Rollout] = []
     # A prompt that comes twice in a step makes two groups: their numbers differ.
     groups: list[int] = []
-    if mix.fresh:
-        sampled = run.engine.complete(
-            [prompts[number] for number in mine],
-            seeds=[derive_seed(config.seed, "generate", step, number) for number in mine],
-            num_generations=config.num_generations,
-            temperature=config.temperature,
-            step=step,
-        )
-        size = config.num_generations
-        members = [
-            (number, rollout)
-            for place, number in enumerate(mine)
-            for rollout in (
-                *sampled[place * size : (place + 1) * size],
-                *demonstration(run, prompts[number]),
-            )
-        ]
-        scored = score([rollout for _, rollout in members], run.rewards)
-        if step == run.start.step:
-            # All ranks' at once: one that stopped alone would leave the others waiting.
-            refuse_broken(gather_object(scored))
-        for (number, _), rollout in zip(members, scored, strict=True):
-            # A worked answer that the reward does not call right would teach the wrong thing.
-            if rollout.source == "fresh" or passes(rollout):
-                rollouts.append(rollout)
-                groups.append(number)
-    on_policy = [rollout.source == "fresh" for rollout in rollouts]
+    fresh = run.fresh.take(step)
+    if mix.fresh and step == run.start.step:
+        # All ranks' at once: one that stopped alone would leave the others waiting.
+        refuse_broken(gather_object([r for group in fresh for r in group.rollouts]))
+    for group in fresh:
+        # A worked answer that the reward does not call right would teach the wrong thing.
+        kept = [r for r in group.rollouts if r.source == "fresh" or passes(r)]
+        rollouts += kept
+        groups += [group.number] * len(kept)
+    on_policy = [rollout.source == "fresh" and rollout.step == step for rollout in rollouts]
     known = [*replayed(run, step), *recorded(run, step)]
-    for number in numbers:
+    for number in range(config.prompts_per_step)[run.ranks.rank_slice]:
         if number >= mix.fresh:
-            group = known[number - mix.fresh]
-            rollouts += group
-            groups += [number] * len(group)
-            on_policy += [False] * len(group)
+            known_group = known[number - mix.fresh]
+            rollouts += known_group
+            groups += [number] * len(known_group)
+            on_policy += [False] * len(known_group)
     return rollouts, groups, on_policy
-
-
-def demonstration(run: Run, prompt: Prompt) -> list[Rollout]:
-    """The prompt's worked answer, if the run learns from those."""
-    if not run.demonstrations:
-        return []
-    found = run.demonstrations[prompt.group, prompt.columns[run.config.demonstrations]]
-    return [replace(found, columns=prompt.columns)]
 
 
 def replayed(run: Run, step: int) -> list[list[Rollout]]:
@@ -214,6 +190,7 @@ def save(run: Run, step: int) -> None:
         run.models.tokenizer,
         run.optimizer,
         run.scheduler,
+        ahead=groups_to_json(run.ranks.gather(run.fresh.in_flight(step))),
         keep=run.config.save_total_limit,
         main=run.main,
     )

@@ -43,7 +43,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"data"},
         {"policy", "rewards", "watch"},
         {"engines"},
-        {"algorithm", "evaluate", "questions"},
+        {"algorithm", "evaluate", "fresh", "questions"},
         {"metrics", "run"},
         {"step"},
         {"setup", "train"},

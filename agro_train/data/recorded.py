@@ -91,17 +91,13 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
 
 def read_rollouts(path: Path) -> list[Rollout]:
     """A log that the run itself wrote, as it was."""
-    rollouts = [Rollout(**row) for row in read_jsonl(path)]
-    return [
-        Rollout(
-            **{
-                **vars(rollout),
-                "prompt_ids": tuple(rollout.prompt_ids),
-                "completion_ids": tuple(rollout.completion_ids),
-            }
-        )
-        for rollout in rollouts
-    ]
+    return [rollout_of(row) for row in read_jsonl(path)]
+
+
+def rollout_of(row: dict[str, Any]) -> Rollout:
+    """What `vars` of a rollout was before it went through JSON."""
+    ids = {name: tuple(row[name]) for name in ("prompt_ids", "completion_ids")}
+    return Rollout(**{**row, **ids})
 
 
 def load_recorded(

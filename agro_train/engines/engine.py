@@ -1,7 +1,11 @@
 """What an engine is: prompts in, completions out. Where a new engine starts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed
@@ -34,6 +38,42 @@ class Engine(Protocol):
                 that temperature (no top-k, no top-p), the distribution that the trainer scores.
             step: how many steps the policy's weights have taken. None: they never change.
         """
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The policy's weights after `step` steps, on their way to an engine that works beside it."""
+
+    step: int
+    files: tuple[Path, ...] = ()  # of safetensors; the engine deletes them once it has read them
+    # (n,) float64, nats: what the policy gives the tokens that show whether the weights arrived.
+    probe_logprobs: Tensor | None = None
+
+
+class EngineAhead(Protocol):
+    """An engine that samples while the policy is trained. `load` and `sample` are called in one
+    thread, in an order that is the same on all ranks; `snapshot` in the trainer's."""
+
+    def snapshot(self, step: int) -> Snapshot:
+        """A copy of the policy's weights. Every rank calls it, for sharded ones are gathered."""
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Takes the weights, and makes sure of it. Every rank calls it. Raises BrokenEngine."""
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seeds: Sequence[int],
+        num_generations: int,
+        temperature: float,
+        step: int | None,
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """The prompts' places and their completions, as they come; otherwise as
+        `Engine.complete`. Each with its log-probabilities under the weights that sampled it."""
+
+    def close(self) -> None:
+        """Ends the engine, whatever it is doing, if it is the run's own."""
 
 
 def completion_seed(prompt_seed: int, number: int) -> int:

@@ -34,6 +34,7 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_p
 ONTO_DEVICES = replace(WHOLE, cpu_offload=False)
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
+AHEAD = "ahead.jsonl"  # groups that earlier policies have sampled for steps to come
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ def save(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     *,
+    ahead: str = "",
     keep: int,
     main: bool,
 ) -> None:
     """Writes folder/checkpoint-N and then deletes the oldest beyond `keep`.
 
     Every rank must call it: sharded tensors are gathered to the main one, which alone writes.
+
+    Args:
+        ahead: what the file AHEAD is to hold; empty: there is none.
     """
     state_dict, moments = get_state_dict(policy, optimizer, options=WHOLE)
     if not main:
@@ -79,6 +84,8 @@ def save(
         # A file of Python's: what the system says of a write that fails is then in the error.
         with (partial / OPTIMIZER).open("wb") as file:
             torch.save({"optimizer": moments, "scheduler": scheduler.state_dict()}, file)
+        if ahead:
+            (partial / AHEAD).write_text(ahead)
         files = {
             str(path.relative_to(partial)): (path.stat().st_size, checksum(path))
             for path in sorted(partial.rglob("*"))

@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import deque
@@ -105,7 +106,8 @@ class Workers:
         self.start_s, self.advice = start_s, advice
         self._workers: list[_Worker] = []
         self._idle_deaths = 0
-        weakref.finalize(self, _kill_all, self._workers)
+        self._in_use = threading.Lock()  # scoring has a thread of its own beside an evaluation's
+        self.close = weakref.finalize(self, _kill_all, self._workers)
 
     def start(self) -> None:
         """Starts a worker now, so that it is known whether it can. Raises CannotStart."""
@@ -116,7 +118,12 @@ class Workers:
                 self._has_started(worker, line)
 
     def map(self, jobs: Sequence[Any]) -> list[Any | NoResult]:
-        """The jobs' results in their order, or why there is none. Raises CannotStart."""
+        """The jobs' results in their order, or why there is none. Raises CannotStart. A second
+        thread waits for the first."""
+        with self._in_use:
+            return self._map(jobs)
+
+    def _map(self, jobs: Sequence[Any]) -> list[Any | NoResult]:
         results: list[Any | NoResult] = [None] * len(jobs)
         waiting = deque(range(len(jobs)))
         self._idle_deaths = 0

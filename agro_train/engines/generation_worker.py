@@ -1,0 +1,112 @@
+"""The program that samples beside a run, `python -m THIS_MODULE TIMEOUT_S FOLDER DEVICE THREADS`.
+
+FOLDER holds the run's config.yaml, and the model's configuration and tokenizer. A job is `{"load":
+[files]}`, or prompts with what `Generator.complete` takes: the answer is then, prompt after prompt,
+`[[ids, logprobs or null]]` of its completions.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from agro_train import config as configuration
+from agro_train.config import TrainConfig
+from agro_train.data.batch import pack
+from agro_train.engines.transformers_engine import generate
+from agro_train.policy.load import end_tokens, prepare, set_matmul_precision
+from agro_train.policy.policy import Policy
+from agro_train.rewards.worker_main import serve
+from agro_train.types import Prompt, Rollout
+
+SETTINGS = "config.yaml"
+
+
+def start(folder: Path, device: str, threads: int) -> Callable[[dict[str, Any]], Any]:
+    torch.set_num_threads(threads)
+    config = configuration.load(folder / SETTINGS, [])
+    set_matmul_precision(config.matmul_precision)
+    shape = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(
+        shape,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    ).to(device)
+    prepare(model, config)
+    return Generator(model, AutoTokenizer.from_pretrained(folder), config).work
+
+
+class Generator:
+    """The model, which has no weights before the first job of loading them."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: TrainConfig) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.policy = Policy(model)
+        self.end_tokens = end_tokens(model, tokenizer)
+        self.loaded = False
+
+    def work(self, job: dict[str, Any]) -> Any:
+        if "load" in job:
+            return self.load(job["load"])
+        assert self.loaded, "weights come first"
+        low = self.config.mixed_precision == "bf16"
+        device = self.model.device
+        with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
+            return self.complete(**job)
+
+    def load(self, files: list[str]) -> list[str]:
+        """The names of the parameters that no file had."""
+        left = dict(self.model.named_parameters())
+        for file in files:
+            for name, weight in load_file(file).items():
+                left.pop(name).data.copy_(weight)
+        self.loaded = True
+        return list(left)
+
+    def complete(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        num_generations: int,
+        temperature: float,
+    ) -> list[list[tuple[tuple[int, ...], list[float] | None]]]:
+        rollouts = generate(
+            self.model,
+            self.tokenizer,
+            [Prompt("", "", tuple(ids), {}) for ids in prompts],
+            seeds=seeds,
+            num_generations=num_generations,
+            temperature=temperature,
+            max_completion_length=self.config.max_completion_length,
+            batch_size=self.config.generation_batch_size,
+            end_tokens=self.end_tokens,
+        )
+        logprobs = self.logprobs(rollouts) if temperature else [None] * len(rollouts)
+        pairs = [(r.completion_ids, p) for r, p in zip(rollouts, logprobs, strict=True)]
+        size = num_generations
+        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+    def logprobs(self, rollouts: list[Rollout]) -> list[list[float] | None]:
+        """Of each completion's tokens, nats, at the temperature of the run: by the head that the
+        trainer scores with."""
+        found: list[list[float] | None] = [None] * len(rollouts)
+        config = self.config
+        with torch.no_grad():
+            for micro in pack(
+                rollouts, token_budget=config.token_budget, share_prompts=config.share_prompts
+            ):
+                stats = self.policy(micro.to(self.model.device), config.temperature)
+                parts = stats.logprobs.float().cpu().split(micro.cu_seqlens.diff().tolist())
+                for row, part in zip(micro.rows.tolist(), parts, strict=True):
+                    found[row] = part.tolist()
+        return found
+
+
+if __name__ == "__main__":
+    _, timeout_s, folder, device, threads = sys.argv
+    serve(lambda: start(Path(folder), device, int(threads)), timeout_s=float(timeout_s))

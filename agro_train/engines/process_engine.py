@@ -1,0 +1,137 @@
+"""transformers' `generate` in a process of its own, which samples while the policy is trained."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from agro_train.config import TrainConfig
+from agro_train.engines import generation_worker
+from agro_train.engines.engine import BrokenEngine, Snapshot, cut
+from agro_train.engines.vllm_client import MEMORY
+from agro_train.policy.adapter import merged_weights
+from agro_train.policy.policy import unwrap
+from agro_train.rewards.workers import NoResult, Workers
+from agro_train.types import Prompt, Rollout
+
+LONGEST_S = 6 * 3600.0  # that a step's completions may take
+FILE_BYTES = 1 << 30  # a file of weights is full once it has this many
+
+
+class ProcessEngine:
+    """An `EngineAhead`. Every rank has a process of its own, with the rank's number of threads and
+    on its device.
+
+    Weights lie in memory on their way (/dev/shm, where the system has it): with `max_staleness` k
+    up to k copies of the model.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        accelerator: Any,
+        tokenizer: Any,
+        end_tokens: set[int],
+        config: TrainConfig,
+    ) -> None:
+        self.policy, self.tokenizer, self.end_tokens = policy, tokenizer, end_tokens
+        where = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None
+        self.folder = tempfile.TemporaryDirectory(prefix="agro-", dir=where)
+        path = Path(self.folder.name)
+        unwrap(policy).model.config.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        (path / generation_worker.SETTINGS).write_text(config.to_yaml())
+        self.workers = Workers(
+            generation_worker.__name__,
+            str(path),
+            str(accelerator.device),
+            str(torch.get_num_threads()),
+            size=1,
+            timeout_s=LONGEST_S,
+            advice="its own messages above say more",
+        )
+        self.workers.start()
+
+    def snapshot(self, step: int) -> Snapshot:
+        folder = Path(self.folder.name) / f"step-{step}"
+        folder.mkdir()
+        weights = merged_weights(unwrap(self.policy).model)
+        try:
+            return Snapshot(step, tuple(write_weights(weights, folder)))
+        except OSError as error:
+            raise BrokenEngine(
+                f"max_staleness: expected room for a copy of the weights in {folder}, got {error}; "
+                "make room there, or set max_staleness=0"
+            ) from error
+
+    def load(self, snapshot: Snapshot) -> None:
+        missing = self._job({"load": [str(file) for file in snapshot.files]})
+        assert not missing, f"the sampling process has other weights: {missing[0]}"
+        for file in snapshot.files:
+            file.unlink()
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seeds: Sequence[int],
+        num_generations: int,
+        temperature: float,
+        step: int | None,
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        groups = self._job(
+            {
+                "prompts": [prompt.ids for prompt in prompts],
+                "seeds": list(seeds),
+                "num_generations": num_generations,
+                "temperature": temperature,
+            }
+        )
+        for place, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
+            yield (
+                place,
+                [
+                    cut(prompt, ids, self.tokenizer, self.end_tokens, temperature, step, logprobs)
+                    for ids, logprobs in group
+                ],
+            )
+
+    def close(self) -> None:
+        self.workers.close()
+        self.folder.cleanup()
+
+    def _job(self, job: dict[str, Any]) -> Any:
+        (result,) = self.workers.map([job])
+        if isinstance(result, NoResult):
+            how = "took too long" if result is NoResult.TIMED_OUT else "ended"
+            raise BrokenEngine(
+                f"max_staleness: expected completions of the process that samples, got one that "
+                f"{how}; its own messages above say more (the system ends the largest process when "
+                "memory runs out); go on with --resume"
+            )
+        return result
+
+
+def write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path) -> Iterator[Path]:
+    """safetensors files of FILE_BYTES and a tensor at most."""
+    held: dict[str, Tensor] = {}
+    number = 0
+
+    def write() -> Path:
+        path = folder / f"weights-{number}.safetensors"
+        save_file(held, path)
+        held.clear()
+        return path
+
+    for name, weight in weights:
+        held[name] = weight.cpu().contiguous()
+        if sum(tensor.nbytes for tensor in held.values()) >= FILE_BYTES:
+            yield write()
+            number += 1
+    if held:
+        yield write()
