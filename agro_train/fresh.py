@@ -249,7 +249,7 @@ class Ahead:
     def weights(self, step: int) -> Snapshot:
         """A copy of the policy's weights as they are."""
         if self.snapshot is None or self.snapshot.step != step:
-            self.snapshot = self.engine.snapshot(step)
+            self.snapshot = self.engine.snapshot(step, self.questioner.prompts[0])
         return self.snapshot
 
     def _sample(self, step: int, snapshot: Snapshot) -> list[Future[Group]]:

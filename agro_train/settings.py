@@ -178,10 +178,10 @@ class TrainConfig:
     vllm_mode: Literal["colocate", "server"] = key(
         "colocate", "in a process beside this one, or a server that `agro serve MODEL` starts"
     )
-    vllm_server_base_url: str = key(
-        "http://127.0.0.1:8000",
-        "where the server listens",
-        rule=("http://HOST:PORT", _is_url),
+    vllm_server_base_url: list[str] = key(
+        ["http://127.0.0.1:8000"],
+        "where the server listens; of several servers, which share the prompts, each one's",
+        rule=("http://HOST:PORT", lambda urls: bool(urls) and all(map(_is_url, urls))),
         resumable=True,
     )
     vllm_server_timeout: float = key(

@@ -54,8 +54,12 @@ class EngineAhead(Protocol):
     """An engine that samples while the policy is trained. `load` and `sample` are called in one
     thread, in an order that is the same on all ranks; `snapshot` in the trainer's."""
 
-    def snapshot(self, step: int) -> Snapshot:
-        """A copy of the policy's weights. Every rank calls it, for sharded ones are gathered."""
+    def snapshot(self, step: int, prompt: Prompt) -> Snapshot:
+        """A copy of the policy's weights. Every rank calls it, for sharded ones are gathered.
+
+        Args:
+            prompt: any, whose completion may show later whether the weights arrived.
+        """
 
     def load(self, snapshot: Snapshot) -> None:
         """Takes the weights, and makes sure of it. Every rank calls it. Raises BrokenEngine."""

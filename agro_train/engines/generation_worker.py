@@ -5,6 +5,7 @@ FOLDER holds the run's config.yaml, and the model's configuration and tokenizer.
 `[[ids, logprobs or null]]` of its completions.
 """
 
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -109,4 +110,7 @@ class Generator:
 
 if __name__ == "__main__":
     _, timeout_s, folder, device, threads = sys.argv
-    serve(lambda: start(Path(folder), device, int(threads)), timeout_s=float(timeout_s))
+    try:
+        serve(lambda: start(Path(folder), device, int(threads)), timeout_s=float(timeout_s))
+    finally:  # where the run was killed nobody else can: it may hold copies of the weights
+        shutil.rmtree(folder, ignore_errors=True)

@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from agro_train.config import TrainConfig
 from agro_train.engines import generation_worker
 from agro_train.engines.engine import BrokenEngine, Snapshot, cut
 from agro_train.engines.vllm_client import MEMORY
+from agro_train.engines.weights import written
 from agro_train.policy.adapter import merged_weights
 from agro_train.policy.policy import unwrap
 from agro_train.rewards.workers import NoResult, Workers
 from agro_train.types import Prompt, Rollout
 
 LONGEST_S = 6 * 3600.0  # that a step's completions may take
-FILE_BYTES = 1 << 30  # a file of weights is full once it has this many
 
 
 class ProcessEngine:
@@ -57,12 +56,13 @@ class ProcessEngine:
         )
         self.workers.start()
 
-    def snapshot(self, step: int) -> Snapshot:
+    def snapshot(self, step: int, prompt: Prompt) -> Snapshot:
+        del prompt
         folder = Path(self.folder.name) / f"step-{step}"
         folder.mkdir()
         weights = merged_weights(unwrap(self.policy).model)
         try:
-            return Snapshot(step, tuple(write_weights(weights, folder)))
+            return Snapshot(step, tuple(written(weights, folder, None)))
         except OSError as error:
             raise BrokenEngine(
                 f"max_staleness: expected room for a copy of the weights in {folder}, got {error}; "
@@ -115,23 +115,3 @@ class ProcessEngine:
                 "memory runs out); go on with --resume"
             )
         return result
-
-
-def write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path) -> Iterator[Path]:
-    """safetensors files of FILE_BYTES and a tensor at most."""
-    held: dict[str, Tensor] = {}
-    number = 0
-
-    def write() -> Path:
-        path = folder / f"weights-{number}.safetensors"
-        save_file(held, path)
-        held.clear()
-        return path
-
-    for name, weight in weights:
-        held[name] = weight.cpu().contiguous()
-        if sum(tensor.nbytes for tensor in held.values()) >= FILE_BYTES:
-            yield write()
-            number += 1
-    if held:
-        yield write()

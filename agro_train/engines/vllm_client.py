@@ -6,6 +6,7 @@ interface, with the backend of `vllm_worker`.
 
 import http.client
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,8 @@ class Answer:
 
 
 class Client(Protocol):
-    def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        """The answers, in the order of the requests."""
+    def ask(self, requests: Sequence[Request]) -> Iterable[tuple[int, Answer]]:
+        """The requests' places and their answers, as they come."""
 
     def load(self, files: Iterable[Path]) -> None:
         """Takes all the weights, from files that are asked for one by one, and forgets what it has
@@ -89,14 +90,14 @@ class Colocated:
             )
             self.llm.init_weight_transfer_engine({"init_info": {}})
 
-    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+    def ask(self, requests: Sequence[Request]) -> list[tuple[int, Answer]]:
         with broken("to answer"):
             outputs = self.llm.generate(
                 [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
                 [self.sampling_params(detokenize=False, **r.parameters) for r in requests],
                 use_tqdm=False,
             )
-        answers = []
+        answers: list[Answer] = []
         for output in outputs:
             ids = tuple(output.outputs[0].token_ids)
             read = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False)
@@ -110,7 +111,7 @@ class Colocated:
                     tuple(at[token].logprob for token, at in list(read)[1:]),
                 )
             )
-        return answers
+        return list(enumerate(answers))
 
     def load(self, files: Iterable[Path]) -> None:
         taking = "to take new weights"
@@ -190,14 +191,27 @@ class Server:
                 f"vllm: expected a server that takes new weights and tokens, got {error}; {hint}"
             ) from error
 
-    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         with ThreadPoolExecutor(min(AT_ONCE, len(requests))) as threads:
-            return list(threads.map(self._tokens, requests))
+            places = {threads.submit(self._tokens, one): i for i, one in enumerate(requests)}
+            for future in as_completed(places):
+                yield places[future], future.result()
 
     def load(self, files: Iterable[Path]) -> None:
-        self._call("/start_weight_update", {})
+        self.start_load()
         for path in files:
-            self._call("/update_weights", {"update_info": {"path": str(path)}})
+            self.take(path)
+        self.finish_load()
+
+    def start_load(self) -> None:
+        self._call("/start_weight_update", {})
+
+    def take(self, path: Path) -> None:
+        """The weights in a file."""
+        self._call("/update_weights", {"update_info": {"path": str(path)}})
+
+    def finish_load(self) -> None:
+        """Ends with an empty prefix cache."""
         self._call("/finish_weight_update", {})
 
         def emptied() -> bool:
@@ -279,6 +293,82 @@ class Server:
             ) from error
 
 
+class Servers:
+    """Several vLLM servers of the same weights, asked as one: each is asked for whole groups.
+
+    One that does not answer is left out for good, and what it was asked is asked again elsewhere:
+    it may come back with the weights that it was started with.
+    """
+
+    def __init__(self, base_urls: Sequence[str], timeout_s: float) -> None:
+        self.alive = [Server(url, timeout_s) for url in base_urls]
+
+    def check(self, length: int) -> None:
+        """Every server's. Raises Refusal, as one that is missing at the start is a mistake."""
+        for server in self.alive:
+            server.check(length)
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        left = dict(enumerate(requests))
+        while left:
+            alive = list(self.alive)
+            prompts = {ids: n for n, ids in enumerate({r.prompt_ids: None for r in left.values()})}
+            parts: list[dict[int, Request]] = [{} for _ in alive]
+            for place, request in left.items():
+                parts[prompts[request.prompt_ids] % len(alive)][place] = request
+            failed: list[tuple[Server, BrokenEngine]] = []
+            with ThreadPoolExecutor(AT_ONCE * len(alive)) as threads:
+                asked = {
+                    threads.submit(server._tokens, request): (place, server)
+                    for server, part in zip(alive, parts, strict=True)
+                    for place, request in part.items()
+                }
+                for future in as_completed(asked):
+                    place, server = asked[future]
+                    try:
+                        answer = future.result()
+                    except BrokenEngine as error:
+                        failed.append((server, error))
+                        continue
+                    del left[place]
+                    yield place, answer
+            for server, error in failed:
+                self.leave_out(server, error)
+
+    def load(self, files: Iterable[Path]) -> None:
+        self._all(lambda server: server.start_load())
+        for path in files:
+            self._all(lambda server, path=path: server.take(path))  # type: ignore[misc]
+        self._all(lambda server: server.finish_load())
+
+    def keep(self, base_urls: set[str]) -> None:
+        """Leaves out the others: another rank has found them dead."""
+        self.alive = [server for server in self.alive if server.base_url in base_urls]
+        if not self.alive:
+            raise BrokenEngine(
+                "vllm: expected a server that answers all ranks, got none that does; start them "
+                "again with `agro serve MODEL`, and then the run with --resume"
+            )
+
+    def leave_out(self, server: Server, error: BrokenEngine) -> None:
+        """Raises the error if the server is the last one."""
+        if server not in self.alive:
+            return
+        if len(self.alive) == 1:
+            raise error
+        self.alive.remove(server)
+        logging.getLogger(__name__).warning(
+            "%s is left out, %d server(s) go on: %s", server.base_url, len(self.alive), error
+        )
+
+    def _all(self, function: Callable[[Server], None]) -> None:
+        for server in list(self.alive):
+            try:
+                function(server)
+            except BrokenEngine as error:
+                self.leave_out(server, error)
+
+
 def serve_command(model: str, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The command line and environment of a server that takes a trainer's weights.
 
@@ -308,8 +398,8 @@ def weights_folder(config: TrainConfig) -> Path:
     """Where weights lie on their way to vLLM: where both sides see them."""
     if config.vllm_weights_dir:
         return Path(config.vllm_weights_dir).resolve()
-    host = urlsplit(config.vllm_server_base_url).hostname
-    near = config.vllm_mode == "colocate" or host in ("localhost", "127.0.0.1", "::1")
+    hosts = {urlsplit(url).hostname for url in config.vllm_server_base_url}
+    near = config.vllm_mode == "colocate" or hosts <= {"localhost", "127.0.0.1", "::1"}
     if near:
         return MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
     return Path(config.output_dir).resolve()

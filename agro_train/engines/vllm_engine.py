@@ -17,20 +17,20 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
-from agro_train.engines.engine import BrokenEngine, completion_seed, cut
+from agro_train.engines.engine import BrokenEngine, Snapshot, completion_seed, cut
 from agro_train.engines.vllm_client import (
     Answer,
     Client,
     Colocated,
     Request,
-    Server,
+    Servers,
     weights_folder,
 )
+from agro_train.engines.weights import FILE_BYTES, one_by_one, written
 from agro_train.policy.adapter import merged_weights
 from agro_train.policy.policy import unwrap
 from agro_train.refusal import Refusal
@@ -38,7 +38,6 @@ from agro_train.types import Prompt, Rollout
 
 T = TypeVar("T")
 
-FILE_BYTES = 1 << 30  # a file of weights is full once it has this many
 PROBE_TOKENS = 32  # of the completion whose log-probabilities are compared
 # Mean |difference| of a token's log-probability, nats, that rounding may make.
 # In float32 it is about 1e-6. In bfloat16, for SmolLM2 with transformers' sdpa attention and a
@@ -50,8 +49,8 @@ MOVED = 1e-5  # mean |change| of our log-probability, nats: in float32, more tha
 
 
 class VllmEngine:
-    """An `Engine`. Weights are sent when `step` is another one than before, by the main rank; every
-    rank asks for its own completions."""
+    """An `Engine` and an `EngineAhead`. Weights are sent when `step` is another one than before, by
+    the main rank; every rank asks for its own completions."""
 
     def __init__(
         self,
@@ -67,6 +66,7 @@ class VllmEngine:
         self.sent: int | None = None  # the step whose weights vLLM has
         self.probe: Rollout | None = None  # a completion that both sides are asked about
         self.before: tuple[Tensor, Tensor] | None = None  # its log-probabilities: ours, vLLM's
+        self.beside: Any = None  # the ranks' group for the thread that samples beside the updates
 
     def complete(
         self,
@@ -80,16 +80,37 @@ class VllmEngine:
         if self.sent is None or step != self.sent:
             self.send(prompts[0])
             self.sent = step
-        asked = [
-            (prompt, completion_seed(seed, number))
+        sampled = self.sample(
+            prompts,
+            seeds=seeds,
+            num_generations=num_generations,
+            temperature=temperature,
+            step=step,
+        )
+        groups = self.together(lambda: dict(sampled))
+        return [rollout for place in range(len(prompts)) for rollout in groups[place]]
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seeds: Sequence[int],
+        num_generations: int,
+        temperature: float,
+        step: int | None,
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """The prompts' places and their completions, each group once it is there."""
+        requests = [
+            self.request(prompt.ids, completion_seed(seed, number), temperature)
             for prompt, seed in zip(prompts, seeds, strict=True)
             for number in range(num_generations)
         ]
-        requests = [self.request(prompt.ids, seed, temperature) for prompt, seed in asked]
-        answers = self.together(lambda: self.ask(requests))
-        return [
-            cut(
-                prompt,
+        arrived: list[dict[int, Rollout]] = [{} for _ in prompts]
+        for index, answer in self.ask(requests):
+            place, number = divmod(index, num_generations)
+            group = arrived[place]
+            group[number] = cut(
+                prompts[place],
                 list(answer.ids),
                 self.tokenizer,
                 self.end_tokens,
@@ -97,19 +118,21 @@ class VllmEngine:
                 step,
                 answer.logprobs if temperature else None,
             )
-            for (prompt, _), answer in zip(asked, answers, strict=True)
-        ]
+            if len(group) == num_generations:
+                yield place, [group[number] for number in range(num_generations)]
 
-    def ask(self, requests: Sequence[Request]) -> list[Answer]:
-        answers = self.client.ask(requests)
-        for answer in answers:
+    def ask(
+        self, requests: Sequence[Request], client: Client | None = None
+    ) -> Iterator[tuple[int, Answer]]:
+        """The requests' places and their answers, as they come."""
+        for index, answer in (client or self.client).ask(requests):
             if not 0 < len(answer.ids) == len(answer.logprobs):
                 raise BrokenEngine(
                     "vllm: expected tokens and as many log-probabilities, got "
                     f"{len(answer.ids)} and {len(answer.logprobs)}; use vllm>=0.32, and start a "
                     "server with `agro serve MODEL`"
                 )
-        return answers
+            yield index, answer
 
     def request(self, ids: tuple[int, ...], seed: int, temperature: float) -> Request:
         """Every setting that shapes the distribution, spelled out, so that no default can."""
@@ -135,14 +158,77 @@ class VllmEngine:
     def send(self, prompt: Prompt) -> None:
         """Sends the weights, and raises BrokenEngine if vLLM then does not compute with them."""
         self.together(self.deliver)
+        self.agree(None)
         if self.probe is None:  # only now: vLLM's first weights may be arbitrary ones
             (self.probe,) = broadcast_object_list([self.together(lambda: self.new_probe(prompt))])
         ours = self.our_logprobs()
         self.before = ours, self.together(lambda: self.check(ours))
 
+    def snapshot(self, step: int, prompt: Prompt) -> Snapshot:
+        """The first weights go out at once, because the probe takes them; later ones wait in files
+        until `load`."""
+        if self.sent is None:
+            if torch.distributed.is_initialized():
+                self.beside = torch.distributed.new_group(backend="gloo")
+            self.send(prompt)
+            self.sent = step
+            return Snapshot(step)
+        ours = self.our_logprobs()
+        return Snapshot(step, self.together(self.write), ours)
+
+    def write(self) -> tuple[Path, ...]:
+        """All weights in files, by the main rank; the others take part in gathering them."""
+        weights, where = merged_weights(unwrap(self.policy).model), weights_folder(self.config)
+        try:
+            if not self.accelerator.is_main_process:
+                return ()
+            folder = Path(tempfile.mkdtemp(prefix="agro-", dir=where))
+            return tuple(written(weights, folder, rollout_dtype(self.config)))
+        except (OSError, SafetensorError) as error:
+            raise BrokenEngine(
+                f"vllm: expected room for a copy of the weights in {where}, got {error}; make room "
+                "there, or set vllm_weights_dir to a folder that has it (and that a server sees, "
+                "too)"
+            ) from error
+        finally:
+            for _ in weights:
+                pass
+
+    def load(self, snapshot: Snapshot) -> None:
+        if snapshot.step == self.sent:
+            return
+        ours = snapshot.probe_logprobs
+        assert ours is not None, "there is a probe since the first weights"
+        main = self.accelerator.is_main_process
+        # Requests of the weights before must be answered on all ranks first.
+        self.together(lambda: None, self.beside)
+        self.together(lambda: self.client.load(snapshot.files) if main else None, self.beside)
+        self.agree(self.beside)
+        self.before = ours, self.together(lambda: self.check(ours), self.beside)
+        self.sent = snapshot.step
+        for file in snapshot.files:
+            file.unlink()
+        if snapshot.files:
+            snapshot.files[0].parent.rmdir()
+
+    def agree(self, group: Any) -> None:
+        """A server that a rank has found dead, or that has missed the weights, is nobody's."""
+        if isinstance(self.client, Servers):
+            alive = {server.base_url for server in self.client.alive}
+            self.client.keep(set.intersection(*gathered(alive, group)))
+
+    def close(self) -> None:
+        """A server is not the run's own, and vLLM beside this process ends with it."""
+
     def check(self, ours: Tensor) -> Tensor:
-        """vLLM's log-probabilities of the probe, once they are seen to be `ours`."""
-        theirs, dtype = self.their_logprobs(), rollout_dtype(self.config)
+        """vLLM's log-probabilities of the probe, once they are seen to be `ours`; of several
+        servers the first one's, once all of them are."""
+        first, *others = [self.check_one(client, ours) for client in each(self.client)]
+        del others
+        return first
+
+    def check_one(self, client: Client, ours: Tensor) -> Tensor:
+        theirs, dtype = self.their_logprobs(client), rollout_dtype(self.config)
         apart = float((ours - theirs).abs().mean())
         # Where our log-probabilities moved and vLLM's are the same to the last bit, it computed
         # with the old weights, however near those may be. In bfloat16 that proves nothing: a small
@@ -170,7 +256,7 @@ class VllmEngine:
             if self.accelerator.is_main_process:
                 with tempfile.TemporaryDirectory(dir=where) as folder:
                     dtype = rollout_dtype(self.config)
-                    self.client.load(files(weights, Path(folder), dtype))
+                    self.client.load(one_by_one(weights, Path(folder), dtype))
         except (OSError, SafetensorError) as error:
             raise BrokenEngine(
                 f"vllm: expected to write weights to {where}, {FILE_BYTES / 1e9:.1f} GB and a "
@@ -186,7 +272,7 @@ class VllmEngine:
         request = self.request(prompt.ids, seed=0, temperature=0.0)
         short = min(PROBE_TOKENS, max(1, self.config.max_completion_length - 1))
         request.parameters.update(max_tokens=short, stop_token_ids=[])
-        (answer,) = self.ask([request])
+        ((_, answer),) = self.ask([request])
         return cut(prompt, list(answer.ids), self.tokenizer, set(), 0.0, None)
 
     def our_logprobs(self) -> Tensor:
@@ -198,13 +284,13 @@ class VllmEngine:
         logprobs: Tensor = found.double().cpu()
         return logprobs
 
-    def their_logprobs(self) -> Tensor:
+    def their_logprobs(self, client: Client) -> Tensor:
         """(n,) float64 of the probe's tokens by vLLM, nats, all finite."""
         assert self.probe is not None, "there is a probe before weights are sent"
         ids = self.probe.prompt_ids + self.probe.completion_ids
         request = self.request(ids, seed=0, temperature=0.0)
         request.parameters.update(max_tokens=1, prompt_logprobs=0)
-        (answer,) = self.ask([request])
+        ((_, answer),) = self.ask([request], client)
         count = len(self.probe.completion_ids)
         theirs = torch.tensor(answer.prompt_logprobs[-count:], dtype=torch.float64)
         if len(theirs) != count or not theirs.isfinite().all():
@@ -214,18 +300,37 @@ class VllmEngine:
             )
         return theirs
 
-    def together(self, function: Callable[[], T]) -> T:
+    def together(self, function: Callable[[], T], group: Any = None) -> T:
         """function() on every rank; where it fails on one it fails on all, and none waits for it
-        for ever."""
+        for ever.
+
+        Args:
+            group: of processes, for a thread beside the trainer's; None: the trainer's own.
+        """
         failure, result = None, None
         try:
             result = function()
         except BrokenEngine as error:
             failure = error
-        failures = [text for text in gather_object([failure and str(failure)]) if text]
+        failures = [text for text in gathered(failure and str(failure), group) if text]
         if failures:
             raise BrokenEngine(failures[0]) from failure
         return result  # type: ignore[return-value]
+
+
+def each(client: Client) -> Sequence[Client]:
+    """The servers behind it."""
+    return client.alive if isinstance(client, Servers) else [client]
+
+
+def gathered(item: T, group: Any) -> list[T]:
+    """Every rank's, in the order of ranks."""
+    if group is None:
+        found: list[T] = gather_object([item])
+        return found
+    everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everyone, item, group=group)
+    return everyone
 
 
 def start(
@@ -241,7 +346,7 @@ def start(
     length = longest_prompt + max(2, config.max_completion_length)
     client: Client
     if config.vllm_mode == "server":
-        client = Server(config.vllm_server_base_url, config.vllm_server_timeout)
+        client = Servers(config.vllm_server_base_url, config.vllm_server_timeout)
         client.check(length)
         make_weights_folder(config)
     else:
@@ -283,28 +388,3 @@ def rollout_dtype(config: TrainConfig) -> torch.dtype:
     """What the policy computes in, and so what vLLM should."""
     low = config.mixed_precision == "bf16" or config.dtype == "bfloat16"
     return torch.bfloat16 if low else torch.float32
-
-
-def files(
-    weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype
-) -> Iterator[Path]:
-    """safetensors files of `dtype`, FILE_BYTES and a tensor at most; each lasts until the next one
-    is asked for."""
-    held: dict[str, Tensor] = {}
-    size = 0
-
-    def written() -> Iterator[Path]:
-        path = folder / "weights.safetensors"
-        save_file(held, path)
-        yield path
-        path.unlink()
-        held.clear()
-
-    for name, weight in weights:
-        held[name] = weight.to(dtype).cpu().contiguous()
-        size += held[name].nbytes
-        if size >= FILE_BYTES:
-            yield from written()
-            size = 0
-    if held:
-        yield from written()

@@ -1,6 +1,6 @@
 """A run that is killed at any moment, and goes on, ends as if nothing had happened.
 
-    python -m tests.train.test_resume --kills 40 [--ranks 2] [--fsdp] [--peft]
+    python -m tests.train.test_resume --kills 40 [--ranks 2] [--fsdp] [--peft] [--ahead K]
 
 kills runs that often, half of the time after a random while, half at a random write to the disk,
 and compares every run that comes to its end with one that was left alone. Of a run of two ranks
@@ -39,7 +39,10 @@ ROOT = Path(__file__).parents[2]
 STEPS = 5
 KILLED = -signal.SIGKILL
 WRITES = 90  # to its folder: a whole run makes about 140, one that goes on fewer
-CLOCKS = ("time_s", "eval_time_s", "tokens_per_s", "memory_gb")
+CLOCKS = (
+    *("time_s", "eval_time_s", "tokens_per_s", "memory_gb"),
+    *("async/wait_s", "async/engine_idle_s", "async/queue"),
+)
 
 # The schedule changes at every step, and the replayed groups come from the run's own record.
 SETTINGS = [
@@ -261,7 +264,11 @@ def assert_same(folder: Path, whole: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(("ranks", "settings"), [(2, []), (1, PEFT)], ids=["two-ranks", "adapter"])
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(2, []), (1, PEFT), (1, ["max_staleness=2"]), (2, ["max_staleness=1"])],
+    ids=["two-ranks", "adapter", "two-steps-ahead", "two-ranks-ahead"],
+)
 def test_run_of_this_kind_that_is_killed_ends_the_same(
     ranks: int, settings: list[str], server: Server, tmp_path: Path
 ) -> None:
@@ -414,11 +421,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--fsdp", action="store_true", help="weights sharded over the ranks")
     parser.add_argument("--peft", action="store_true", help="train an adapter")
+    parser.add_argument("--ahead", type=int, default=0, metavar="K", help="max_staleness")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         return serve()
     settings = [*PEFT * options.peft, *["fsdp=true"] * options.fsdp]
+    settings.append(f"max_staleness={options.ahead}")
     server, rng = Server(), random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         began = time.monotonic()

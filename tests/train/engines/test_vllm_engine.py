@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
 from agro_train.data.prompts import render
-from agro_train.engines import vllm_client, vllm_engine
+from agro_train.engines import vllm_client, vllm_engine, weights
 from agro_train.engines.engine import BrokenEngine
 from agro_train.engines.transformers_engine import generate
 from agro_train.engines.vllm_client import (
@@ -33,7 +33,7 @@ from agro_train.engines.vllm_client import (
     serve_command,
     weights_folder,
 )
-from agro_train.engines.vllm_engine import VllmEngine, files, make_weights_folder, start
+from agro_train.engines.vllm_engine import VllmEngine, make_weights_folder, start
 from agro_train.policy import tiny
 from agro_train.types import Prompt
 from tests.train.models import tiny_policy
@@ -54,9 +54,9 @@ class OtherModel:
         self.left_out: str | None = None  # a weight that gets lost on its way
         self.dtypes: set[torch.dtype] = set()  # of the weights that came
 
-    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+    def ask(self, requests: Sequence[Request]) -> list[tuple[int, Answer]]:
         self.asked += requests
-        return [self._answer(request) for request in requests]
+        return [(place, self._answer(request)) for place, request in enumerate(requests)]
 
     def _answer(self, request: Request) -> Answer:
         (rollout,) = generate(
@@ -220,7 +220,9 @@ def test_answers_that_lack_something_are_one_sentence(
     worse: dict[str, Any], message: str, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ask = engine.client.ask
-    monkeypatch.setattr(engine.client, "ask", lambda rs: [replace(a, **worse) for a in ask(rs)])
+    monkeypatch.setattr(
+        engine.client, "ask", lambda rs: [(i, replace(a, **worse)) for i, a in ask(rs)]
+    )
     with pytest.raises(BrokenEngine, match=message):
         engine.complete(PROMPTS, **ASK, step=0)
 
@@ -285,10 +287,10 @@ def test_weights_go_out_in_files_of_limited_size(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model = engine.policy.model
-    monkeypatch.setattr(vllm_engine, "FILE_BYTES", 200_000)
+    monkeypatch.setattr(weights, "FILE_BYTES", 200_000)
     arrived: dict[str, torch.Tensor] = {}
     count = 0
-    for path in files(iter(model.named_parameters()), tmp_path, torch.float32):
+    for path in weights.one_by_one(iter(model.named_parameters()), tmp_path, torch.float32):
         count += 1
         arrived |= {name: weight.clone() for name, weight in load_file(path).items()}
         assert list(tmp_path.iterdir()) == [path]
@@ -356,7 +358,7 @@ def test_servers_failures_are_one_sentence_each(address: str) -> None:
     with pytest.raises(BrokenEngine, match="start_weight_update to work, got status 404"):
         server.load([])
     with pytest.raises(BrokenEngine, match="vllm: expected an answer from .* --resume"):
-        server.ask([Request((1, 2), {})])
+        list(server.ask([Request((1, 2), {})]))
     with pytest.raises(
         ValueError, match="expected a vLLM server at .* got no answer of one within 0"
     ):
@@ -383,7 +385,7 @@ def test_answers_in_another_form_are_one_sentence(
 ) -> None:
     monkeypatch.setattr(Server, "_read", lambda *_: text)
     server = Server("http://127.0.0.1:9", 0.0)
-    for wrong in (lambda: server.ask([Request((1, 2), {})]), lambda: server.load([])):
+    for wrong in (lambda: list(server.ask([Request((1, 2), {})])), lambda: server.load([])):
         with pytest.raises(BrokenEngine, match="an answer from http://127.0.0.1:9 in the form of"):
             wrong()
     with pytest.raises(ValueError, match="expected a vLLM server at .* in the form of vLLM's"):
@@ -403,7 +405,7 @@ def test_failure_that_breaks_off_is_one_sentence(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(vllm_client.urllib.request, "urlopen", urlopen)
     with pytest.raises(BrokenEngine, match=r"got ConnectionResetError\(\); start the server again"):
-        Server("http://127.0.0.1:9", 1.0).ask([Request((1,), {})])
+        list(Server("http://127.0.0.1:9", 1.0).ask([Request((1,), {})]))
 
 
 def test_tokens_may_take_longer_than_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +421,7 @@ def test_tokens_may_take_longer_than_all_else(monkeypatch: pytest.MonkeyPatch) -
     server.check(8)
     server.load([Path()])
     assert {limit for _, limit in limits} == {5.0}
-    server.ask([Request((1,), {})])
+    list(server.ask([Request((1,), {})]))
     assert limits[-1] == ("/inference/v1/generate", vllm_client.TOKENS_S) and limits[-1][1] > 3600
 
 
@@ -439,10 +441,10 @@ def test_refused_connection_is_tried_once_more_for_tokens_alone(
     monkeypatch.setattr(vllm_client.urllib.request, "urlopen", urlopen)
     server = Server("http://127.0.0.1:9", 5.0)
     if times == 1:
-        assert server.ask([Request((1,), {})]) == [Answer((1,), (), ())]
+        assert list(server.ask([Request((1,), {})])) == [(0, Answer((1,), (), ()))]
     else:
         with pytest.raises(BrokenEngine, match="vllm: expected an answer from"):
-            server.ask([Request((1,), {})])
+            list(server.ask([Request((1,), {})]))
     assert len(tried) == 2
     tried.clear()
     with pytest.raises(BrokenEngine, match="vllm: expected an answer from"):
