@@ -84,6 +84,8 @@ class Display:
             f"{metrics['tokens_per_s']:.0f} tokens/s",
             f"{metrics['memory_gb']:.2f} GB",
         ]
+        if "async/wait_s" in metrics:
+            numbers.append(f"waited {metrics['async/wait_s']:.1f} s")
         if self.held_out is not None:
             numbers.append(f"held-out {self.held_out:.3f}")
         if metrics["skipped"]:

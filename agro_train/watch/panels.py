@@ -59,6 +59,22 @@ ALSO_ON_THE_PAGE = (
     Panel("grad_norm", "gradient norm before clipping", "", (("grad_norm", "training samples"),)),
 )
 
+WAITING = Panel(
+    "waiting",
+    "time of a step",
+    "seconds",
+    (
+        ("time_s", "whole step"),
+        ("async/wait_s", "trainer waited for groups"),
+        ("async/engine_idle_s", "engine had nothing to do"),
+    ),
+)
+
+
+def waiting(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """The panel of a run that samples ahead (`max_staleness`), if it is one."""
+    return [WAITING] if points(rows, "async/wait_s") else []
+
 
 def points(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[int, float]]:
     """(step, value) where the column, or what it was called before, has a number."""

@@ -16,7 +16,7 @@ from agro_train.config import TrainConfig
 from agro_train.data.rows import read_jsonl
 from agro_train.refusal import Refusal
 from agro_train.run_folder import RunFolder
-from agro_train.watch.panels import PANELS, Panel, points
+from agro_train.watch.panels import PANELS, Panel, points, waiting
 
 REWARD, KL, ENTROPY, LENGTH = PANELS
 # name of the file, axis label, column; in a comparison a curve is a configuration
@@ -48,12 +48,13 @@ class Curve:
 
 
 def plot_run(run: Path) -> list[Path]:
-    """Draws run/metrics.jsonl into run/plots: one PNG a panel and overview.png with all of them."""
+    """Draws run/metrics.jsonl into run/plots: one PNG a panel, of a run that samples ahead also
+    where the time went, and overview.png with the four panels that all runs have."""
     rows = read_jsonl(RunFolder(run).metrics)
     folder = RunFolder(run).plots
     folder.mkdir(exist_ok=True)
     written = []
-    for panel in PANELS:
+    for panel in (*PANELS, *waiting(rows)):
         figure = Figure(figsize=(6, 4), layout="constrained")
         _draw(figure.subplots(), panel, rows)
         written.append(_save(figure, folder / f"{panel.name}.png"))

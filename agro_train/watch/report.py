@@ -23,7 +23,7 @@ from agro_train.run_folder import RunFolder
 from agro_train.types import Rollout
 from agro_train.watch.display import best_and_worst, reward_text
 from agro_train.watch.environment import read_starts
-from agro_train.watch.panels import ALSO_ON_THE_PAGE, PANELS, Panel, points
+from agro_train.watch.panels import ALSO_ON_THE_PAGE, PANELS, Panel, points, waiting
 from agro_train.watch.plots import read_yaml
 
 STEPS_SHOWN = 12  # steps whose completions are on the page, spread evenly over the run
@@ -78,7 +78,7 @@ def page(run: Path) -> str:
     settings = read_yaml(run)
     starts = read_starts(run)
     changed, at_default = configuration(settings)
-    charts = [chart(panel, rows) for panel in (*PANELS, *ALSO_ON_THE_PAGE)]
+    charts = [chart(panel, rows) for panel in (*PANELS, *ALSO_ON_THE_PAGE, *waiting(rows))]
     template = _templates().get_template("report.html.j2")
     return template.render(
         title=run.resolve().name,
