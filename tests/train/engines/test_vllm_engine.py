@@ -3,6 +3,7 @@ answers wrongly, or not at all, ends in one sentence. vLLM's place is taken by a
 shape with weights of its own; vLLM itself is in tests/train/vllm.
 """
 
+import copy
 import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from agro_train.engines.vllm_client import (
     Colocated,
     Request,
     Server,
+    Servers,
     serve_command,
     weights_folder,
 )
@@ -457,3 +459,104 @@ def test_server_is_started_for_this_machine_only_and_ready_for_weights() -> None
     assert command[3:5] == ["--model", "folder"] and command[-2:] == ["--port", "8001"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+# --- Ahead of the updates, and several servers ----------------------------------------------------
+
+
+def test_weights_wait_in_files_until_they_are_taken(engine: VllmEngine) -> None:
+    engine.load(engine.snapshot(0, PROMPTS[0]))
+    assert engine.client.loads == 1  # the first ones went out at once
+    for step in (1, 2):
+        take_a_step(engine)
+        snapshot, copied = engine.snapshot(step, PROMPTS[0]), copy.deepcopy(engine.policy)
+        take_a_step(engine)  # the trainer goes on
+        assert engine.client.loads == step and all(file.exists() for file in snapshot.files)
+        engine.load(snapshot)
+        assert not any(file.parent.exists() for file in snapshot.files)
+        groups = dict(engine.sample(PROMPTS, **ASK, step=step))
+        assert sorted(groups) == [0, 1]
+        for r in (r for group in groups.values() for r in group):
+            expected = logprobs_of(copied, r.prompt_ids, r.completion_ids, 1.3)
+            assert r.sampling_logprobs == pytest.approx(expected, abs=1e-5) and r.step == step
+
+
+def test_copied_weights_that_get_lost_are_noticed(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.load(engine.snapshot(0, PROMPTS[0]))
+    take_a_step(engine, 0.3)
+    snapshot = engine.snapshot(1, PROMPTS[0])
+    monkeypatch.setattr(engine.client, "load", list)
+    with pytest.raises(BrokenEngine, match="got the same ones as before the update"):
+        engine.load(snapshot)
+
+
+class Mortal(ThreadingHTTPServer):
+    """Answers every prompt with its own first token, until it is told to break down."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.dead = False
+        mortal = self
+
+        class Answering(Handler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if mortal.dead:
+                    self.connection.close()
+                    return
+                if self.path == "/inference/v1/generate":
+                    mortal.asked.append(body["token_ids"][0])
+                    self.answer({"choices": [{"token_ids": body["token_ids"][:1]}]})
+                else:
+                    self.answer({"success": True})
+
+        super().__init__(("127.0.0.1", 0), Answering)
+        threading.Thread(target=self.serve_forever).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@pytest.fixture
+def two() -> Iterator[list[Mortal]]:
+    servers = [Mortal(), Mortal()]
+    yield servers
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def first_tokens(servers: Servers, prompts: Sequence[int]) -> list[int]:
+    answers = dict(servers.ask([Request((token, 9), {}) for token in prompts]))
+    return [answers[place].ids[0] for place in range(len(prompts))]
+
+
+def test_servers_share_the_groups_and_one_that_dies_is_left_out(two: list[Mortal]) -> None:
+    servers = Servers([server.url for server in two], 5.0)
+    servers.check(20)
+    prompts = [3, 3, 4, 4, 5, 5, 6, 6]
+    two[0].asked.clear()
+    two[1].asked.clear()
+    assert first_tokens(servers, prompts) == prompts
+    assert sorted(two[0].asked) == [3, 3, 5, 5] and sorted(two[1].asked) == [4, 4, 6, 6]
+    two[0].dead = True
+    assert first_tokens(servers, prompts) == prompts
+    assert [server.base_url for server in servers.alive] == [two[1].url]
+    two[0].dead = False  # it came back, with whatever weights
+    two[0].asked.clear()
+    assert first_tokens(servers, prompts) == prompts and not two[0].asked
+    two[1].dead = True
+    with pytest.raises(BrokenEngine, match="vllm: expected an answer from .* --resume"):
+        first_tokens(servers, prompts)
+
+
+def test_server_that_misses_the_weights_is_left_out(two: list[Mortal]) -> None:
+    servers = Servers([server.url for server in two], 5.0)
+    two[1].dead = True
+    servers.load([Path("weights")])
+    assert [server.base_url for server in servers.alive] == [two[0].url]
+    with pytest.raises(BrokenEngine, match="expected a server that answers all ranks, got none"):
+        servers.keep({two[1].url})  # as another rank says
