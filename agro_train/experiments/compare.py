@@ -68,6 +68,16 @@ ALGORITHMS = {
         "-.",
         {"lr_weight": 1.0, "lr_cap": True, **AS_PUBLISHED},
     ),
+    "agro_tapered": Algorithm("AGRO, tapered", tabular.RED, "-", {}),
+    "agro_per_token": Algorithm(
+        "AGRO, tapered by the ratio per token",
+        tabular.BROWN,
+        "--",
+        {"off_policy_taper_per": "token"},
+    ),
+    "agro_one_sided": Algorithm(
+        "AGRO, one-sided", tabular.GREEN, ":", {"off_policy_taper": math.inf}
+    ),
 }
 
 # What tables report: of the training samples, the mean over the last updates; the rest is of the

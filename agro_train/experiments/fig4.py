@@ -23,7 +23,7 @@ from agro_train.experiments.tabular import Claim, Row
 
 BETAS = (0.001, 0.1, 0.3)
 ON_POLICY = ("pg_k2", "agro", "on_policy", "on_policy_capped")
-OFF_POLICY = ("pg_k2", "agro")  # on the reference's generations
+OFF_POLICY = ("pg_k2", "agro", "agro_tapered")  # on the reference's generations
 BASELINE = "pg_k2"
 # Learning rates are tuned at each beta on each kind of samples; seeds and grid are fig2's.
 
