@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -302,6 +303,25 @@ def statement_rows(
                 }
             )
     return rows
+
+
+def statements(
+    curves: Curves,
+    settings: Mapping[Any, Named],
+    columns: Sequence[str],
+    baseline: str,
+    measures: Mapping[str, str] = MEASURES,
+) -> list[Row]:
+    """`statement_rows` of several settings, what each setting is in columns before them."""
+    return [
+        {**dict(zip(columns, setting, strict=True)), **row}
+        for setting, named in settings.items()
+        for row in statement_rows(curves, named, baseline, measures)
+    ]
+
+
+def every_point(settings: Mapping[Any, Named]) -> list[Point]:
+    return [one for named in settings.values() for each in named.values() for one in each]
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:

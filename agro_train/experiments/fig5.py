@@ -39,18 +39,12 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     sweep = Sweep(output_dir, quick)
     tuned = {setting: tune(sweep, setting, quick) for setting in SETTINGS[:: 2 if quick else 1]}
     settings = {setting: points(setting, found.rates, quick) for setting, found in tuned.items()}
-    curves = sweep.curves(
-        one for named in settings.values() for each in named.values() for one in each
-    )
+    curves = sweep.curves(compare.every_point(settings))
     compare.report_tuning(
         output_dir / "fig5_learning_rates.csv", {_label(at): found for at, found in tuned.items()}
     )
-    rows = [
-        {"data": data, "beta": beta, **row}
-        for (data, beta), named in settings.items()
-        for row in compare.statement_rows(curves, named, BASELINE)
-    ]
-    tabular.write_csv(output_dir / "fig5_differences.csv", rows)
+    differences = compare.statements(curves, settings, ("data", "beta"), BASELINE)
+    tabular.write_csv(output_dir / "fig5_differences.csv", differences)
     for lines in tables(curves, settings):
         print(*lines, "", sep="\n")
     draw(curves, settings).savefig(output_dir / "fig5.png", dpi=110)

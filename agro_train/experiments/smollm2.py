@@ -16,7 +16,7 @@ from agro_train.experiments import compare, fig2, tabular
 from agro_train.experiments.compare import ALGORITHMS, Curves, Named
 from agro_train.experiments.language import RECORDED, point
 from agro_train.experiments.sweep import Sweep
-from agro_train.experiments.tabular import Claim, Row
+from agro_train.experiments.tabular import Claim
 
 BASE = "smollm2-arithmetic"
 OWN, RECORD = "own samples", "the record alone"
@@ -42,18 +42,13 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     """Writes smollm2_differences.csv, smollm2.png and smollm2_record.png."""
     sweep = Sweep(output_dir, quick)
     settings = {data: points(data, names, quick) for data, names in NAMES.items()}
-    curves = sweep.curves(
-        one for named in settings.values() for each in named.values() for one in each
-    )
-    rows: list[Row] = []
+    curves = sweep.curves(compare.every_point(settings))
+    by_data = {(data,): named for data, named in settings.items()}
+    differences = compare.statements(curves, by_data, ("data",), BASELINE, MEASURES)
+    tabular.write_csv(output_dir / "smollm2_differences.csv", differences)
     for data, named in settings.items():
-        rows += [
-            {"data": data, **row}
-            for row in compare.statement_rows(curves, named, BASELINE, MEASURES)
-        ]
         for lines in tables(curves, data, named):
             print(*lines, "", sep="\n")
-    tabular.write_csv(output_dir / "smollm2_differences.csv", rows)
     panels = fig2.PANELS["fig2"] | {"eval_reward": "held-out, sampled"}
     fig2.draw(curves, settings[OWN], panels).savefig(output_dir / "smollm2.png", dpi=110)
     panels = {"eval_accuracy": "held-out, greedy", **panels}

@@ -36,6 +36,7 @@ from agro_train.engines.vllm_client import (
 from agro_train.engines.vllm_engine import VllmEngine, files, make_weights_folder, start
 from agro_train.policy import tiny
 from agro_train.types import Prompt
+from tests.conftest import SetSizes
 from tests.train.models import tiny_policy
 
 TOKENIZER = tiny.build_tokenizer()
@@ -282,10 +283,10 @@ def test_step_that_changes_nothing_is_no_failure(engine: VllmEngine) -> None:
 
 
 def test_weights_go_out_in_files_of_limited_size(
-    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    engine: VllmEngine, set_sizes: SetSizes, tmp_path: Path
 ) -> None:
     model = engine.policy.model
-    monkeypatch.setattr(vllm_engine, "FILE_BYTES", 200_000)
+    set_sizes(vllm_engine, FILE_BYTES=200_000)
     arrived: dict[str, torch.Tensor] = {}
     count = 0
     for path in files(iter(model.named_parameters()), tmp_path, torch.float32):

@@ -22,6 +22,7 @@ from agro_train.engines.vllm_engine import VllmEngine
 from agro_train.policy.load import end_tokens, load_model, load_tokenizer
 from agro_train.policy.policy import Policy
 from agro_train.types import Rollout
+from tests.train.models import small_run
 
 # vLLM and what it imports warn of many things.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
@@ -161,25 +162,9 @@ def test_update_of_other_weights_is_noticed(
 
 
 def settings(model: Path, folder: Path, *more: str) -> list[str]:
-    return [
-        "train",
-        "tiny-arithmetic",
-        f"model={model}",
-        f"output_dir={folder}",
-        "reward=tests.train.reward_functions:even_share",
-        "steps=2",
-        "prompts_per_step=3",
-        "num_generations=4",
-        "max_completion_length=8",
-        "token_budget=60",
-        "learning_rate=0.001",
-        "warmup_steps=0",
-        "eval_every=1",
-        "eval_prompts=4",
-        "eval_generations=2",
-        "use_vllm=true",
-        *more,
-    ]
+    short = ["num_generations=4", "token_budget=60", "learning_rate=0.001", "use_vllm=true"]
+    evaluated = ["eval_every=1", "eval_prompts=4", "eval_generations=2"]
+    return small_run(model, folder, *short, *evaluated, *more)
 
 
 def check_run(folder: Path, steps: int = 2) -> None:
