@@ -1,7 +1,7 @@
 """Puts a run together: everything is loaded and checked before the output folder is touched."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -270,7 +270,7 @@ def load_models(
     else:
         trained = load_model(str(start.checkpoint), config)
     num_weights = sum(parameter.numel() for parameter in trained.parameters())
-    policy, reference = place_on_devices(trained, base, first_without, config, accelerator)
+    policy, reference = place_on_devices(trained, base, config, accelerator, first_without)
     models = Models(
         policy=policy,
         reference=reference,
@@ -409,9 +409,9 @@ def summarise(
 def place_on_devices(
     trained: PreTrainedModel,
     base: PreTrainedModel,
-    first_without: set[int],
     config: TrainConfig,
     accelerator: Accelerator,
+    first_without: Collection[int] = (),
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Policy and frozen reference on their devices: sharded, replicated, or just there.
 

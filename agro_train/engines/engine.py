@@ -47,9 +47,9 @@ class Sampling:
         text, before = (
             tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids, ids[:-1])
         )
-        return any(
-            (at := text.rfind(stop)) >= 0 and at + len(stop) > len(before) for stop in self.stop
-        )
+        # The bytes of a letter that is not complete yet, which decode to one of these each.
+        done = len(before.rstrip("\N{REPLACEMENT CHARACTER}"))
+        return any((at := text.rfind(stop)) >= 0 and at + len(stop) > done for stop in self.stop)
 
     def end(self, ids: Sequence[int], tokenizer: Any, end_tokens: set[int]) -> int | None:
         """How many of the ids belong to the completion: up to the first end token, or the token
