@@ -1,4 +1,4 @@
-"""Kept ids as text: what was written comes back, in little room, and nothing else is taken for it."""
+"""Kept ids as text: what was written comes back, in little room, and no other text is read."""
 
 import base64
 import json
@@ -17,9 +17,8 @@ def test_sets_come_back_in_rising_order() -> None:
 
 
 def test_form_is_the_documented_one() -> None:
-    numbers = np.frombuffer(
-        zlib.decompress(base64.b64decode(kept_ids.encode([[9, 4], [2]]))), "<i4"
-    )
+    written = zlib.decompress(base64.b64decode(kept_ids.encode([[9, 4], [2]])))
+    numbers = np.frombuffer(written, "<i4")
     assert numbers.tolist() == [2, 2, 1, 4, 5, 2]
 
 

@@ -53,7 +53,7 @@ KEPT = [[2, 7], [1], list(range(15)), [4, 3, 14]]  # each with other ids than th
 def kept_and_plain() -> tuple[list[Rollout], list[list[Any]]]:
     """Rollouts of which the first two groups say what was kept, and those sets for each target."""
     rollouts, sets = [], []
-    for number, one in enumerate(ragged_rollouts()):
+    for one in ragged_rollouts():
         kept = [[token, *KEPT[i % 4]] for i, token in enumerate(one.completion_ids)]
         named = one.group != "g2"
         rollouts.append(replace(one, kept_ids=kept_ids.encode(kept) if named else None))
