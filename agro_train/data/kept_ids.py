@@ -15,15 +15,23 @@ import numpy as np
 
 def encode(sets: Sequence[Any]) -> str:
     """The text for the ids kept for each token: lists or arrays, in any order, of one or more each.
+    Raises ValueError for anything else.
 
     It is the base64 of the zlib of int32 numbers, little-endian: how many tokens; how many ids each
     has; and all ids, those of one token in rising order and each as its distance to the one before.
     """
-    rising = [np.unique(np.asarray(ids, dtype=np.int64)) for ids in sets]
+    rising = [np.unique(ids).astype(np.int64) for ids in map(_whole_numbers, sets)]
     counts = [len(ids) for ids in rising]
     steps = [np.diff(ids, prepend=0) for ids in rising]
     numbers = np.concatenate([[len(counts)], counts, *steps]).astype("<i4")
     return base64.b64encode(zlib.compress(numbers.tobytes())).decode()
+
+
+def _whole_numbers(ids: Any) -> Any:
+    found = np.asarray(ids)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(f"expected one or more ids, got {str(ids)[:40]}")
+    return found
 
 
 def decode(text: str) -> list[Any]:

@@ -127,8 +127,9 @@ def test_weights_in_bfloat16_would_not_move_and_are_refused(
 
 def test_run_that_computes_in_bfloat16_moves_its_weights(tmp_path: Path) -> None:
     settings = ["mixed_precision=bf16", "learning_rate=1e-6", "lr_scheduler_type=constant"]
-    short = ["warm_start_steps=2", "warmup_steps=0", "steps=1", "eval_every=0"]
-    assert main(["train", f"output_dir={tmp_path}", *settings, *short]) == 0
+    settings += ["reward=tests.train.reward_functions:even_share", "max_completion_length=6"]
+    settings += ["prompts_per_step=2", "num_generations=4", "warm_start_steps=0", "warmup_steps=0"]
+    assert main(["train", f"output_dir={tmp_path}", *settings, "steps=1", "eval_every=0"]) == 0
     before = load_file(tmp_path / "base_model" / "model.safetensors")
     after = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     moved = sum(int((after[name] != before[name]).sum()) for name in after)

@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 import agro_train.train
 from agro_train import config as configuration
 from agro_train.cli import main
-from agro_train.data import kept_ids
 from agro_train.data.rows import read_jsonl
-from agro_train.policy.load import load_model
 from agro_train.watch.display import Display
 from tests.train.models import rollout
 
@@ -188,81 +186,6 @@ def test_prompt_that_comes_twice_in_a_step_makes_two_groups(finished: Path, tmp_
     assert train(tmp_path / "twice", *settings) == 0
     row = next(row for row in metrics(tmp_path / "twice") if "reward" in row)
     assert row["groups"] == 8
-
-
-@pytest.fixture(scope="module")
-def nucleus(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps on what top_p keeps, half of the second one's groups replayed."""
-    folder = tmp_path_factory.mktemp("runs") / "nucleus"
-    settings = [*from_base(finished), "top_p=0.9", "replay_fraction=0.5", "steps=2", "eval_every=0"]
-    assert train(folder, *settings) == 0
-    return folder
-
-
-def test_run_on_a_nucleus_trains_the_truncated_policy(nucleus: Path) -> None:
-    """Equal weights over equal sets: no log-ratio. What the log says is what the next step, and a
-    model without packing or cache in float64, find again."""
-    first, second = [row for row in metrics(nucleus) if "reward" in row]
-    assert first["kl"] == 0.0 == first["agro/logratio_abs_max"] and not first["skipped"]
-    assert second["sample/replayed"] == 0.5 and abs(second["agro/sampler_log_ratio"]) < 2
-    model = load_model(str(nucleus / "base_model"), configuration.TrainConfig()).double()
-    rows = read_jsonl(nucleus / "rollouts" / "step-000001.jsonl")
-    left_out = 0
-    for row in rows:
-        sets = kept_ids.decode(row["kept_ids"])
-        left_out += sum(len(kept) < 15 for kept in sets)
-        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
-        logits = model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1]
-        expected = sum(
-            float(z[kept].log_softmax(-1)[list(kept).index(token)])
-            for z, kept, token in zip(logits, sets, row["completion_ids"], strict=True)
-        )
-        assert row["sampling_logprob"] == pytest.approx(expected, abs=1e-4)
-    assert left_out > len(rows)
-    log = {tuple(row["completion_ids"]): row["kept_ids"] for row in rows}
-    again = read_jsonl(nucleus / "rollouts" / "step-000002.jsonl")
-    replayed = [row for row in again if row["source"] == "replayed"]
-    assert len(replayed) == 8
-    assert all(row["kept_ids"] == log[tuple(row["completion_ids"])] for row in replayed)
-
-
-def test_recorded_nucleus_is_scored_over_its_own_sets(
-    finished: Path, nucleus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = nucleus / "rollouts" / "step-000001.jsonl"
-    common = [*from_base(finished), "steps=1", "eval_every=0", "top_p=0.9"]
-    assert train(tmp_path / "offline", *common, f"recorded=[{log}]") == 0
-    offline, online = (
-        next(row for row in metrics(folder) if "reward" in row)
-        for folder in (tmp_path / "offline", nucleus)
-    )
-    assert offline["kl"] == pytest.approx(0.0, abs=1e-5)
-    assert offline["agro/sampler_log_ratio"] == pytest.approx(0.0, abs=1e-5)
-    for key in ("loss", "grad_norm", "entropy"):
-        assert offline[key] == pytest.approx(online[key], rel=1e-4), key
-    whole = finished / "rollouts" / "step-000001.jsonl"
-    arguments = ["train", f"output_dir={tmp_path / 'no'}", *QUICK, *common, f"recorded=[{whole}]"]
-    assert "recorded: expected kept_ids in" in refusal(arguments, capsys)
-    assert not (tmp_path / "no").exists()
-
-
-def test_run_with_min_new_tokens_and_stop_has_neither_too_early_nor_a_log_ratio(
-    finished: Path, tmp_path: Path
-) -> None:
-    settings = [*from_base(finished), "steps=1", "eval_every=0", "min_new_tokens=3", "stop=[7]"]
-    assert train(tmp_path / "run", *settings) == 0
-    (row,) = [row for row in metrics(tmp_path / "run") if "reward" in row]
-    assert row["agro/logratio_abs_max"] == 0.0 and row["completions/min_length"] > 3
-    rows = read_jsonl(tmp_path / "run" / "rollouts" / "step-000001.jsonl")
-    model = load_model(str(finished / "base_model"), configuration.TrainConfig()).double()
-    for row in rows:
-        assert "7" not in row["completion"][3:-1] and "kept_ids" not in row
-        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
-        logits = model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1 : -1].detach()
-        logits[:3, 1] = -torch.inf  # the end token
-        logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(row["completion_ids"])[:, None])
-        assert row["sampling_logprob"] == pytest.approx(float(logprobs.sum()), abs=1e-4)
-    assert any(row["completion"].endswith("7") and row["finish"] == "stop" for row in rows)
 
 
 @pytest.fixture(scope="module")

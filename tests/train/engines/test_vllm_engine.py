@@ -213,10 +213,7 @@ def test_completions_are_scored_over_the_ids_that_vllm_kept(
         (lambda likeliest: (), "fewer than 6 with top_k=3, got up to 0 for 0;"),
         (lambda likeliest: tuple(((0, -9999.0),) for _ in likeliest), "got up to 0 for"),
         # Six of six have a probability: a seventh may tie with them, or nothing was left out.
-        (
-            lambda likeliest: tuple(tuple((i, -1.8) for i in range(6)) for _ in likeliest),
-            "to 6 for",
-        ),
+        (lambda likeliest: (tuple((i, -1.8) for i in range(6)),) * len(likeliest), "to 6 for"),
     ],
 )
 def test_ids_that_vllm_does_not_tell_in_full_are_one_sentence(
@@ -248,10 +245,8 @@ def test_stop_strings_are_vllms_and_end_the_completion_here_as_there(engine: Vll
 
 def test_colocated_vllm_looks_for_text_only_where_it_is_to_stop_at_some() -> None:
     asked: list[dict[str, Any]] = []
-    one = SimpleNamespace(
-        token_ids=[4],
-        logprobs=[{4: SimpleNamespace(logprob=-0.5), 2: SimpleNamespace(logprob=-1.0)}],
-    )
+    found = {4: SimpleNamespace(logprob=-0.5), 2: SimpleNamespace(logprob=-1.0)}
+    one = SimpleNamespace(token_ids=[4], logprobs=[found])
     output = SimpleNamespace(outputs=[one], prompt_token_ids=[3], prompt_logprobs=None)
     client = object.__new__(Colocated)
     client.sampling_params = lambda **given: asked.append(given)
@@ -286,9 +281,7 @@ def test_server_that_tells_too_few_log_probabilities_is_refused(
     monkeypatch.setattr(Server, "check", lambda self, length: None)
     monkeypatch.setattr(Server, "_tokens", refused)
     config = replace(CONFIG, use_vllm=True, vllm_mode="server", top_k=6)
-    with pytest.raises(
-        ValueError, match="top_k: expected a server that tells 12 log-.* agro serve"
-    ):
+    with pytest.raises(ValueError, match="top_k: expected a server that tells 12 log-"):
         start(config, engine.policy, engine.accelerator, TOKENIZER, {1}, 8)
 
 
