@@ -62,7 +62,11 @@ class TrainConfig:
         "otherwise a folder or hub id that transformers loads, or the path of a .gguf file",
         heading="Model",
     )
-    dtype: Literal["float32", "bfloat16"] = key("float32", "of the trained weights")
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32",
+        "of the weights; bfloat16 for those that are not trained, with use_peft or in rollout and "
+        "eval",
+    )
     mixed_precision: Literal["no", "bf16"] = key("no", "bf16: autocast around float32 weights")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = key(
         "sdpa", "attention, by transformers' name"

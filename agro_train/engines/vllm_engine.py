@@ -11,6 +11,7 @@ expectation is then off by a share of about that difference, summed over a compl
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,19 +91,27 @@ class VllmEngine:
         requests = [self.request(prompt.ids, seed, temperature) for prompt, seed in asked]
         answers = self.together(lambda: self.ask(requests))
         return [
-            cut(
-                prompt,
-                list(answer.ids),
-                self.tokenizer,
-                self.end_tokens,
-                temperature,
-                step,
-                answer.logprobs if temperature else None,
-                self.sampling,
-                self.kept(answer) if temperature and self.sampling.truncates else None,
-            )
+            self.rollout(prompt, answer, temperature, step)
             for (prompt, _), answer in zip(asked, answers, strict=True)
         ]
+
+    def rollout(
+        self, prompt: Prompt, answer: Answer, temperature: float, step: int | None
+    ) -> Rollout:
+        found = cut(
+            prompt,
+            list(answer.ids),
+            self.tokenizer,
+            self.end_tokens,
+            temperature,
+            step,
+            answer.logprobs if temperature else None,
+            self.sampling,
+            self.kept(answer) if temperature and self.sampling.truncates else None,
+        )
+        # vLLM puts text together in its own way, and may see a stop string where `cut` sees none.
+        short = len(found.completion_ids) < self.config.max_completion_length
+        return replace(found, finish="stop") if self.sampling.stop and short else found
 
     def ask(self, requests: Sequence[Request]) -> list[Answer]:
         answers = self.client.ask(requests)

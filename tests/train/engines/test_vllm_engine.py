@@ -243,6 +243,18 @@ def test_stop_strings_are_vllms_and_end_the_completion_here_as_there(engine: Vll
     assert probe["stop"] == []
 
 
+def test_answer_that_vllm_ended_early_has_stopped(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the stop string is not seen here."""
+    engine = sampling(engine, stop=["never"])
+    ask = engine.client.ask
+    short = lambda a: replace(a, ids=a.ids[:2], logprobs=a.logprobs[:2])  # noqa: E731
+    monkeypatch.setattr(engine.client, "ask", lambda rs: [short(a) for a in ask(rs)])
+    monkeypatch.setattr(engine, "send", lambda prompt: None)
+    assert {r.finish for r in engine.complete(PROMPTS, **ASK, step=0)} == {"stop"}
+
+
 def test_colocated_vllm_looks_for_text_only_where_it_is_to_stop_at_some() -> None:
     asked: list[dict[str, Any]] = []
     found = {4: SimpleNamespace(logprob=-0.5), 2: SimpleNamespace(logprob=-1.0)}
