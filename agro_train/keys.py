@@ -40,6 +40,7 @@ class Key:
     infinite: bool = False  # whether inf is a value
     rule: tuple[str, Callable[[Any], bool]] | None = None  # any other limit: in words, as a test
     hint: str = ""  # for the end of the sentence that refuses a value
+    verbatim: bool = False  # of a list: a text alone is one member, commas and all
     resumable: bool = False  # whether it may change when a run is resumed
 
     @property
@@ -75,6 +76,8 @@ class Key:
 
     def read(self, given: Any) -> Any:
         """What YAML has, in the setting's type. Raises Refusal where that is another."""
+        if self.verbatim and isinstance(given, str):
+            given = [given]
         try:
             return _converted(given, self.kind)
         except (ValueError, TypeError, OverflowError):

@@ -24,6 +24,8 @@ ALGORITHMS = (
 )
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SHARE = "it is a share"
+# The most ids that top_k, top_p and min_p keep of a token: they are recorded with it.
+MOST_KEPT = 1024
 
 
 def _is_algorithm(name: str) -> bool:
@@ -60,7 +62,11 @@ class TrainConfig:
         "otherwise a folder or hub id that transformers loads, or the path of a .gguf file",
         heading="Model",
     )
-    dtype: Literal["float32", "bfloat16"] = key("float32", "of the trained weights")
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32",
+        "of the weights; bfloat16 for those that are not trained, with use_peft or in rollout and "
+        "eval",
+    )
     mixed_precision: Literal["no", "bf16"] = key("no", "bf16: autocast around float32 weights")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = key(
         "sdpa", "attention, by transformers' name"
@@ -161,6 +167,32 @@ class TrainConfig:
         8, "completions per prompt", least=2, hint="a group of one has no variance to learn from"
     )
     temperature: float = key(1.0, "of the policy that is sampled and trained", above=0)
+    top_k: int = key(
+        0,
+        "draw each token from so many likeliest ids; 0: no limit, or "
+        f"{MOST_KEPT} with top_p or min_p",
+        least=0,
+        most=MOST_KEPT,
+        hint="the ids kept are recorded with each token",
+    )
+    top_p: float = key(
+        1.0,
+        "draw from the likeliest ids that together have this probability, after min_p and top_k",
+        above=0,
+        most=1,
+    )
+    min_p: float = key(
+        0.0, "leave out ids less probable than this share of the likeliest", least=0, below=1
+    )
+    stop: list[str] = key(
+        [],
+        "texts that end a completion; the tokens that spell one belong to it",
+        rule=("texts of one character or more", all),
+        verbatim=True,
+    )
+    min_new_tokens: int = key(
+        0, "no end token among so many first ones, nor does stop end them", least=0
+    )
     max_completion_length: int = key(64, "tokens", least=1)
     max_staleness: int = key(
         0,
@@ -262,6 +294,7 @@ class TrainConfig:
             one.check(getattr(self, name))
         self._check_adapter()
         self._check_shares()
+        self._check_sampling()
         self._check_algorithm()
         self._check_staleness()
         if self.demonstrations and self.offline:
@@ -320,6 +353,26 @@ class TrainConfig:
                     f"{self.prompts_per_step}, got {share}; raise one of them, or set {name}=0"
                 )
 
+    def _check_sampling(self) -> None:
+        if self.min_new_tokens > self.max_completion_length:
+            raise Refusal(
+                f"min_new_tokens: expected at most max_completion_length="
+                f"{self.max_completion_length}, got {self.min_new_tokens}; lower it"
+            )
+        if not self.truncates:
+            return
+        set_here = f"top_k={self.top_k} top_p={self.top_p} min_p={self.min_p}"
+        if self.demonstrations:
+            raise Refusal(
+                f"demonstrations: expected no top_k, top_p or min_p, got {set_here}; nobody drew a "
+                "worked answer's tokens, so there are no ids kept to score it over"
+            )
+        if self.use_vllm and not self.top_k:
+            raise Refusal(
+                f"top_k: expected 1 or more where vLLM samples with top_p or min_p, got {set_here};"
+                " vLLM tells which ids it kept of a number known before: set top_k=50 or the like"
+            )
+
     def _check_algorithm(self) -> None:
         if self.algorithm != "agro" and (self.lr_weight or self.lr_cap):
             raise Refusal(
@@ -336,6 +389,11 @@ class TrainConfig:
     def tapers(self) -> bool:
         """Whether off-policy rows are tapered."""
         return self.algorithm == "agro" and self.off_policy_taper > 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from the ids that top_k, top_p and min_p keep."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def offline(self) -> bool:

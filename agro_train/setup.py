@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -29,6 +29,7 @@ from agro_train.fresh import Ahead, FreshGroups, Group, InStep, Questioner, grou
 from agro_train.policy import checkpoint
 from agro_train.policy.adapter import AdapterOff, add_adapter
 from agro_train.policy.load import (
+    barred,
     end_tokens,
     fingerprint,
     identity,
@@ -46,6 +47,7 @@ from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards
 from agro_train.run import Models, Run, Start
 from agro_train.run_folder import RunFolder
+from agro_train.types import Rollout
 from agro_train.watch.environment import record_start
 from agro_train.watch.trackers import check_trackers, start_trackers
 
@@ -73,6 +75,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     folder = RunFolder(Path(config.output_dir))
     if not resume:
         folder.check_unused()
+        check_dtype(config)
     check_trackers(config.report_to)
     try_algorithm(config)
     rewards = load_rewards(config)
@@ -95,6 +98,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         config.prompt_template,
         vocab_size=sizes.vocab_size,
         context=sizes.context,
+        truncated=config.truncates,
     )
     check_ranks(config, ranks, len(questions.held_out), mix)
     demonstrations = {}
@@ -104,6 +108,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         )
 
     models, warm_start = load_models(config, source, tokenizer, start, accelerator)
+    check_first_tokens(config, recorded, demonstrations.values(), models.end_tokens)
     optimizer, scheduler = make_optimizer(config, models.policy, start)
     ask = Questioner(config, questions.prompts, mix, ranks, rewards, demonstrations)
     engine, fresh = start_engine(config, models, questions, accelerator, ask, start)
@@ -126,6 +131,35 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         scheduler=scheduler,
         summary=summarise(config, models, questions, recorded, accelerator, precision, warm_start),
     )
+
+
+def check_dtype(config: TrainConfig) -> None:
+    """Raises Refusal for a run that would train weights in bfloat16, whose numbers have 8 bits:
+    AdamW's step is about as large as the learning rate, and lost where that is below 1/512 of the
+    weight. A run that an older version has begun so may still be resumed."""
+    if config.dtype == "bfloat16" and not config.use_peft:
+        raise Refusal(
+            f"dtype: expected float32 for weights that are trained, got bfloat16, where most steps "
+            f"of learning_rate={config.learning_rate:g} are rounded away; dtype=float32 "
+            "mixed_precision=bf16 computes in bfloat16 around float32 weights, and use_peft=true "
+            "trains a float32 adapter of bfloat16 ones"
+        )
+
+
+def check_first_tokens(
+    config: TrainConfig, recorded: Recorded, demonstrations: Iterable[Rollout], ends: set[int]
+) -> None:
+    """Raises Refusal for a completion that ends before min_new_tokens: the policy cannot draw it,
+    so its probability is 0."""
+    rows = [r for group in recorded.groups for r in group] if not config.truncates else []
+    for rollout in (*rows, *demonstrations):
+        first = rollout.completion_ids[: config.min_new_tokens]
+        if not ends.isdisjoint(first):
+            raise Refusal(
+                f"min_new_tokens: expected no end token among the first {config.min_new_tokens} of "
+                f"a {rollout.source} completion, got one in that of {rollout.prompt[:40]!r}, whose "
+                "probability is then 0; lower it, or leave the completion out"
+            )
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -233,6 +267,9 @@ def load_models(
     warm_start = None if warm_loss is None else WarmStart(copy.deepcopy(base), warm_loss)
     reads_cache = config.recorded and accelerator.is_main_process
     reference_id = identity(base) if reads_cache else ""
+    first_without = barred(config, ends)
+    if first_without:  # the reference is then another distribution
+        reference_id += f"; first {config.min_new_tokens} tokens without {sorted(first_without)}"
     if config.use_peft:
         trained = base
         add_adapter(trained, config, start.checkpoint)
@@ -241,7 +278,7 @@ def load_models(
     else:
         trained = load_model(str(start.checkpoint), config)
     num_weights = sum(parameter.numel() for parameter in trained.parameters())
-    policy, reference = place_on_devices(trained, base, config, accelerator)
+    policy, reference = place_on_devices(trained, base, config, accelerator, first_without)
     models = Models(
         policy=policy,
         reference=reference,
@@ -404,15 +441,19 @@ def summarise(
 
 
 def place_on_devices(
-    trained: PreTrainedModel, base: PreTrainedModel, config: TrainConfig, accelerator: Accelerator
+    trained: PreTrainedModel,
+    base: PreTrainedModel,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    first_without: Collection[int] = (),
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Policy and frozen reference on their devices: sharded, replicated, or just there.
 
     With an adapter they are the same weights.
     """
-    modules = [Policy(trained)]
+    modules = [Policy(trained, first_without)]
     if not config.use_peft:
-        modules.append(Policy(base).requires_grad_(False))
+        modules.append(Policy(base, first_without).requires_grad_(False))
     if config.fsdp:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for module in modules:

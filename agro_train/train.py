@@ -85,6 +85,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
         on_policy,
         token_budget=config.token_budget,
         share_prompts=config.share_prompts,
+        min_new_tokens=config.min_new_tokens,
     )
     stats = update(
         run.models.policy,

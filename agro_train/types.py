@@ -61,6 +61,9 @@ class Rollout:
     sampling_logprob: float | None = None
     # Nats, of each of completion_ids, from an engine with kernels of its own; None: not known.
     sampling_logprobs: tuple[float, ...] | None = None
+    # The ids that each of completion_ids was drawn from, where top_k, top_p or min_p left some out,
+    # as `data.kept_ids` writes them; None: all ids.
+    kept_ids: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,6 +88,12 @@ class MicroBatch:
     sampling_logprobs: Tensor  # (n,) float32, nats: of the engine that sampled them; NaN: unknown
     cu_seqlens: Tensor  # (S + 1,) int32: completion boundaries in targets
     rows: Tensor  # (S,) int64: the completion's row in TrainBatch
+    # (n, K) int32, padded with -1: the ids that targets[i] was drawn from, all where a row has
+    # none; None: all everywhere.
+    kept_ids: Tensor | None = None
+    # (n,) bool: whether targets[i] was drawn from all ids but the end tokens, being among the first
+    # min_new_tokens; None: nowhere.
+    early: Tensor | None = None
 
     def attends(self) -> Tensor:
         """(L, L) bool: may the row's token see the column's; never across sequences."""
@@ -98,7 +107,10 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on `device`."""
-        return MicroBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device) for name, value in vars(self).items()
+        }
+        return MicroBatch(**moved)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,28 @@ def load_rows(
     return rewards - beta * log_ratios, weights, kept
 
 
+@triton.jit
+def load_members(
+    rewards_ptr,
+    log_ratios_ptr,
+    groups_ptr,
+    weights_ptr,
+    groups_i,
+    offs_j,
+    mask_j,
+    beta,
+):
+    """Which of the rows at offs_j are of the groups of rows i, and which of those are kept, (I, J);
+    the regularised rewards of rows j, (J,); their weights where they are kept members, (I, J)."""
+    groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
+    regularized_j, weights_j, kept_j = load_rows(
+        rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta
+    )
+    same = (groups_i[:, None] == groups_j[None, :]) & mask_j[None, :]
+    member = same & kept_j[None, :]
+    return same, member, regularized_j, tl.where(member, weights_j[None, :], 0.0)
+
+
 @triton.jit(do_not_specialize=["num_sequences"])
 def group_statistics_kernel(
     rewards_ptr,
@@ -139,14 +161,10 @@ def group_statistics_kernel(
     earlier = tl.zeros((BLOCK_I,), tl.int32)
     for start_j in range(0, num_sequences, BLOCK_J):
         offs_j = start_j + tl.arange(0, BLOCK_J)
-        mask_j = offs_j < num_sequences
-        groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
-        regularized_j, weights_j, kept_j = load_rows(
-            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta
-        )
-        same = (groups_i[:, None] == groups_j[None, :]) & mask_j[None, :]
-        member = same & kept_j[None, :]
-        member_weights = tl.where(member, weights_j[None, :], 0.0)
+        same, member, regularized_j, member_weights = load_members(
+            rewards_ptr, log_ratios_ptr, groups_ptr, weights_ptr, groups_i, offs_j,
+            offs_j < num_sequences, beta,
+        )  # fmt: skip
         size += tl.sum(member.to(tl.float64), 1)
         weight += tl.sum(member_weights, 1)
         total += tl.sum(member_weights * tl.where(member, regularized_j[None, :], 0.0), 1)
@@ -157,14 +175,11 @@ def group_statistics_kernel(
     largest = tl.zeros((BLOCK_I,), tl.float64)
     for start_j in range(0, num_sequences, BLOCK_J):
         offs_j = start_j + tl.arange(0, BLOCK_J)
-        mask_j = offs_j < num_sequences
-        groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
-        regularized_j, weights_j, kept_j = load_rows(
-            rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta
-        )
-        member = (groups_i[:, None] == groups_j[None, :]) & kept_j[None, :]
+        _, member, regularized_j, member_weights = load_members(
+            rewards_ptr, log_ratios_ptr, groups_ptr, weights_ptr, groups_i, offs_j,
+            offs_j < num_sequences, beta,
+        )  # fmt: skip
         deviations = tl.where(member, regularized_j[None, :] - mean[:, None], 0.0)
-        member_weights = tl.where(member, weights_j[None, :], 0.0)
         squares += tl.sum(member_weights * deviations * deviations, 1)
         if LR_CAP:
             largest = tl.maximum(largest, tl.max(deviations, 1))

@@ -8,6 +8,7 @@ from agro_train import durable
 from agro_train.commands.sampler import check_free, in_words, load_sampler
 from agro_train.config import TrainConfig
 from agro_train.data.recorded import rollout_to_json
+from agro_train.policy.load import barred, end_tokens
 from agro_train.policy.logprobs import with_sampling_logprobs
 from agro_train.policy.policy import Policy
 from agro_train.refusal import Refusal
@@ -55,7 +56,7 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
             f"data: expected gold answers that math-verify can parse, got none in {config.data}; "
             "choose another reward, or mend the column of answers"
         )
-    policy = Policy(sampler.model)
+    policy = Policy(sampler.model, barred(config, end_tokens(sampler.model, sampler.tokenizer)))
     output.parent.mkdir(parents=True, exist_ok=True)
     written = 0
     with durable.writing(output) as file:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from agro_train.data import kept_ids
 from agro_train.types import MicroBatch, Rollout, TrainBatch
 
 
@@ -21,18 +23,27 @@ def build_batch(
     *,
     token_budget: int,
     share_prompts: bool,
+    min_new_tokens: int = 0,
 ) -> TrainBatch:
     """Packs whole groups into micro-batches of at most token_budget tokens.
 
     Rollouts of one prompt must be neighbours for it to be shared. A sequence longer than the
     budget gets a micro-batch of its own.
+
+    Args:
+        min_new_tokens: so many of a completion's first tokens cannot be end tokens.
     """
     unknown = float("nan")
     rewards = [unknown if r.reward is None else r.reward for r in rollouts]
     ref_logprobs = [unknown if r.ref_logprob is None else r.ref_logprob for r in rollouts]
     sampling = [unknown if r.sampling_logprob is None else r.sampling_logprob for r in rollouts]
     return TrainBatch(
-        micro=pack(rollouts, token_budget=token_budget, share_prompts=share_prompts),
+        micro=pack(
+            rollouts,
+            token_budget=token_budget,
+            share_prompts=share_prompts,
+            min_new_tokens=min_new_tokens,
+        ),
         rewards=torch.tensor(rewards, dtype=torch.float64),
         groups=torch.tensor(list(groups)),
         on_policy=torch.tensor(list(on_policy), dtype=torch.bool),
@@ -42,17 +53,17 @@ def build_batch(
 
 
 def pack(
-    rollouts: Sequence[Rollout], *, token_budget: int, share_prompts: bool
+    rollouts: Sequence[Rollout], *, token_budget: int, share_prompts: bool, min_new_tokens: int = 0
 ) -> tuple[MicroBatch, ...]:
     """Greedy, in order: a sequence that does not fit opens a new micro-batch."""
     done: list[MicroBatch] = []
-    packing = _Packing()
+    packing = _Packing(min_new_tokens)
     for row, rollout in enumerate(rollouts):
         shared = share_prompts and rollout.prompt_ids == packing.prompt_ids
         cost = len(rollout.completion_ids) - 1 + (0 if shared else len(rollout.prompt_ids))
         if packing.rows and len(packing.input_ids) + cost > token_budget:
             done.append(packing.close())
-            packing, shared = _Packing(), False
+            packing, shared = _Packing(min_new_tokens), False
         if not shared:
             packing.add_prompt(rollout.prompt_ids)
         packing.add_completion(row, rollout)
@@ -69,6 +80,7 @@ class _Packing:
     completion's token may attend to as well.
     """
 
+    min_new_tokens: int
     input_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
@@ -76,6 +88,8 @@ class _Packing:
     predictors: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
+    kept: list[Sequence[int]] = field(default_factory=list)  # for each target; empty: all ids
+    early: list[bool] = field(default_factory=list)
     cu_inputs: list[int] = field(default_factory=list)
     cu_seqlens: list[int] = field(default_factory=lambda: [0])
     rows: list[int] = field(default_factory=list)
@@ -98,6 +112,10 @@ class _Packing:
         self.predictors += [self.last_prompt_token, *range(start, len(self.input_ids))]
         self.targets += ids
         self.sampling_logprobs += rollout.sampling_logprobs or [float("nan")] * len(ids)
+        # What was kept at an early token has no end token in it anyway.
+        barred = 0 if rollout.kept_ids else min(self.min_new_tokens, len(ids))
+        self.kept += kept_ids.decode(rollout.kept_ids) if rollout.kept_ids else [()] * len(ids)
+        self.early += [True] * barred + [False] * (len(ids) - barred)
         self.cu_seqlens.append(len(self.targets))
         self.rows.append(row)
 
@@ -121,4 +139,15 @@ class _Packing:
             sampling_logprobs=torch.tensor(self.sampling_logprobs),
             cu_seqlens=torch.tensor(self.cu_seqlens, dtype=torch.int32),
             rows=torch.tensor(self.rows),
+            kept_ids=self._kept_ids(),
+            early=torch.tensor(self.early) if any(self.early) else None,
         )
+
+    def _kept_ids(self) -> Tensor | None:
+        most = max(map(len, self.kept))
+        if not most:
+            return None
+        padded = torch.full((len(self.kept), most), -1, dtype=torch.int32)
+        for row, ids in zip(padded, self.kept, strict=True):
+            row[: len(ids)] = torch.as_tensor(ids)
+        return padded

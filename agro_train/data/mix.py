@@ -82,6 +82,12 @@ def replayed_groups(
                 f"{record(past + 1)}, got {len(rollouts)}; the run's own record is needed as it "
                 "was written"
             )
+        if config.truncates and not all(r.kept_ids for r in rollouts):
+            raise Refusal(
+                f"replay: expected kept_ids of every fresh rollout in {record(past + 1)}, got one "
+                "without; with top_k, top_p or min_p a completion is scored over the ids that its "
+                "tokens were drawn from: the run's own record is needed as it was written"
+            )
     return [
         [replace(r, source="replayed") for r in fresh[past][i * size : (i + 1) * size]]
         for past, i in chosen

@@ -7,11 +7,12 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agro_train import durable
+from agro_train.data import kept_ids
 from agro_train.data.prompts import render
 from agro_train.data.rows import numbered_rows, read_jsonl
 from agro_train.data.tasks import Row
@@ -31,6 +32,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "temperature": (int, float, type(None)),
     "ref_logprob": (int, float, type(None)),
     "sampling_logprob": (int, float, type(None)),
+    "kept_ids": (str, list, type(None)),
     "columns": (dict,),
 }
 # Written with every rollout, and without a meaning for the run that reads it.
@@ -69,6 +71,8 @@ def rollout_to_json(rollout: Rollout) -> str:
     row = {name: getattr(rollout, name) for name in rollout.__dataclass_fields__}
     row["sampling_logprob"] = sampling_logprob(rollout)
     del row["ref_logprob"], row["sampling_logprobs"]
+    if rollout.kept_ids is None:
+        del row["kept_ids"]
     return json.dumps(row, ensure_ascii=False, default=str)
 
 
@@ -101,7 +105,13 @@ def rollout_of(row: dict[str, Any]) -> Rollout:
 
 
 def load_recorded(
-    paths: Sequence[str], tokenizer: Any, template: str, *, vocab_size: int, context: int | None
+    paths: Sequence[str],
+    tokenizer: Any,
+    template: str,
+    *,
+    vocab_size: int,
+    context: int | None,
+    truncated: bool = False,
 ) -> Recorded:
     """Reads the files and groups their rollouts.
 
@@ -111,11 +121,14 @@ def load_recorded(
     apart from it, and an end token is appended only where `finish` says "stop". `ref_logprob` is
     the log-probability of the completion under the run's reference at the run's temperature, nats,
     the sum over its tokens; where it is absent the reference is asked. `sampling_logprob` is the
-    same under whoever sampled it, at the temperature of the sampling.
+    same under whoever sampled it, at the temperature of the sampling. `kept_ids` says which ids
+    each token was drawn from.
 
     Args:
         vocab_size: of the model: larger ids are refused.
         context: tokens the model can read: longer rollouts are refused. None: unknown.
+        truncated: whether the run scores over `kept_ids`, which every rollout then needs; a run
+            that samples from all ids scores over all, whatever the sampler left out.
     """
     files: list[RecordedFile] = []
     groups: dict[str, list[Rollout]] = {}
@@ -127,6 +140,8 @@ def load_recorded(
         for number, row in rows:
             where = f"{path}, line {number}"
             rollout = _recorded_rollout(row, where, tokenizer, template, vocab_size)
+            if truncated:
+                rollout = replace(rollout, kept_ids=_kept_ids(row, rollout, where, vocab_size))
             length = len(rollout.prompt_ids) + len(rollout.completion_ids)
             if context is not None and length > context:
                 raise Refusal(
@@ -225,6 +240,38 @@ def _recorded_rollout(
         sampling_logprob=_finite(row.get("sampling_logprob")),
         columns={**others, **row.get("columns", {})},
     )
+
+
+def _kept_ids(row: Row, rollout: Rollout, where: str, vocab_size: int) -> str:
+    """The row's, as a rollout has them, once they are seen to be sets that its tokens are in."""
+    given = row.get("kept_ids")
+    if given is None:
+        raise Refusal(
+            f"recorded: expected kept_ids in {where}, got none; with top_k, top_p or min_p a "
+            "completion is scored over the ids that its tokens were drawn from: record it with "
+            "them (agro rollout does), or sample without those three"
+        )
+    try:
+        text = given if isinstance(given, str) else kept_ids.encode(given)
+        sets = kept_ids.decode(text)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise Refusal(
+            f"recorded: expected kept_ids as a rollout log has them, or a list of ids for each "
+            f"token, in {where}, got {str(given)[:60]!r} ({error}); record it again"
+        ) from error
+    ids = rollout.completion_ids
+    wrong = "" if len(sets) == len(ids) else f"{len(sets)} sets for {len(ids)} tokens"
+    for token, kept in zip(ids, sets, strict=False):
+        if kept[0] < 0 or kept[-1] >= vocab_size:
+            wrong = wrong or f"an id outside [0, {vocab_size})"
+        if token not in kept:
+            wrong = wrong or f"a set without its token {token}, whose probability is then 0"
+    if wrong:
+        raise Refusal(
+            f"recorded: expected kept_ids to hold a set for each token, the token among them, in "
+            f"{where}, got {wrong}; record it again"
+        )
+    return text
 
 
 def _check_types(row: Row, where: str) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from agro_train.config import TrainConfig
+from agro_train.data import kept_ids
 from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed
 from agro_train.types import Prompt, Rollout
@@ -14,6 +16,59 @@ from agro_train.types import Prompt, Rollout
 
 class BrokenEngine(Refusal):
     """The engine has stopped answering, or does not have the weights it was sent."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What shapes completions besides temperature and length; the settings of the same names."""
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+
+    @staticmethod
+    def of(config: TrainConfig) -> "Sampling":
+        return Sampling(
+            config.top_k, config.top_p, config.min_p, tuple(config.stop), config.min_new_tokens
+        )
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def stop_window(self) -> int:
+        """How many last tokens hold the longest stop string and more, for a token spells one byte
+        or more of it."""
+        return max((len(text.encode()) for text in self.stop), default=0) + 8
+
+    def stops(self, ids: Sequence[int], tokenizer: Any) -> bool:
+        """Whether the newest of a completion's ids, from the last `stop_window` of them on, brings
+        a stop string to its end. What comes after that in the same token does not matter."""
+        text, before = (
+            tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids, ids[:-1])
+        )
+        # The bytes of a letter that is not complete yet, which decode to one of these each.
+        done = len(before.rstrip("\N{REPLACEMENT CHARACTER}"))
+        return any((at := text.rfind(stop)) >= 0 and at + len(stop) > done for stop in self.stop)
+
+    def end(self, ids: Sequence[int], tokenizer: Any, end_tokens: set[int]) -> int | None:
+        """How many of the ids belong to the completion: up to the first end token, or the token
+        that completes a stop string. Both stay: they were sampled, so they are scored. None: it was
+        cut off."""
+        for count, token in enumerate(ids, start=1):
+            if token in end_tokens:
+                return count
+            if self.stop and count > self.min_new_tokens:
+                window = ids[max(0, count - self.stop_window) : count]
+                if self.stops(window, tokenizer):
+                    return count
+        return None
+
+
+PLAIN = Sampling()  # from the whole softmax until an end token
 
 
 class Engine(Protocol):
@@ -34,8 +89,9 @@ class Engine(Protocol):
 
         Args:
             seeds: of each prompt; equal ones give the same completions of the same prompt.
-            temperature: 0 is greedy decoding; otherwise tokens are drawn from the full softmax at
-                that temperature (no top-k, no top-p), the distribution that the trainer scores.
+            temperature: 0 is greedy decoding; otherwise tokens are drawn from the softmax at that
+                temperature, the distribution that the trainer scores: over all ids, or over those
+                that the run's top_k, top_p and min_p keep, and the rollout's `kept_ids` says which.
             step: how many steps the policy's weights have taken. None: they never change.
         """
 
@@ -93,9 +149,15 @@ def cut(
     temperature: float,
     step: int | None,
     sampling_logprobs: Sequence[float] | None = None,
+    sampling: Sampling = PLAIN,
+    kept_sets: Sequence[Any] | None = None,
 ) -> Rollout:
-    """Cuts the padding off by the first end token, which stays: it was sampled, so it is scored."""
-    length = next((i + 1 for i, token in enumerate(ids) if token in end_tokens), None)
+    """A rollout of the ids without what comes after their end, see `Sampling.end`.
+
+    Args:
+        kept_sets: the ids that each of `ids` was drawn from, where some were left out.
+    """
+    length = sampling.end(ids, tokenizer, end_tokens)
     kept = tuple(ids[:length])
     return Rollout(
         group=prompt.group,
@@ -108,5 +170,6 @@ def cut(
         step=step,
         temperature=temperature,
         sampling_logprobs=None if sampling_logprobs is None else tuple(sampling_logprobs[:length]),
+        kept_ids=None if kept_sets is None else kept_ids.encode(kept_sets[: len(kept)]),
         columns=prompt.columns,
     )

@@ -2,7 +2,7 @@
 
 FOLDER holds the run's config.yaml, and the model's configuration and tokenizer. A job is `{"load":
 [files]}`, or prompts with what `Generator.complete` takes: the answer is then, prompt after prompt,
-`[[ids, logprobs or null]]` of its completions.
+`[[ids, logprobs or null, kept ids or null]]` of its completions.
 """
 
 import shutil
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from agro_train import config as configuration
 from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
+from agro_train.engines.engine import Sampling
 from agro_train.engines.transformers_engine import generate
 from agro_train.policy.load import end_tokens, prepare, set_matmul_precision
 from agro_train.policy.policy import Policy
@@ -47,8 +48,8 @@ class Generator:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: TrainConfig) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.policy = Policy(model)
         self.end_tokens = end_tokens(model, tokenizer)
+        self.policy = Policy(model, self.end_tokens if config.min_new_tokens else ())
         self.loaded = False
 
     def work(self, job: dict[str, Any]) -> Any:
@@ -75,7 +76,7 @@ class Generator:
         seeds: list[int],
         num_generations: int,
         temperature: float,
-    ) -> list[list[tuple[tuple[int, ...], list[float] | None]]]:
+    ) -> list[list[tuple[tuple[int, ...], list[float] | None, str | None]]]:
         rollouts = generate(
             self.model,
             self.tokenizer,
@@ -86,11 +87,15 @@ class Generator:
             max_completion_length=self.config.max_completion_length,
             batch_size=self.config.generation_batch_size,
             end_tokens=self.end_tokens,
+            sampling=Sampling.of(self.config),
         )
         logprobs = self.logprobs(rollouts) if temperature else [None] * len(rollouts)
-        pairs = [(r.completion_ids, p) for r, p in zip(rollouts, logprobs, strict=True)]
+        found = [
+            (r.completion_ids, of_tokens, r.kept_ids)
+            for r, of_tokens in zip(rollouts, logprobs, strict=True)
+        ]
         size = num_generations
-        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        return [found[start : start + size] for start in range(0, len(found), size)]
 
     def logprobs(self, rollouts: list[Rollout]) -> list[list[float] | None]:
         """Of each completion's tokens, nats, at the temperature of the run: by the head that the
@@ -99,7 +104,10 @@ class Generator:
         config = self.config
         with torch.no_grad():
             for micro in pack(
-                rollouts, token_budget=config.token_budget, share_prompts=config.share_prompts
+                rollouts,
+                token_budget=config.token_budget,
+                share_prompts=config.share_prompts,
+                min_new_tokens=config.min_new_tokens,
             ):
                 stats = self.policy(micro.to(self.model.device), config.temperature)
                 parts = stats.logprobs.float().cpu().split(micro.cu_seqlens.diff().tolist())

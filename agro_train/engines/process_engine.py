@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from agro_train.config import TrainConfig
 from agro_train.engines import generation_worker
-from agro_train.engines.engine import BrokenEngine, Snapshot, cut
+from agro_train.engines.engine import BrokenEngine, Sampling, Snapshot, cut
 from agro_train.engines.vllm_client import MEMORY
 from agro_train.engines.weights import written
 from agro_train.policy.adapter import merged_weights
@@ -39,6 +40,7 @@ class ProcessEngine:
         config: TrainConfig,
     ) -> None:
         self.policy, self.tokenizer, self.end_tokens = policy, tokenizer, end_tokens
+        self.config = config
         where = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None
         self.folder = tempfile.TemporaryDirectory(prefix="agro-", dir=where)
         path = Path(self.folder.name)
@@ -93,13 +95,28 @@ class ProcessEngine:
             }
         )
         for place, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):
-            yield (
-                place,
-                [
-                    cut(prompt, ids, self.tokenizer, self.end_tokens, temperature, step, logprobs)
-                    for ids, logprobs in group
-                ],
-            )
+            yield place, [self._rollout(prompt, temperature, step, *found) for found in group]
+
+    def _rollout(
+        self,
+        prompt: Prompt,
+        temperature: float,
+        step: int | None,
+        ids: list[int],
+        logprobs: list[float] | None,
+        kept: str | None,
+    ) -> Rollout:
+        whole = cut(
+            prompt,
+            ids,
+            self.tokenizer,
+            self.end_tokens,
+            temperature,
+            step,
+            logprobs,
+            Sampling.of(self.config),
+        )
+        return replace(whole, kept_ids=kept)
 
     def close(self) -> None:
         self.workers.close()

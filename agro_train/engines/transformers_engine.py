@@ -13,10 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+)
 
 from agro_train.config import TrainConfig
-from agro_train.engines.engine import completion_seed, cut
+from agro_train.engines.engine import PLAIN, Sampling, completion_seed, cut
+from agro_train.settings import MOST_KEPT
 from agro_train.types import Prompt, Rollout
 
 
@@ -58,6 +65,7 @@ class TransformersEngine:
                 batch_size=self.config.generation_batch_size,
                 end_tokens=self.end_tokens,
                 step=step,
+                sampling=Sampling.of(self.config),
             )
         )
 
@@ -74,6 +82,7 @@ def generate(
     batch_size: int,
     end_tokens: set[int],
     step: int | None = None,
+    sampling: Sampling = PLAIN,
 ) -> list[Rollout]:
     """Completions as `Engine.complete` describes them.
 
@@ -84,7 +93,7 @@ def generate(
     prompts_at_once = max(1, batch_size // num_generations)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
-    config = _generation_config(tokenizer, max_completion_length, end_tokens)
+    config = _generation_config(tokenizer, max_completion_length, end_tokens, sampling)
     with torch.no_grad():
         for start in range(0, len(by_length), prompts_at_once):
             indices = by_length[start : start + prompts_at_once]
@@ -95,12 +104,23 @@ def generate(
                     for i in indices
                     for number in range(num_generations)
                 ]
-                draw = Draw(torch.stack(streams).to(model.device), temperature)
+                draw = Draw(torch.stack(streams).to(model.device), temperature, sampling)
             ids = [prompts[i].ids for i in indices]
-            completions = _complete(model, config, ids, num_generations, draw)
-            for i, group in zip(indices, completions, strict=True):
+            stop = StopStrings(sampling, tokenizer, max(map(len, ids))) if sampling.stop else None
+            completions = _complete(model, config, ids, num_generations, draw, stop)
+            for place, (i, group) in enumerate(zip(indices, completions, strict=True)):
                 rollouts[i] = [
-                    cut(prompts[i], ids, tokenizer, end_tokens, temperature, step) for ids in group
+                    cut(
+                        prompts[i],
+                        ids,
+                        tokenizer,
+                        end_tokens,
+                        temperature,
+                        step,
+                        sampling=sampling,
+                        kept_sets=draw.kept_of(place * num_generations + number) if draw else None,
+                    )
+                    for number, ids in enumerate(group)
                 ]
     return [rollout for group in rollouts for rollout in group]
 
@@ -141,9 +161,10 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
     HEAD = 256
     OTHERS = -1  # in the place of a token's id
 
-    def __init__(self, keys: Tensor, temperature: float) -> None:
-        self.keys, self.temperature = keys, temperature
+    def __init__(self, keys: Tensor, temperature: float, sampling: Sampling = PLAIN) -> None:
+        self.keys, self.temperature, self.sampling = keys, temperature, sampling
         self.position = 0
+        self.kept: list[Any] = []  # of each position (rows, K) ids, -1 beyond those that were kept
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(rows, V) fp32 logits to scores of 0 for the token drawn and -inf for the others."""
@@ -151,6 +172,13 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
         keys = self.keys[:, self.position, None]
         self.position += 1
         others = (scores / self.temperature).softmax(-1)
+        if self.sampling.truncates:
+            ids, likely = most_likely(others, self.sampling)
+            self.kept.append(ids.int().cpu().numpy())
+            # An id that is not kept has probability 0: it arrives never.
+            first = (exponentials(keys, ids) / likely).argmin(-1, keepdim=True)
+            tokens = ids.gather(1, first)
+            return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
         likely, ids = others.topk(min(self.HEAD, others.shape[1]), sorted=False)
         others.scatter_(1, ids, 0.0)
         times, first = (exponentials(keys, ids) / likely).min(-1)
@@ -165,14 +193,58 @@ class Draw(LogitsProcessor):  # type: ignore[misc]
             tokens[rows] = race.argmin(-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
 
+    def kept_of(self, row: int) -> list[Any] | None:
+        """The ids kept for each position of a row; None where all were."""
+        if not self.sampling.truncates:
+            return None
+        return [ids[row][ids[row] >= 0] for ids in self.kept]
+
+
+def most_likely(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(rows, K) the ids that min_p, top_k and top_p keep, in this order, and their probabilities;
+    -1 and 0 beyond those. The order is vLLM's. There are MOST_KEPT at most, and one at least."""
+    count = min(sampling.top_k or MOST_KEPT, probabilities.shape[1])
+    likely, ids = probabilities.topk(count)  # sorted, so that what is kept comes first
+    keep = likely > 0
+    least = sampling.min_p * likely[:, :1]
+    if sampling.min_p:
+        keep &= likely >= least
+    if sampling.top_p < 1:
+        # The share is one of all that is left so far: of top_k ids, or of all.
+        left = likely if sampling.top_k else probabilities
+        total = left.where(left >= least, 0.0).sum(-1, keepdim=True)
+        keep &= likely.cumsum(-1) - likely < sampling.top_p * total
+    keep[:, 0] = True
+    width = int(keep.sum(-1).max())
+    keep, likely, ids = keep[:, :width], likely[:, :width], ids[:, :width]
+    return ids.where(keep, -1), likely.where(keep, 0.0)
+
+
+class StopStrings(StoppingCriteria):  # type: ignore[misc]
+    """Which rows have come to a stop string; `cut` finds the same place again."""
+
+    def __init__(self, sampling: Sampling, tokenizer: Any, prompt_columns: int) -> None:
+        self.sampling, self.tokenizer = sampling, tokenizer
+        self.prompt_columns = prompt_columns
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        del scores, kwargs
+        count = input_ids.shape[1] - self.prompt_columns
+        if count <= self.sampling.min_new_tokens:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        newest = input_ids[:, -min(count, self.sampling.stop_window) :].tolist()
+        found = [self.sampling.stops(ids, self.tokenizer) for ids in newest]
+        return torch.tensor(found, device=input_ids.device)
+
 
 def _generation_config(
-    tokenizer: Any, max_completion_length: int, end_tokens: set[int]
+    tokenizer: Any, max_completion_length: int, end_tokens: set[int], sampling: Sampling
 ) -> GenerationConfig:
     """Every setting that shapes the distribution, spelled out, so that no default can."""
     pad = tokenizer.pad_token_id
     return GenerationConfig(
         max_new_tokens=max_completion_length,
+        min_new_tokens=sampling.min_new_tokens or None,
         do_sample=False,
         repetition_penalty=1.0,
         eos_token_id=sorted(end_tokens),
@@ -187,6 +259,7 @@ def _complete(
     prompts: Sequence[tuple[int, ...]],
     num_generations: int,
     draw: Draw | None,
+    stop: StopStrings | None,
 ) -> list[list[list[int]]]:
     """Completion ids (prompts, num_generations, up to max_new_tokens), padding included. Greedy
     without `draw`."""
@@ -210,6 +283,7 @@ def _complete(
         past_key_values=cache,
         generation_config=generation_config,
         logits_processor=[] if draw is None else [draw],
+        stopping_criteria=[] if stop is None else [stop],
     )
     completions = output[:, input_ids.shape[1] :]
     nested: list[list[list[int]]] = completions.view(len(prompts), num_generations, -1).tolist()

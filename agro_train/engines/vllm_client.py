@@ -27,6 +27,7 @@ from transformers import PretrainedConfig
 from agro_train.config import TrainConfig
 from agro_train.engines.engine import BrokenEngine
 from agro_train.refusal import Refusal
+from agro_train.settings import MOST_KEPT
 
 MEMORY = Path("/dev/shm")  # files that never reach a disk, where the system has such a folder
 BACKEND = "agro"  # of weight transfer
@@ -36,6 +37,8 @@ AT_ONCE = 256  # requests to a server
 # take an hour; a server that dies closes its connections, and is noticed at once all the same.
 TOKENS_S = 6 * 3600.0
 RETRY_S = 1.0
+# A token, for the ids that top_k kept: twice as many, for vLLM keeps those that tie with the last.
+MOST_LOGPROBS = 2 * MOST_KEPT
 FORGET_S = 10.0
 
 
@@ -50,6 +53,8 @@ class Answer:
     ids: tuple[int, ...]  # as sampled, the end token included
     logprobs: tuple[float, ...]  # of ids, nats; of the processed logits, so at the temperature
     prompt_logprobs: tuple[float, ...]  # of prompt_ids[1:] at temperature 1, if they were asked for
+    # Of each of ids, the likeliest ids there with their log-probabilities, if they were asked for.
+    likeliest: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Client(Protocol):
@@ -65,7 +70,12 @@ class Colocated:
     """vLLM in a process of its own, on this one's device. It starts without weights."""
 
     def __init__(
-        self, model: PretrainedConfig, dtype: torch.dtype, length: int, config: TrainConfig
+        self,
+        model: PretrainedConfig,
+        dtype: torch.dtype,
+        length: int,
+        config: TrainConfig,
+        tokenizer: Any,
     ) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM, SamplingParams
@@ -74,13 +84,16 @@ class Colocated:
         self.sampling_params = SamplingParams
         with tempfile.TemporaryDirectory() as folder, broken("to start"):
             model.save_pretrained(folder)
+            if config.stop:
+                tokenizer.save_pretrained(folder)  # stop strings are looked for in text
             self.llm = LLM(
                 model=folder,
-                skip_tokenizer_init=True,
+                skip_tokenizer_init=not config.stop,
                 load_format="dummy",
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=length,
                 logprobs_mode="processed_logprobs",
+                max_logprobs=MOST_LOGPROBS,
                 generation_config="vllm",
                 enforce_eager=not torch.cuda.is_available(),
                 gpu_memory_utilization=config.vllm_gpu_memory_utilization,
@@ -94,21 +107,25 @@ class Colocated:
         with broken("to answer"):
             outputs = self.llm.generate(
                 [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
-                [self.sampling_params(detokenize=False, **r.parameters) for r in requests],
+                [
+                    self.sampling_params(detokenize=bool(r.parameters.get("stop")), **r.parameters)
+                    for r in requests
+                ],
                 use_tqdm=False,
             )
         answers: list[Answer] = []
-        for output in outputs:
+        for request, output in zip(requests, outputs, strict=True):
             ids = tuple(output.outputs[0].token_ids)
+            found = output.outputs[0].logprobs or []
             read = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False)
             answers.append(
                 Answer(
                     ids,
-                    tuple(
-                        at[token].logprob
-                        for token, at in zip(ids, output.outputs[0].logprobs or [], strict=False)
-                    ),
+                    tuple(at[token].logprob for token, at in zip(ids, found, strict=False)),
                     tuple(at[token].logprob for token, at in list(read)[1:]),
+                    tuple(tuple((i, one.logprob) for i, one in at.items()) for at in found)
+                    if request.parameters.get("logprobs")
+                    else (),
                 )
             )
         return list(enumerate(answers))
@@ -191,6 +208,16 @@ class Server:
                 f"vllm: expected a server that takes new weights and tokens, got {error}; {hint}"
             ) from error
 
+    def check_logprobs(self, count: int) -> None:
+        """Raises Refusal if the server does not tell the log-probabilities of `count` ids."""
+        try:
+            self._tokens(Request((0,), {"max_tokens": 1, "logprobs": count}), self.timeout_s)
+        except BrokenEngine as error:
+            raise Refusal(
+                f"top_k: expected a server that tells {count} log-probabilities a token, of which "
+                f"the ids kept are read, got {error}; start it with `agro serve MODEL`"
+            ) from error
+
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         with ThreadPoolExecutor(min(AT_ONCE, len(requests))) as threads:
             places = {threads.submit(self._tokens, one): i for i, one in enumerate(requests)}
@@ -235,6 +262,15 @@ class Server:
                 tuple(int(token) for token in choice["token_ids"]),
                 tuple(float(at["logprob"]) for at in logprobs),
                 tuple(float(at[str(token)]["logprob"]) for token, at in list(read)[1:]),
+                tuple(
+                    tuple(
+                        (int(one["token"].removeprefix("token_id:")), float(one["logprob"]))
+                        for one in at["top_logprobs"]
+                    )
+                    for at in logprobs
+                )
+                if request.parameters.get("logprobs")
+                else (),
             )
 
     def _call(
@@ -308,6 +344,10 @@ class Servers:
         for server in self.alive:
             server.check(length)
 
+    def check_logprobs(self, count: int) -> None:
+        for server in self.alive:
+            server.check_logprobs(count)
+
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         left = dict(enumerate(requests))
         while left:
@@ -332,8 +372,8 @@ class Servers:
                         continue
                     del left[place]
                     yield place, answer
-            for server, error in failed:
-                self.leave_out(server, error)
+            for server, failure in failed:
+                self.leave_out(server, failure)
 
     def load(self, files: Iterable[Path]) -> None:
         self._all(lambda server: server.start_load())
@@ -379,6 +419,7 @@ def serve_command(model: str, options: Sequence[str]) -> tuple[list[str], dict[s
         "--weight-transfer-config": json.dumps({"backend": BACKEND}),
         "--worker-extension-cls": EXTENSION,
         "--logprobs-mode": "processed_logprobs",
+        "--max-logprobs": str(MOST_LOGPROBS),
         "--generation-config": "vllm",
         "--host": "127.0.0.1",
     }

@@ -11,6 +11,7 @@ expectation is then off by a share of about that difference, summed over a compl
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
-from agro_train.engines.engine import BrokenEngine, Snapshot, completion_seed, cut
+from agro_train.engines.engine import BrokenEngine, Sampling, Snapshot, completion_seed, cut
 from agro_train.engines.vllm_client import (
     Answer,
     Client,
@@ -45,6 +46,7 @@ PROBE_TOKENS = 32  # of the completion whose log-probabilities are compared
 # tokens and 0.05 to 0.085 on random ones, as those of the probe come to be when the policy moves
 # away; one of its matrices replaced by noise makes it 0.3 and more.
 NOISE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+LEFT_OUT = -9000.0  # nats: vLLM writes -9999 or -inf for an id that it has left out
 MOVED = 1e-5  # mean |change| of our log-probability, nats: in float32, more than rounding
 
 
@@ -63,6 +65,7 @@ class VllmEngine:
     ) -> None:
         self.client, self.policy, self.accelerator = client, policy, accelerator
         self.tokenizer, self.end_tokens, self.config = tokenizer, end_tokens, config
+        self.sampling = Sampling.of(config)
         self.sent: int | None = None  # the step whose weights vLLM has
         self.probe: Rollout | None = None  # a completion that both sides are asked about
         self.before: tuple[Tensor, Tensor] | None = None  # its log-probabilities: ours, vLLM's
@@ -109,17 +112,27 @@ class VllmEngine:
         for index, answer in self.ask(requests):
             place, number = divmod(index, num_generations)
             group = arrived[place]
-            group[number] = cut(
-                prompts[place],
-                list(answer.ids),
-                self.tokenizer,
-                self.end_tokens,
-                temperature,
-                step,
-                answer.logprobs if temperature else None,
-            )
+            group[number] = self.rollout(prompts[place], answer, temperature, step)
             if len(group) == num_generations:
                 yield place, [group[number] for number in range(num_generations)]
+
+    def rollout(
+        self, prompt: Prompt, answer: Answer, temperature: float, step: int | None
+    ) -> Rollout:
+        found = cut(
+            prompt,
+            list(answer.ids),
+            self.tokenizer,
+            self.end_tokens,
+            temperature,
+            step,
+            answer.logprobs if temperature else None,
+            self.sampling,
+            self.kept(answer) if temperature and self.sampling.truncates else None,
+        )
+        # vLLM puts text together in its own way, and may see a stop string where `cut` sees none.
+        short = len(found.completion_ids) < self.config.max_completion_length
+        return replace(found, finish="stop") if self.sampling.stop and short else found
 
     def ask(
         self, requests: Sequence[Request], client: Client | None = None
@@ -134,26 +147,54 @@ class VllmEngine:
                 )
             yield index, answer
 
+    def kept(self, answer: Answer) -> list[list[int]]:
+        """The ids that each of the answer's tokens was drawn from: those that vLLM, asked for more
+        than it may keep, gives a probability. Raises BrokenEngine where it may have kept others."""
+        asked = self.num_logprobs()
+        kept = [[i for i, logprob in at if logprob > LEFT_OUT] for at in answer.likeliest]
+        most = max(map(len, kept), default=0)
+        complete = most < asked or asked == self.vocabulary()
+        if len(kept) != len(answer.ids) or not complete or not all(kept):
+            raise BrokenEngine(
+                f"vllm: expected the ids kept for each of {len(answer.ids)} tokens, fewer than "
+                f"{asked} with top_k={self.config.top_k}, got up to {most} for {len(kept)}; use "
+                "vllm>=0.32, and start a server with `agro serve MODEL`"
+            )
+        return kept
+
+    def num_logprobs(self) -> int:
+        """How many ids vLLM is asked about at each token: twice top_k, for it keeps those that tie
+        with the last."""
+        return min(2 * self.config.top_k, self.vocabulary())
+
+    def vocabulary(self) -> int:
+        return len(unwrap(self.policy).model.get_output_embeddings().weight)
+
     def request(self, ids: tuple[int, ...], seed: int, temperature: float) -> Request:
         """Every setting that shapes the distribution, spelled out, so that no default can."""
-        return Request(
-            ids,
-            {
-                "n": 1,
-                "seed": seed,
-                "temperature": temperature,
-                "top_p": 1.0,
-                "top_k": 0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
-                "max_tokens": self.config.max_completion_length,
-                "stop_token_ids": sorted(self.end_tokens),
-                "ignore_eos": True,  # the run's end tokens are all there
-                "logprobs": 0,  # of the token sampled, and no others
-            },
-        )
+        sampling = self.sampling
+        parameters = {
+            "n": 1,
+            "seed": seed,
+            "temperature": temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "max_tokens": self.config.max_completion_length,
+            "min_tokens": sampling.min_new_tokens,
+            "stop_token_ids": sorted(self.end_tokens),
+            "ignore_eos": True,  # the run's end tokens are all there
+            "logprobs": 0,  # of the token sampled, and no others
+        }
+        if temperature and sampling.truncates:
+            parameters["logprobs"] = self.num_logprobs()
+        if sampling.stop:
+            # A stop string may be a special token's text.
+            parameters |= {"stop": list(sampling.stop), "skip_special_tokens": False}
+        return Request(ids, parameters)
 
     def send(self, prompt: Prompt) -> None:
         """Sends the weights, and raises BrokenEngine if vLLM then does not compute with them."""
@@ -271,7 +312,7 @@ class VllmEngine:
         """A greedy completion: likely tokens, on which rounding does least."""
         request = self.request(prompt.ids, seed=0, temperature=0.0)
         short = min(PROBE_TOKENS, max(1, self.config.max_completion_length - 1))
-        request.parameters.update(max_tokens=short, stop_token_ids=[])
+        request.parameters.update(max_tokens=short, min_tokens=0, stop_token_ids=[], stop=[])
         ((_, answer),) = self.ask([request])
         return cut(prompt, list(answer.ids), self.tokenizer, set(), 0.0, None)
 
@@ -289,7 +330,7 @@ class VllmEngine:
         assert self.probe is not None, "there is a probe before weights are sent"
         ids = self.probe.prompt_ids + self.probe.completion_ids
         request = self.request(ids, seed=0, temperature=0.0)
-        request.parameters.update(max_tokens=1, prompt_logprobs=0)
+        request.parameters.update(max_tokens=1, min_tokens=0, prompt_logprobs=0, stop=[])
         ((_, answer),) = self.ask([request], client)
         count = len(self.probe.completion_ids)
         theirs = torch.tensor(answer.prompt_logprobs[-count:], dtype=torch.float64)
@@ -370,8 +411,11 @@ def start(
         make_weights_folder(config)
         length = config.vllm_max_model_length or length
         model = unwrap(policy).model.config
-        client = Colocated(model, rollout_dtype(config), length, config)
-    return VllmEngine(client, policy, accelerator, tokenizer, end_tokens, config)
+        client = Colocated(model, rollout_dtype(config), length, config, tokenizer)
+    engine = VllmEngine(client, policy, accelerator, tokenizer, end_tokens, config)
+    if config.truncates and isinstance(client, Servers):
+        client.check_logprobs(engine.num_logprobs())
+    return engine
 
 
 def make_weights_folder(config: TrainConfig) -> None:

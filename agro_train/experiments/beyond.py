@@ -1,7 +1,8 @@
-"""Beyond the paper: five questions about AGRO's losses, each a table and a plot.
+"""Beyond the paper: six questions about AGRO's losses, each a table and a plot.
 
 Where the on-policy term helps and where it harms, by prompt and by what is trained on, how
-staleness hurts, what recorded data beside fresh ones buy, and how large a group should be.
+staleness hurts, what recorded data beside fresh ones buy, whose probability the taper should know,
+and how large a group should be.
 Everything not named is as in Figure 2, whose learning rates three of them share.
 """
 
@@ -50,6 +51,7 @@ def stale(steps: int) -> dict[str, object]:
     return {"replay_fraction": 1.0, "replay_max_staleness": steps} if steps else {}
 
 
+EARLIER = stale(20)
 FRESH_GROUPS = 4  # a step
 SAMPLES = 128  # a step, whatever the group size
 
@@ -71,15 +73,25 @@ QUESTIONS = {
     ),
     "staleness": Question(
         "most updates between sampling and learning",
-        ("pg_k2", "agro", "on_policy_capped"),
+        ("pg_k2", "agro", "on_policy_capped", "agro_tapered", "agro_one_sided"),
         {str(steps): stale(steps) for steps in (0, 1, 4, 20)},
         "0",
     ),
     "mixing": Question(
         f"share of recorded groups beside {FRESH_GROUPS} fresh ones a step",
-        ("pg_k2", "agro"),
+        ("pg_k2", "agro", "agro_tapered"),
         {f"{fraction:g}": mixed(FRESH_GROUPS, fraction) for fraction in (0.0, 0.5, 0.9)},
         "0",
+        tuned=True,
+    ),
+    "sampler": Question(
+        "the taper's ratio is to",
+        ("agro_tapered",),
+        {
+            "the sampler": EARLIER,
+            "the reference": {**EARLIER, "off_policy_taper_against": "reference"},
+        },
+        "the sampler",
         tuned=True,
     ),
     "group_size": Question(

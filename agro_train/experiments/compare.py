@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -67,6 +68,16 @@ ALGORITHMS = {
         tabular.GREEN,
         "-.",
         {"lr_weight": 1.0, "lr_cap": True, **AS_PUBLISHED},
+    ),
+    "agro_tapered": Algorithm("AGRO, tapered", tabular.RED, "-", {}),
+    "agro_per_token": Algorithm(
+        "AGRO, tapered by the ratio per token",
+        tabular.BROWN,
+        "--",
+        {"off_policy_taper_per": "token"},
+    ),
+    "agro_one_sided": Algorithm(
+        "AGRO, one-sided", tabular.GREEN, ":", {"off_policy_taper": math.inf}
     ),
 }
 
@@ -292,6 +303,25 @@ def statement_rows(
                 }
             )
     return rows
+
+
+def statements(
+    curves: Curves,
+    settings: Mapping[Any, Named],
+    columns: Sequence[str],
+    baseline: str,
+    measures: Mapping[str, str] = MEASURES,
+) -> list[Row]:
+    """`statement_rows` of several settings, what each setting is in columns before them."""
+    return [
+        {**dict(zip(columns, setting, strict=True)), **row}
+        for setting, named in settings.items()
+        for row in statement_rows(curves, named, baseline, measures)
+    ]
+
+
+def every_point(settings: Mapping[Any, Named]) -> list[Point]:
+    return [one for named in settings.values() for each in named.values() for one in each]
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:

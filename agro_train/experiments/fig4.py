@@ -23,7 +23,7 @@ from agro_train.experiments.tabular import Claim, Row
 
 BETAS = (0.001, 0.1, 0.3)
 ON_POLICY = ("pg_k2", "agro", "on_policy", "on_policy_capped")
-OFF_POLICY = ("pg_k2", "agro")  # on the reference's generations
+OFF_POLICY = ("pg_k2", "agro", "agro_tapered")  # on the reference's generations
 BASELINE = "pg_k2"
 # Learning rates are tuned at each beta on each kind of samples; seeds and grid are fig2's.
 
@@ -51,7 +51,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
         for kind, names in {OWN: OFF_POLICY if quick else ON_POLICY, REFERENCES: OFF_POLICY}.items()
     }
     settings = {setting: points(setting, found.rates, quick) for setting, found in tuned.items()}
-    every = [one for named in settings.values() for each in named.values() for one in each]
+    every = compare.every_point(settings)
     curves = sweep.curves(every)
     starts = {one.seed: sweep.pass_rates(one) for one in every}
     rates = torch.tensor([rate for found in starts.values() for rate in found.values()])
@@ -61,14 +61,8 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
         output_dir / "fig4_learning_rates.csv", {_label(at): found for at, found in tuned.items()}
     )
     tabular.write_csv(output_dir / "fig4_points.csv", point_rows(curves, settings, best))
-    tabular.write_csv(
-        output_dir / "fig4_differences.csv",
-        [
-            {"samples": samples, "beta": beta, **row}
-            for (samples, beta), named in settings.items()
-            for row in compare.statement_rows(curves, named, BASELINE, MEASURES)
-        ],
-    )
+    differences = compare.statements(curves, settings, ("samples", "beta"), BASELINE, MEASURES)
+    tabular.write_csv(output_dir / "fig4_differences.csv", differences)
     for lines in tables(curves, settings, best):
         print(*lines, "", sep="\n")
     draw(curves, settings, best).savefig(output_dir / "fig4.png", dpi=120)

@@ -1,12 +1,14 @@
 """Figure 5: learning from data that the policy does not make. Does AGRO learn more from it?
 
 Two kinds of data: generations of the reference, fixed before training (the offline case), and
-generations of an earlier policy, sampled anew every 21st update and learned from until then. Four
+generations of an earlier policy, sampled anew every 21st update and learned from until then. Six
 losses on them at the paper's beta of 0.001, and on the reference's at 0.1, where the KL has a say.
 
-AGRO's off-policy loss is the policy gradient with the mean of the whole R as baseline. Forms that
-read the sampler's log-probabilities ("stale", "importance_weighted") are not in the trainer: they
-are in Figure 1.
+AGRO's off-policy loss is the policy gradient with the mean of the whole R as baseline. Tapered, it
+pushes a completion down only as far as the policy still gives it what its sampler gave it;
+one-sided, it pushes none down. Both are this project's, not the paper's. Forms of the policy
+gradient that read the sampler's log-probabilities ("stale", "importance_weighted") are not in the
+trainer: they are in Figure 1.
 """
 
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ from agro_train.experiments.language import RECORDED
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim
 
-NAMES = ("pg_k2", "pg_k3", "pg_no_baseline", "agro")
+NAMES = ("pg_k2", "pg_k3", "pg_no_baseline", "agro", "agro_tapered", "agro_one_sided")
 BASELINE = "pg_k2"
 REFERENCE: Mapping[str, object] = {"recorded": RECORDED}
 EARLIER: Mapping[str, object] = {"replay_fraction": 1.0, "replay_max_staleness": 20}
@@ -37,18 +39,12 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     sweep = Sweep(output_dir, quick)
     tuned = {setting: tune(sweep, setting, quick) for setting in SETTINGS[:: 2 if quick else 1]}
     settings = {setting: points(setting, found.rates, quick) for setting, found in tuned.items()}
-    curves = sweep.curves(
-        one for named in settings.values() for each in named.values() for one in each
-    )
+    curves = sweep.curves(compare.every_point(settings))
     compare.report_tuning(
         output_dir / "fig5_learning_rates.csv", {_label(at): found for at, found in tuned.items()}
     )
-    rows = [
-        {"data": data, "beta": beta, **row}
-        for (data, beta), named in settings.items()
-        for row in compare.statement_rows(curves, named, BASELINE)
-    ]
-    tabular.write_csv(output_dir / "fig5_differences.csv", rows)
+    differences = compare.statements(curves, settings, ("data", "beta"), BASELINE)
+    tabular.write_csv(output_dir / "fig5_differences.csv", differences)
     for lines in tables(curves, settings):
         print(*lines, "", sep="\n")
     draw(curves, settings).savefig(output_dir / "fig5.png", dpi=110)

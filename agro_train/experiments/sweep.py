@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
@@ -20,14 +21,13 @@ from typing import TypeVar
 import torch
 
 from agro_train import durable
+from agro_train.experiments import language
 from agro_train.experiments.language import (
     QUICK_PROMPTS,
     Curve,
     Point,
     Start,
     defaults,
-    make_start,
-    measure,
     point,
     start_name,
     version,
@@ -49,10 +49,18 @@ class Sweep:
 
     Args:
         quick: in this process, and from recordings of a few prompts.
+        measure, make_start: what makes a run's curve, and what runs start from.
     """
 
-    def __init__(self, output_dir: Path, quick: bool) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        quick: bool,
+        measure: Work[Curve] = language.measure,
+        make_start: Work[Start] = language.make_start,
+    ) -> None:
         self.output_dir = output_dir
+        self.measure, self.make_start = measure, make_start
         self.workers = 1 if quick else WORKERS
         self.recorded_prompts = QUICK_PROMPTS if quick else None
         self.work = output_dir / "work"  # models and recordings; they can be made again
@@ -161,9 +169,11 @@ class Sweep:
         for one in missing:
             if one.config().recorded or start_name(one) not in starts:
                 starts[start_name(one)] = one
-        for one, start in self._each(make_start, list(starts.values())):
+        for one, start in self._each(self.make_start, list(starts.values())):
             self._note_start(one, start)
-        for done, (one, (curve, seconds)) in enumerate(self._each(_timed, missing), start=1):
+        for done, (one, (curve, seconds)) in enumerate(
+            self._each(partial(_timed, self.measure), missing), start=1
+        ):
             about = (one.settings, str(one.seed), version(one.base), str(commit), f"{seconds:.0f}")
             for mark in curve:
                 numbers = {name: f"{value:.6g}" for name, value in mark.items()}
@@ -207,7 +217,9 @@ def _point_of(row: Mapping[str, str]) -> Point:
     return Point(row["settings"], int(row["seed"]), row["base"].partition("@")[0])
 
 
-def _timed(one: Point, work: Path, recorded_prompts: int | None) -> tuple[Curve, float]:
+def _timed(
+    measure: Work[Curve], one: Point, work: Path, recorded_prompts: int | None
+) -> tuple[Curve, float]:
     began = time.perf_counter()
     return measure(one, work, recorded_prompts), time.perf_counter() - began
 

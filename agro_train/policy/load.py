@@ -197,6 +197,12 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     return ends
 
 
+def barred(config: TrainConfig, ends: set[int]) -> set[int]:
+    """The ids that a completion's first min_new_tokens tokens cannot be. None where its `kept_ids`
+    say what they were drawn from."""
+    return ends if config.min_new_tokens and not config.truncates else set()
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """Identifies the weights a run started from: names, shapes and a sample of every tensor."""
     digest = hashlib.sha256()

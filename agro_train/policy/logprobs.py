@@ -42,7 +42,12 @@ def with_sampling_logprobs(
     rollouts: Sequence[Rollout], model: nn.Module, config: TrainConfig, device: torch.device
 ) -> list[Rollout]:
     """The rollouts with the log-probabilities that the model which sampled them gives them."""
-    micro = pack(rollouts, token_budget=config.token_budget, share_prompts=config.share_prompts)
+    micro = pack(
+        rollouts,
+        token_budget=config.token_budget,
+        share_prompts=config.share_prompts,
+        min_new_tokens=config.min_new_tokens,
+    )
     sums = sequence_logprobs(model, micro, len(rollouts), config, device).tolist()
     return [replace(r, sampling_logprob=logprob) for r, logprob in zip(rollouts, sums, strict=True)]
 

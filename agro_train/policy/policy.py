@@ -1,6 +1,6 @@
 """The policy: a causal LM whose head gives log-probabilities; sharded (FSDP2) and gathered."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -27,7 +27,9 @@ class Policy(nn.Module):
     The head runs inside `forward`, so wrappers that gather weights around it (DDP, FSDP2) see it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, barred: Collection[int] = ()) -> None:
+        """barred: ids that cannot be drawn where a micro-batch is `early`. Raises Refusal for a
+        head whose distribution would be another one."""
         super().__init__()
         for name in SCALED_LOGITS:
             if getattr(model.config, name, 1.0) not in (1.0, None):
@@ -35,7 +37,12 @@ class Policy(nn.Module):
                     f"model: expected a head without logit scaling, got {name}="
                     f"{getattr(model.config, name)} in {type(model).__name__}; it is not supported"
                 )
-        self.model = model
+        if barred and getattr(model.config, "final_logit_softcapping", None):
+            raise Refusal(
+                f"min_new_tokens: expected 0 for a head with a softcap, as {type(model).__name__} "
+                "has, got more; with top_k, top_p or min_p it works"
+            )
+        self.model, self.barred = model, sorted(barred)
 
     def forward(
         self,
@@ -54,16 +61,44 @@ class Policy(nn.Module):
         if not isinstance(micro, MicroBatch):
             return micro(self.model)
         hidden = self.hidden_states(micro)[micro.predictors]
+        more = (temperature, coefficients, lse, weight_grad)
+        if micro.early is None:
+            return self._head(micro, hidden, slice(None), *more)
+        first = self._head(micro, hidden, micro.early, *more, ban=True)
+        rest = self._head(micro, hidden, ~micro.early, *more)
+        return _interleaved(micro.early, first, rest) if coefficients is None else first + rest
+
+    def _head(
+        self,
+        micro: MicroBatch,
+        hidden: Tensor,
+        rows: Tensor | slice,
+        temperature: float,
+        coefficients: Tensor | None,
+        lse: Tensor | None,
+        weight_grad: Tensor | None,
+        ban: bool = False,
+    ) -> Any:
+        """What `forward` returns, of some of the n rows; with `ban` the barred ids have probability
+        0, which a bias of -inf is for."""
         head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        if ban:
+            assert self.barred, "early tokens are scored by a policy that knows what is barred"
+            banned = head.weight.new_zeros(len(head.weight))
+            banned[self.barred] = -torch.inf
+            bias = banned if bias is None else bias + banned
         options: dict[str, Any] = {
-            "bias": getattr(head, "bias", None),
+            "bias": bias,
             "temperature": temperature,
             "softcap": getattr(self.model.config, "final_logit_softcapping", None),
+            "kept_ids": None if micro.kept_ids is None else micro.kept_ids[rows],
         }
+        hidden, targets = hidden[rows], micro.targets[rows]
         if coefficients is None:
-            return linear_logprobs_with_stats(hidden, head.weight, micro.targets, **options)
-        options |= {"lse": lse, "weight_grad": weight_grad}
-        return weighted_logprob_sum(hidden, head.weight, micro.targets, coefficients, **options)
+            return linear_logprobs_with_stats(hidden, head.weight, targets, **options)
+        options |= {"lse": None if lse is None else lse[rows], "weight_grad": weight_grad}
+        return weighted_logprob_sum(hidden, head.weight, targets, coefficients[rows], **options)
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """(L, D) final hidden states of a packed micro-batch.
@@ -96,6 +131,16 @@ class Policy(nn.Module):
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+
+def _interleaved(first: Tensor, of_first: Any, of_rest: Any) -> Any:
+    """One record of (n,) tensors from that of the rows where `first` (n,) holds and the rest's."""
+    whole = []
+    for a, b in zip(of_first, of_rest, strict=True):
+        values = a.new_empty(first.shape)
+        values[first], values[~first] = a, b
+        whole.append(values)
+    return type(of_first)(*whole)
 
 
 def head_gradient(policy: nn.Module) -> Tensor | None:

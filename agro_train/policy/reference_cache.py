@@ -26,6 +26,8 @@ from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
 from agro_train.types import Rollout
 
+# What the reference reads: a prompt's ids, a completion's, and what was kept for each of these.
+Sequenced = tuple[tuple[int, ...], tuple[int, ...], str | None]
 # Log-probabilities of one file's rollouts by their place in it, nats.
 Known = dict[int, float]
 
@@ -53,7 +55,7 @@ def with_ref_logprobs(
     """
     wanted = {sequence(rollout) for number in used for rollout in recorded.groups[number]}
     ranks = Ranks.of(accelerator)
-    known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+    known: dict[Sequenced, float] = {}
     for file in recorded.files:
         path = cache_folder() / f"{key(file, reference_id, config)}.json"
         before = ranks.from_main(partial(read, path, len(file.rollouts), say))
@@ -84,9 +86,9 @@ def with_ref_logprobs(
     return replace(recorded, groups=tuple(groups))
 
 
-def sequence(rollout: Rollout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the reference reads."""
-    return rollout.prompt_ids, rollout.completion_ids
+def sequence(rollout: Rollout) -> Sequenced:
+    """What the reference's log-probability of a rollout depends on."""
+    return rollout.prompt_ids, rollout.completion_ids, rollout.kept_ids
 
 
 def ask_reference(
@@ -99,7 +101,12 @@ def ask_reference(
     for start in range(0, len(rollouts), chunk):
         part = rollouts[start : start + chunk]
         mine = ranks.block(part)  # neighbours, which share a prompt
-        micro = pack(mine, token_budget=config.token_budget, share_prompts=config.share_prompts)
+        micro = pack(
+            mine,
+            token_budget=config.token_budget,
+            share_prompts=config.share_prompts,
+            min_new_tokens=config.min_new_tokens,
+        )
         sums = sequence_logprobs(reference, micro, len(mine), config, accelerator.device)
         values[start : start + len(part)] = ranks.gather(sums.tolist())
     return values
@@ -130,7 +137,15 @@ def key(file: RecordedFile, reference_id: str, config: TrainConfig) -> str:
         ids.update(repr((rollout.prompt_ids, rollout.completion_ids)).encode())
     products = torch.get_float32_matmul_precision()
     precision = (config.dtype, config.mixed_precision, products)
-    parts = (reference_id, precision, config.temperature, file.sha256, ids.hexdigest())
+    parts: tuple[Any, ...] = (
+        reference_id,
+        precision,
+        config.temperature,
+        file.sha256,
+        ids.hexdigest(),
+    )
+    if config.truncates:  # the same file may be scored over all ids, too
+        parts += ("kept ids",)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

@@ -124,10 +124,14 @@ def test_smoke_run_writes_rows_and_plots(tmp_path: Path) -> None:
     assert plots == {f"bench_linear_logprobs_smoke_{head}_forward_backward.png" for head in heads}
 
 
-def test_appended_rows_stand_beside_those_of_other_cases(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the smoke runs."""
     monkeypatch.setattr(gpu, "plot", lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_appended_rows_stand_beside_those_of_other_cases(tmp_path: Path) -> None:
     arguments = ["--smoke", "--provider", "ours", "--form", "forward", "--results", str(tmp_path)]
     assert gpu.main([*arguments, "--tokens", "37", "64"]) == 0
     path = tmp_path / "bench_linear_logprobs_smoke.csv"
@@ -141,8 +145,8 @@ def test_appended_rows_stand_beside_those_of_other_cases(
     assert after != before
 
 
-def test_smoke_run_with_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "plot", lambda *_: None)
+@pytest.mark.usefixtures("no_plots")
+def test_smoke_run_with_entropy(tmp_path: Path) -> None:
     arguments = ["--smoke", "--with-entropy", "--provider", "ours", "--tokens", "37", "--dtype"]
     arguments += ["fp32", "--form", "forward_backward", "known_coefficients"]
     assert gpu.main([*arguments, "--results", str(tmp_path)]) == 0
@@ -166,12 +170,11 @@ def test_who_cannot_be_timed_has_a_row_that_says_why() -> None:
         assert (row.median_ms is None) == (row.status != "ok") == (row.n == 0)
 
 
-@pytest.mark.usefixtures("odd_providers")
+@pytest.mark.usefixtures("odd_providers", "no_plots")
 def test_ours_being_wrong_is_the_exit_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(PROVIDERS, "ours", Wrong)
-    monkeypatch.setattr(gpu, "plot", lambda *_: None)
     arguments = ["--smoke", "--provider", "ours", "--form", "forward", "--tokens", "37"]
     assert gpu.main([*arguments, "--results", str(tmp_path)]) == 1
     assert "ours, smoke, N=37, forward: wrong: logprob_error" in capsys.readouterr().err

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from agro_kernels._torch import linear_logprobs as blocked
+from tests.conftest import SetSizes
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(set_sizes: SetSizes) -> None:
     """The blocked torch path with 16 tokens by 64 vocabulary entries at a time.
 
     Small shapes then cross several tiles.
     """
-    monkeypatch.setattr(blocked, "TOKEN_CHUNK", 16)
-    monkeypatch.setattr(blocked, "VOCAB_BLOCK", 64)
+    set_sizes(blocked, TOKEN_CHUNK=16, VOCAB_BLOCK=64)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,14 +7,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agro_kernels import reference, selective_logprobs
 from agro_kernels._torch import selective_logprobs as blocked
+from tests.conftest import SetSizes
 from tests.numerics import assert_close_to_truth
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 400)
+def small_chunks(set_sizes: SetSizes) -> None:
+    set_sizes(blocked, CHUNK_ELEMENTS=400)
 
 
 def logits_and_targets(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from agro_kernels._torch import agro_loss as torch_path
 from agro_kernels._triton import agro_loss as kernels
 from agro_kernels.agro_loss import agro_coefficients, agro_loss
 from agro_kernels.agro_options import AgroOptions
+from tests.conftest import SetSizes
 from tests.kernels.test_agro_loss import BETA, OPTIONS, Batch
 from tests.numerics import assert_close_to_truth
 
@@ -28,10 +29,9 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(set_sizes: SetSizes) -> None:
     """So that eighteen sequences and forty tokens take several blocks of everything."""
-    for name, size in {"BLOCK_T": 4, "BLOCK_I": 4, "BLOCK_J": 8, "BLOCK_B": 8}.items():
-        monkeypatch.setattr(kernels, name, size)
+    set_sizes(kernels, BLOCK_T=4, BLOCK_I=4, BLOCK_J=8, BLOCK_B=8)
 
 
 def on_device(values: tuple, device: str = DEVICE) -> tuple:
@@ -64,21 +64,14 @@ def spoiled(batch: Batch) -> Batch:
 
 
 @options
+@pytest.mark.parametrize("op", ["agro_coefficients", "agro_loss_fwd"])
 @pytest.mark.parametrize("prepare", [lambda batch: batch, spoiled], ids=["valid", "invalid-rows"])
-def test_coefficients_match_torch_path(name: str, prepare) -> None:
+def test_op_matches_torch_path(name: str, op: str, prepare) -> None:
     batch = prepare(Batch())
-    arguments = (*batch.sums, batch.op_options(name))
-    ours = kernels.agro_coefficients(*on_device(arguments))
-    assert_same(ours, torch_path.agro_coefficients(*arguments))
-
-
-@options
-@pytest.mark.parametrize("prepare", [lambda batch: batch, spoiled], ids=["valid", "invalid-rows"])
-def test_loss_matches_torch_path(name: str, prepare) -> None:
-    batch = prepare(Batch())
-    arguments = (*batch.tokens, batch.op_options(name))
-    ours = kernels.agro_loss_fwd(*on_device(arguments))
-    assert_same(ours, torch_path.agro_loss_fwd(*arguments))
+    rows = batch.sums if op == "agro_coefficients" else batch.tokens
+    arguments = (*rows, batch.op_options(name))
+    ours = getattr(kernels, op)(*on_device(arguments))
+    assert_same(ours, getattr(torch_path, op)(*arguments))
 
 
 LR_OPTIONS = [
@@ -92,11 +85,9 @@ DENOMINATORS = itertools.cycle([(None, 1.0), (0.0, 2.5), (7.0, 0.5)])  # num_gro
 
 
 @pytest.mark.parametrize("prepare", [lambda batch: batch, spoiled], ids=["valid", "invalid-rows"])
-def test_combinations_of_options_match_the_reference(
-    prepare, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, size in {"BLOCK_T": 16, "BLOCK_I": 32, "BLOCK_J": 32, "BLOCK_B": 32}.items():
-        monkeypatch.setattr(kernels, name, size)  # one program each: half the time
+def test_combinations_of_options_match_the_reference(prepare, set_sizes: SetSizes) -> None:
+    # One program each: half the time.
+    set_sizes(kernels, BLOCK_T=16, BLOCK_I=32, BLOCK_J=32, BLOCK_B=32)
     batch = prepare(Batch())
     rows = {"some": batch.on_policy, "none": torch.zeros_like(batch.on_policy), None: None}
     weighted = [{"importance_weights": weights} for weights in (batch.weights, 0 * batch.weights)]
@@ -130,10 +121,9 @@ def test_groups_of_any_integer_type(dtype: torch.dtype) -> None:
     assert_same(ours, torch_path.agro_coefficients(*batch.sums, record))
 
 
-def test_groups_spread_over_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_spread_over_all_blocks(set_sizes: SetSizes) -> None:
     """Groups of one to more than a block of rows, the members far apart, ids beyond 32 bits."""
-    monkeypatch.setattr(kernels, "BLOCK_I", 16)
-    monkeypatch.setattr(kernels, "BLOCK_J", 16)
+    set_sizes(kernels, BLOCK_I=16, BLOCK_J=16)
     generator = torch.Generator().manual_seed(5)
     num_rows = 75
     groups = (torch.rand(num_rows, generator=generator) ** 3 * 30).long() * 10**12 - 7

@@ -19,6 +19,7 @@ from agro_kernels import tiles as configs
 from agro_kernels._triton import gemm, head_gradients, launch
 from agro_kernels._triton import linear_logprobs as kernels
 from agro_kernels.head import Head, Upstream
+from tests.conftest import SetSizes
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,9 +41,9 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 
 @pytest.fixture(autouse=True)
-def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_gradients, "DLOGITS_CHUNK_BYTES", 2100)  # 16 rows of 32 fp32 columns
-    monkeypatch.setattr(head_gradients, "TOKEN_CHUNK", 16)
+def several_chunks(set_sizes: SetSizes) -> None:
+    """Of 16 rows by 32 fp32 columns."""
+    set_sizes(head_gradients, DLOGITS_CHUNK_BYTES=2100, TOKEN_CHUNK=16)
 
 
 def token_temperatures(n: int) -> Tensor:
@@ -252,10 +253,9 @@ def test_backward_of_one_upstream_gradient(given: tuple[bool, bool, bool]) -> No
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_on_a_gpu_at_the_size_of_its_tiles(
-    dtype: torch.dtype, options: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, options: str, set_sizes: SetSizes
 ) -> None:
-    monkeypatch.setattr(head_gradients, "DLOGITS_CHUNK_BYTES", 512 * 4096 * 4)  # a few chunks
-    monkeypatch.setattr(head_gradients, "TOKEN_CHUNK", 512)
+    set_sizes(head_gradients, DLOGITS_CHUNK_BYTES=512 * 4096 * 4, TOKEN_CHUNK=512)  # a few chunks
     for shape in ((1000, 520, 10007), (200, 4096, 5000)):  # a row of tiles.py each
         check_forward(*case(options, shape, dtype))
         check_backward(*case(options, shape, dtype))

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 from agro_kernels import reference
 from agro_kernels._torch import selective_logprobs as torch_path
 from agro_kernels._triton import selective_logprobs as kernels
+from tests.conftest import SetSizes
 from tests.kernels.test_selective_logprobs import logits_and_targets
 from tests.numerics import assert_close_to_truth
 
@@ -31,8 +32,8 @@ if DEVICE == "cuda":
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "BLOCK_V", 16)
+def small_blocks(set_sizes: SetSizes) -> None:
+    set_sizes(kernels, BLOCK_V=16)
 
 
 def upstream_of(targets: Tensor) -> Tensor:

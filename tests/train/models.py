@@ -1,5 +1,5 @@
 """Small models for the trainer's tests: the embedded tiny Llama, and a miniature in the shape of
-Llama-3.
+Llama-3. And a run of two steps that trains either.
 """
 
 from pathlib import Path
@@ -94,13 +94,12 @@ def save_llama3_miniature(folder: Path) -> Path:
         chat_template=CHAT_TEMPLATE,
     )
     ends = [fast.convert_tokens_to_ids(token) for token in SPECIAL[1:4]]
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
     config = LlamaConfig(
         vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
+        **shape,
+        **heads,
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         rope_parameters={
@@ -123,3 +122,19 @@ def save_llama3_miniature(folder: Path) -> Path:
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+def small_run(model: Path, folder: Path, *more: str) -> list[str]:
+    """`agro train` for two steps of three groups; what `more` sets again counts."""
+    return [
+        "train",
+        "tiny-arithmetic",
+        f"model={model}",
+        f"output_dir={folder}",
+        "reward=tests.train.reward_functions:even_share",
+        "steps=2",
+        "prompts_per_step=3",  # so that of two ranks one has two groups and the other one
+        "max_completion_length=8",
+        "warmup_steps=0",
+        *more,
+    ]

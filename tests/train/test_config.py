@@ -16,7 +16,7 @@ from agro_train.settings import KEYS, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 NUMERIC = [one for one in KEYS.values() if one.kind in (int, float)]
-LISTS = [one for one in KEYS.values() if get_origin(one.kind) is list]
+LISTS = [one for one in KEYS.values() if get_origin(one.kind) is list and not one.verbatim]
 
 
 @pytest.mark.parametrize("name", list(config.shipped()))
@@ -212,6 +212,50 @@ def test_list_stands_with_and_without_brackets(one: Key) -> None:
         assert getattr(config.load(None, settings), one.name) == expected
     assert getattr(config.load(None, [f"{one.name}={first}"]), one.name) == expected[:1]
     assert getattr(config.load(None, [f"{one.name}=[{first}]"]), one.name) == expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("spelt", "texts"),
+    [
+        ("stop=a,b", ["a,b"]),
+        ("stop=[a,b]", ["a", "b"]),
+        (r'stop="\n\n"', ["\n\n"]),
+        (r'stop=["\n\n", "x, y"]', ["\n\n", "x, y"]),
+        ("stop=[]", []),
+    ],
+)
+def test_stop_string_stands_as_it_is(spelt: str, texts: list[str]) -> None:
+    assert config.load(None, [spelt]).stop == texts
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["top_k=1025"], "top_k: expected 0 to 1024, got 1025; the ids kept are recorded"),
+        (["top_p=0"], "top_p: expected a number above 0, at most 1, got 0.0"),
+        (["min_p=1"], "min_p: expected a number from 0 to below 1, got 1.0"),
+        (["stop=['']"], "stop: expected texts of one character or more, got \\[''\\]"),
+        (
+            ["min_new_tokens=9", "max_completion_length=8"],
+            "min_new_tokens: expected at most max_completion_length=8, got 9",
+        ),
+        (
+            ["top_p=0.9", "demonstrations=solution"],
+            "demonstrations: expected no top_k, top_p or min_p, got top_k=0 top_p=0.9 min_p=0.0",
+        ),
+        (
+            ["top_p=0.9", "use_vllm=true"],
+            "top_k: expected 1 or more where vLLM samples with top_p or min_p, got top_k=0 top_p=",
+        ),
+        (["min_p=0.1", "use_vllm=true"], "top_k: expected 1 or more where vLLM samples"),
+    ],
+)
+def test_sampling_that_cannot_be_scored_exactly_is_refused(
+    settings: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.load(None, settings)
+    config.load(None, ["top_p=0.9", "min_p=0.1", "top_k=20", "use_vllm=true"])
 
 
 def test_commas_within_quotes_stay(tmp_path: Path) -> None:

@@ -11,30 +11,14 @@ from safetensors.torch import load_file
 
 from agro_train.cli import main
 from agro_train.data.rows import read_jsonl
-from tests.train.models import save_llama3_miniature
+from tests.train.models import save_llama3_miniature, small_run
 
 ROOT = Path(__file__).parents[2]
 
 
 def settings(folder: Path, model: Path, *more: str) -> list[str]:
-    return [
-        "train",
-        "tiny-arithmetic",
-        f"model={model}",
-        f"output_dir={folder}",
-        "reward=tests.train.reward_functions:even_share",
-        "steps=2",
-        "prompts_per_step=3",  # so that one rank has two groups and the other one
-        "num_generations=3",
-        "max_completion_length=8",
-        "token_budget=40",
-        "learning_rate=0.01",
-        "warmup_steps=0",
-        "save_every=1",
-        "eval_every=2",
-        "eval_prompts=5",
-        *more,
-    ]
+    short = ["num_generations=3", "token_budget=40", "learning_rate=0.01", "save_every=1"]
+    return small_run(model, folder, *short, "eval_every=2", "eval_prompts=5", *more)
 
 
 def launch(arguments: list[str]) -> None:

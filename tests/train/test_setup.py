@@ -1,19 +1,31 @@
 """Checks of a run before it begins."""
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from agro_train.cli import main
 from agro_train.config import TrainConfig
 from agro_train.data.mix import plan
+from agro_train.data.recorded import Recorded
 from agro_train.policy.load import load_base, load_model, load_sizes, load_tokenizer
 from agro_train.ranks import Ranks
-from agro_train.setup import check_launch, check_ranks, start_accelerator
-from tests.train.models import save_llama3_miniature
+from agro_train.run import Start
+from agro_train.setup import (
+    check_dtype,
+    check_first_tokens,
+    check_launch,
+    check_ranks,
+    make_optimizer,
+    start_accelerator,
+)
+from tests.train.models import rollout, save_llama3_miniature, tiny_policy
 
 
 def test_ranks_wait_for_hours_while_the_main_one_writes() -> None:
@@ -80,3 +92,57 @@ def test_sizes_are_those_of_the_model_that_is_loaded(tmp_path: Path) -> None:
         found = model.config.vocab_size, model.config.max_position_embeddings
         assert load_sizes(source) == found
         assert model.get_input_embeddings().weight.shape[0] == found[0]
+
+
+def share_moved(dtype: torch.dtype) -> float:
+    """Of the weights, after one step of AdamW at a learning rate of 1e-6, with a gradient each."""
+    policy = tiny_policy(dtype=dtype)
+    optimizer, _ = make_optimizer(TrainConfig(learning_rate=1e-6), policy, Start())
+    before = [p.detach().clone() for p in policy.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+    optimizer.step()
+    after = list(policy.parameters())
+    moved = sum(int((a != b).sum()) for a, b in zip(after, before, strict=True))
+    return moved / sum(p.numel() for p in after)
+
+
+def test_weights_in_bfloat16_would_not_move_and_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert share_moved(torch.float32) > 0.98 and share_moved(torch.bfloat16) < 0.02
+    arguments = [f"output_dir={tmp_path / 'run'}", "dtype=bfloat16", "learning_rate=1e-6"]
+    assert main(["train", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "agro: dtype: expected float32 for weights that are trained, got bfloat16, where most "
+        "steps of learning_rate=1e-06 are rounded away; dtype=float32 mixed_precision=bf16"
+    )
+    assert not (tmp_path / "run").exists()
+    check_dtype(
+        TrainConfig(dtype="bfloat16", use_peft=True)
+    )  # frozen ones, under a float32 adapter
+
+
+def test_run_that_computes_in_bfloat16_moves_its_weights(tmp_path: Path) -> None:
+    settings = ["mixed_precision=bf16", "learning_rate=1e-6", "lr_scheduler_type=constant"]
+    settings += ["reward=tests.train.reward_functions:even_share", "max_completion_length=6"]
+    settings += ["prompts_per_step=2", "num_generations=4", "warm_start_steps=0", "warmup_steps=0"]
+    assert main(["train", f"output_dir={tmp_path}", *settings, "steps=1", "eval_every=0"]) == 0
+    before = load_file(tmp_path / "base_model" / "model.safetensors")
+    after = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    moved = sum(int((after[name] != before[name]).sum()) for name in after)
+    assert moved > 0.9 * sum(weight.numel() for weight in after.values())
+
+
+def test_completion_that_ends_before_min_new_tokens_is_refused() -> None:
+    rows = (replace(rollout("a", [3], [4, 7, 1]), source="recorded"),) * 2
+    data = Recorded((), (rows,))
+    demonstrated = replace(rows[0], source="demonstration")
+    check_first_tokens(TrainConfig(min_new_tokens=2), data, [demonstrated], {1})
+    for given, extra, source in ((data, [], "recorded"), (Recorded(), rows[:1], "recorded")):
+        with pytest.raises(ValueError, match=f"among the first 3 of a {source} completion"):
+            check_first_tokens(TrainConfig(min_new_tokens=3), given, extra, {1})
+    # What each of its tokens was drawn from is known, and the end token was among it.
+    check_first_tokens(TrainConfig(min_new_tokens=3, top_k=4), data, [], {1})

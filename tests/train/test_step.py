@@ -17,6 +17,7 @@ from agro_train.policy.policy import Policy, head_gradient, unwrap
 from agro_train.setup import place_on_devices
 from agro_train.step import score_batch, update
 from agro_train.types import Scores
+from tests.calls import Calls
 from tests.train.gradients import (
     CONFIG,
     assert_equal,
@@ -230,9 +231,7 @@ class LooksWrapped(Policy):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own-head", "tied-head"])
-def test_head_adds_its_gradient_to_the_weights_own(
-    tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_head_adds_its_gradient_to_the_weights_own(tied: bool) -> None:
     """The same as autograd's, to which no second (V, D) gradient is handed."""
     batch = ragged_batch(token_budget=12)
     adding, other = tiny_policy(seed=0), tiny_policy(seed=0)
@@ -241,18 +240,12 @@ def test_head_adds_its_gradient_to_the_weights_own(
             policy.model.lm_head.weight = policy.model.model.embed_tokens.weight
     by_autograd = LooksWrapped(other.model)
     reference = tiny_policy(seed=1).requires_grad_(False)
-    buffers = []
-    accumulate = torch.ops.agro.linear_logprobs_bwd_accumulate
-
-    def spy(*arguments: object) -> object:
-        buffers.append(arguments[-1])
-        return accumulate(*arguments)
-
-    monkeypatch.setattr(torch.ops.agro, "linear_logprobs_bwd_accumulate", spy)
-    ours, _ = gradient_of(adding, reference, batch)
-    assert len(buffers) == len(batch.micro) > 2 and len({id(buffer) for buffer in buffers}) == 1
-    assert_equal(ours, gradient_of(by_autograd, reference, batch)[0])
-    assert len(buffers) == len(batch.micro)
+    with Calls("linear_logprobs_bwd_accumulate") as calls:
+        ours, _ = gradient_of(adding, reference, batch)
+        buffers = [arguments[-1] for arguments in calls.arguments]
+        assert len(buffers) == len(batch.micro) > 2 and len({id(buffer) for buffer in buffers}) == 1
+        assert_equal(ours, gradient_of(by_autograd, reference, batch)[0])
+    assert len(calls.arguments) == len(batch.micro)
 
 
 def test_head_leaves_its_gradient_to_autograd_where_it_must() -> None:

@@ -20,6 +20,7 @@ from agro_train.evaluate import Evaluation, estimates, summarise
 from agro_train.rewards.functions import load_rewards
 from agro_train.rewards.number import number_reward
 from agro_train.types import Rollout
+from tests.conftest import SetSizes
 
 SMALL = [
     "warm_start_steps=0",
@@ -167,8 +168,8 @@ def test_bad_score_is_refused(
     assert not (tmp_path / "r.scored.jsonl").exists()
 
 
-def test_chunks_keep_groups_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score, "SCORED_AT_ONCE", 4)
+def test_chunks_keep_groups_whole(set_sizes: SetSizes) -> None:
+    set_sizes(score, SCORED_AT_ONCE=4)
     rows = [((i, {}), scored(g, "", None)) for i, g in enumerate("aaabbbccddddddde")]
     found = list(_chunks(rows))
     assert [row for chunk in found for row in chunk] == rows

@@ -88,3 +88,11 @@ def test_record_that_was_changed_is_refused(tmp_path: Path) -> None:
     log(tmp_path, steps, 0, size=1)
     with pytest.raises(ValueError, match="expected 16 fresh rollouts in .*000001.jsonl, got 8"):
         replayed_groups(RunFolder(tmp_path).rollouts, steps, 1, settings)
+
+
+def test_record_without_kept_ids_is_refused_where_they_are_scored_over(tmp_path: Path) -> None:
+    settings = config(replay_fraction=1.0, top_k=4)
+    steps = plan(settings)
+    log(tmp_path, steps, 0)
+    with pytest.raises(ValueError, match="replay: expected kept_ids of every fresh rollout in"):
+        replayed_groups(RunFolder(tmp_path).rollouts, steps, 1, settings)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pyarrow import Table, parquet
 
+from agro_train.data import kept_ids
 from agro_train.data.recorded import (
     Recorded,
     load_recorded,
@@ -30,8 +31,10 @@ def write(path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def load(paths: list[str], context: int | None = None) -> Recorded:
-    return load_recorded(paths, TOKENIZER, "{prompt}", vocab_size=15, context=context)
+def load(paths: list[str], context: int | None = None, truncated: bool = False) -> Recorded:
+    return load_recorded(
+        paths, TOKENIZER, "{prompt}", vocab_size=15, context=context, truncated=truncated
+    )
 
 
 def test_rollout_log_is_a_dataset(tmp_path: Path) -> None:
@@ -119,6 +122,56 @@ def test_parquet_is_read_like_jsonl(tmp_path: Path) -> None:
 def _every_column(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     names = {name for row in rows for name in row}
     return [{name: row.get(name) for name in names} for row in rows]
+
+
+IDS = {"prompt": "1+2=", "completion_ids": [5, 1], "reward": 1.0}
+
+
+def test_kept_ids_are_read_as_text_or_lists_where_the_run_scores_over_them(tmp_path: Path) -> None:
+    text = kept_ids.encode([[5, 7], [1]])
+    rows = [{**IDS, "kept_ids": text}, {**IDS, "kept_ids": [[7, 5], [1]]}]
+    path = write(tmp_path / "r.jsonl", *rows)
+    (group,) = load([path], truncated=True).groups
+    assert [r.kept_ids for r in group] == [text, text]
+    parquet.write_table(Table.from_pylist(rows[1:] * 2), tmp_path / "r.parquet")
+    (group,) = load([str(tmp_path / "r.parquet")], truncated=True).groups
+    assert [r.kept_ids for r in group] == [text, text]
+    (group,) = load([path]).groups  # a run that samples from all ids scores over all
+    assert [r.kept_ids for r in group] == [None, None] and not group[0].columns
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            None,
+            "expected kept_ids in .*, line 1, got none; with top_k, top_p or min_p a",
+        ),
+        (
+            "nonsense",
+            "expected kept_ids as a rollout log has them, or a list of ids for each",
+        ),
+        ([5, 1], "expected kept_ids as a rollout log has them"),
+        ([[5], []], "expected kept_ids as a rollout log has them"),
+        ([[5]], "got 1 sets for 2 tokens"),
+        ([[5, 15], [1]], r"got an id outside \[0, 15\)"),
+        ([[5, 2], [2, 3]], "got a set without its token 1, whose probability is then 0"),
+    ],
+)
+def test_kept_ids_that_cannot_be_scored_over_are_refused(
+    given: object, message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "r.jsonl", *[{**IDS, "kept_ids": given}] * 2)
+    with pytest.raises(Refusal, match=message):
+        load([path], truncated=True)
+
+
+def test_log_says_what_was_kept_where_something_was_left_out(tmp_path: Path) -> None:
+    plain, other = ragged_rollouts()[:2]
+    other = replace(other, kept_ids=kept_ids.encode([[i] for i in other.completion_ids]))
+    assert "kept_ids" not in rollout_to_json(plain)
+    write_rollouts(tmp_path / "r.jsonl", [plain, other])
+    assert read_rollouts(tmp_path / "r.jsonl") == [plain, other]
 
 
 def test_ragged_group_may_span_files(tmp_path: Path) -> None:

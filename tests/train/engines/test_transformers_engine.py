@@ -2,15 +2,25 @@
 prompt's seed and nothing else.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from agro_train.config import TrainConfig
+from agro_train.data import kept_ids
 from agro_train.data.prompts import render
-from agro_train.engines.transformers_engine import Draw, exponentials, generate, random_bits
+from agro_train.engines.engine import Sampling
+from agro_train.engines.transformers_engine import (
+    Draw,
+    exponentials,
+    generate,
+    most_likely,
+    random_bits,
+)
 from agro_train.policy import tiny
 from agro_train.policy.load import end_tokens, load_model, load_tokenizer
 from agro_train.types import Prompt, Rollout
@@ -94,6 +104,104 @@ def test_draw_is_from_the_softmax_however_much_of_it_is_the_head(
         expected = ((logits / 1.7).softmax(-1) * count)[[0, 2, 3, 4, 5, 6]]
         chi_squared = float(((counts[[0, 2, 3, 4, 5, 6]] - expected) ** 2 / expected).sum())
         assert chi_squared < 20.5  # 0.1 % point, 5 degrees of freedom
+
+
+TRUNCATED = [
+    Sampling(top_k=3),
+    Sampling(top_k=1),
+    Sampling(top_p=0.8),
+    Sampling(top_p=1e-6),
+    Sampling(min_p=0.1),
+    Sampling(top_k=5, top_p=0.8),
+    Sampling(top_k=5, min_p=0.1),
+    Sampling(top_k=6, top_p=0.9, min_p=0.05),
+]
+
+
+@pytest.mark.parametrize("sampling", TRUNCATED, ids=str)
+def test_kept_ids_are_those_of_transformers_own_warpers(sampling: Sampling) -> None:
+    """In vLLM's order: min_p, top_k, top_p."""
+    logits = 2 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    expected = logits.double()
+    if sampling.min_p:
+        expected = MinPLogitsWarper(sampling.min_p)(None, expected)
+    if sampling.top_k:
+        expected = TopKLogitsWarper(sampling.top_k)(None, expected)
+    if sampling.top_p < 1:
+        expected = TopPLogitsWarper(sampling.top_p)(None, expected)
+    probabilities = logits.softmax(-1)
+    ids, likely = most_likely(probabilities, sampling)
+    for row in range(50):
+        kept = ids[row][ids[row] >= 0]
+        assert set(kept.tolist()) == set(expected[row].isfinite().nonzero()[:, 0].tolist())
+        assert torch.equal(likely[row][: len(kept)], probabilities[row, kept])
+        assert not likely[row][len(kept) :].any()
+
+
+def test_no_more_ids_are_kept_than_can_be_recorded() -> None:
+    flat = torch.full((2, 5000), 1 / 5000)
+    assert most_likely(flat, Sampling(top_p=0.9))[0].shape == (2, 1024)
+    assert most_likely(flat, Sampling(top_p=0.1))[0].shape == (2, 500)
+
+
+@pytest.mark.parametrize("sampling", TRUNCATED[2:], ids=str)
+def test_draw_is_from_the_softmax_over_the_ids_kept(sampling: Sampling) -> None:
+    count, logits = 20_000, torch.tensor([0.3, -torch.inf, 1.5, -1.0, 2.0, 0.1, -4.0])
+    keys = torch.stack([random_bits(seed, 1) for seed in range(count)])
+    draw = Draw(keys, 1.7, sampling)
+    tokens = draw(torch.zeros(count, 1), logits.expand(count, -1)).argmax(-1)
+    (kept,) = draw.kept_of(0)
+    counts = torch.bincount(tokens, minlength=7)
+    assert int(counts.sum()) == int(counts[kept].sum()) == count
+    expected = (logits[kept] / 1.7).softmax(-1) * count
+    chi_squared = float(((counts[kept] - expected) ** 2 / expected).sum())
+    assert chi_squared < 20.5  # 0.1 % point, 5 degrees of freedom; here there are fewer
+
+
+def test_completions_say_what_each_of_their_tokens_was_drawn_from() -> None:
+    """By the model itself, without cache or padding."""
+    model = tiny_policy(dtype=torch.float32).model
+    sampling = Sampling(top_p=0.8)
+    for rollout in run(sampling=sampling, temperature=1.3):
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        probabilities = (model(input_ids=ids).logits[0] / 1.3).softmax(-1)
+        expected, _ = most_likely(probabilities[len(rollout.prompt_ids) - 1 : -1], sampling)
+        sets = kept_ids.decode(rollout.kept_ids or "")
+        assert len(sets) == len(rollout.completion_ids)
+        for token, kept, ours in zip(rollout.completion_ids, sets, expected, strict=True):
+            assert token in kept and set(kept) == set(ours[ours >= 0].tolist())
+
+
+def test_greedy_completions_are_the_same_and_keep_nothing() -> None:
+    assert run(temperature=0.0) == run(temperature=0.0, sampling=Sampling(top_p=0.5, min_p=0.1))
+    assert all(rollout.kept_ids is None for rollout in run())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=14)], ids=str)
+def test_no_end_token_comes_before_min_new_tokens(temperature: float, sampling: Sampling) -> None:
+    likely = run(temperature=0.0, max_completion_length=1, end_tokens={99})[0].completion_ids[0]
+    ends = {TOKENIZER.eos_token_id, likely}
+    changes = {"num_generations": 30, "end_tokens": ends, "temperature": temperature}
+    sampling = replace(sampling, min_new_tokens=4)
+    lengths = [len(r.completion_ids) for r in run(sampling=sampling, **changes)]
+    assert min(lengths) > 4 and (temperature == 0.0 or {5, 6} == set(lengths))
+    assert min(len(r.completion_ids) for r in run(**changes)) < 4
+    for rollout in run(sampling=sampling, **changes):
+        sets = kept_ids.decode(rollout.kept_ids) if rollout.kept_ids else []
+        assert not any(ends & set(kept.tolist()) for kept in sets[:4])
+
+
+def test_stop_strings_end_generation_where_they_end_the_completion() -> None:
+    """The completions are those without, cut; and no row is continued once all have stopped."""
+    free = run(num_generations=20, end_tokens={99}, max_completion_length=40)
+    stop = tuple("0123456789")
+    sampling = Sampling(stop=stop)
+    stopped = run(num_generations=20, end_tokens={99}, max_completion_length=40, sampling=sampling)
+    for ours, whole in zip(stopped, free, strict=True):
+        length = len(ours.completion_ids)
+        assert ours.completion_ids == whole.completion_ids[:length] and ours.finish == "stop"
+        assert ours.completion[-1] in stop and not set(ours.completion[:-1]) & set(stop)
 
 
 def test_rounding_changes_a_draw_no_more_often_than_it_must() -> None:

@@ -21,10 +21,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from agro_train.config import TrainConfig
+from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.prompts import render
 from agro_train.engines import vllm_client, vllm_engine, weights
-from agro_train.engines.engine import BrokenEngine
+from agro_train.engines.engine import BrokenEngine, Sampling
 from agro_train.engines.transformers_engine import generate
 from agro_train.engines.vllm_client import (
     Answer,
@@ -38,6 +39,7 @@ from agro_train.engines.vllm_client import (
 from agro_train.engines.vllm_engine import VllmEngine, make_weights_folder, start
 from agro_train.policy import tiny
 from agro_train.types import Prompt
+from tests.conftest import SetSizes
 from tests.train.models import tiny_policy
 
 TOKENIZER = tiny.build_tokenizer()
@@ -71,14 +73,38 @@ class OtherModel:
             max_completion_length=request.parameters["max_tokens"],
             batch_size=1,
             end_tokens=set(request.parameters["stop_token_ids"]) or {99},
+            sampling=self.sampling_of(request),
         )
         temperature = request.parameters["temperature"] or 1.0
         read: tuple[float, ...] = ()
         if "prompt_logprobs" in request.parameters:
             ids = request.prompt_ids
             read = logprobs_of(self.policy, ids[:1], ids[1:], 1.0)
-        ours = logprobs_of(self.policy, rollout.prompt_ids, rollout.completion_ids, temperature)
-        return Answer(rollout.completion_ids, ours, read)
+        sets = kept_ids.decode(rollout.kept_ids) if rollout.kept_ids else None
+        ours = logprobs_of(
+            self.policy, rollout.prompt_ids, rollout.completion_ids, temperature, sets
+        )
+        return Answer(rollout.completion_ids, ours, read, self.likeliest(request, ours, sets))
+
+    def sampling_of(self, request: Request) -> Sampling:
+        got = request.parameters
+        kept = (got[name] for name in ("top_k", "top_p", "min_p"))
+        return Sampling(*kept, tuple(got.get("stop", ())), got["min_tokens"])
+
+    def likeliest(
+        self, request: Request, logprobs: Sequence[float], sets: Sequence[Any] | None
+    ) -> tuple[tuple[tuple[int, float], ...], ...]:
+        """As vLLM tells it: the kept ones, then others at -inf or its word for that, as many as
+        were asked for."""
+        if not sets:
+            return ()
+        filled = []
+        for kept, logprob in zip(sets, logprobs, strict=True):
+            others = [i for i in range(15) if i not in kept]
+            pairs = [(int(i), logprob) for i in kept]
+            pairs += [(i, (-9999.0, -float("inf"))[i % 2]) for i in others]
+            filled.append(tuple(pairs[: request.parameters["logprobs"]]))
+        return tuple(filled)
 
     def load(self, files: Iterable[Path]) -> None:
         self.loads += 1
@@ -91,10 +117,20 @@ class OtherModel:
 
 
 def logprobs_of(
-    policy: Any, prompt: tuple[int, ...], completion: tuple[int, ...], temperature: float
+    policy: Any,
+    prompt: tuple[int, ...],
+    completion: tuple[int, ...],
+    temperature: float,
+    sets: Sequence[Any] | None = None,
 ) -> tuple[float, ...]:
     rollout = vllm_engine.cut(
-        Prompt("", "", prompt, {}), list(completion), TOKENIZER, set(), temperature, None
+        Prompt("", "", prompt, {}),
+        list(completion),
+        TOKENIZER,
+        set(),
+        temperature,
+        None,
+        kept_sets=sets,
     )
     (micro,) = pack([rollout], token_budget=1, share_prompts=False)
     with torch.no_grad():
@@ -140,6 +176,129 @@ def test_every_completion_has_a_seed_of_its_own_and_no_sampling_default_applies(
         assert parameters["top_p"] == 1.0 and parameters["top_k"] == 0 == parameters["min_p"]
         assert parameters["stop_token_ids"] == [TOKENIZER.eos_token_id]
         assert parameters["ignore_eos"] and parameters["max_tokens"] == 6
+
+
+def sampling(engine: VllmEngine, **settings: Any) -> VllmEngine:
+    config = replace(CONFIG, **settings)
+    parts = (engine.client, engine.policy, engine.accelerator, TOKENIZER, engine.end_tokens)
+    return VllmEngine(*parts, config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 3}, {"top_k": 5, "top_p": 0.8}, {"top_k": 5, "min_p": 0.1}, {"top_k": 14}],
+    ids=str,
+)
+def test_completions_are_scored_over_the_ids_that_vllm_kept(
+    settings: dict[str, Any], engine: VllmEngine
+) -> None:
+    engine = sampling(engine, **settings, min_new_tokens=2)
+    for r in engine.complete(PROMPTS, **ASK, step=0):
+        sets = kept_ids.decode(r.kept_ids or "")
+        assert max(map(len, sets)) <= settings["top_k"]
+        assert all(token in kept for token, kept in zip(r.completion_ids, sets, strict=True))
+        expected = logprobs_of(engine.policy, r.prompt_ids, r.completion_ids, 1.3, sets)
+        assert r.sampling_logprobs == pytest.approx(expected, abs=1e-5)
+    sampled = [r.parameters for r in engine.client.asked if r.parameters["temperature"]]
+    for parameters in sampled:
+        assert {name: parameters[name] for name in settings} == settings
+        assert parameters["min_tokens"] == 2
+        assert parameters["logprobs"] == min(2 * settings["top_k"], 15)
+    probe = next(r.parameters for r in engine.client.asked if not r.parameters["temperature"])
+    assert probe["min_tokens"] == 0 and probe["logprobs"] == 0
+    greedy = engine.complete(PROMPTS, **{**ASK, "temperature": 0.0}, step=0)
+    assert all(r.kept_ids is None for r in greedy)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda likeliest: (), "fewer than 6 with top_k=3, got up to 0 for 0;"),
+        (lambda likeliest: tuple(((0, -9999.0),) for _ in likeliest), "got up to 0 for"),
+        # Six of six have a probability: a seventh may tie with them, or nothing was left out.
+        (lambda likeliest: (tuple((i, -1.8) for i in range(6)),) * len(likeliest), "to 6 for"),
+    ],
+)
+def test_ids_that_vllm_does_not_tell_in_full_are_one_sentence(
+    spoil: Any, message: str, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = sampling(engine, top_k=3)
+    ask = engine.client.ask
+    monkeypatch.setattr(
+        engine.client,
+        "ask",
+        lambda rs: [replace(a, likeliest=spoil(a.likeliest)) for a in ask(rs)],
+    )
+    with pytest.raises(BrokenEngine, match=f"vllm: expected the ids kept for each .*{message}"):
+        engine.complete(PROMPTS, **ASK, step=0)
+
+
+def test_stop_strings_are_vllms_and_end_the_completion_here_as_there(engine: VllmEngine) -> None:
+    engine = sampling(engine, stop=["3", "7"])
+    rollouts = engine.complete(PROMPTS, **{**ASK, "num_generations": 8}, step=0)
+    assert {r.finish for r in rollouts} == {"length", "stop"}
+    for r in rollouts:
+        assert not set(r.completion[:-1]) & {"3", "7"}
+        assert len(r.sampling_logprobs or ()) == len(r.completion_ids)
+    assert engine.client.asked[-1].parameters["stop"] == ["3", "7"]
+    assert engine.client.asked[-1].parameters["skip_special_tokens"] is False
+    probe = next(r.parameters for r in engine.client.asked if not r.parameters["temperature"])
+    assert probe["stop"] == []
+
+
+def test_answer_that_vllm_ended_early_has_stopped(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the stop string is not seen here."""
+    engine = sampling(engine, stop=["never"])
+    ask = engine.client.ask
+    short = lambda a: replace(a, ids=a.ids[:2], logprobs=a.logprobs[:2])  # noqa: E731
+    monkeypatch.setattr(engine.client, "ask", lambda rs: [short(a) for a in ask(rs)])
+    monkeypatch.setattr(engine, "send", lambda prompt: None)
+    assert {r.finish for r in engine.complete(PROMPTS, **ASK, step=0)} == {"stop"}
+
+
+def test_colocated_vllm_looks_for_text_only_where_it_is_to_stop_at_some() -> None:
+    asked: list[dict[str, Any]] = []
+    found = {4: SimpleNamespace(logprob=-0.5), 2: SimpleNamespace(logprob=-1.0)}
+    one = SimpleNamespace(token_ids=[4], logprobs=[found])
+    output = SimpleNamespace(outputs=[one], prompt_token_ids=[3], prompt_logprobs=None)
+    client = object.__new__(Colocated)
+    client.sampling_params = lambda **given: asked.append(given)
+    client.llm = SimpleNamespace(generate=lambda prompts, *_, **__: [output] * len(prompts))
+    requests = [Request((3,), {"logprobs": 0}), Request((3,), {"logprobs": 4})]
+    (_, plain), (_, kept) = client.ask(requests)
+    client.ask([Request((3,), {"stop": ["x"]}), Request((3,), {"stop": []})])
+    assert [given["detokenize"] for given in asked] == [False, False, True, False]
+    assert plain == Answer((4,), (-0.5,), (), ())
+    assert kept == Answer((4,), (-0.5,), (), (((4, -0.5), (2, -1.0)),))
+
+
+def test_server_tells_the_likeliest_ids_as_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    top = [{"token": "token_id:4", "logprob": -0.5}, {"token": "token_id:2", "logprob": -9999.0}]
+    content = [{"token": "token_id:4", "logprob": -0.5, "top_logprobs": top}]
+    card = {"choices": [{"token_ids": [4], "logprobs": {"content": content}}]}
+    monkeypatch.setattr(Server, "_read", lambda *_: json.dumps(card).encode())
+    server = Server("http://127.0.0.1:9", 5.0)
+    ((_, answer),) = server.ask([Request((3,), {"logprobs": 4})])
+    assert answer == Answer((4,), (-0.5,), (), (((4, -0.5), (2, -9999.0)),))
+    ((_, answer),) = server.ask([Request((3,), {"logprobs": 0})])
+    assert answer == Answer((4,), (-0.5,), ())
+
+
+def test_server_that_tells_too_few_log_probabilities_is_refused(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, not after the first step's completions."""
+
+    def refused(self: Server, request: Request, timeout_s: float) -> Answer:
+        raise BrokenEngine(f"status 400: {request.parameters['logprobs']} is more than 20")
+
+    monkeypatch.setattr(Server, "check", lambda self, length: None)
+    monkeypatch.setattr(Server, "_tokens", refused)
+    config = replace(CONFIG, use_vllm=True, vllm_mode="server", top_k=6)
+    with pytest.raises(ValueError, match="top_k: expected a server that tells 12 log-"):
+        start(config, engine.policy, engine.accelerator, TOKENIZER, {1}, 8)
 
 
 def test_probe_is_drawn_from_the_weights_that_were_sent(engine: VllmEngine) -> None:
@@ -286,10 +445,10 @@ def test_step_that_changes_nothing_is_no_failure(engine: VllmEngine) -> None:
 
 
 def test_weights_go_out_in_files_of_limited_size(
-    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    engine: VllmEngine, set_sizes: SetSizes, tmp_path: Path
 ) -> None:
     model = engine.policy.model
-    monkeypatch.setattr(weights, "FILE_BYTES", 200_000)
+    set_sizes(weights, FILE_BYTES=200_000)
     arrived: dict[str, torch.Tensor] = {}
     count = 0
     for path in weights.one_by_one(iter(model.named_parameters()), tmp_path, torch.float32):
@@ -458,6 +617,7 @@ def test_server_is_started_for_this_machine_only_and_ready_for_weights() -> None
     command, environment = serve_command("folder", ["--port", "8001"])
     assert command[3:5] == ["--model", "folder"] and command[-2:] == ["--port", "8001"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--max-logprobs") + 1] == "2048"
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
 
 

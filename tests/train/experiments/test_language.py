@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,10 @@ def test_stale_samples_are_as_old_as_said() -> None:
 # --- Runs -----------------------------------------------------------------------------------------
 
 
+def start(_: Point, work: Path, __: int | None) -> Start:
+    return Start(work, "", {"12+9=": 0.25})
+
+
 def test_a_killed_sweep_goes_on_with_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,31 +226,27 @@ def test_a_killed_sweep_goes_on_with_what_is_missing(
         ran.append(one.seed)
         return curve(eval_reward=one.seed / 10)
 
-    def start(_: Point, work: Path, __: int | None) -> Start:
-        return Start(work, "", {"12+9=": 0.25})
+    def resumed() -> Sweep:
+        return Sweep(tmp_path, True, count, start)
 
-    monkeypatch.setattr(sweep, "measure", count)
-    monkeypatch.setattr(sweep, "make_start", start)
     points = [point(seed, {"beta": 0.1}) for seed in range(4)]
     with pytest.raises(KeyboardInterrupt):
-        Sweep(tmp_path, quick=True).curves(points)
+        resumed().curves(points)
     assert ran == [0, 1]
     ran.clear()
-    again = Sweep(tmp_path, quick=True)
+    again = resumed()
     found = again.curves(points)
     assert ran == [2, 3]
     assert [found[one][-1]["eval_reward"] for one in points] == [0.0, 0.1, 0.2, 0.3]
     assert again.pass_rates(points[0]) == {"12+9=": 0.25}
-    assert Sweep(tmp_path, quick=True).curves(points) == found  # nothing is left to run
+    assert resumed().curves(points) == found  # nothing is left to run
     ran.clear()
     monkeypatch.setattr(sweep, "version", lambda base: f"{base}@other")
-    Sweep(tmp_path, quick=True).curves(points[:1])
+    resumed().curves(points[:1])
     assert ran == [0]
 
 
-def test_a_known_run_keeps_the_default_it_was_made_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_known_run_keeps_the_default_it_was_made_with(tmp_path: Path) -> None:
     """A changed default is named in the runs from before, and today's are other runs."""
     ran: list[Point] = []
 
@@ -253,26 +254,27 @@ def test_a_known_run_keeps_the_default_it_was_made_with(
         ran.append(one)
         return curve(eval_reward=len(ran) / 10)
 
-    monkeypatch.setattr(sweep, "measure", note)
-    monkeypatch.setattr(sweep, "make_start", lambda *_: Start(Path(), "", {"12+9=": 0.25}))
+    def known() -> Sweep:
+        return Sweep(tmp_path, True, note, start)
+
     offline = point(0, {"recorded": language.RECORDED})
     published = point(0, {"recorded": language.RECORDED, "off_policy_taper": 0.0})
     fresh = point(0, {})
     path = tmp_path / "language_defaults.json"
-    Sweep(tmp_path, quick=True).curves([offline, fresh])
+    known().curves([offline, fresh])
     path.write_text(path.read_text().replace('"off_policy_taper": 1.0', '"off_policy_taper": 0.0'))
     ran.clear()
-    again = Sweep(tmp_path, quick=True)
+    again = known()
     # The taper is no setting of a run that has no off-policy rows.
     assert again.curves([published, fresh])[published][-1]["eval_reward"] == 0.1 and not ran
     assert again.curves([offline, published])[offline][-1]["eval_reward"] == 0.1
     assert ran == [offline]
     assert json.loads(path.read_text())["off_policy_taper"] == 1.0
-    assert len(Sweep(tmp_path, quick=True).curves([offline, published, fresh])) == 3
+    assert len(known().curves([offline, published, fresh])) == 3
     assert ran == [offline]
     path.unlink()
     with pytest.raises(Refusal, match="expected .*language_defaults.json, which says what"):
-        Sweep(tmp_path, quick=True)
+        known()
 
 
 def threads_of(one: Point, work: Path, recorded_prompts: int | None) -> int:
@@ -326,12 +328,13 @@ def test_the_real_models_comparison_is_written_from_its_curves(
         assert one.base == "smollm2-arithmetic" and one.config().model == "smollm2"
         return curve(eval_reward=0.9 if one.config().lr_weight else 0.7 + one.seed / 10)
 
-    monkeypatch.setattr(sweep, "measure", reward_of)
-    monkeypatch.setattr(sweep, "make_start", lambda *_: Start(Path(), "", {"6*7": 0.5}))
+    monkeypatch.setattr(smollm2, "Sweep", partial(Sweep, measure=reward_of, make_start=start))
     assert all(claim.holds for claim in smollm2.run(tmp_path, quick=True))
     assert (tmp_path / "smollm2.png").stat().st_size > 0
+    assert (tmp_path / "smollm2_record.png").stat().st_size > 0
     rows = (tmp_path / "smollm2_differences.csv").read_text().splitlines()
-    assert "agro,pg_k2,sampled,2,0,0,0,no" in rows
+    assert "own samples,agro,pg_k2,sampled,2,0,0,0,no" in rows
+    assert "the record alone,agro_tapered,pg_k2,sampled,2,0,0,0,no" in rows
 
 
 @pytest.fixture(scope="module")

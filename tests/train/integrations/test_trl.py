@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -204,13 +206,20 @@ class Engine:
         return prompts, completions, logprobs if self.logprobs is not None else None, None
 
 
+InPlaceOfVllm = Callable[[Callable[..., Engine]], None]
+
+
+@pytest.fixture
+def in_place_of_vllm(monkeypatch: pytest.MonkeyPatch) -> InPlaceOfVllm:
+    """Has TRL make this engine where it would start vLLM."""
+    return partial(monkeypatch.setattr, "trl.trainer.rloo_trainer.VLLMGeneration")
+
+
 @pytest.mark.parametrize("taper", [0.0, 0.5, float("inf")])
 def test_what_vllm_sampled_is_tapered_as_this_project_does(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taper: float
+    folder: Path, tmp_path: Path, in_place_of_vllm: InPlaceOfVllm, taper: float
 ) -> None:
-    monkeypatch.setattr(
-        "trl.trainer.rloo_trainer.VLLMGeneration", lambda **kwargs: Engine(folder, **kwargs)
-    )
+    in_place_of_vllm(lambda **kwargs: Engine(folder, **kwargs))
     options = {"beta": 0.3, "taper": taper}
     recorder = Recorder()
     trainer = Spying(
@@ -236,7 +245,7 @@ def test_what_vllm_sampled_is_tapered_as_this_project_does(
 
 
 def test_a_server_whose_log_probs_leave_the_temperature_out_is_refused(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, in_place_of_vllm: InPlaceOfVllm
 ) -> None:
     modes = ["raw_logprobs", "processed_logprobs"]
 
@@ -246,7 +255,7 @@ def test_a_server_whose_log_probs_leave_the_temperature_out_is_refused(
         made.vllm_client = types.SimpleNamespace(get_server_info=lambda: info)
         return made
 
-    monkeypatch.setattr("trl.trainer.rloo_trainer.VLLMGeneration", engine)
+    in_place_of_vllm(engine)
 
     def build() -> AGROTrainer:
         return AGROTrainer(

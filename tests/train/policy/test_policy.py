@@ -1,6 +1,7 @@
 """The policy's head is the model's own, and a model it would misread is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agro_train.cli import main
+from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.rows import read_jsonl
 from agro_train.policy import load
 from agro_train.policy.load import fingerprint, identity, set_matmul_precision
 from agro_train.policy.policy import Policy
+from agro_train.types import Rollout
 from tests.train.models import ragged_rollouts, tiny_policy
 
 SMALL = {
@@ -42,6 +45,79 @@ def test_softcapped_head_gives_the_models_own_distribution(temperature: float) -
     torch.testing.assert_close(ours.logprobs, logprobs)
     entropy = -(expected.exp() * expected).sum(-1)
     torch.testing.assert_close(ours.entropy, entropy)
+
+
+KEPT = [[2, 7], [1], list(range(15)), [4, 3, 14]]  # each with other ids than the target alone
+
+
+def kept_and_plain() -> tuple[list[Rollout], list[list[Any]]]:
+    """Rollouts of which the first two groups say what was kept, and those sets for each target."""
+    rollouts, sets = [], []
+    for one in ragged_rollouts():
+        kept = [[token, *KEPT[i % 4]] for i, token in enumerate(one.completion_ids)]
+        named = one.group != "g2"
+        rollouts.append(replace(one, kept_ids=kept_ids.encode(kept) if named else None))
+        sets += kept if named else [range(15)] * len(kept)
+    return rollouts, sets
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("early", [0, 2])
+def test_scores_are_the_log_softmax_over_the_ids_kept(temperature: float, early: int) -> None:
+    """In float64: log-probability, entropy, lse and the gradient of a weighted sum, by hand."""
+    barred = {3, 11}
+    policy = Policy(tiny_policy().model, barred)
+    rollouts, sets = kept_and_plain()
+    (micro,) = pack(rollouts, token_budget=1000, share_prompts=True, min_new_tokens=early)
+    hidden = policy.hidden_states(micro)[micro.predictors]
+    logits = policy.model.lm_head(hidden) / temperature
+    places = torch.cat([torch.arange(n) for n in micro.cu_seqlens.diff().tolist()])
+    tokens = [(sets[i], places[i] < early and len(sets[i]) == 15) for i in range(len(sets))]
+    allowed = torch.zeros_like(logits, dtype=torch.bool)
+    for row, (kept, first) in enumerate(tokens):
+        allowed[row, torch.tensor(list(kept))] = True
+        if first and isinstance(kept, range):
+            allowed[row, torch.tensor(sorted(barred))] = False
+    assert bool(allowed.all()) is False
+    expected = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+    logprobs = expected.gather(-1, micro.targets[:, None])[:, 0]
+    outside = micro.targets[:, None] == torch.tensor(sorted(barred))
+    sound = logprobs.isfinite()
+    assert bool((~sound <= outside.any(1)).all())
+    ours = policy(micro, temperature)
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(ours.logprobs, logprobs, **exact)
+    entropy = -(expected.exp() * expected.clamp_min(-1e30)).sum(-1)
+    torch.testing.assert_close(ours.entropy, entropy, **exact)
+    lse = logits.masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(ours.lse, lse, **exact)
+
+    coefficients = torch.randn(len(logprobs), dtype=torch.float64).where(sound, 0.0)
+    wanted = (coefficients * logprobs.where(sound, 0.0)).sum()
+    total = policy(micro, temperature, coefficients, ours.lse.detach())
+    torch.testing.assert_close(total, wanted, **exact)
+    parameters = list(policy.parameters())
+    found = torch.autograd.grad(total, parameters)
+    for a, b in zip(found, torch.autograd.grad(wanted, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_without_kept_ids_or_first_tokens_the_head_is_called_as_ever() -> None:
+    (micro,) = pack(ragged_rollouts(), token_budget=1000, share_prompts=True)
+    assert micro.kept_ids is None and micro.early is None
+    policy = tiny_policy(dtype=torch.float32)
+    every = [
+        replace(r, kept_ids=kept_ids.encode([range(15)] * len(r.completion_ids)))
+        for r in ragged_rollouts()
+    ]
+    (whole,) = pack(every, token_budget=1000, share_prompts=True)
+    torch.testing.assert_close(policy(whole).logprobs, policy(micro).logprobs)
+
+
+def test_softcapped_head_has_no_first_tokens_of_their_own() -> None:
+    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5))
+    with pytest.raises(ValueError, match="min_new_tokens: expected 0 for a head with a softcap"):
+        Policy(model, {1})
 
 
 def test_flash_attention_is_told_where_sequences_begin(monkeypatch: pytest.MonkeyPatch) -> None:

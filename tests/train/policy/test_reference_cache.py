@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from agro_train.config import TrainConfig
+from agro_train.data import kept_ids
 from agro_train.data.recorded import Recorded, RecordedFile
 from agro_train.policy.policy import Policy
 from agro_train.policy.reference_cache import cache_folder, check_cache_folder, with_ref_logprobs
@@ -92,6 +93,20 @@ def test_another_reference_temperature_or_file_is_asked_anew(
     data = recorded(rollouts, str(change.pop("sha256", "a")))
     fill(data, reference, {0, 1, 2}, **change)  # type: ignore[arg-type]
     assert reference.targets == 2 * asked
+
+
+def test_completions_that_differ_in_what_was_kept_alone_have_values_of_their_own(
+    reference: Counting,
+) -> None:
+    one = ragged_rollouts()[0]
+    sets = [[token, 2, 3] for token in one.completion_ids], [[t] for t in one.completion_ids]
+    rows = [replace(one, kept_ids=kept_ids.encode(kept)) for kept in sets]
+    config = replace(CONFIG, top_k=3)
+    (group, *_) = fill(recorded(rows), reference, {0}, config=config).groups
+    narrow = replace(one, kept_ids=None)
+    (whole, *_) = fill(recorded([narrow, narrow]), reference, {0}).groups
+    assert group[1].ref_logprob == 0.0  # the only id that was kept
+    assert 0.0 > group[0].ref_logprob > whole[0].ref_logprob  # other values, of the same file
 
 
 def test_other_precision_of_products_is_asked_anew(reference: Counting) -> None:

@@ -81,19 +81,17 @@ def test_job_that_takes_too_long_is_killed_alone() -> None:
     assert before != after
 
 
-def test_what_a_killed_worker_has_started_is_killed(pipe: str) -> None:
-    workers = pool(timeout_s=SHORT)
+@pytest.mark.parametrize(
+    ("job", "timeout_s", "result"),
+    [("hang", SHORT, NoResult.TIMED_OUT), ("die", 60.0, NoResult.DIED)],
+)
+def test_what_a_lost_worker_has_started_is_killed(
+    job: str, timeout_s: float, result: NoResult, pipe: str
+) -> None:
+    workers = pool(timeout_s=timeout_s)
     assert workers.map([["leave child", pipe]]) == ["left a child"]
     with open(pipe) as reader:  # waits until the child has opened it
-        assert workers.map([["hang"]]) == [NoResult.TIMED_OUT]
-        assert all_writers_end(reader)
-
-
-def test_what_a_dead_worker_has_started_is_killed(pipe: str) -> None:
-    workers = pool()
-    assert workers.map([["leave child", pipe]]) == ["left a child"]
-    with open(pipe) as reader:
-        assert workers.map([["die"]]) == [NoResult.DIED]
+        assert workers.map([[job]]) == [result]
         assert all_writers_end(reader)
 
 

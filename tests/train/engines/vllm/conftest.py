@@ -27,20 +27,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("model")
     tokenizer = tiny.build_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-    )
+    embedded = tiny.build_config(len(tokenizer)).to_dict()
+    config = LlamaConfig(**embedded | {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 2})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         llama = LlamaForCausalLM(config)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 
 from agro_train.cli import main
 from agro_train.config import TrainConfig
+from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.prompts import render
 from agro_train.data.rows import read_jsonl
@@ -22,6 +24,7 @@ from agro_train.engines.vllm_engine import VllmEngine
 from agro_train.policy.load import end_tokens, load_model, load_tokenizer
 from agro_train.policy.policy import Policy
 from agro_train.types import Rollout
+from tests.train.models import small_run
 
 # vLLM and what it imports warn of many things.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
@@ -87,6 +90,17 @@ def test_samples_are_the_policys_before_and_after_an_update(engine: VllmEngine) 
     assert mismatch(engine, before) > 0.01
     after = ask(engine, texts, step=1)
     assert mismatch(engine, after) < 1e-4
+
+
+def test_completions_are_scored_over_the_ids_that_vllm_kept(engine: VllmEngine) -> None:
+    config = replace(engine.config, top_k=5, top_p=0.8, min_p=0.01, min_new_tokens=2)
+    parts = (engine.client, engine.policy, engine.accelerator, engine.tokenizer, engine.end_tokens)
+    narrow = VllmEngine(*parts, config)
+    rollouts = ask(narrow, ["1+2=", "3", "45+678="], step=1)
+    assert mismatch(narrow, rollouts) < 1e-4
+    sizes = [len(kept) for r in rollouts for kept in kept_ids.decode(r.kept_ids or "")]
+    assert max(sizes) <= 5 and min(sizes) < 5
+    assert min(len(r.completion_ids) for r in rollouts) > 2
 
 
 def test_greedy_completions_are_those_of_transformers(engine: VllmEngine) -> None:
@@ -161,25 +175,9 @@ def test_update_of_other_weights_is_noticed(
 
 
 def settings(model: Path, folder: Path, *more: str) -> list[str]:
-    return [
-        "train",
-        "tiny-arithmetic",
-        f"model={model}",
-        f"output_dir={folder}",
-        "reward=tests.train.reward_functions:even_share",
-        "steps=2",
-        "prompts_per_step=3",
-        "num_generations=4",
-        "max_completion_length=8",
-        "token_budget=60",
-        "learning_rate=0.001",
-        "warmup_steps=0",
-        "eval_every=1",
-        "eval_prompts=4",
-        "eval_generations=2",
-        "use_vllm=true",
-        *more,
-    ]
+    short = ["num_generations=4", "token_budget=60", "learning_rate=0.001", "use_vllm=true"]
+    evaluated = ["eval_every=1", "eval_prompts=4", "eval_generations=2"]
+    return small_run(model, folder, *short, *evaluated, *more)
 
 
 def check_run(folder: Path, steps: int = 2) -> None:
