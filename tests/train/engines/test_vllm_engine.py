@@ -253,7 +253,7 @@ def test_answer_that_vllm_ended_early_has_stopped(
     engine = sampling(engine, stop=["never"])
     ask = engine.client.ask
     short = lambda a: replace(a, ids=a.ids[:2], logprobs=a.logprobs[:2])  # noqa: E731
-    monkeypatch.setattr(engine.client, "ask", lambda rs: [short(a) for a in ask(rs)])
+    monkeypatch.setattr(engine.client, "ask", lambda rs: [(i, short(a)) for i, a in ask(rs)])
     monkeypatch.setattr(engine, "send", lambda prompt: None)
     assert {r.finish for r in engine.complete(PROMPTS, **ASK, step=0)} == {"stop"}
 
