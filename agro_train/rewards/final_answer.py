@@ -29,7 +29,7 @@ SENTENCE_END = re.compile(r"[.!?](?=\s|$)|。|\n\s*\n|\n(?=\S)")
 _NAME = r"(?:sqrt|pi|sin|cos|tan|log|ln|infinity|[A-Za-z])"
 _ALONE = rf"(?<![A-Za-z]){_NAME}(?![A-Za-z])"
 _NUMBER = (
-    r"(?:\\?\$|[€£¥₹])?\s?(?:\d+(?:(?:[.,]|\\,|\{,\})\d+)*|\.\d+)(?:[eE][-+]?\d+(?!\w))?"
+    r"(?:(?:\\?\$|[€£¥₹])\s?)?(?:\d+(?:(?:,?\\!,?|[.,:]|\\,|\{,\})\d+)*|\.\d+)(?:[eE][-+]?\d+(?!\w))?"
     r"(?:_\{?\d+\}?)?(?:\s?\\?%|\s?[€£¥₹])?"
 )
 _BRACED = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
@@ -37,7 +37,8 @@ _BRACKETED = (
     rf"[(\[](?:[^()\[\]A-Za-z\n\\]|\\[a-zA-Z]+|{_ALONE}|\((?:[^()A-Za-z\n]|{_ALONE})*\))+[)\]]"
 )
 _ATOM = (
-    rf"(?:{_NUMBER}|(?<=\d)\s?(?:sqrt|pi)(?![A-Za-z])|(?<=\d)[A-Za-z](?![A-Za-z])|\\[a-zA-Z]+"
+    rf"(?:\\begin\{{\w+\}}.*?\\end\{{\w+\}}|{_NUMBER}"
+    r"|(?<=\d)\s?(?:sqrt|pi)(?![A-Za-z])|(?<=\d)[A-Za-z]{1,3}(?![A-Za-z])|\\[a-zA-Z]+"
     rf"|{_ALONE}|!|{_BRACED}|{_BRACKETED}|(?<=[_^])[-+]?\w)"
 )
 _OPERATOR = r"(?:\*\*|[-+*/^_=<>])"
@@ -47,14 +48,22 @@ FORMULA = re.compile(
     r"|(?<!\\)\\\((?P<parentheses>.+?)\\\)"
     r"|(?<![\\\d])\$(?P<dollars>(?:\\\$|[^$\n])+?)(?<!\\)\$"
     rf"|(?P<plain>(?:(?<![\w)\]}}.])[-+]\s?)?{_ATOM}"
-    rf"(?:\s?(?:{_ATOM}|{_OPERATOR}\s?[-+]?\s?{_ATOM}))*)",
+    rf"(?:\s?(?:{_ATOM}|{_OPERATOR}\s?[-+]?\s?{_ATOM}))*"
+    r"(?:\s?[*^]\s?\S+)?)",  # a product with what is not known here is no number either
     re.S,
 )
 MEANS_SOMETHING = re.compile(r"\d|\\(?:pi|infty|emptyset|varnothing)(?![a-zA-Z])|(?<!\w)pi(?!\w)")
 COMMAND = re.compile(
     r"\\(?:text\w*|mbox|mathrm|operatorname)\s*\{[^{}]*\}|\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+"
 )
-WORD = re.compile(r"[^\W\d_]{2,}")
+EMPHASIS = re.compile(r"(?<![\w)}])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w({\\])|`([^`\n]+)`")  # Markdown
+# No part of a product, as in 3qr or abc + 1.
+WORD = re.compile(
+    r"(?<![\w\\{^*/=+-])(?<![-+*/=] )(?:[^\W\d_]{3,}|is|it|so|we|he|of|to|in|as|at|by|no|on|if|an)"
+    r"(?![\w}^*/=+-])(?! [-+*/=])"
+    r"|[^\W\d_a-zA-Z]{2,}",  # scripts that leave no space beside a number
+    re.I,
+)
 NO_WORD = re.compile(rf"(?:and|or|{_NAME})\Z", re.I)
 
 
@@ -82,6 +91,7 @@ def final_answer(text: str) -> str | None:
     boxes = find_boxes(text)
     if boxes:
         return _joined(text, boxes)
+    text = EMPHASIS.sub(r"\1\2", text)
     _, mark, marked = text.rpartition(MARK)
     for whole in [marked, text] if mark else [text]:
         if whole.strip() and not is_prose(whole):
@@ -138,7 +148,6 @@ def is_prose(text: str) -> bool:
 
 def _in_prose(text: str) -> str | None:
     """The answer that the sentences name."""
-    text = re.sub(r"\*\*(?=\S)(.+?)(?<=\S)\*\*|`([^`\n]+)`", r"\1\2", text)  # Markdown
     formulas = _formulas(text)
     anchors = list(ANSWER.finditer(text))
     if anchors:
@@ -170,15 +179,21 @@ def _formulas(text: str) -> list[Part]:
     for match in FORMULA.finditer(text):
         kind = match.lastgroup
         assert kind is not None
-        if kind == "dollars" and is_prose(match[kind]):
-            # Two sums of money, and what is said between them.
+        if kind == "dollars" and _is_money(match, text):
             found += [
                 Part(match.start() + one.start, match.start() + one.end, one.content)
                 for one in _formulas(r" " + match[0][1:])
             ]
-        elif MEANS_SOMETHING.search(match[kind]) or (kind != "plain" and len(match[kind]) > 2):
+        elif kind != "plain" or MEANS_SOMETHING.search(match[kind]):
             found.append(Part(match.start(), match.end(), match[kind].strip()))
-    return found
+    # A letter is a name for the answer more often than the answer.
+    return [one for one in found if not re.fullmatch("[a-zA-Z]", one.content or "")] or found
+
+
+def _is_money(match: re.Match[str], text: str) -> bool:
+    """Whether the dollars stand before two sums of money: "$5 now and $7", "$5-$7"."""
+    between = match["dollars"]
+    return between[0].isdigit() and (between[-1].isspace() or text[match.end() :][:1].isdigit())
 
 
 def _joined(text: str, parts: Sequence[Part]) -> str | None:

@@ -29,8 +29,6 @@ UNICODE = {
     "∩": r"\cap ",
     "∈": r"\in ",
     "±": r"\pm ",
-    "°": "",
-    "º": "",
     "²": "^{2}",
     "³": "^{3}",
     "½": r"\frac{1}{2}",
@@ -43,6 +41,7 @@ UNICODE = {
     "\u202f": " ",
 }
 TRANSLATED = str.maketrans(UNICODE)
+DEGREES = re.compile(r"[°º]\s?[CF]?(?![A-Za-z])")
 DELIMITERS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]](?!\d*(?:pt|em|ex|mm|cm)\])|\\displaystyle")
 TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf)?|mbox|mathrm|mathbf|operatorname)\s*\{")
 # Between groups of three digits, other than the comma, which math-verify knows.
@@ -91,7 +90,7 @@ def without_unicode(text: str) -> str:
     """The text with LaTeX in place of mathematical signs and full-width letters."""
     text = "".join(_usual(character) for character in unicodedata.normalize("NFC", text))
     text = re.sub(r"√\s*(\d+|\w)", r"\\sqrt{\1}", text).replace("√", r"\sqrt")
-    return text.translate(TRANSLATED)
+    return DEGREES.sub("", text).translate(TRANSLATED)
 
 
 def normalised(answer: str) -> Answer | None:

@@ -63,12 +63,15 @@ def judged(gold: Parsed, completion: str) -> tuple[Parsed | None, bool]:
     answer = read(completion)
     if answer is None:
         return None, False
-    if gold.answer.base is not None and answer.base is None:
-        answer = answer.in_base(gold.answer.base)  # the question names the base
+    # Where one of the two names a base and the other does not, the question does.
+    right = gold.answer
+    if right.base is not None and answer.base is None:
+        answer = answer.in_base(right.base)
     parsed = parsed_answer(answer)
     if parsed is None:
         return None, False
-    if gold.answer.base is not None and answer.base != gold.answer.base:
+    unnamed = right.base is None and right.latex.lstrip("-").isdigit()
+    if answer.base != right.base and not unnamed:
         return parsed, False
     places = decimal_places(gold.forms[0])
     return parsed, bool(verify(gold.forms, parsed.forms, places, timeout_seconds=None))

@@ -1,8 +1,9 @@
 """`reward=number`: the last number of a completion against the gold answer.
 
-The parser is written out here. Those of libraries read one number and not running text (babel,
-locale), or take a dash between two numbers for a sign (extract-numbers, quantulum3, math-verify's
-own pattern for numbers); what is decided here is in docs/rewards.md.
+The parser is written out here because those of libraries read other numbers than people do.
+math-verify computes 5-7, takes 1.5e3 for 1.5, and finds neither -$5 nor the Unicode minus sign nor
+a number without a space before it; extract-numbers takes the dash of 5-7 for a sign. What is
+decided here is in docs/rewards.md.
 """
 
 import re
@@ -50,9 +51,10 @@ class NumberReward(Reward):
 
     def outcomes(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
         golds = [self.gold.find(rollout.columns, self.gold_column) for rollout in rollouts]
+        found = [_number(rollout, gold) for rollout, gold in zip(rollouts, golds, strict=True)]
         return [
-            Outcome(float(_number(rollout, gold) == gold_number(gold)))
-            for rollout, gold in zip(rollouts, golds, strict=True)
+            Outcome(float(number is not None and number == gold_number(gold)))
+            for number, gold in zip(found, golds, strict=True)
         ]
 
     def answers(self, rollouts: Sequence[Rollout]) -> list[Hashable | None]:
