@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-THINKING = re.compile(r"(<|\[)(?P<end>/)?(?:think|thinking|thought|reasoning)(?:>|\])", re.I)
+THINKING = re.compile(r"(?:<(/?)(?:think|thinking|thought|reasoning)>|\[(/?)THINK\])")
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])\s*")
 MARK = "####"  # GSM8K's
 
@@ -41,15 +41,17 @@ _ATOM = (
     r"|(?<=\d)\s?(?:sqrt|pi)(?![A-Za-z])|(?<=\d)[A-Za-z]{1,3}(?![A-Za-z])|\\[a-zA-Z]+"
     rf"|{_ALONE}|!|{_BRACED}|{_BRACKETED}|(?<=[_^])[-+]?\w)"
 )
+# With a space behind it only where it cannot be a minus or a list's dash.
+_SIGN = r"(?:(?<![A-Za-z\d)\]}.])[-+]|(?:(?<=\bis )|(?<=[=:] ))[-+] )"
 _OPERATOR = r"(?:\*\*|[-+*/^_=<>])"
 FORMULA = re.compile(
     r"(?<!\\)\$\$(?P<display>.+?)(?<!\\)\$\$"
     r"|(?<!\\)\\\[(?P<brackets>.+?)\\\]"
     r"|(?<!\\)\\\((?P<parentheses>.+?)\\\)"
     r"|(?<![\\\d])\$(?P<dollars>(?:\\\$|[^$\n])+?)(?<!\\)\$"
-    rf"|(?P<plain>(?:(?<![\w)\]}}.])[-+]\s?)?{_ATOM}"
-    rf"(?:\s?(?:{_ATOM}|{_OPERATOR}\s?[-+]?\s?{_ATOM}))*"
-    r"(?:\s?[*^]\s?\S+)?)",  # a product with what is not known here is no number either
+    rf"|(?P<plain>{_SIGN}?{_ATOM}"
+    rf"(?: ?(?:{_ATOM}|{_OPERATOR} ?[-+]? ?{_ATOM}))*"
+    r"(?:(?: \* |[*^])(?=\w)\S+)?)",  # a product with what is not known here is no number either
     re.S,
 )
 MEANS_SOMETHING = re.compile(r"\d|\\(?:pi|infty|emptyset|varnothing)(?![a-zA-Z])|(?<!\w)pi(?!\w)")
@@ -59,7 +61,8 @@ COMMAND = re.compile(
 EMPHASIS = re.compile(r"(?<![\w)}])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w({\\])|`([^`\n]+)`")  # Markdown
 # No part of a product, as in 3qr or abc + 1.
 WORD = re.compile(
-    r"(?<![\w\\{^*/=+-])(?<![-+*/=] )(?:[^\W\d_]{3,}|is|it|so|we|he|of|to|in|as|at|by|no|on|if|an)"
+    r"(?<![\w\\{^*/=+-])(?<![-+*/=] )"
+    r"(?:[^\W\d_]{3,}|am|an|as|at|be|by|do|he|if|in|is|it|me|my|no|of|on|so|to|us|we)"
     r"(?![\w}^*/=+-])(?! [-+*/=])"
     r"|[^\W\d_a-zA-Z]{2,}",  # scripts that leave no space beside a number
     re.I,
@@ -75,22 +78,29 @@ def after_thinking(completion: str, prompt: str = "") -> str:
     """
     tags = list(THINKING.finditer(completion))
     if not tags:
-        opened = [m for m in THINKING.finditer(prompt) if not prompt[m.end() :].strip()]
-        return "" if opened and not opened[-1]["end"] else completion
-    return completion[tags[-1].end() :] if tags[-1]["end"] else ""
+        opened = [tag for tag in THINKING.finditer(prompt) if not prompt[tag.end() :].strip()]
+        return completion if not opened or _closes(opened[-1]) else ""
+    return completion[tags[-1].end() :] if _closes(tags[-1]) else ""
 
 
-def final_answer(text: str) -> str | None:
+def _closes(tag: re.Match[str]) -> bool:
+    return "/" in tag[0]
+
+
+def final_answer(text: str, *, together: bool = True) -> str | None:
     """The text's final answer, as it is written there, without delimiters. None: there is none.
 
     The last box counts, and boxes that "and", "or" or a comma connects with it. An empty box, and
     one whose closing brace is missing, is no answer. Without a box it is what comes after GSM8K's
     mark; the whole text, if that is no sentence; what comes after the last "answer is"; or the
     last formula or number.
+
+    Args:
+        together: false: the last box alone.
     """
     boxes = find_boxes(text)
     if boxes:
-        return _joined(text, boxes)
+        return _joined(text, boxes if together else boxes[-1:])
     text = EMPHASIS.sub(r"\1\2", text)
     _, mark, marked = text.rpartition(MARK)
     for whole in [marked, text] if mark else [text]:

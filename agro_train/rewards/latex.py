@@ -57,7 +57,7 @@ FUNCTION = re.compile(r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|infty)(?![a-z
 ROOT = re.compile(r"\\sqrt\s*\(")
 SPACES = re.compile(rf"{_THIN}|\\q?quad\b|~")
 BASE = re.compile(
-    r"(-?[0-9][0-9A-Za-z]*(?:\.[0-9A-Za-z]+)?)\s*_\s*\{?(?:\\text\s*\{)?\s*(?:base\s*)?(\w+?)\s*\}*"
+    r"(-?[0-9][0-9A-Za-z]*(?:\.[0-9A-Za-z]+)?)\s*_\s*\{?(?:\\text\s*\{)?\s*(?:base\s*\}?\s*)?(\w+?)\s*\}*"
 )
 NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 SIDE_BY_SIDE = re.compile(r"(?<![\w^_{])\d[\d.]*\s+\d")  # two numbers: math-verify adds them
@@ -80,9 +80,13 @@ class Answer:
         return Answer(_readable_digits(self.latex), base)
 
 
-def read(text: str) -> Answer | None:
-    """The final answer of a text. None: there is none."""
-    found = final_answer(without_unicode(text))
+def read(text: str, *, together: bool = True) -> Answer | None:
+    """The final answer of a text. None: there is none.
+
+    Args:
+        together: whether boxes that "and", "or" or a comma connects are one answer.
+    """
+    found = final_answer(without_unicode(text), together=together)
     return None if found is None else normalised(found)
 
 

@@ -57,24 +57,37 @@ class Parsed(NamedTuple):
 
 
 def judged(gold: Parsed, completion: str) -> tuple[Parsed | None, bool]:
-    """The completion's answer, and whether math-verify finds it equal to the gold one."""
-    from math_verify import verify
+    """The completion's answer, and whether math-verify finds it equal to the gold one.
 
+    Of boxes that are one answer, "$\\boxed{3}$ and $\\boxed{4}$", the last may be right by itself:
+    what the others hold is no part of the answer then.
+    """
     answer = read(completion)
-    if answer is None:
-        return None, False
-    # Where one of the two names a base and the other does not, the question does.
-    right = gold.answer
-    if right.base is not None and answer.base is None:
-        answer = answer.in_base(right.base)
-    parsed = parsed_answer(answer)
+    parsed = None if answer is None else parsed_answer(_in_base_of(gold, answer))
     if parsed is None:
         return None, False
-    unnamed = right.base is None and right.latex.lstrip("-").isdigit()
-    if answer.base != right.base and not unnamed:
-        return parsed, False
+    last = read(completion, together=False)
+    if last is None or last == answer:
+        return parsed, _equal(gold, parsed)
+    alone = parsed_answer(_in_base_of(gold, last))
+    return parsed, _equal(gold, parsed) or (alone is not None and _equal(gold, alone))
+
+
+def _in_base_of(gold: Parsed, answer: Answer) -> Answer:
+    """Where the gold answer names a base and the completion's does not, the question does."""
+    base = gold.answer.base
+    return answer if base is None or answer.base is not None else answer.in_base(base)
+
+
+def _equal(gold: Parsed, answer: Parsed) -> bool:
+    from math_verify import verify
+
+    # Nor need a gold answer of digits alone name the base of the question.
+    unnamed = gold.answer.base is None and gold.answer.latex.lstrip("-").isdigit()
+    if answer.answer.base != gold.answer.base and not unnamed:
+        return False
     places = decimal_places(gold.forms[0])
-    return parsed, bool(verify(gold.forms, parsed.forms, places, timeout_seconds=None))
+    return bool(verify(gold.forms, answer.forms, places, timeout_seconds=None))
 
 
 def decimal_places(gold: Any) -> int:

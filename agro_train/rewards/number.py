@@ -20,7 +20,7 @@ from agro_train.types import Rollout
 CURRENCY = r"(?:\\?[$]|[€£¥₹₩₽]|US[$])"
 # A dash right before the digits is a sign, unless it stands right after what it may connect or
 # subtract from: 5-7 and (5)-7 end with 7, "is -7" and "(-7)" with -7.
-SIGN = r"(?<![\w)\]}%°.])[-\u2212\u2013\uff0d]"
+SIGN = r"(?<![A-Za-z\d_)\]}%°.])[-\u2212\u2013\uff0d]"
 # In groups of three, or of two and a last one of three, as in India.
 GROUP = r"(?:,|\{,\}|\\,|,?\\!,?|['_\u2019\u00a0\u2009\u202f])"
 GROUPED = rf"(?<![\d,])(?:\d{{1,3}}(?:{GROUP}\d{{3}})+|\d{{1,2}}(?:,\d{{2}})+,\d{{3}})(?!\d|,\d)"

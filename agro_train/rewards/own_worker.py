@@ -50,7 +50,7 @@ def call(function: RewardFunction, arguments: Mapping[str, Sequence[Any]]) -> li
     if inspect.isawaitable(values):
         values = event_loop().run(_awaited(values))
     if hasattr(values, "tolist"):
-        values = values.tolist()
+        values = values.tolist()  # of an array or a tensor: Python's own numbers
     if not isinstance(values, Sequence) or len(values) != count:
         got = f"{len(values)}" if isinstance(values, Sequence) else repr(values)[:60]
         raise Refusal(

@@ -44,6 +44,8 @@ def quiet() -> Iterator[None]:
         # Which answer: the last one.
         ("7", r"$\boxed{8}$, no, wait: $\boxed{7}$"),
         (r"$\boxed{3}$ and $x = \boxed{4}$", r"$\boxed{4}$ or $\boxed{3}$"),
+        ("3, 4", r"$\boxed{3}$ or $\boxed{4}$"),
+        ("4", r"$\boxed{3}$ or $\boxed{4}$"),
         ("7", r"\boxed {7}"),
         ("7", r"\boxed7"),
         ("7", r"\fbox{7}"),
@@ -124,7 +126,8 @@ def test_right_answers_are_right(gold: str, completion: str) -> None:
         ("7", r"\boxed{7"),
         ("7", ""),
         ("8", r"$\boxed{8}$, no, wait: $\boxed{7}$"),
-        ("4", r"$\boxed{3}$ or $\boxed{4}$"),
+        ("3", r"$\boxed{3}$ or $\boxed{4}$"),
+        (r"$\boxed{3}$ or $\boxed{4}$", r"$\boxed{4}$"),
         ("12", r"\boxed{5 7}"),
         ("6.02", r"\boxed{6.02e23}"),
         ("1.3e-9", r"\boxed{1.2e-9}"),
