@@ -93,10 +93,11 @@ def _equal(gold: Parsed, answer: Parsed) -> bool:
 def decimal_places(gold: Any) -> int:
     """To how many decimal places numbers are compared: 6, math-verify's default, would make all
     very small ones equal."""
-    from sympy import Number
+    from sympy import Number, log
 
-    size = abs(float(gold)) if isinstance(gold, Number) and gold.is_finite else 0.0
-    return max(6, 3 - math.floor(math.log10(size))) if size else 6
+    if not isinstance(gold, Number) or not gold.is_finite or not 0 < abs(gold) < 1:
+        return 6
+    return max(6, 3 - math.floor(float(log(abs(gold), 10))))
 
 
 def spell(parsed: Parsed) -> str:

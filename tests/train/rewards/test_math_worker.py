@@ -161,4 +161,5 @@ def test_small_numbers_are_compared_to_more_places() -> None:
 
     found = [decimal_places(one) for one in (Integer(5), Rational(1, 3), Float(1.3e-9), Integer(0))]
     assert found == [6, 6, 12, 6]
+    assert [decimal_places(Integer(10) ** n) for n in (400, -400)] == [6, 403]
     assert decimal_places(Symbol("x")) == decimal_places(oo) == decimal_places("text") == 6
