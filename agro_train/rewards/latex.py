@@ -61,7 +61,8 @@ BASE = re.compile(
 )
 NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 SIDE_BY_SIDE = re.compile(r"(?<![\w^_{])\d[\d.]*\s+\d")  # two numbers: math-verify adds them
-PLAIN_WORD = re.compile(r"[^\W\d_]{4,}|yes|no|odd|all", re.I)
+# Letters that are no product of variables.
+WORDS = re.compile(r"(?:[^\W\d_]{2,}[ -])+[^\W\d_]{2,}|[^\W\d_]{4,}|yes|no|odd|all", re.I)
 LEADING_TEXT = re.compile(r"(?:is|are|be|:|=|equals)\s*\Z", re.I)
 
 
@@ -114,7 +115,7 @@ def normalised(answer: str) -> Answer | None:
     text = FUNCTION.sub(r"\\\1 ", text)
     text = _rooted(text)
     text = _trimmed(text)
-    if PLAIN_WORD.fullmatch(text):
+    if WORDS.fullmatch(text) and not is_prose(text):
         text = rf"\text{{{text}}}"
     elif is_prose(text):
         inner = final_answer(text)

@@ -83,6 +83,8 @@ def quiet() -> Iterator[None]:
         ("18", r"\boxed{18 dollars}"),
         (r"\text{even}", r"\boxed{even}"),
         ("Yes", r"\boxed{yes}"),
+        ("New York", r"\boxed{\text{New York}}"),
+        (r"\text{the hour hand}", r"\boxed{\text{The hour hand}}"),
         # Bases.
         ("2516_8", r"\boxed{2516_{8}}"),
         ("2516_8", r"\boxed{2516}"),
