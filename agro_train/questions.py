@@ -59,7 +59,7 @@ def load_questions(
     if config.model == "tiny":
         tiny.check_prompts([*prompts, *held_out])
     for spec in config.reward:
-        check_columns(spec, [*prompts, *held_out])
+        check_columns(spec, [*prompts, *held_out], config.gold_column)
     check_context(config, [*prompts, *held_out], context)
     good, good_held = (
         readable(part, config, ranks, needed=gold_needed) for part in (prompts, held_out)

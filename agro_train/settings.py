@@ -120,6 +120,11 @@ class TrainConfig:
         "one for each function; empty: 1 each",
         rule=("finite numbers", lambda weights: all(map(math.isfinite, weights))),
     )
+    gold_column: str = key(
+        "",
+        "the dataset's column with the right answers, for number and math; a.b: b in column a; "
+        "empty: answer, or for math a solution that marks its answer",
+    )
     reward_timeout_s: float = key(
         90.0,
         "seconds for one call of a function of your own, whose process is then killed and started "

@@ -18,7 +18,7 @@ from agro_train.types import Prompt, Rollout
 
 DESCRIPTION = "Score a file's completions: reward=NAME or reward=[NAME,...], reward_weights=[...]."
 
-SCORE_KEYS = ("reward", "reward_weights", "reward_timeout_s", "math_timeout_s")
+SCORE_KEYS = ("reward", "reward_weights", "gold_column", "reward_timeout_s", "math_timeout_s")
 
 
 SCORED_AT_ONCE = 256  # rows, and the rest of the last one's group
@@ -63,7 +63,8 @@ def score_file(source: Path, config: TrainConfig, output: Path) -> dict[str, flo
     rows = numbered_rows(source)
     rollouts = [_scorable(row, f"{source}, line {number}") for number, row in rows]
     for spec in config.reward:
-        check_columns(spec, [Prompt(r.group, r.prompt, (), r.columns) for r in rollouts])
+        prompts = [Prompt(r.group, r.prompt, (), r.columns) for r in rollouts]
+        check_columns(spec, prompts, config.gold_column)
     output.parent.mkdir(parents=True, exist_ok=True)
     values: list[float | None] = []
     with durable.writing(output) as file:

@@ -55,17 +55,23 @@ def load_rewards(config: TrainConfig) -> Rewards:
     )
 
 
-def check_columns(spec: str, prompts: Sequence[Prompt]) -> None:
-    """Raises Refusal where a prompt lacks what a built-in reward compares with."""
+def check_columns(spec: str, prompts: Sequence[Prompt], gold_column: str = "") -> None:
+    """Raises Refusal where a prompt lacks what a built-in reward compares with.
+
+    Args:
+        gold_column: that setting; empty: the columns that the reward looks for.
+    """
     gold = reward_class(spec).gold
     if gold is None:
         return
     for prompt in prompts:
-        value = gold.find(prompt.columns)
+        value = gold.find(prompt.columns, gold_column)
         if not gold.accepts(value):
+            where = gold_column or " or ".join(gold.columns)
             raise Refusal(
-                f"reward: expected {gold.kind} in column {' or '.join(gold.columns)} for "
-                f"reward={spec}, got {value!r} for the prompt {prompt.text[:40]!r}"
+                f"reward: expected {gold.kind} in column {where} for reward={spec}, "
+                f"got {value!r} for the prompt {prompt.text[:40]!r}; "
+                "gold_column=NAME names another column"
             )
 
 
@@ -115,8 +121,18 @@ class BrokenReward(Refusal):
 def refuse_broken(rollouts: Sequence[Rollout]) -> None:
     """Raises BrokenReward if no completion at all could be scored. Meant for a run's first step,
     where stopping loses nothing."""
-    if rollouts and all(r.failure is not None and r.reward is None for r in rollouts):
+    if not rollouts or any(r.reward is not None for r in rollouts):
+        return
+    failures = [r.failure for r in rollouts if r.failure is not None]
+    if len(failures) == len(rollouts):
         raise BrokenReward(
-            f"reward: expected rewards for the first step, got a failure ({rollouts[0].failure}) "
+            f"reward: expected rewards for the first step, got a failure ({failures[0]}) "
             f"for all {len(rollouts)} completions; the warning above shows it"
         )
+    names = " and ".join(rollouts[0].rewards) or "the reward function"
+    raise BrokenReward(
+        f"reward: expected a number for some completion of the first step, got None from {names} "
+        f"for all {len(rollouts)}{f', {len(failures)} of them after a failure' * bool(failures)}; "
+        "None means no opinion, and there is nothing to learn from it: return a number where the "
+        "function can judge"
+    )

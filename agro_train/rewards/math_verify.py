@@ -8,7 +8,8 @@ from typing import Any
 
 from agro_train.config import TrainConfig
 from agro_train.rewards import math_worker
-from agro_train.rewards.reward import Gold, Outcome, Reward
+from agro_train.rewards.final_answer import MARK, after_thinking, find_boxes
+from agro_train.rewards.reward import Gold, Outcome, Reward, is_text, number_as_text
 from agro_train.rewards.workers import NoResult, Workers
 from agro_train.types import Prompt, Rollout
 
@@ -24,17 +25,22 @@ class MathReward(Reward):
     """
 
     name = "math"
-    gold = Gold(("solution", "answer"))
+    gold = Gold(
+        ("solution", "answer"),
+        kind="text or a number",
+        accepts=lambda value: is_text(value) or number_as_text(value) is not None,
+    )
 
     workers: Workers  # of the module math_worker
+    gold_column: str = ""
 
     @classmethod
     def start(cls, spec: str, config: TrainConfig) -> "MathReward":
-        return cls(shared_pool(config.math_timeout_s))
+        return cls(shared_pool(config.math_timeout_s), config.gold_column)
 
     @classmethod
     def readable(cls, prompts: Sequence[Prompt], config: TrainConfig) -> list[bool]:
-        golds = [gold_text(prompt.columns) for prompt in prompts]
+        golds = [gold_text(prompt.columns, config.gold_column) for prompt in prompts]
         return parseable(golds, shared_pool(config.math_timeout_s))
 
     def outcomes(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
@@ -53,15 +59,29 @@ class MathReward(Reward):
         ]
 
     def _checked(self, rollouts: Sequence[Rollout]) -> list[Any | NoResult]:
-        jobs = [{"gold": gold_text(r.columns), "completion": r.completion} for r in rollouts]
+        jobs = [
+            {
+                "gold": gold_text(rollout.columns, self.gold_column),
+                "completion": after_thinking(rollout.completion, rollout.prompt),
+            }
+            for rollout in rollouts
+        ]
         return self.workers.map(jobs)
 
 
-def gold_text(columns: Mapping[str, Any]) -> str:
-    """The gold answer: column `solution` (MATH: in \\boxed{}) or `answer` (GSM8K: after ####).
+def gold_text(columns: Mapping[str, Any], column: str = "") -> str:
+    """Text with the gold answer: that of the column which is named, else of `solution` where it
+    marks its answer (MATH: in \\boxed{}; GSM8K: after ####) or stands alone, else of `answer`.
     Empty where there is none."""
-    value = MathReward.gold.find(columns)
-    return "" if value is None else str(value).split("####")[-1].strip()
+    value = MathReward.gold.find(columns, column)
+    other = columns.get("answer")
+    if not column and other is not None and isinstance(value, str) and not _marks_answer(value):
+        value = other
+    return "" if value is None else str(value)
+
+
+def _marks_answer(text: str) -> bool:
+    return bool(find_boxes(text)) or MARK in text
 
 
 def parseable(golds: Sequence[str], workers: Workers) -> list[bool]:

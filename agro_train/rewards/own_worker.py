@@ -7,19 +7,23 @@ of the trainer that is slow to import is, so that a worker starts in a moment.
 """
 
 import base64
+import inspect
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import cache, partial
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agro_train.refusal import Refusal
 from agro_train.rewards.worker_main import serve
 from agro_train.user_function import load_function
 
-RewardFunction = Callable[..., Sequence[float | None]]
+if TYPE_CHECKING:
+    import asyncio
+
+RewardFunction = Callable[..., Any]
 
 
 def start(spec: str) -> Callable[[str], dict[str, Any]]:
@@ -36,20 +40,41 @@ def work(function: RewardFunction, job: str) -> dict[str, Any]:
 
 
 def call(function: RewardFunction, arguments: Mapping[str, Sequence[Any]]) -> list[float | None]:
-    """The function's values, one a completion. Raises Refusal for what are not such values."""
+    """The function's values, one a completion. Raises Refusal for what are not such values.
+
+    What an async function returns is awaited. Arrays and tensors count as lists, and their elements
+    as numbers.
+    """
     count = len(arguments["completions"])
     values = function(**arguments)
+    if inspect.isawaitable(values):
+        values = event_loop().run(_awaited(values))
+    if hasattr(values, "tolist"):
+        values = values.tolist()  # of an array or a tensor: Python's own numbers
     if not isinstance(values, Sequence) or len(values) != count:
-        got = f"{len(values)}" if isinstance(values, Sequence) else type(values).__name__
+        got = f"{len(values)}" if isinstance(values, Sequence) else repr(values)[:60]
         raise Refusal(
             f"reward: expected a list of {count} numbers from the reward function, got {got}"
         )
+    values = [value.item() if hasattr(value, "item") else value for value in values]
     for value in values:
         if value is not None and not isinstance(value, Real):
             raise Refusal(
                 f"reward: expected a number or None from the reward function, got {value!r}"
             )
     return [None if value is None else float(value) for value in values]
+
+
+@cache
+def event_loop() -> "asyncio.Runner":
+    """One for all calls: a client that a function keeps belongs to the loop it was made in."""
+    import asyncio  # slow to import, and few functions need it
+
+    return asyncio.Runner()
+
+
+async def _awaited(values: Awaitable[Any]) -> Any:
+    return await values
 
 
 if __name__ == "__main__":

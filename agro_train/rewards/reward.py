@@ -1,9 +1,9 @@
 """What a reward is. Where a new one starts."""
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar, Self
 
 from agro_train.config import TrainConfig
@@ -18,20 +18,45 @@ class Outcome:
     failure: Failure | None = None  # why it could not be scored as it should be; it is counted
 
 
+def is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 @dataclass(frozen=True)
 class Gold:
     """The right answer, which the dataset gives and a reward compares with."""
 
-    columns: tuple[str, ...]  # the first one that a prompt has counts
+    columns: tuple[str, ...]  # the first one that a prompt has counts, unless gold_column names one
     kind: str = "text"  # what is expected there, for the message
-    pattern: str = r"(?s:.*)"  # that all of the text must match
+    accepts: Callable[[Any], bool] = is_text  # whether a value can be one
 
-    def find(self, columns: Mapping[str, Any]) -> Any:
-        """The value in the dataset's columns of one prompt; None where there is none."""
+    def find(self, columns: Mapping[str, Any], column: str = "") -> Any:
+        """The value in the dataset's columns of one prompt; None where there is none.
+
+        Args:
+            column: the setting `gold_column`; a dot leads into a column that holds a mapping.
+        """
+        if column:
+            return _at(columns, column)
         return next((columns[name] for name in self.columns if columns.get(name) is not None), None)
 
-    def accepts(self, value: object) -> bool:
-        return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
+
+def _at(columns: Mapping[str, Any], path: str) -> Any:
+    """What `path` leads to: a column of that name, or else name by name, as in `a.b`."""
+    if path in columns:
+        return columns[path]
+    found: Any = columns
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def number_as_text(value: object) -> str | None:
+    """A number that stands in a column as one, and not as text. None: it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+        return None
+    text = str(value)
+    return text if text.lstrip("-")[:1].isdigit() else None  # nan and inf are no answers
 
 
 class Reward(ABC):

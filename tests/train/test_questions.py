@@ -32,7 +32,7 @@ def test_gold_answers_of_which_none_can_be_read_are_refused() -> None:
 
 
 def test_prompts_left_out_are_counted_by_reason(tmp_path: Path) -> None:
-    rows = [("1+2=", "3"), ("1+3=", "none"), ("1+2+3+4=", "10"), ("2+2=", "4")]
+    rows = [("1+2=", "3"), ("1+3=", "no answer here"), ("1+2+3+4=", "10"), ("2+2=", "4")]
     data, eval_data = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
     for path, part in ((data, rows), (eval_data, rows[1:])):
         path.write_text(

@@ -85,7 +85,8 @@ def test_score_keeps_every_other_column(recorded: Path, tmp_path: Path) -> None:
     after = read_jsonl(tmp_path / "r.scored.jsonl")
     for old, new in zip(before, after, strict=True):
         even = fmean(i % 2 == 0 for i in old["completion_ids"])
-        (right,) = number_reward([old["completion"]], [old["columns"]["answer"]])
+        columns = old["columns"]
+        (right,) = number_reward([old["completion"]], [columns["answer"]], [columns["solution"]])
         assert new["rewards"] == {"even_share": even, "number": right}
         assert new["reward"] == 2 * even + right
         for name in old.keys() - {"reward", "rewards"}:

@@ -7,32 +7,21 @@ import torch
 
 from agro_train.config import TrainConfig
 from agro_train.metrics import describe
-from agro_train.refusal import Refusal
-from agro_train.rewards.functions import check_columns, load_rewards, score
-from agro_train.rewards.number import number_reward
+from agro_train.rewards.functions import (
+    BrokenReward,
+    check_columns,
+    load_rewards,
+    refuse_broken,
+    score,
+)
 from agro_train.types import Prompt
 from tests.train.models import ragged_rollouts, rollout
 
 FUNCTIONS = "tests.train.reward_functions"
 
 
-def test_number_is_the_last_integer() -> None:
-    completions = ["56", "7 times 8 is 56.", "56 or 57", "none", "-56"]
-    assert number_reward(completions, ["56"] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
-
-
-def test_number_knows_gsm8ks_form_on_either_side() -> None:
-    gold = "Half of 2,000 is 2000/2 = <<2000/2=1000>>1000.\n#### 1,000"
-    completions = ["#### 1000", "so 1000", "1,5 and then\n#### 1,000\n", gold, "#### 1", "####"]
-    assert number_reward(["x = 42\n#### Done"], ["42"]) == [1.0]
-    assert number_reward(completions, [gold] * 6) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
-    check_columns("number", [Prompt("g", "q", (1,), {"answer": gold})])
-    with pytest.raises(Refusal, match="in column answer"):
-        check_columns("number", [Prompt("g", "q", (1,), {"answer": "Half of it. #### many"})])
-
-
 def test_completions_vote_for_their_answers() -> None:
-    """By number its last integer in one spelling, by a function of the user's own its text."""
+    """By number its last number in one spelling, by a function of the user's own its text."""
     rollouts = [replace(rollout("g", [1], [1]), completion=text) for text in ("= 007", "no\n")]
     ((number,), (function,)) = (
         load_rewards(TrainConfig(reward=[spec])) for spec in ("number", f"{FUNCTIONS}:by_length")
@@ -44,9 +33,13 @@ def test_completions_vote_for_their_answers() -> None:
 @pytest.mark.parametrize(
     ("reward", "columns", "message"),
     [
-        ("math", {"gold": "2"}, "text in column solution or answer for reward=math, got None"),
-        ("number", {"solution": "2"}, "integer as text in column answer for reward=number, got No"),
-        ("number", {"answer": "x"}, "an integer as text in column answer .* got 'x'"),
+        (
+            "math",
+            {"gold": "2"},
+            "text or a number in column solution or answer for .*, got None",
+        ),
+        ("number", {"solution": "2"}, "a number in column answer for reward=number, got None"),
+        ("number", {"answer": "x"}, "a number in column answer .* got 'x'"),
     ],
 )
 def test_prompt_without_the_gold_answer_is_refused(
@@ -70,6 +63,22 @@ def test_rewards_are_weighted_and_those_without_an_opinion_left_out() -> None:
         assert list(row.rewards) == ["by_length", "halves", "nothing"]
         assert row.rewards["nothing"] is None
     assert [r.reward for r in score(ragged_rollouts(), rewards[2:])] == [None] * 9
+
+
+def test_first_step_on_which_no_function_has_an_opinion_is_refused() -> None:
+    config = TrainConfig(reward=[f"{FUNCTIONS}:nothing"])
+    scored = score(ragged_rollouts(), load_rewards(config))
+    with pytest.raises(
+        BrokenReward,
+        match="^reward: expected a number for some completion of the first step, got None from "
+        "nothing for all 9; None means no opinion, .* return a number where the function can judge",
+    ):
+        refuse_broken(scored)
+    failed = [replace(scored[0], failure="error"), *scored[1:]]
+    with pytest.raises(BrokenReward, match="for all 9, 1 of them after a failure; None means"):
+        refuse_broken(failed)
+    refuse_broken([replace(scored[0], reward=0.0), *scored[1:]])
+    refuse_broken([])
 
 
 def test_weights_and_names_come_from_the_configuration() -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.train.rewards import odd_worker
 HANGS = r"$\boxed{9^{9^{9^{9}}}}$"
 
 
-def completed(texts: Sequence[str], **columns: str) -> list[Rollout]:
+def completed(texts: Sequence[str], **columns: Any) -> list[Rollout]:
     return [Rollout("g", "", (1,), text, (1,), "stop", None, columns=columns) for text in texts]
 
 
@@ -31,12 +32,28 @@ def math() -> Iterator[MathReward]:
     ("columns", "gold"),
     [
         ({"solution": r"... $\boxed{\frac12}$", "answer": "3"}, r"... $\boxed{\frac12}$"),
-        ({"solution": None, "answer": "6*7 = 42\n#### 42"}, "42"),
+        ({"solution": None, "answer": "6*7 = 42\n#### 42"}, "6*7 = 42\n#### 42"),
+        ({"solution": "6*7 = 42\n#### 42", "answer": "3"}, "6*7 = 42\n#### 42"),
+        ({"solution": "as required in part 2.", "answer": "3"}, "3"),
+        ({"solution": "It is 7.", "answer": 3}, "3"),
+        ({"solution": "so it is 7."}, "so it is 7."),
+        ({"answer": 0.5}, "0.5"),
         ({"other": "1"}, ""),
     ],
 )
-def test_gold_answer_is_in_solution_or_answer(columns: dict[str, str], gold: str) -> None:
+def test_gold_answer_is_in_solution_or_answer(columns: dict[str, Any], gold: str) -> None:
     assert gold_text(columns) == gold
+
+
+def test_gold_answer_is_in_the_column_that_is_named(math: MathReward) -> None:
+    columns = {"solution": r"\boxed{1}", "answer": "2", "reward_model": {"ground_truth": "3"}}
+    for column, gold in (("", r"\boxed{1}"), ("answer", "2"), ("reward_model.ground_truth", "3")):
+        assert gold_text(columns, column) == gold
+        named = MathReward(math.workers, column)
+        texts = [r"\boxed{1}", r"\boxed{2}", r"\boxed{3}"]
+        right = [float(text.strip("\\boxed{}") == gold.strip("\\boxed{}")) for text in texts]
+        assert [one.value for one in named.outcomes(completed(texts, **columns))] == right
+    assert gold_text(columns, "absent") == ""
 
 
 def test_math_compares_final_answers_by_value(math: MathReward) -> None:
@@ -72,7 +89,8 @@ def test_gold_answer_that_cannot_be_parsed_gives_none_and_its_prompt_is_left_out
     assert one.value is None and one.failure is None
     golds = ["2", "no answer here", r"\boxed{x^2}", "2"]
     assert parseable(golds, math.workers) == [True, False, True, True]
-    prompts = [Prompt(str(i), "", (1,), {"answer": a}) for i, a in enumerate(["2", "nothing"])]
+    answers = ["2", "no answer here"]
+    prompts = [Prompt(str(i), "", (1,), {"answer": a}) for i, a in enumerate(answers)]
     assert with_readable_gold(prompts, TrainConfig(reward=["math"])) == prompts[:1]
     assert with_readable_gold(prompts, TrainConfig(reward=["number"])) == prompts
     assert with_readable_gold(prompts, TrainConfig(reward=["number", "math"])) == prompts[:1]

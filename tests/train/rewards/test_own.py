@@ -3,9 +3,13 @@
 import threading
 from dataclasses import replace
 from datetime import date
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from agro_train.config import TrainConfig
 from agro_train.metrics import describe
@@ -167,3 +171,55 @@ def test_refusal_comes_from_the_process_that_imports_the_function() -> None:
 def test_reward_function_that_returns_nonsense_is_named(values: list[object], message: str) -> None:
     with pytest.raises(ValueError, match=f"reward: expected {message}"):
         call(lambda **_: values, {"completions": [""] * 9})  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([0.5, 1.0, 0.0], dtype=np.float32),
+        np.array([0.5, 1.0, 0.0], dtype=object),
+        [np.float32(0.5), np.int64(1), np.bool_(False)],
+        torch.tensor([0.5, 1.0, 0.0]),
+        torch.tensor([0.5, 1.0, 0.0], dtype=torch.bfloat16, requires_grad=True),
+        [torch.tensor(0.5), torch.tensor([1]), torch.tensor(False)],
+        (0.5, True, False),
+        [Fraction(1, 2), 1, 0],
+    ],
+    ids=lambda values: f"{type(values).__name__} of {type(values[0]).__name__}",
+)
+def test_arrays_tensors_and_truths_are_numbers(values: Any) -> None:
+    found = call(lambda **_: values, {"completions": [""] * 3})
+    assert found == [0.5, 1.0, 0.0] and {type(value) for value in found} == {float}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((2, 1)), r"a number or None from the reward function, got \[0.0\]"),
+        (torch.tensor(1.0), "a list of 2 numbers from the reward function, got 1.0"),
+        (torch.zeros(3), "a list of 2 numbers from the reward function, got 3"),
+        (None, "a list of 2 numbers from the reward function, got None"),
+        ({1: 2.0, 2: 1.0}, "a list of 2 numbers from the reward function, got {1: 2.0, 2: 1.0}"),
+        ([1.0, 1j], "a number or None from the reward function, got 1j"),
+    ],
+)
+def test_other_shapes_are_named(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"reward: expected {message}"):
+        call(lambda **_: values, {"completions": [""] * 2})
+
+
+def test_async_function_is_awaited_in_one_loop(of_a_user: Path) -> None:
+    (of_a_user / "asks_a_server.py").write_text(
+        "import asyncio\n"
+        "loops = []\n"
+        "async def ask(text):\n"
+        "    await asyncio.sleep(0)\n"
+        "    loops.append(asyncio.get_running_loop())\n"
+        "    return float(loops[0] is loops[-1]) + len(text)\n"
+        "async def reward(completions, **_):\n"
+        "    return await asyncio.gather(*map(ask, completions))\n"
+    )
+    rewards = load_rewards(TrainConfig(reward=["asks_a_server:reward"]))
+    rollouts = [replace(rollout("g", [2], [2]), completion=text) for text in ("a", "bc")]
+    for _ in range(2):
+        assert [one.reward for one in score(rollouts, rewards)] == [2.0, 3.0]
