@@ -21,7 +21,7 @@ class NumberReward(Reward):
 
     def outcomes(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
         completions = [rollout.completion for rollout in rollouts]
-        golds = [rollout.columns["answer"] for rollout in rollouts]
+        golds = [self.gold.find(rollout.columns) for rollout in rollouts]
         return [Outcome(value) for value in number_reward(completions, golds)]
 
     def answers(self, rollouts: Sequence[Rollout]) -> list[Hashable | None]:

@@ -1,9 +1,11 @@
 """What a reward is. Where a new one starts."""
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, ClassVar, Self
 
 from agro_train.config import TrainConfig
@@ -27,8 +29,10 @@ class Gold:
     pattern: str = r"(?s:.*)"  # that all of the text must match
 
     def find(self, columns: Mapping[str, Any]) -> Any:
-        """The value in the dataset's columns of one prompt; None where there is none."""
-        return next((columns[name] for name in self.columns if columns.get(name) is not None), None)
+        """The value in the dataset's columns of one prompt, numbers as text; None where there is
+        none."""
+        found = (columns[name] for name in self.columns if columns.get(name) is not None)
+        return number_as_text(next(found, None))
 
     def accepts(self, value: object) -> bool:
         return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
@@ -62,3 +66,18 @@ class Reward(ABC):
         """What each completion votes for in a majority vote, by default its text; None: it has no
         answer and does not vote."""
         return [rollout.completion.strip() for rollout in rollouts]
+
+
+def number_as_text(value: Any) -> Any:
+    """A finite number as people write it, without an exponent and without a point where it is
+    whole (42.0: "42"); anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    number = Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
+    if not number.is_finite():
+        return value
+    return format(
+        number.to_integral_value() if number == number.to_integral_value() else number, "f"
+    )
