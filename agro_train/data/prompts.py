@@ -118,10 +118,14 @@ def render(
     return Renderer(tokenizer, template, options)(row)
 
 
+def golds_of(columns: Mapping[str, Any]) -> dict[str, str]:
+    """The right answer as each column tells it that does, in one spelling."""
+    return {name: as_text(columns[name]) for name in GOLD_COLUMNS if columns.get(name) is not None}
+
+
 def gold_of(columns: Mapping[str, Any]) -> str:
-    """The right answer as the columns tell it, in one spelling; empty where they do not."""
-    told = {name: columns[name] for name in GOLD_COLUMNS if columns.get(name) is not None}
-    return "\n".join(f"{name}: {as_text(value)}" for name, value in told.items())
+    """The same as one text; empty where no column tells it."""
+    return "\n".join(f"{name}: {value}" for name, value in golds_of(columns).items())
 
 
 def regrouped(group: str, gold: str) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 
 from agro_train import durable
 from agro_train.data.chat import ChatOptions, Renderer, spoken, turn_end
-from agro_train.data.prompts import gold_of, regrouped
-from agro_train.data.rows import numbered_rows, read_jsonl
+from agro_train.data.prompts import gold_of, golds_of, regrouped
+from agro_train.data.rows import CSV_SEPARATORS, numbered_rows, read_jsonl, suffix
 from agro_train.data.tasks import Row
 from agro_train.refusal import Refusal
 from agro_train.types import Finish, Rollout
@@ -138,13 +139,17 @@ def load_recorded(
     """
     groups: dict[tuple[str, str], list[Rollout]] = {}
     names: dict[str, str] = {}  # the gold answer of the first group of that name
-    golds: dict[tuple[str, str], str] = {}  # what stands beside a group's first completion
+    golds: dict[tuple[str, str], dict[str, str]] = {}  # what stands beside a group's completions
     tokenised: set[int] = set()
     read: list[tuple[Path, list[Rollout]]] = []
     reader = _Reader(Renderer(tokenizer, template, options), vocab_size) if paths else None
     for path in map(Path, paths):
         assert reader is not None, "there is one where there are paths"
-        rows = [(number, by_our_names(row)) for number, row in numbered_rows(path, "recorded")]
+        read_cells = suffix(path) in CSV_SEPARATORS
+        rows = [
+            (number, by_our_names(_from_cells(row) if read_cells else row))
+            for number, row in numbered_rows(path, "recorded")
+        ]
         if not rows:
             raise Refusal(f"recorded: expected at least one rollout in {path}, got none")
         rollouts = []
@@ -162,13 +167,15 @@ def load_recorded(
                     f"recorded: expected one prompt in group {rollout.group!r}, got another in "
                     f"{where}; give each prompt a group of its own over all files"
                 )
-            beside = gold_of(row)
-            if golds.setdefault(key, beside) != beside:
-                raise Refusal(
-                    f"recorded: expected one gold answer in group {rollout.group[:40]!r}, got "
-                    f"{golds[key][:60]!r} and {beside[:60]!r} in {where}; give the rows of each "
-                    "answer a group of their own, or rename a column that is not the gold answer"
-                )
+            told = golds.setdefault(key, {})
+            for column, answer in golds_of(row).items():
+                if told.setdefault(column, answer) != answer:
+                    raise Refusal(
+                        f"recorded: expected one gold answer in group {rollout.group[:40]!r}, got "
+                        f"{told[column][:40]!r} and {answer[:40]!r} in column {column} in {where}; "
+                        "give the rows of each answer a group of their own, or rename a column "
+                        "that is not the gold answer"
+                    )
             group.append(rollout)
             rollouts.append(rollout)
             if "completion_ids" not in row:
@@ -271,6 +278,17 @@ def by_our_names(row: Row) -> Row:
     if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
         row["completion"] = completion[0].get("content")
     return row
+
+
+def _from_cells(row: Row) -> Row:
+    """A row of CSV, where all is text, with numbers and lists where a rollout has them. What is
+    neither stays text, which the check of types refuses."""
+    read = dict(row)
+    for name, kinds in TYPES.items():
+        if isinstance(row.get(name), str) and str not in kinds:
+            with suppress(ValueError):
+                read[name] = json.loads(row[name])
+    return read
 
 
 @dataclass(frozen=True)

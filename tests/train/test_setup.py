@@ -62,7 +62,7 @@ def test_data_are_checked_before_the_weights_are_loaded(
     for setting, message in (
         ("data=nowhere.jsonl", "agro: data: expected"),
         ("max_completion_length=1024", "agro: max_completion_length: expected at most"),
-        ("recorded=[absent.jsonl]", "agro: data: expected a JSONL or parquet file, got 'absent"),
+        ("recorded=[absent.jsonl]", "agro: recorded: expected a file of rows, got 'absent"),
         ("max_completion_length=8", "agro: model: expected"),
     ):
         assert main(["train", "tiny-arithmetic", *settings, setting]) == 2
