@@ -35,13 +35,17 @@ class Questions:
         return max(len(prompt.ids) for prompt in [*self.prompts, *self.held_out])
 
 
-def check_files(config: TrainConfig) -> None:
+def check_files(config: TrainConfig, *, recorded: bool) -> None:
     """Raises Refusal for files and folders of the settings that are not there, before anything is
-    loaded or asked of a hub."""
+    loaded or asked of a hub.
+
+    Args:
+        recorded: whether those of the setting `recorded` are wanted, too.
+    """
     check_sources(config.data)
     if config.eval_data:
         check_sources(config.eval_data, "eval_data")
-    for path in config.recorded:
+    for path in config.recorded if recorded else ():
         check_file(Path(path), "recorded")
     if config.chat_template and not Path(config.chat_template).is_file():
         raise Refusal(

@@ -67,7 +67,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     folder = RunFolder(Path(config.output_dir))
     if not resume:
         folder.check_unused()
-    check_files(config)
+    check_files(config, recorded=True)
     check_trackers(config.report_to)
     try_algorithm(config)
     rewards = load_rewards(config)

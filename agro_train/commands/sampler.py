@@ -44,7 +44,7 @@ class Sampler:
 
 def load_sampler(config: TrainConfig) -> Sampler:
     """Loads `config.model`, which may also be a run's folder, for its newest checkpoint."""
-    check_files(config)
+    check_files(config, recorded=False)
     source, step = find_model(config.model)
     set_matmul_precision(config.matmul_precision)
     tokenizer, sizes = load_tokenizer(source, config.chat_template), load_sizes(source)

@@ -164,7 +164,7 @@ def test_missing_file_or_folder_is_named_before_anything_is_loaded(
     monkeypatch.setattr(huggingface_hub, "HfApi", None)  # no hub is asked
     (tmp_path / "train.jsonl").write_text(LINES)
     with pytest.raises(Refusal, match=f"^{message}"):
-        check_files(TrainConfig(**settings))
+        check_files(TrainConfig(**settings), recorded=True)
 
 
 def test_train_rollout_and_eval_name_a_missing_file_at_once(

@@ -1,6 +1,7 @@
 """The configured rewards: by name, checked against the data, and summed."""
 
 from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from agro_train.config import TrainConfig
 from agro_train.metrics import describe
 from agro_train.refusal import Refusal
-from agro_train.rewards.functions import check_columns, load_rewards, score
+from agro_train.rewards.functions import check_columns, load_rewards, reward_class, score
 from agro_train.rewards.number import number_reward
 from agro_train.types import Prompt
 from tests.train.models import ragged_rollouts, rollout
@@ -29,6 +30,44 @@ def test_number_knows_gsm8ks_form_on_either_side() -> None:
     check_columns("number", [Prompt("g", "q", (1,), {"answer": gold})])
     with pytest.raises(Refusal, match="in column answer"):
         check_columns("number", [Prompt("g", "q", (1,), {"answer": "Half of it. #### many"})])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (42, "42"),
+        (42.0, "42"),
+        (-3, "-3"),
+        (0.1, "0.1"),
+        (1e6, "1000000"),
+        (1e-7, "0.0000001"),
+        (10**30, str(10**30)),
+        (Decimal("1.50"), "1.50"),
+        (Decimal("2.00"), "2"),
+        ("1,000", "1,000"),
+    ],
+)
+def test_gold_answer_that_is_a_number_is_handed_on_as_text(value: object, text: str) -> None:
+    for name in ("number", "math"):
+        gold = reward_class(name).gold
+        assert gold is not None and gold.find({"answer": value}) == text
+
+
+@pytest.mark.parametrize("value", [True, float("nan"), float("inf"), Decimal("nan"), ["3"], None])
+def test_gold_answer_that_is_no_number_stays_what_it_is_and_is_refused(value: object) -> None:
+    with pytest.raises(Refusal, match="reward: expected .* in column answer for reward=number"):
+        check_columns("number", [Prompt("g", "q", (1,), {"answer": value})])
+
+
+def test_number_and_math_take_columns_of_numbers() -> None:
+    rollouts = [
+        replace(rollout("g", [1], [1]), completion=text, columns={"answer": gold})
+        for text, gold in (("= 42", 42), ("= 42", 42.0), ("= 41", 42))
+    ]
+    for spec in ("number", "math"):
+        check_columns(spec, [Prompt("g", "q", (1,), r.columns) for r in rollouts])
+        scored = score(rollouts, load_rewards(TrainConfig(reward=[spec])))
+        assert [r.reward for r in scored] == [1.0, 1.0, 0.0]
 
 
 def test_completions_vote_for_their_answers() -> None:
