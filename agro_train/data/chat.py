@@ -52,15 +52,15 @@ class Renderer:
 
     def __post_init__(self) -> None:
         """Raises Refusal for options that the tokenizer's chat template has no place for."""
-        text = chat_template_of(self.tokenizer)
-        if text is None and (self.options.system_prompt or self.options.kwargs):
+        without = self.tokenizer.chat_template is None
+        if without and (self.options.system_prompt or self.options.kwargs):
             given = "system_prompt" if self.options.system_prompt else "chat_template_kwargs"
             raise Refusal(
                 f"{given}: expected a model with a chat template, got one without; write it into "
                 "prompt_template, or give chat_template=FILE"
             )
         for name in self.options.kwargs:
-            if name in RESERVED or name not in (text or ""):
+            if name in RESERVED or name not in self.tokenizer.get_chat_template():
                 raise Refusal(
                     f"chat_template_kwargs: expected variables of the model's chat template, got "
                     f"{name!r}; look into the template for their names"
@@ -194,14 +194,6 @@ def apply_template(tokenizer: Any, messages: Sequence[Message], **options: Any) 
             f"data: expected messages that the model's chat template takes, got {roles} in "
             f"{str(messages[0]['content'])[:40]!r}: {error}"
         ) from error
-    return text
-
-
-def chat_template_of(tokenizer: Any) -> str | None:
-    """The text of the template that is applied; None where there is none."""
-    if tokenizer.chat_template is None:
-        return None
-    text: str = tokenizer.get_chat_template()
     return text
 
 
