@@ -137,54 +137,22 @@ def load_recorded(
         vocab_size: of the model: larger ids are refused.
         context: tokens the model can read. None: unknown.
     """
-    groups: dict[tuple[str, str], list[Rollout]] = {}
-    names: dict[str, str] = {}  # the gold answer of the first group of that name
-    golds: dict[tuple[str, str], dict[str, str]] = {}  # what stands beside a group's completions
+    reader = _Reader(Renderer(tokenizer, template, options), vocab_size)
+    groups = _Groups()
     tokenised: set[int] = set()
     read: list[tuple[Path, list[Rollout]]] = []
-    reader = _Reader(Renderer(tokenizer, template, options), vocab_size) if paths else None
     for path in map(Path, paths):
-        assert reader is not None, "there is one where there are paths"
-        read_cells = suffix(path) in CSV_SEPARATORS
-        rows = [
-            (number, by_our_names(_from_cells(row) if read_cells else row))
-            for number, row in numbered_rows(path, "recorded")
-        ]
-        if not rows:
-            raise Refusal(f"recorded: expected at least one rollout in {path}, got none")
+        rows = _rows(path)
         rollouts = []
         for number, row in rows:
             where = f"{path}, line {number}"
-            rollout = reader.rollout(row, where)
-            # A log's own columns are the dataset's: it may ask one question with two answers.
-            gold = gold_of(row.get("columns") or {})
-            if names.setdefault(rollout.group, gold) != gold:
-                rollout = replace(rollout, group=regrouped(rollout.group, gold))
-            key = rollout.group, gold
-            group = groups.setdefault(key, [])
-            if group and group[0].prompt_ids != rollout.prompt_ids:
-                raise Refusal(
-                    f"recorded: expected one prompt in group {rollout.group!r}, got another in "
-                    f"{where}; give each prompt a group of its own over all files"
-                )
-            told = golds.setdefault(key, {})
-            for column, answer in golds_of(row).items():
-                if told.setdefault(column, answer) != answer:
-                    raise Refusal(
-                        f"recorded: expected one gold answer in group {rollout.group[:40]!r}, got "
-                        f"{told[column][:40]!r} and {answer[:40]!r} in column {column} in {where}; "
-                        "give the rows of each answer a group of their own, or rename a column "
-                        "that is not the gold answer"
-                    )
-            group.append(rollout)
+            rollout = groups.add(reader.rollout(row, where), row, where)
             rollouts.append(rollout)
             if "completion_ids" not in row:
                 tokenised.add(id(rollout))
         _check_spelling(path, rows, tokenizer)
         read.append((path, rollouts))
-    kept, left_out = _usable(list(groups.values()), context)
-    if paths and not kept:
-        _refuse_all(list(groups.values()), left_out, context)
+    kept, left_out = _usable(groups.found, context)
     _check_rewards(kept, paths)
     usable = {id(rollout) for group in kept for rollout in group}
     return Recorded(
@@ -202,40 +170,88 @@ def load_recorded(
     )
 
 
+def _rows(path: Path) -> list[tuple[int, Row]]:
+    """A file's rows under our names, each with its number."""
+    read_cells = suffix(path) in CSV_SEPARATORS
+    rows = [
+        (number, by_our_names(_from_cells(row) if read_cells else row))
+        for number, row in numbered_rows(path, "recorded")
+    ]
+    if not rows:
+        raise Refusal(f"recorded: expected at least one rollout in {path}, got none")
+    return rows
+
+
+class _Groups:
+    """Rollouts put together by their group's name, over all files."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, list[Rollout]] = {}
+        self._logged: dict[str, str] = {}  # by name, the gold answer of a log's own columns
+        self._told: dict[str, dict[str, str]] = {}  # by name, that of columns beside the others
+
+    @property
+    def found(self) -> list[list[Rollout]]:
+        return list(self._by_name.values())
+
+    def add(self, rollout: Rollout, row: Row, where: str) -> Rollout:
+        """The rollout as it is kept. Raises Refusal where its group has another prompt or gold
+        answer."""
+        # A log's own columns are the dataset's, which may ask one question with two answers.
+        gold = gold_of(row.get("columns") or {})
+        if gold and self._logged.setdefault(rollout.group, gold) != gold:
+            rollout = replace(rollout, group=regrouped(rollout.group, gold))
+        group = self._by_name.setdefault(rollout.group, [])
+        if group and group[0].prompt_ids != rollout.prompt_ids:
+            raise Refusal(
+                f"recorded: expected one prompt in group {rollout.group!r}, got another in "
+                f"{where}; give each prompt a group of its own over all files"
+            )
+        told = self._told.setdefault(rollout.group, {})
+        for column, answer in golds_of(row).items():
+            if told.setdefault(column, answer) != answer:
+                raise Refusal(
+                    f"recorded: expected one gold answer in group {rollout.group[:40]!r}, got "
+                    f"{told[column][:40]!r} and {answer[:40]!r} in column {column} in {where}; "
+                    "give the rows of each answer a group of their own, or rename a column that "
+                    "is not the gold answer"
+                )
+        group.append(rollout)
+        return rollout
+
+
 def _usable(
     groups: Sequence[list[Rollout]], context: int | None
 ) -> tuple[list[list[Rollout]], dict[str, int]]:
-    """The groups to learn from, and how many are none, by the reason."""
-    kept, left_out = [], {"alone": 0, "too_long": 0}
+    """The groups to learn from, and how many are none, by the reason. Raises Refusal where there
+    are groups and none of them will do."""
+    kept: list[list[Rollout]] = []
+    alone: list[list[Rollout]] = []
+    too_long: list[list[Rollout]] = []
     for group in groups:
         if len(group) < 2:
-            left_out["alone"] += 1
-        elif context is not None and max(map(_length, group)) > context:
-            left_out["too_long"] += 1
+            alone.append(group)
+        elif context is not None and _longest(group) > context:
+            too_long.append(group)
         else:
             kept.append(group)
-    return kept, left_out
-
-
-def _length(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.completion_ids)
-
-
-def _refuse_all(
-    groups: Sequence[list[Rollout]], left_out: Mapping[str, int], context: int | None
-) -> None:
-    first = groups[0]
-    if left_out["alone"]:
+    if alone and not kept:
         raise Refusal(
             f"recorded: expected at least 2 completions a prompt, got 1 for group "
-            f"{first[0].group[:40]!r}, and no group to learn from among {len(groups)}; a group of "
-            "one has no variance: completions of one prompt need the same prompt, or group"
+            f"{alone[0][0].group[:40]!r}, and no group to learn from among {len(groups)}; a group "
+            "of one has no variance to learn from: completions of one prompt share prompt or group"
         )
-    raise Refusal(
-        f"recorded: expected prompt and completion of at most {context} tokens, the model's "
-        f"context, got {max(map(_length, first))} in group {first[0].group[:40]!r}, and as many or "
-        f"more in all {len(groups)} groups; leave long rollouts out"
-    )
+    if too_long and not kept:
+        raise Refusal(
+            f"recorded: expected prompt and completion of at most {context} tokens, the model's "
+            f"context, got {_longest(too_long[0])} in group {too_long[0][0].group[:40]!r}, and no "
+            f"group to learn from among {len(groups)}; leave long rollouts out"
+        )
+    return kept, {"alone": len(alone), "too_long": len(too_long)}
+
+
+def _longest(group: Sequence[Rollout]) -> int:
+    return max(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in group)
 
 
 def _check_rewards(groups: Sequence[list[Rollout]], paths: Sequence[str]) -> None:
