@@ -73,7 +73,7 @@ class Renderer:
             text, whole = self._of_text(question)
         else:
             text, whole = self._of_messages(checked_messages(question, "prompt"))
-        # Its own begin token counts; the tokenizer would add a second one.
+        # A begin token in the text counts; the tokenizer would add a second one.
         begin = self.tokenizer.bos_token
         whole = whole or bool(begin and text.startswith(begin))
         ids = self.tokenizer(text, add_special_tokens=not whole)["input_ids"]
@@ -90,8 +90,8 @@ class Renderer:
         for given in (question, text):
             if self._rendered_before(given):
                 begin = self.tokenizer.bos_token
-                lacks_begin = begin and self._frame.begins(begin) and not given.startswith(begin)
-                return (begin if lacks_begin else "") + given, True
+                begins = not begin or given.lstrip().startswith(begin)
+                return given if begins or not self._frame.begins(begin) else begin + given, True
         return self._render([{"role": "user", "content": text}]), True
 
     def _of_messages(self, messages: list[Message]) -> tuple[str, bool]:

@@ -86,6 +86,7 @@ TOKENIZER = adds_begin_token()
         (ASKED, {}, ASKED),
         (ASKED_TERSE, {}, ASKED_TERSE),
         (ASKED.removeprefix(BEGIN), {}, ASKED),
+        ("\n" + ASKED, {}, "\n" + ASKED),
         (ASKED + "<think>\n\n</think>\n\n", {}, ASKED + "<think>\n\n</think>\n\n"),
     ],
 )
