@@ -20,6 +20,7 @@ KINDS: dict[Any, str] = {
     str: "text",
     list[str]: "a list of texts",
     list[float]: "a list of numbers",
+    dict[str, Any]: "names and values, {name: value}",
 }
 TRUE, FALSE = ("yes", "y", "on", "true"), ("no", "n", "off", "false")
 
@@ -42,6 +43,7 @@ class Key:
     hint: str = ""  # for the end of the sentence that refuses a value
     verbatim: bool = False  # of a list: a text alone is one member, commas and all
     resumable: bool = False  # whether it may change when a run is resumed
+    several: bool = False  # a text that may hold several, with commas; a list is taken for that
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -78,6 +80,8 @@ class Key:
         """What YAML has, in the setting's type. Raises Refusal where that is another."""
         if self.verbatim and isinstance(given, str):
             given = [given]
+        if self.several and isinstance(given, list) and given:
+            given = ",".join(map(str, given))
         try:
             return _converted(given, self.kind)
         except (ValueError, TypeError, OverflowError):
@@ -123,7 +127,7 @@ class Key:
 def key(default: Any, meaning: str, **more: Any) -> Any:
     """The field of a setting; `more` are further attributes of its Key."""
     known = {"meaning": meaning, **more}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=known)
     return field(default=default, metadata=known)
 
@@ -178,6 +182,8 @@ def _as_yaml(value: Any) -> str:
         return f"[{', '.join(map(_as_yaml, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_as_yaml(one)}' for name, one in value.items())}}}"
     return "''" if value == "" else str(value)
 
 
@@ -192,6 +198,10 @@ def _converted(given: Any, kind: Any) -> Any:
         if not isinstance(given, list):
             raise TypeError
         return [_converted(part, of) for part in given]
+    if get_origin(kind) is dict:
+        if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+            raise TypeError
+        return given
     if given is None or isinstance(given, list | dict | bytes):
         raise TypeError
     if given is False and "no" in get_args(kind):

@@ -3,10 +3,14 @@ what it answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from agro_train.config import TrainConfig
+from agro_train.data.chat import ChatOptions
 from agro_train.data.prompts import load_prompts
+from agro_train.data.rows import check_file
+from agro_train.data.sources import check_sources
 from agro_train.policy import tiny
 from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
@@ -29,6 +33,30 @@ class Questions:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(len(prompt.ids) for prompt in [*self.prompts, *self.held_out])
+
+
+def check_files(config: TrainConfig, *, recorded: bool) -> None:
+    """Raises Refusal for files and folders of the settings that are not there, before anything is
+    loaded or asked of a hub.
+
+    Args:
+        recorded: whether those of the setting `recorded` are wanted, too.
+    """
+    check_sources(config.data)
+    if config.eval_data:
+        check_sources(config.eval_data, "eval_data")
+    for path in config.recorded if recorded else ():
+        check_file(Path(path), "recorded")
+    if config.chat_template and not Path(config.chat_template).is_file():
+        raise Refusal(
+            f"chat_template: expected a file, got {config.chat_template!r}; there is no such file, "
+            "and chat_template='' takes the one that is saved with the tokenizer"
+        )
+
+
+def chat_options(config: TrainConfig) -> ChatOptions:
+    """How the configuration has prompts rendered, recorded ones, too."""
+    return ChatOptions(config.system_prompt, config.chat_template_kwargs)
 
 
 def load_questions(
@@ -55,6 +83,7 @@ def load_questions(
         tokenizer,
         config.prompt_template,
         config.max_prompt_length,
+        chat_options(config),
     )
     if config.model == "tiny":
         tiny.check_prompts([*prompts, *held_out])

@@ -7,7 +7,7 @@ nothing else. Settings carry TRL's names where TRL has one.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
@@ -85,19 +85,30 @@ class TrainConfig:
 
     data: str = key(
         "tiny-arithmetic",
-        "tiny-arithmetic, graded-sums, long-sums or arithmetic, made on the spot; a .jsonl or "
-        ".parquet file; or a hub dataset id",
+        "tiny-arithmetic, graded-sums, long-sums or arithmetic, made on the spot; a file (.jsonl, "
+        ".json, .csv, .tsv, each also with .gz, or .parquet); a folder of save_to_disk; "
+        "OWNER/NAME:CONFIG@SPLIT of the hub; or several of them, with commas between",
         heading="Data",
+        several=True,
     )
-    eval_data: str = key("", "the same for held-out prompts; empty: rows held out from data")
+    eval_data: str = key(
+        "", "the same for held-out prompts; empty: rows held out from data", several=True
+    )
     prompt_template: str = key(
         "{prompt}",
         "the prompt; {prompt} is replaced by the dataset's question",
         rule=("{prompt} in it", lambda text: "{prompt}" in text),
         hint="the dataset's question goes there",
     )
+    system_prompt: str = key("", "the system message of every prompt that has none of its own")
+    chat_template: str = key(
+        "", "a file with a chat template (Jinja); empty: the tokenizer's, if it has one"
+    )
+    chat_template_kwargs: dict[str, Any] = key(
+        {}, "variables of the chat template: {enable_thinking: false}"
+    )
     max_prompt_length: int = key(512, "tokens; longer ones are left out, and counted", least=1)
-    recorded: list[str] = key([], ".jsonl or .parquet files of rollouts with rewards")
+    recorded: list[str] = key([], "files of rollouts with rewards, of the same kinds as data's")
     recorded_fraction: float = key(
         1.0, "share of a step's groups taken from recorded, if given", least=0, most=1, hint=SHARE
     )

@@ -41,7 +41,7 @@ from agro_train.policy.load import (
 )
 from agro_train.policy.policy import Policy, shard, with_gathered_model
 from agro_train.policy.reference_cache import check_cache_folder, with_ref_logprobs
-from agro_train.questions import Questions, load_questions
+from agro_train.questions import Questions, chat_options, check_files, load_questions
 from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards
@@ -76,6 +76,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     if not resume:
         folder.check_unused()
         check_dtype(config)
+    check_files(config, recorded=True)
     check_trackers(config.report_to)
     try_algorithm(config)
     rewards = load_rewards(config)
@@ -90,7 +91,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     transformers_logging.disable_progress_bar()  # the run has one of its own
 
     source = base_source(config, start)
-    tokenizer, sizes = load_tokenizer(source), load_sizes(source)
+    tokenizer, sizes = load_tokenizer(source, config.chat_template), load_sizes(source)
     questions = load_questions(config, tokenizer, sizes.context, ranks, gold_needed=True)
     recorded = load_recorded(
         config.recorded,
@@ -99,6 +100,7 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         vocab_size=sizes.vocab_size,
         context=sizes.context,
         truncated=config.truncates,
+        options=chat_options(config),
     )
     check_ranks(config, ranks, len(questions.held_out), mix)
     demonstrations = {}
@@ -424,6 +426,11 @@ def summarise(
         line += f"{unreadable} left out as their gold answer cannot be parsed, "
     line += f"{len(recorded.groups)} recorded groups"
     against_sampler = config.off_policy_taper_against == "sampler"
+    for reason, words in (("alone", "of one completion"), ("too_long", "as too long")):
+        if recorded.left_out.get(reason):
+            line += f", {recorded.left_out[reason]} left out {words}"
+    if recorded.num_tokenised:
+        line += f", {recorded.num_tokenised} of their completions tokenised anew from text"
     if recorded.num_unrewarded:
         line += f" with {recorded.num_unrewarded} completions without a reward"
     if recorded.num_without_sampler and config.tapers and against_sampler:

@@ -18,7 +18,7 @@ from agro_train.policy.load import (
     load_tokenizer,
     set_matmul_precision,
 )
-from agro_train.questions import Questions, load_questions
+from agro_train.questions import Questions, check_files, load_questions
 from agro_train.refusal import Refusal
 from agro_train.run_folder import RunFolder
 
@@ -44,9 +44,10 @@ class Sampler:
 
 def load_sampler(config: TrainConfig) -> Sampler:
     """Loads `config.model`, which may also be a run's folder, for its newest checkpoint."""
+    check_files(config, recorded=False)
     source, step = find_model(config.model)
     set_matmul_precision(config.matmul_precision)
-    tokenizer, sizes = load_tokenizer(source), load_sizes(source)
+    tokenizer, sizes = load_tokenizer(source, config.chat_template), load_sizes(source)
     of_source = replace(config, model=source)
     questions = load_questions(of_source, tokenizer, sizes.context, gold_needed=False)
     model, _ = load_base(source, config, tokenizer)

@@ -10,6 +10,9 @@ from agro_train import config as configuration
 from agro_train import durable
 from agro_train.commands.sampler import check_free
 from agro_train.config import TrainConfig
+from agro_train.data.chat import spoken
+from agro_train.data.prompts import with_answer
+from agro_train.data.recorded import by_our_names
 from agro_train.data.rows import numbered_rows
 from agro_train.data.tasks import Row
 from agro_train.refusal import Refusal
@@ -29,7 +32,7 @@ Scorable = tuple[tuple[int, Row], Rollout]  # a line's number, the line, and wha
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.description = DESCRIPTION
-    parser.add_argument("file", help="rollouts, .jsonl or .parquet")
+    parser.add_argument("file", help="rollouts, in any kind of file that data= takes")
     parser.add_argument("settings", nargs="+", metavar="reward=...")
     parser.add_argument("--output", help="default: FILE with .scored.jsonl at its end")
     parser.set_defaults(run=run)
@@ -60,7 +63,7 @@ def score_file(source: Path, config: TrainConfig, output: Path) -> dict[str, flo
     """
     check_free(output, "output")
     rewards = load_rewards(config)
-    rows = numbered_rows(source)
+    rows = numbered_rows(source, "score")
     rollouts = [_scorable(row, f"{source}, line {number}") for number, row in rows]
     for spec in config.reward:
         prompts = [Prompt(r.group, r.prompt, (), r.columns) for r in rollouts]
@@ -88,12 +91,14 @@ def _scored_line(row: Row, scored: Rollout) -> str:
 
 def _scorable(row: Row, where: str) -> Rollout:
     """What a reward function sees of a line of a rollouts file."""
+    row = by_our_names(row)
     if not isinstance(row.get("completion"), str):
         raise Refusal(
             f"score: expected text in column completion in {where}, got "
             f"{row.get('completion')!r}; reward functions read text"
         )
     columns = row.get("columns") or {}
+    prompt = row.get("prompt") or ""
     for name, kind in (("columns", dict), ("prompt_ids", list), ("completion_ids", list)):
         if not isinstance(row.get(name) or kind(), kind):
             raise Refusal(
@@ -103,13 +108,13 @@ def _scorable(row: Row, where: str) -> Rollout:
     names = Rollout.__dataclass_fields__
     return Rollout(
         group=_group(row),
-        prompt=row.get("prompt") or "",
+        prompt=prompt if isinstance(prompt, str) else spoken(prompt),
         prompt_ids=tuple(row.get("prompt_ids") or ()),
         completion=row["completion"],
         completion_ids=tuple(row.get("completion_ids") or ()),
-        finish=row.get("finish") or "stop",
+        finish=row.get("finish") or row.get("finish_reason") or "stop",
         reward=None,
-        columns={**{k: v for k, v in row.items() if k not in names}, **columns},
+        columns=with_answer({**{k: v for k, v in row.items() if k not in names}, **columns}),
     )
 
 

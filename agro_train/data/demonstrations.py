@@ -8,6 +8,7 @@ probable it was to its author; the reference's log-probability stands in, as for
 from collections.abc import Sequence
 from typing import Any
 
+from agro_train.data.chat import turn_end
 from agro_train.refusal import Refusal
 from agro_train.types import Prompt, Rollout
 
@@ -22,7 +23,8 @@ def load_demonstrations(
         column: of the dataset, with text in every row.
         context: tokens the model can read. None: unknown.
     """
-    if tokenizer.eos_token_id is None:
+    end = turn_end(tokenizer)
+    if end is None:
         raise Refusal(
             "demonstrations: expected a tokenizer with an end token, got none; a worked answer "
             "cannot be ended without: set the tokenizer's eos_token"
@@ -37,7 +39,7 @@ def load_demonstrations(
                 f"{text!r} in {question}, which has {', '.join(prompt.columns)}; name the column "
                 "of worked answers"
             )
-        ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+        ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], end)
         length = len(prompt.ids) + len(ids)
         if context is not None and length > context:
             raise Refusal(

@@ -1,77 +1,87 @@
-"""Where prompts come from: tasks, JSONL and parquet files, hub datasets."""
+"""The prompts of a run: rows read, checked, held out, and rendered for the model."""
 
 import hashlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from agro_train.data.rows import numbered_rows
+from agro_train.data.chat import ChatOptions, Renderer, question_of
+from agro_train.data.rows import as_text
+from agro_train.data.sources import read_sources
 from agro_train.data.tasks import TASKS, Row, Split
 from agro_train.refusal import Refusal
 from agro_train.types import Prompt
 
-# The question's column as TRL, MATH and GSM8K name it; the first one present counts.
-PROMPT_COLUMNS = ("prompt", "problem", "question")
+# The question's column as TRL and verl, MATH, GSM8K and OpenAI name it; the first one present
+# counts.
+PROMPT_COLUMNS = ("prompt", "problem", "question", "messages")
+# Where datasets keep the right answer. Rows that ask the same are one question only if these agree.
+GOLD_COLUMNS = ("solution", "answer", "ground_truth", "reward_model")
 
 
-def load_rows(source: str, split: Split) -> list[Row]:
-    """The rows of a task, a file or a hub dataset; every row has a `prompt` column."""
-    if source in TASKS:
-        return TASKS[source](split)
-    if source.endswith((".jsonl", ".json", ".parquet")):
-        rows = [row for _, row in numbered_rows(Path(source))]
-    else:
-        rows = _hub_rows(source, split)
-    if not rows:
-        raise Refusal(f"data: expected at least one row in {source}, got none")
+def load_rows(source: str, split: Split, key: str = "data") -> list[Row]:
+    """The rows of tasks, files, folders or hub datasets; every row has a column `prompt`, which is
+    text or messages.
+
+    Args:
+        key: the setting that names the source, for messages.
+    """
+    found = read_sources(source, split, key)
+    if not any(rows for _, rows in found):
+        raise Refusal(f"{key}: expected at least one row in {source}, got none")
+    return [row for name, rows in found if rows for row in _asked(name, rows, key)]
+
+
+def _asked(source: str, rows: Sequence[Row], key: str) -> list[Row]:
     column = next((name for name in PROMPT_COLUMNS if name in rows[0]), None)
     if column is None:
         raise Refusal(
-            f"data: expected a column {', '.join(PROMPT_COLUMNS)} in {source}, "
+            f"{key}: expected a column {', '.join(PROMPT_COLUMNS)} in {source}, "
             f"got {', '.join(rows[0])}; rename the question's column"
         )
     reserved = {"prompts", "completions", "completion_ids"} & set(rows[0])
     if reserved:
         raise Refusal(
-            f"data: expected no column {', '.join(sorted(reserved))} in {source}, got one; reward "
+            f"{key}: expected no column {', '.join(sorted(reserved))} in {source}, got one; reward "
             "functions get the completions under that name"
         )
+    asked = []
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get(column), str):
-            raise Refusal(
-                f"data: expected text in column {column}, got {row.get(column)!r} in row {number} "
-                f"of {source}"
-            )
-    return [{**row, "prompt": row[column]} for row in rows]
+        try:
+            asked.append({**with_answer(row), "prompt": question_of(row, column)})
+        except Refusal as error:
+            raise Refusal(f"{error} in row {number} of {source}") from error
+    return asked
 
 
-def _hub_rows(source: str, split: Split) -> list[Row]:
-    from datasets import load_dataset  # slow to import, and few runs need it
-
-    try:
-        dataset = load_dataset(source, split="train" if split == "train" else "test")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise Refusal(
-            f"data: expected {', '.join(TASKS)}, a .jsonl or .parquet file or a hub dataset, got "
-            f"{source!r}: {reason}"
-        ) from error
-    return [dict(row) for row in dataset]
+def with_answer(row: Mapping[str, Any]) -> Row:
+    """The row, and where verl has put the right answer (`reward_model.ground_truth`) a column
+    `answer`, too, if there is none."""
+    model = row.get("reward_model")
+    if isinstance(model, dict) and "ground_truth" in model and row.get("answer") is None:
+        return {**row, "answer": model["ground_truth"]}
+    return dict(row)
 
 
 def load_prompts(
-    data: str, eval_data: str, eval_prompts: int, tokenizer: Any, template: str, max_length: int
+    data: str,
+    eval_data: str,
+    eval_prompts: int,
+    tokenizer: Any,
+    template: str,
+    max_length: int,
+    options: ChatOptions = ChatOptions(),  # noqa: B008 (frozen)
 ) -> tuple[list[Prompt], list[Prompt], tuple[int, int]]:
     """Training prompts, held-out prompts, and how many of each were left out for their length.
 
-    Without `eval_data` a task uses its own held-out split; of a file or hub dataset a fixed
-    pseudo-random choice of `eval_prompts` rows (at most half) is held out of training.
+    Without `eval_data` a task uses its own held-out split; of anything else a fixed pseudo-random
+    choice of `eval_prompts` rows (at most half) is held out of training.
     """
     rows = load_rows(data, "train")
     if eval_data:
-        held_out = load_rows(eval_data, "eval")
+        held_out = load_rows(eval_data, "eval", "eval_data")
     elif data in TASKS:
         held_out = TASKS[data]("eval")
     else:
@@ -79,11 +89,12 @@ def load_prompts(
         held = set(order[: min(eval_prompts, len(rows) // 2)])
         held_out = [rows[i] for i in sorted(held)]
         rows = [row for i, row in enumerate(rows) if i not in held]
+    rendered = Renderer(tokenizer, template, options)
     kept: list[list[Prompt]] = []
     dropped: list[int] = []
     for part in (rows, held_out):
-        prompts = [render(row, tokenizer, template) for row in part]
-        kept.append([prompt for prompt in prompts if len(prompt.ids) <= max_length])
+        prompts = [rendered(row) for row in part]
+        kept.append(_grouped([prompt for prompt in prompts if len(prompt.ids) <= max_length]))
         dropped.append(len(prompts) - len(kept[-1]))
     if not kept[0]:
         raise Refusal(
@@ -94,20 +105,42 @@ def load_prompts(
     return kept[0], [kept[1][i] for i in order[:eval_prompts]], (dropped[0], dropped[1])
 
 
-def render(row: Mapping[str, Any], tokenizer: Any, template: str) -> Prompt:
+def render(
+    row: Mapping[str, Any],
+    tokenizer: Any,
+    template: str,
+    options: ChatOptions = ChatOptions(),  # noqa: B008 (frozen)
+) -> Prompt:
     """The prompt as the model reads it: template, then the tokenizer's chat template if it has one.
 
-    A chat template writes its own begin-of-sequence token, so none is added to its text a second
-    time.
+    For many rows make a `Renderer` once.
     """
-    text = template.replace("{prompt}", row["prompt"])
-    chat = tokenizer.chat_template is not None
-    if chat:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
-    if not ids:
-        raise Refusal(f"data: expected a prompt of one or more tokens, got {text!r}")
-    group = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Prompt(group=group, text=text, ids=tuple(ids), columns=dict(row))
+    return Renderer(tokenizer, template, options)(row)
+
+
+def golds_of(columns: Mapping[str, Any]) -> dict[str, str]:
+    """The right answer as each column tells it that does, in one spelling."""
+    return {name: as_text(columns[name]) for name in GOLD_COLUMNS if columns.get(name) is not None}
+
+
+def gold_of(columns: Mapping[str, Any]) -> str:
+    """The same as one text; empty where no column tells it."""
+    return "\n".join(f"{name}: {value}" for name, value in golds_of(columns).items())
+
+
+def regrouped(group: str, gold: str) -> str:
+    """The name of a second group with the same question and another right answer."""
+    return f"{group}-{hashlib.sha256(gold.encode()).hexdigest()[:8]}"
+
+
+def _grouped(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The same prompts; where one asks what an earlier one did and has another right answer, its
+    group has a name of its own, so that their completions are not compared with each other."""
+    golds: dict[str, str] = {}
+    grouped = []
+    for prompt in prompts:
+        gold = gold_of(prompt.columns)
+        if golds.setdefault(prompt.group, gold) != gold:
+            prompt = replace(prompt, group=regrouped(prompt.group, gold))
+        grouped.append(prompt)
+    return grouped

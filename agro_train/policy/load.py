@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from agro_train.config import TrainConfig
+from agro_train.data.chat import turn_end
 from agro_train.policy import tiny
 from agro_train.policy.activations import recompute_mlp_products
 from agro_train.policy.adapter import base_of, with_adapter_merged
@@ -30,13 +31,21 @@ from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed
 
 
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a folder, hub id, .gguf file, `smollm2` or `tiny`."""
+def load_tokenizer(source: str, chat_template: str = "") -> Any:
+    """The tokenizer of a folder, hub id, .gguf file, `smollm2` or `tiny`.
+
+    Args:
+        chat_template: a file with the template to use in place of the tokenizer's own, if any.
+    """
     if source == "tiny":
-        return tiny.build_tokenizer()
-    name, gguf = _resolve(source)
-    with _loading(source):
-        return AutoTokenizer.from_pretrained(name, **gguf)
+        tokenizer = tiny.build_tokenizer()
+    else:
+        name, gguf = _resolve(source)
+        with _loading(source):
+            tokenizer = AutoTokenizer.from_pretrained(name, **gguf)
+    if chat_template:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
 
 
 class Sizes(NamedTuple):
@@ -182,10 +191,12 @@ def _resolve(source: str) -> tuple[str, dict[str, str]]:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """Every id that ends a completion: Llama-3 has three, of which the tokenizer names one."""
+    """Every id that ends a completion: Llama-3 has three, of which the tokenizer names one. What
+    ends the chat template's turns is among them."""
     ends: set[int] = set()
     for ids in (
         tokenizer.eos_token_id,
+        turn_end(tokenizer),
         model.config.eos_token_id,
         model.generation_config.eos_token_id,
     ):

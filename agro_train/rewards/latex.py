@@ -63,6 +63,7 @@ NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve"
 SIDE_BY_SIDE = re.compile(r"(?<![\w^_{])\d[\d.]*\s+\d")  # two numbers: math-verify adds them
 # Letters that are no product of variables.
 WORDS = re.compile(r"(?:[^\W\d_]{2,}[ -])+[^\W\d_]{2,}|[^\W\d_]{4,}|yes|no|odd|all", re.I)
+LEADING_RELATION = re.compile(r"(?:=|\\(?:approx|equiv)\b)\s*")  # the end of "... = 42"
 LEADING_TEXT = re.compile(r"(?:is|are|be|:|=|equals)\s*\Z", re.I)
 
 
@@ -101,7 +102,7 @@ def without_unicode(text: str) -> str:
 def normalised(answer: str) -> Answer | None:
     """An answer, without what surrounds it, in LaTeX that math-verify reads by value. None: it
     cannot be one."""
-    text = _trimmed(DELIMITERS.sub("", answer))
+    text = _without_relation(_trimmed(DELIMITERS.sub("", answer)))
     text = _without_text(text)
     based = BASE.fullmatch(text)
     if based and (base := _base(based[2])) is not None:
@@ -124,6 +125,12 @@ def normalised(answer: str) -> Answer | None:
     if not text or SIDE_BY_SIDE.search(text):
         return None
     return Answer(text)
+
+
+def _without_relation(text: str) -> str:
+    """The right side of "= 42"."""
+    relation = LEADING_RELATION.match(text)
+    return text if relation is None else text[relation.end() :]
 
 
 def _usual(character: str) -> str:

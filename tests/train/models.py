@@ -78,21 +78,26 @@ def ragged_rollouts() -> list[Rollout]:
     return rollouts
 
 
-def save_llama3_miniature(folder: Path) -> Path:
-    """Grouped-query attention, Llama-3's RoPE scaling, untied head, several end tokens, chat
-    template;
-    random weights and a tokenizer of bytes."""
+def llama3_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, with Llama-3's special tokens and chat template. Its end token is not
+    the one that ends a turn."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|begin_of_text|>",
         eos_token="<|end_of_text|>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def save_llama3_miniature(folder: Path) -> Path:
+    """Grouped-query attention, Llama-3's RoPE scaling, untied head, several end tokens, chat
+    template; random weights and a tokenizer of bytes."""
+    fast = llama3_tokenizer()
     ends = [fast.convert_tokens_to_ids(token) for token in SPECIAL[1:4]]
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2}

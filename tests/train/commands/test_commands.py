@@ -101,6 +101,23 @@ def test_score_takes_gold_answers_from_columns_of_their_own(tmp_path: Path) -> N
     assert [row["reward"] for row in read_jsonl(tmp_path / "o.jsonl")] == [1.0, 0.0]
 
 
+def test_score_takes_messages_and_verls_gold_answers(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "1+2="}],
+            "completion": [{"role": "assistant", "content": text}],
+            "reward_model": {"ground_truth": 3},
+            "finish_reason": "length",
+        }
+        for text in ("3", "1+2=4")
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    output = tmp_path / "o.jsonl"
+    assert main(["score", str(tmp_path / "r.json"), "reward=number", f"--output={output}"]) == 0
+    assert [row["reward"] for row in read_jsonl(output)] == [1.0, 0.0]
+    assert [row["completion"] for row in read_jsonl(output)] == [row["completion"] for row in rows]
+
+
 def test_score_takes_what_json_has_no_word_for_and_replaces_failures(tmp_path: Path) -> None:
     row = {"completion": "3", "answer": "3", "failure": "error", "day": date(2024, 1, 2)}
     parquet.write_table(Table.from_pylist([row]), tmp_path / "r.parquet")

@@ -8,7 +8,6 @@ import pytest
 from pyarrow import Table, parquet
 
 from agro_train.data.prompts import load_prompts, load_rows, render
-from agro_train.data.rows import read_jsonl
 from agro_train.policy import tiny
 from agro_train.seeds import shuffled
 from tests.train.models import SPECIAL, save_llama3_miniature
@@ -35,24 +34,16 @@ def test_columns_of_math_and_gsm8k_are_understood(tmp_path: Path) -> None:
         ('{"prompt": "1"}\n{"prompt": \n', "line 2"),
         ('{"prompt": "1"}\n[1, 2]\n', "line 2"),
         ('{"prompt": "1", "completions": 2}\n', "expected no column completions in .*, got one"),
-        ('{"text": "1"}\n', "expected a column prompt, problem, question .* got text"),
-        ('{"prompt": "1"}\n{"prompt": 2}\n', "expected text in column prompt, got 2 in row 2"),
+        ('{"text": "1"}\n', "expected a column prompt, problem, question, messages .* got text"),
+        (
+            '{"prompt": "1"}\n{"prompt": 2}\n',
+            "expected text or messages in column prompt, got 2 in row 2 of .*d.jsonl",
+        ),
     ],
 )
 def test_bad_rows_are_refused_with_their_place(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_rows(write(tmp_path / "d.jsonl", content), "train")
-
-
-def test_file_that_is_not_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "1"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(ValueError, match="d.jsonl, line 2"):
-        read_jsonl(tmp_path / "d.jsonl")
-
-
-def test_unreachable_hub_dataset_is_refused() -> None:
-    with pytest.raises(ValueError, match="data: expected .* a hub dataset, got 'no/such-dataset'"):
-        load_rows("no/such-dataset", "train")
 
 
 def test_parquet_is_read_like_jsonl(tmp_path: Path) -> None:
@@ -64,11 +55,6 @@ def test_parquet_is_read_like_jsonl(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="data: expected a parquet file, got .*broken.parquet"):
         load_rows(str(tmp_path / "broken.parquet"), "train")
-
-
-def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere.jsonl"):
-        read_jsonl(tmp_path / "nowhere.jsonl")
 
 
 def test_rows_are_held_out_of_a_file_and_long_prompts_left_out(tmp_path: Path) -> None:
@@ -118,3 +104,88 @@ def test_tiny_model_refuses_characters_it_cannot_read() -> None:
         ValueError, match="data: expected prompts of the characters .* got '1 \\+ 2'"
     ):
         tiny.check_prompts([render({"prompt": "1 + 2"}, TOKENIZER, "{prompt}")])
+
+
+ASKED = [{"role": "user", "content": "1+2="}]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"prompt": ASKED, "answer": "3"}, ASKED, "3"),
+        ({"messages": ASKED, "answer": 3}, ASKED, 3),
+        # A worked example: the answer is no part of the question, and stays in its column.
+        ({"messages": [*ASKED, {"role": "assistant", "content": "3"}], "answer": "3"}, ASKED, "3"),
+        # verl's columns.
+        ({"prompt": ASKED, "reward_model": {"style": "rule", "ground_truth": "3"}}, ASKED, "3"),
+        (
+            {"prompt": "1+2=", "reward_model": {"ground_truth": 3}, "answer": "three"},
+            "1+2=",
+            "three",
+        ),
+        ({"problem": "1+2=", "answer": 3.5}, "1+2=", 3.5),
+    ],
+)
+def test_question_and_answer_are_found_in_the_forms_people_have(
+    row: dict[str, Any], prompt: object, answer: object, tmp_path: Path
+) -> None:
+    (found,) = load_rows(write(tmp_path / "d.jsonl", row), "train")
+    assert (found["prompt"], found["answer"]) == (prompt, answer)
+    assert all(found[name] == value for name, value in row.items() if name != "prompt")
+
+
+def test_verls_parquet_is_read_with_its_extra_info(tmp_path: Path) -> None:
+    rows = [
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": question}],
+            "ability": "math",
+            "reward_model": {"ground_truth": answer, "style": "rule"},
+            "extra_info": {"split": "train", "index": i},
+        }
+        for i, (question, answer) in enumerate([("1+2=", "3"), ("2+2=", "4")])
+    ]
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "train.parquet")
+    train, held_out, _ = load_prompts(
+        str(tmp_path / "train.parquet"), "", 1, TOKENIZER, "{prompt}", 12
+    )
+    (one,), (other,) = train, held_out
+    assert {one.text: one.columns["answer"], other.text: other.columns["answer"]} == {
+        "1+2=": "3",
+        "2+2=": "4",
+    }
+    assert one.columns["extra_info"]["split"] == "train"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "expected text or messages in column prompt, got \\[\\] in row 2 of .*d.jsonl"),
+        ([{"content": "1"}], "expected messages with role and content, both text, .* in row 2"),
+        ([{"role": "user", "content": None}], "expected messages with role and content"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "expected messages with role and"),
+        (["1"], "expected messages with role and content"),
+        (None, "expected text or messages in column prompt, got None in row 2"),
+    ],
+)
+def test_messages_that_are_none_are_refused_with_their_row(
+    prompt: object, message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "d.jsonl", {"prompt": "1"}, {"prompt": prompt})
+    with pytest.raises(ValueError, match=f"^data: {message}"):
+        load_rows(path, "train")
+
+
+def test_rows_with_one_question_and_several_answers_are_groups_of_their_own(tmp_path: Path) -> None:
+    rows = [{"prompt": "1+2=", "answer": answer} for answer in ("3", 3, "4")]
+    train, _, _ = load_prompts(
+        write(tmp_path / "d.jsonl", *rows, {"prompt": "1+1=", "answer": "2"}),
+        "",
+        0,
+        TOKENIZER,
+        "{prompt}",
+        12,
+    )
+    three, same, four, _ = (prompt.group for prompt in train)
+    assert three == same == render(rows[0], TOKENIZER, "{prompt}").group
+    assert four != three

@@ -1,5 +1,6 @@
 """Recorded rollouts: read right, or refused with file and line."""
 
+import gzip
 import json
 from dataclasses import replace
 from datetime import date
@@ -11,6 +12,7 @@ import pytest
 from pyarrow import Table, parquet
 
 from agro_train.data import kept_ids
+from agro_train.data.chat import turn_end
 from agro_train.data.recorded import (
     Recorded,
     load_recorded,
@@ -21,7 +23,7 @@ from agro_train.data.recorded import (
 from agro_train.data.rows import read_jsonl
 from agro_train.policy import tiny
 from agro_train.refusal import Refusal
-from tests.train.models import ragged_rollouts, rollout
+from tests.train.models import SPECIAL, llama3_tokenizer, ragged_rollouts, rollout
 
 TOKENIZER = tiny.build_tokenizer()
 
@@ -97,10 +99,14 @@ def test_bad_recorded_rollout_is_refused_with_its_place(
         load([write(tmp_path / "r.jsonl", *rows)])
 
 
-def test_single_completions_are_counted_in_the_refusal(tmp_path: Path) -> None:
-    rows = [{**GOOD, "prompt": f"{i}="} for i in range(3)] + [GOOD, GOOD]
-    with pytest.raises(ValueError, match="got 1 for group '0='.* one of 3 such in 4 groups"):
-        load([write(tmp_path / "r.jsonl", *rows)])
+def test_groups_of_one_are_left_out_and_counted(tmp_path: Path) -> None:
+    alone = [{**GOOD, "prompt": f"{i}="} for i in range(3)]
+    found = load([write(tmp_path / "r.jsonl", *alone, GOOD, GOOD)])
+    assert [[r.prompt for r in group] for group in found.groups] == [["1+2=", "1+2="]]
+    assert found.left_out == {"alone": 3, "too_long": 0}
+    assert [r.prompt for r in found.files[0].rollouts] == ["1+2=", "1+2="]
+    with pytest.raises(Refusal, match="got 1 for group '0=', and no group to learn from among 3"):
+        load([write(tmp_path / "alone.jsonl", *alone)])
 
 
 def test_parquet_is_read_like_jsonl(tmp_path: Path) -> None:
@@ -237,10 +243,18 @@ def test_samplers_logprob_that_is_none_is_refused(value: object, tmp_path: Path)
 def test_completion_beyond_the_context_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", GOOD, {**GOOD, "completion": "3" * 10})
     with pytest.raises(
-        ValueError, match="at most 12 tokens, the model's context, .*line 2, got 15"
+        ValueError, match="at most 12 tokens, the model's context, got 15 in group '1\\+2='"
     ):
         load([path], context=12)
     assert len(load([path], context=15).groups) == 1
+
+
+def test_group_with_a_completion_beyond_the_context_is_left_out_and_counted(tmp_path: Path) -> None:
+    long = {**GOOD, "prompt": "3+4="}
+    rows = [GOOD, long, {**long, "completion": "3" * 10}, GOOD]
+    found = load([write(tmp_path / "r.jsonl", *rows)], context=12)
+    assert [len(group) for group in found.groups] == [2] and found.groups[0][0].prompt == "1+2="
+    assert found.left_out == {"alone": 0, "too_long": 1}
 
 
 def test_recorded_rewards_that_are_all_missing_are_refused(tmp_path: Path) -> None:
@@ -266,3 +280,122 @@ def test_log_takes_columns_json_has_no_word_for_and_broken_text(tmp_path: Path) 
     (row,) = read_jsonl(tmp_path / "log.jsonl")
     assert row["columns"] == {"day": "2024-01-02", "price": "1.5", "raw": "b'x'", "text": "\ud83d"}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+CHAT = llama3_tokenizer()
+TURN_END = turn_end(CHAT)
+
+
+def ids(text: str) -> list[int]:
+    found: list[int] = CHAT(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def load_chat(path: str) -> Recorded:
+    return load_recorded([path], CHAT, "{prompt}", vocab_size=len(CHAT), context=None)
+
+
+@pytest.mark.parametrize(
+    ("row", "completion_ids", "finish"),
+    [
+        ({"completion": "42"}, [*ids("42"), TURN_END], "stop"),
+        ({"completion": "42", "finish": "stop"}, [*ids("42"), TURN_END], "stop"),
+        ({"completion": "42<|eot_id|>", "finish": "stop"}, [*ids("42"), TURN_END], "stop"),
+        ({"completion": "42<|eot_id|>\n"}, [*ids("42"), TURN_END], "stop"),
+        ({"completion": "42<|eot_id|><|end_of_text|>"}, [*ids("42"), TURN_END], "stop"),
+        # Another end token that the model may have sampled is an end, too.
+        ({"completion": "42<|end_of_text|>"}, ids("42<|end_of_text|>"), "stop"),
+        ({"completion": "42", "finish": "length"}, ids("42"), "length"),
+        ({"completion": "42", "finish_reason": "length"}, ids("42"), "length"),
+        ({"completion": "42", "finish_reason": "stop"}, [*ids("42"), TURN_END], "stop"),
+        ({"completion": "42", "finish_reason": None}, [*ids("42"), TURN_END], "stop"),
+        (
+            {"completion": [{"role": "assistant", "content": "42"}]},
+            [*ids("42"), TURN_END],
+            "stop",
+        ),
+        # Ids are taken as they are.
+        ({"completion": "42", "completion_ids": ids("42")}, ids("42"), "stop"),
+    ],
+)
+def test_recorded_completion_ends_once_with_the_end_of_the_templates_turn(
+    row: dict[str, Any], completion_ids: list[int], finish: str, tmp_path: Path
+) -> None:
+    row = {"prompt": [{"role": "user", "content": "6*7"}], "reward": 1, **row}
+    found = load_chat(write(tmp_path / "r.jsonl", row, row))
+    ((first, _),) = found.groups
+    assert (first.completion_ids, first.finish) == (tuple(completion_ids), finish)
+    assert "finish_reason" not in first.columns
+    assert found.num_tokenised == (0 if "completion_ids" in row else 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"completion": "4<|eot_id|>more"}, "a completion of one turn in .*line 1, got 'more' beh"),
+        ({"finish_reason": "abort"}, "stop or length as finish_reason in .*line 1, got 'abort'"),
+        ({"finish": "stop", "finish_reason": "length"}, "finish and finish_reason to agree in .*1"),
+        ({"finish_reason": 3}, "str as finish_reason in .*line 1, got 3"),
+        ({"prompt": [{"role": "user"}]}, "messages with role and content, both text, .*line 1"),
+        (
+            {"prompt": f"{SPECIAL[0]}6*7"},
+            "a question, or a rendered prompt that ends with .*line 1",
+        ),
+    ],
+)
+def test_recorded_text_that_cannot_be_taken_is_refused(
+    row: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "r.jsonl", {"prompt": "6*7", "completion": "4", "reward": 1, **row})
+    with pytest.raises(Refusal, match=f"^recorded: expected {message}"):
+        load_chat(path)
+
+
+def test_completion_cannot_be_ended_without_an_end_token(tmp_path: Path) -> None:
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.eos_token = None
+    path = write(tmp_path / "r.jsonl", GOOD, GOOD)
+    with pytest.raises(Refusal, match="recorded: expected a tokenizer with an end token for .*1,"):
+        load_recorded([path], tokenizer, "{prompt}", vocab_size=15, context=None)
+
+
+def test_prompt_that_holds_the_chat_template_gets_it_once(tmp_path: Path) -> None:
+    plain = {"prompt": "6*7", "completion": "42", "reward": 1}
+    ((first, _),) = load_chat(write(tmp_path / "a.jsonl", plain, plain)).groups
+    rendered = {**plain, "prompt": first.prompt}
+    ((again, _, _),) = load_chat(write(tmp_path / "b.jsonl", rendered, rendered, plain)).groups
+    assert again.prompt_ids == first.prompt_ids and first.prompt.startswith(SPECIAL[0])
+
+
+def test_one_question_with_two_gold_answers_is_refused_or_two_groups(tmp_path: Path) -> None:
+    three, four = ({**GOOD, "answer": answer} for answer in ("3", 4))
+    message = (
+        "expected one gold answer in group '1\\+2=', got '3' and '4' in column answer in .*line 2"
+    )
+    with pytest.raises(Refusal, match=f"recorded: {message}; give the rows of each answer a group"):
+        load([write(tmp_path / "a.jsonl", three, four)])
+    ((first, _),) = load([write(tmp_path / "b.jsonl", three, {**three, "answer": 3})]).groups
+    assert first.columns == {"answer": "3"}
+    named = [{**row, "group": row["answer"]} for row in (three, four, three, four)]
+    groups = load([write(tmp_path / "c.jsonl", *named)]).groups
+    assert [[r.columns["answer"] for r in group] for group in groups] == [["3", "3"], [4, 4]]
+    # A run's log of a dataset that asks it twice: there the columns are the dataset's.
+    logged = [{**GOOD, "group": "a", "columns": {"answer": a}} for a in ("3", "4", "3", "4")]
+    groups = load([write(tmp_path / "d.jsonl", *logged)]).groups
+    assert [[r.columns["answer"] for r in group] for group in groups] == [["3", "3"], ["4", "4"]]
+    assert len({r.group for group in groups for r in group}) == 2
+
+
+@pytest.mark.parametrize("name", ["r.csv", "r.json", "r.jsonl.gz"])
+def test_rollouts_may_be_in_any_kind_of_file(name: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "1+2=", "completion": c, "reward": r} for c, r in (("3", 1.0), ("4", 0.0))]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    if name == "r.json":
+        content = json.dumps(rows)
+    if name == "r.csv":
+        content = "prompt,completion,reward,sampling_logprob,finish\n1+2=,3,1.0,,\n1+2=,4,0.0,-2,\n"
+    encoded = gzip.compress(content.encode()) if name.endswith(".gz") else content.encode()
+    (tmp_path / name).write_bytes(encoded)
+    ((right, wrong),) = load([str(tmp_path / name)]).groups
+    assert (right.completion, right.reward, wrong.reward) == ("3", 1.0, 0.0)
+    assert wrong.sampling_logprob == (-2.0 if name == "r.csv" else None)

@@ -1,12 +1,14 @@
 """The configured rewards: by name, checked against the data, and summed."""
 
 from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 import torch
 
 from agro_train.config import TrainConfig
 from agro_train.metrics import describe
+from agro_train.refusal import Refusal
 from agro_train.rewards.functions import (
     BrokenReward,
     check_columns,
@@ -18,6 +20,23 @@ from agro_train.types import Prompt
 from tests.train.models import ragged_rollouts, rollout
 
 FUNCTIONS = "tests.train.reward_functions"
+
+
+@pytest.mark.parametrize("value", [True, float("nan"), float("inf"), Decimal("nan"), ["3"], None])
+def test_gold_answer_that_is_no_number_is_refused(value: object) -> None:
+    with pytest.raises(Refusal, match="reward: expected .* in column answer for reward=number"):
+        check_columns("number", [Prompt("g", "q", (1,), {"answer": value})])
+
+
+def test_number_and_math_take_columns_of_numbers() -> None:
+    rollouts = [
+        replace(rollout("g", [1], [1]), completion=text, columns={"answer": gold})
+        for text, gold in (("= 42", 42), ("= 42", 42.0), ("= 41", 42), ("= 3.5", Decimal("3.50")))
+    ]
+    for spec in ("number", "math"):
+        check_columns(spec, [Prompt("g", "q", (1,), r.columns) for r in rollouts])
+        scored = score(rollouts, load_rewards(TrainConfig(reward=[spec])))
+        assert [r.reward for r in scored] == [1.0, 1.0, 0.0, 1.0]
 
 
 def test_completions_vote_for_their_answers() -> None:
