@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,19 @@ def append(path: Path, line: str) -> None:
         except BaseException:
             file.truncate(end)
             raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError if no file can be written in a folder, which need not exist. Nothing is left
+    of the attempt."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    finally:
+        for place in made:
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
 
 
 def delete_folder(path: Path) -> None:

@@ -158,6 +158,23 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
         ) from error
 
 
+def check_attention(name: str) -> None:
+    """Raises Refusal for an attention whose package or device is not there, before there is a
+    model to try it on."""
+    if name != "flash_attention_2":
+        return
+    missing = None
+    if not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
+        missing = "the package flash-attn is not installed: pip install flash-attn"
+    elif not torch.cuda.is_available():
+        missing = "there is no GPU that torch sees"
+    if missing is not None:
+        raise Refusal(
+            f"attn_implementation: expected one that works here, got {name}: {missing}, or set "
+            "attn_implementation=sdpa"
+        )
+
+
 def _resolve(source: str) -> tuple[str, dict[str, str]]:
     """What transformers is given for a model's name: folder or hub id, and a GGUF file within."""
     if source == "smollm2":
