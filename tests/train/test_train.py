@@ -45,8 +45,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def from_base(finished: Path) -> list[str]:
-    """The finished run's model as it was warm-started, without doing it again."""
-    return [f"model={finished / 'base_model'}", "warm_start_steps=0"]
+    """The finished run's model as it was warm-started, without doing it again, and its settings."""
+    return ["tiny-arithmetic", f"model={finished / 'base_model'}", "warm_start_steps=0"]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -335,7 +335,11 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_resume_without_a_run_or_a_checkpoint_is_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "has no config.yaml" in refusal(["train", "--resume", str(tmp_path)], capsys)
+    assert refusal(["train", "--resume", str(tmp_path)], capsys) == (
+        f"agro: --resume: expected the folder of a run, got '{tmp_path}'; it has no config.yaml: "
+        "no run has begun there, so start one, with the configuration, "
+        f"output_dir={tmp_path} and no --resume\n"
+    )
     shutil.copytree(finished, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoint-*"))
     refused = refusal(["train", "--resume", str(tmp_path / "bare")], capsys)
     assert "there is none left in it" in refused
@@ -344,9 +348,14 @@ def test_resume_without_a_run_or_a_checkpoint_is_refused(
 def test_resume_refuses_what_the_checkpoint_decides(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["train", "--resume", str(finished), "steps=5", "learning_rate=0.5"]
-    assert "learning_rate: expected only steps, " in refusal(arguments, capsys)
-    assert configuration.load(finished / "config.yaml").learning_rate != 0.5
+    arguments = ["train", "--resume", str(finished), "steps=5", "temperature=0.5"]
+    assert "temperature: expected only beta, steps, " in refusal(arguments, capsys)
+    assert configuration.load(finished / "config.yaml").temperature != 0.5
+    mistyped = ["train", "--resume", str(finished), "lerning_rate=0.5"]
+    assert refusal(mistyped, capsys) == (
+        "agro: lerning_rate: expected one of the known keys, got an unknown one; nearest: "
+        "learning_rate; agro train --help lists them all\n"
+    )
 
 
 def test_completions_are_text_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
