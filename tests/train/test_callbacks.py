@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -14,7 +14,7 @@ from agro_train.refusal import Refusal
 class Recording:
     """Remembers what it is told; ends a run after its second step."""
 
-    told: list[tuple[Any, ...]] = []
+    told: ClassVar[list[tuple[Any, ...]]] = []
 
     def on_train_begin(self, config: Any, folder: Path) -> None:
         self.told.append(("begin", config.steps, folder.name))

@@ -111,8 +111,9 @@ class Server:
             victims: the ranks that kill_after and kill_at mean.
             job: draw: whether it draws its curves, which takes longer than all the rest. kill_at: a
                 number n or a moment; the victims are killed at the n-th write to the folder, or at
-                that one. signal: what they are sent instead of being killed. file_size: bytes that no file of the run may exceed. grace: seconds that
-                the other ranks have after one has failed, before they are ended, too.
+                that one. signal: what they are sent instead of being killed. file_size: bytes that
+                no file of the run may exceed. grace: seconds that the other ranks have after one
+                has failed, before they are ended, too.
         """
         resumed = (folder / "config.yaml").is_file()
         arguments = ["--resume", str(folder)] if resumed else [f"output_dir={folder}", *settings]
