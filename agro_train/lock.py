@@ -11,6 +11,7 @@ import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 
+from agro_train import durable
 from agro_train.refusal import Refusal
 
 # What a file system says that has no such locks, as some network ones have none.
@@ -37,7 +38,7 @@ class FolderLock:
         """
         folder = self.path.parent
         try:
-            self._made = [place for place in (folder, *folder.parents) if not place.exists()]
+            self._made = durable.missing(folder)
             folder.mkdir(parents=True, exist_ok=True)
             while not self._taken():
                 pass
@@ -58,10 +59,7 @@ class FolderLock:
             self._close()
             self._close = None
         made, self._made = self._made, []
-        for place in made:
-            if not place.is_dir() or any(place.iterdir()):
-                break
-            place.rmdir()
+        durable.remove_empty(made)
 
     def _taken(self) -> bool:
         """Whether the lock is held now; if not, the file has gone in the meantime, with the process

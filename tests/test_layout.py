@@ -43,7 +43,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"data"},
         {"policy", "rewards", "watch"},
         {"engines"},
-        {"algorithm", "callbacks", "evaluate", "questions"},
+        {"algorithm", "callbacks", "completion", "evaluate", "questions"},
         {"metrics", "run"},
         {"step"},
         {"setup", "train"},

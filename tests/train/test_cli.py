@@ -1,10 +1,14 @@
 """The command `agro`: its commands, and what is shown of an error."""
 
+import contextlib
 import errno
 import importlib.util
+import io
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +108,45 @@ def test_version_and_help_come_without_torch() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert re.match(expected, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The script for bash."""
+    path = tmp_path_factory.mktemp("completion") / "agro.bash"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["--print-completion", "bash"]) == 0
+    path.write_text(printed.getvalue())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["tr"], {"train"}),
+        (["train", "learning_"], {"learning_rate="}),
+        (["train", "beta=1", "smollm2-m"], {"smollm2-math"}),
+        (["train", "--dr"], {"--dry-run"}),
+        (["eval", "a", "eval_pro"], {"eval_prompts="}),
+        (["plot", "fi"], {"file"}),
+    ],
+)
+def test_tab_completes_commands_settings_and_files(
+    words: list[str], offered: set[str], completion: Path, tmp_path: Path
+) -> None:
+    if not (bash := shutil.which("bash")):
+        pytest.skip("there is no bash")
+    (tmp_path / "file").write_text("")
+    line = shlex.join(["agro", *words])
+    program = (
+        f"source {shlex.quote(str(completion))}\n"
+        f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _agro 2>/dev/null\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    done = subprocess.run(
+        [bash, "--norc", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert set(done.stdout.split()) == offered, done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
