@@ -28,7 +28,8 @@ PAGE = """\
 All settings of a run, with the defaults that hold where nothing else is said. They stand as
 `key: value` in a YAML file, and as `key=value` on the command line of `agro train`, `agro rollout`
 and `agro eval`, where they go over the file's. `agro train my.yaml steps=10 --dry-run` prints what
-is then set.
+is then set. Without a file, and with `model` and `data` left alone, the settings are those of the
+shipped `tiny-arithmetic`.
 
 A list may be written without its brackets: `recorded=a.jsonl,b.jsonl`. `${key}` stands for another
 setting's value: `output_dir: runs/beta-${beta}`. A key with * may change when a run is resumed:
