@@ -47,8 +47,10 @@ class Interrupts:
         self._at = 0.0
         self._raises = True
         self._before: dict[int, Any] = {}
+        self._process = 0  # that has entered it
 
     def __enter__(self) -> "Interrupts":
+        self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():  # no other may set a handler
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -88,6 +90,10 @@ class Interrupts:
             self._raises = before
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a fork, as of multiprocessing: it ends as it would have
+            signal.signal(number, self._before[number])
+            os.kill(os.getpid(), number)
+            return
         if self.received is not None:
             if time.monotonic() - self._at > SAME_S:
                 signal.signal(number, signal.SIG_DFL)

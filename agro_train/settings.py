@@ -76,6 +76,9 @@ class TrainConfig:
         "layers with an adapter: q_proj,v_proj and the like, or all of them",
         rule=("all-linear or names of linear layers", bool),
     )
+    load_in_4bit: bool = key(
+        False, "use_peft only: the frozen weights in 4 bits (NF4, package bitsandbytes)"
+    )
     warm_start_steps: int = key(0, "model=tiny only: supervised steps before the run", least=0)
 
     data: str = key(
@@ -297,6 +300,14 @@ class TrainConfig:
             )
 
     def _check_adapter(self) -> None:
+        other = {"use_peft": not self.use_peft, "fsdp": self.fsdp, "use_vllm": self.use_vllm}
+        wrong = [name for name, is_wrong in other.items() if is_wrong]
+        if self.load_in_4bit and wrong:
+            raise Refusal(
+                "load_in_4bit: expected it with use_peft=true, fsdp=false and use_vllm=false, got "
+                f"{wrong[0]}={str(getattr(self, wrong[0])).lower()}; set load_in_4bit=false or "
+                "change that"
+            )
         if self.use_peft and self.fsdp and self.dtype != "float32":
             raise Refusal(
                 f"dtype: expected float32 with use_peft and fsdp, got {self.dtype}; a shard holds "

@@ -30,6 +30,7 @@ from agro_train.lock import FolderLock
 from agro_train.policy import checkpoint
 from agro_train.policy.adapter import AdapterOff, add_adapter, keeps_base
 from agro_train.policy.load import (
+    check_4bit,
     check_attention,
     end_tokens,
     fingerprint,
@@ -108,6 +109,7 @@ def _set_up(
             check_unfinished(config, folder, start)
     model, _ = ranks.from_main(partial(checkpoint.find_model, config.model, accelerator.print))
     config = replace(config, model=model)
+    check_4bit(config)
     if config.recorded and ranks.main:
         check_cache_folder()
     precision = set_matmul_precision(config.matmul_precision)

@@ -96,6 +96,15 @@ def test_second_signal_ends_the_process_at_once(number: int) -> None:
     assert done.stdout == "still here\n"
 
 
+def test_fork_ends_as_if_there_were_no_block() -> None:
+    with Interrupts():
+        if (child := os.fork()) == 0:
+            send(signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+
 def test_signal_that_is_ignored_stays_so() -> None:
     """As SIGINT is for a job in the background of a script."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
