@@ -233,7 +233,8 @@ def test_learning_rate_and_beta_change_in_mid_run_and_the_record_says_so(
         pytest.approx(row["agro/variance"] / 2) for row in rows[4:]
     ]
     assert configuration.load(folder / "config.yaml").beta == 1.0
-    assert "learning_rate" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "beta from 0.01 to 1.0, steps from 4 to 6, learning_rate from 0.0003 to 0.03" in page
 
 
 def test_epochs_in_place_of_steps_and_completions_that_were_cut_off(
