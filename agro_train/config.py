@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from agro_train.keys import as_markdown, unknown
+from agro_train.keys import as_markdown, nearest, unknown
 from agro_train.refusal import Refusal
 from agro_train.run_folder import RunFolder
 from agro_train.settings import KEYS, TrainConfig
@@ -28,7 +28,8 @@ PAGE = """\
 All settings of a run, with the defaults that hold where nothing else is said. They stand as
 `key: value` in a YAML file, and as `key=value` on the command line of `agro train`, `agro rollout`
 and `agro eval`, where they go over the file's. `agro train my.yaml steps=10 --dry-run` prints what
-is then set.
+is then set. Without a file, and with `model` and `data` left alone, the settings are those of the
+shipped `tiny-arithmetic`.
 
 A list may be written without its brackets: `recorded=a.jsonl,b.jsonl`. `${key}` stands for another
 setting's value: `output_dir: runs/beta-${beta}`. A key with * may change when a run is resumed:
@@ -59,18 +60,47 @@ def find(name: str) -> Path:
         return shipped()[stem]
     raise Refusal(
         f"config: expected a YAML file or one of {', '.join(shipped())}, got {name!r}; "
-        "there is no such file"
+        f"{nearest(stem, shipped())}there is no such file"
     )
 
 
 def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The configuration of a YAML file (None: the embedded default) with `key=value` overrides."""
-    source = Path(path) if path is not None else find("tiny-arithmetic")
-    given = _resolved({**_read_file(source), **_read_overrides(overrides)})
+    """The configuration of a YAML file with `key=value` overrides.
+
+    Without a file (None) it is the shipped tiny-arithmetic, but only where the overrides leave
+    model and data alone: its learning rate and its 24 tokens are that model's. Recorded files
+    without data, where every group comes from them, go without: data is then empty.
+    """
+    changes = _read_overrides(overrides)
+    if path is not None:
+        return _built(_read_file(Path(path)), changes)
+    defaults = TrainConfig()
+    alone = all(
+        changes.get(name, getattr(defaults, name)) == getattr(defaults, name)
+        for name in ("model", "data")
+    )
+    file = _read_file(find("tiny-arithmetic")) if alone else {}
+    file.pop("data", None)  # nobody has asked for it
+    return _built(file, changes)
+
+
+def _built(file: dict[Any, Any], changes: dict[Any, Any]) -> TrainConfig:
+    """The configuration of what a file has and a command line changes."""
+    given = _resolved({**file, **changes})
     for name in given:
         if name not in KEYS:
             raise unknown(str(name), KEYS)
-    config = TrainConfig(**{name: KEYS[name].read(value) for name, value in given.items()})
+    values = {name: KEYS[name].read(value) for name, value in given.items()}
+    if "steps" in changes and not changes.get("num_train_epochs"):
+        values["num_train_epochs"] = 0.0  # the later word counts
+    elif "steps" in changes:
+        raise Refusal(
+            f"num_train_epochs: expected it or steps, got {values['num_train_epochs']:g} and steps="
+            f"{values['steps']}; leave one of them out"
+        )
+    config = TrainConfig(**values)
+    if config.offline and "data" not in given:
+        config = replace(config, data="")
     config.check()
     return config
 
@@ -89,23 +119,28 @@ def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     path = RunFolder(folder).config
     if not path.is_file():
         raise Refusal(
-            f"--resume: expected the folder of a run, got {str(folder)!r}; it has no config.yaml"
+            f"--resume: expected the folder of a run, got {str(folder)!r}; it has no config.yaml: "
+            "no run has begun there, so start one, with the configuration, "
+            f"output_dir={folder} and no --resume"
         )
     resumable = [name for name, key in KEYS.items() if key.resumable]
+    file = _read_file(path)
     for override in overrides:
         if "=" not in override:
             raise Refusal(
                 f"arguments: expected no configuration with --resume, got {override}; "
                 "the run's own config.yaml is used"
             )
-        if (name := override.partition("=")[0]) not in resumable:
+        name = override.partition("=")[0]
+        if name not in KEYS:
+            raise unknown(name, KEYS)
+        if name not in resumable:
             raise Refusal(
                 f"{name}: expected only {', '.join(resumable)} with --resume, got {override}; "
                 "the rest continues as it began"
             )
-    config = load(path, overrides)
-    if "off_policy_taper" not in _read_file(path):  # it began before there was a taper
-        config = replace(config, off_policy_taper=0.0)
+    older = {name: key.older for name, key in KEYS.items() if key.older is not None}
+    config = _built({**older, **file}, _read_overrides(overrides))
     return replace(config, output_dir=str(folder))
 
 

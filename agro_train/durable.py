@@ -9,7 +9,8 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -78,6 +79,37 @@ def append(path: Path, line: str) -> None:
         except BaseException:
             file.truncate(end)
             raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError if no file can be written in a folder, which need not exist. Nothing is left
+    of the attempt."""
+    made = missing(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    finally:
+        remove_empty(made)
+
+
+def missing(folder: Path) -> list[Path]:
+    """The folder and those that it is in, as far as they are not there, the innermost first. Raises
+    NotADirectoryError where one of them is a file."""
+    places = (folder, *folder.parents)
+    found = [place for place in places if not place.exists()]
+    if not places[len(found)].is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    return found
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders that are there and empty, one after the other, up to the first that is not
+    empty."""
+    for folder in folders:
+        if folder.is_dir():
+            if any(folder.iterdir()):
+                return
+            folder.rmdir()
 
 
 def delete_folder(path: Path) -> None:

@@ -173,6 +173,9 @@ class Ahead:
         self._metrics: dict[str, float] = {}
 
     def advance(self, step: int) -> None:
+        # Kept until now: a step that is interrupted before its update takes them again.
+        for taken in [at for at in self.pending if at < step]:
+            del self.pending[taken], self.sampled_by[taken]
         config = self.questioner.config
         last = min(step + config.max_staleness, config.steps - 1)
         for asked in range(self.next, last + 1):
@@ -187,9 +190,8 @@ class Ahead:
     def take(self, step: int) -> list[Group]:
         self.advance(step)
         began = time.perf_counter()
-        groups = self._together(lambda: results(self.pending.pop(step)))
-        del self.sampled_by[step]
-        ready = [at for at, future in self.pending.items() if is_ready(future)]
+        groups = self._together(lambda: results(self.pending[step]))
+        ready = [at for at, future in self.pending.items() if at > step and is_ready(future)]
         self._metrics = {
             "async/wait_s": time.perf_counter() - began,
             "async/engine_idle_s": self.idle_s,
@@ -201,8 +203,8 @@ class Ahead:
     def in_flight(self, step: int) -> list[Group]:
         found: list[Group] = []
         for at in sorted(self.pending):
-            if self.sampled_by[at] == step:
-                continue  # the policy of the checkpoint can sample them again
+            if at < step or self.sampled_by[at] == step:
+                continue  # learned from, or the policy of the checkpoint can sample them again
             try:
                 found += results(self.pending[at])
             except BrokenEngine:

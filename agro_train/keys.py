@@ -44,6 +44,7 @@ class Key:
     verbatim: bool = False  # of a list: a text alone is one member, commas and all
     resumable: bool = False  # whether it may change when a run is resumed
     several: bool = False  # a text that may hold several, with commas; a list is taken for that
+    older: Any = None  # what a run does that began before there was the setting; None: the default
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -144,12 +145,17 @@ def keys_of(settings: type) -> dict[str, Key]:
 
 def unknown(name: str, known: Iterable[str]) -> Refusal:
     """The sentence for a setting that there is not, which names those that are spelt like it."""
-    near = get_close_matches(name, list(known), n=3)
-    guess = f"nearest: {', '.join(near)}; " if near else ""
     return Refusal(
-        f"{name}: expected one of the known keys, got an unknown one; {guess}agro train --help "
-        "lists them all"
+        f"{name}: expected one of the known keys, got an unknown one; {nearest(name, known)}agro "
+        "train --help lists them all"
     )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """For a sentence about a mistyped name: those that are spelt like it, the nearest first; empty
+    where none is."""
+    near = get_close_matches(name, list(known), n=3)
+    return f"nearest: {', '.join(near)}; " if near else ""
 
 
 def as_text(keys: Iterable[Key], width: int = 100) -> str:

@@ -31,8 +31,8 @@ class Questions:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(len(prompt.ids) for prompt in [*self.prompts, *self.held_out])
+        """Tokens of the longest prompt; 0 where there is none."""
+        return max((len(prompt.ids) for prompt in [*self.prompts, *self.held_out]), default=0)
 
 
 def check_files(config: TrainConfig, *, recorded: bool) -> None:
@@ -76,8 +76,10 @@ def load_questions(
         gold_needed: whether it is refused, and not only counted, that no training prompt or no
             held-out prompt has a gold answer that can be parsed.
     """
+    if not (config.data or config.eval_data):
+        return Questions([], [], _left_out(0, [], []), _left_out(0, [], []))
     prompts, held_out, too_long = load_prompts(
-        config.data,
+        config.data or config.eval_data,
         config.eval_data,
         config.eval_prompts,
         tokenizer,
@@ -85,6 +87,8 @@ def load_questions(
         config.max_prompt_length,
         chat_options(config),
     )
+    if not config.data:  # every group is recorded, and the file is to be evaluated on alone
+        prompts, too_long = [], (0, too_long[1])
     if config.model == "tiny":
         tiny.check_prompts([*prompts, *held_out])
     for spec in config.reward:

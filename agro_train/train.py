@@ -1,17 +1,20 @@
 """The loop: prompts -> rollouts -> rewards -> batch -> one policy update a pass."""
 
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from agro_train.callbacks import BrokenCallback
 from agro_train.data.batch import build_batch
 from agro_train.data.mix import in_recorded_order, replayed_groups
 from agro_train.data.recorded import read_rollouts, sampling_logprob, write_rollouts
 from agro_train.engines.engine import BrokenEngine
 from agro_train.evaluate import Evaluation, evaluate, passes, summarise
 from agro_train.fresh import groups_to_json
+from agro_train.interrupt import Interrupted
 from agro_train.metrics import describe, peak_memory_gb
 from agro_train.policy import checkpoint
 from agro_train.rewards.functions import refuse_broken
@@ -28,34 +31,65 @@ def train(run: Run) -> Path:
 
     A resumed run goes on from its newest checkpoint; on a CPU the result is then bitwise that of
     a run that was never interrupted. If that was its last step, only what is missing is made.
+
+    Raises:
+        Interrupted: a signal came, on any rank. The steps that were taken are saved.
     """
+    try:
+        with run.interrupts.noted():
+            _take_steps(run)
+    except (Interrupted, BrokenEngine) as error:
+        number = error.number if isinstance(error, Interrupted) else run.interrupts.received
+        if number is None:
+            raise
+        # vLLM, in this process group, may have ended by the same ctrl-C.
+        taken = max(run.folder.checkpoints(), default=0)
+        raise Interrupted(
+            number,
+            f"interrupted by {signal.Signals(number).name}; {taken} of {run.config.steps} steps "
+            f"are saved, and agro train --resume {run.folder.path} goes on from there",
+        ) from None
+    finally:
+        run.lock.release()
+    return run.folder.path
+
+
+def _take_steps(run: Run) -> None:
     config, start = run.config, run.start.step
     with Display(
         start, config.steps, samples_every=config.samples_every, quiet=not run.main
     ) as display:
         display.say(run.summary)
-        evaluation = None
-        if not run.start.evaluated and (start == config.steps or due(config.eval_every, start)):
-            evaluation = run_evaluation(run, start, display)
         taken = saved = start
+        evaluation = None
         try:
+            run.callbacks.tell("on_train_begin", config, run.folder.path)
+            if not run.start.evaluated and (start == config.steps or due(config.eval_every, start)):
+                evaluation, _ = run_evaluation(run, start, display)
             for step in range(start, config.steps):
+                run.check_interrupts()
                 metrics, rollouts = take_step(run, step)
                 if run.main:
                     write_rollouts(run.folder.rollouts(step + 1), rollouts)
                 run.log(step + 1, metrics)
                 display.step(step + 1, metrics, rollouts)
                 taken = step + 1
-                last = step + 1 == config.steps
-                if last or due(config.eval_every, step + 1):
-                    evaluation = run_evaluation(run, step + 1, display)
+                ends = run.callbacks.tell("on_step_end", taken, metrics, rollouts)
+                last = ends or taken == config.steps
+                if last or due(config.eval_every, taken):
+                    evaluation, ends = run_evaluation(run, taken, display)
+                    last |= ends
                 if not last:
-                    run.fresh.advance(step + 1)
-                if last or due(config.save_every, step + 1):
-                    save(run, step + 1)
+                    run.fresh.advance(taken)
+                if last or due(config.save_every, taken):
                     saved = taken
-        except BrokenEngine:
-            if taken > saved:  # what was learned is not lost with the engine
+                    save(run, taken)
+                if last and taken < config.steps:
+                    display.say(f"A callback ended the run after {taken} steps")
+                    break
+        except (BrokenEngine, BrokenCallback, Interrupted):
+            if taken > saved:  # what was learned is not lost with what broke
+                saved = taken
                 save(run, taken)
             raise
         finally:
@@ -68,9 +102,9 @@ def train(run: Run) -> Path:
                 before = read_rollouts(first) if first.exists() else []
                 display.before_and_after(before, evaluation.greedy)
         display.say(f"Everything is in {run.folder.path}: start with report.html")
+        run.callbacks.tell("on_train_end", taken)
     run.accelerator.wait_for_everyone()  # while the main rank plots, the others stay
     run.accelerator.end_training()
-    return run.folder.path
 
 
 def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
@@ -78,7 +112,8 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
     learned from, over all ranks. Writes nothing."""
     config = run.config
     began = time.perf_counter()
-    rollouts, groups, on_policy = collect(run, step)
+    with run.droppable():
+        rollouts, groups, on_policy = collect(run, step)
     batch = build_batch(
         rollouts,
         groups,
@@ -86,6 +121,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
         token_budget=config.token_budget,
         share_prompts=config.share_prompts,
         min_new_tokens=config.min_new_tokens,
+        mask_truncated=config.mask_truncated_completions,
     )
     stats = update(
         run.models.policy,
@@ -107,7 +143,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
     if run.demonstrations:
         kept = sum(rollout.demonstrated for rollout in rollouts)
         metrics["sample/demonstrations_left_out"] = float(run.mix[step].fresh - kept)
-    metrics["epoch"] = run.mix[step].first_fresh / len(run.questions.prompts)
+    metrics["epoch"] = epoch(run, step)
     metrics["time_s"] = time.perf_counter() - began
     metrics["tokens_per_s"] = metrics["tokens"] / metrics["time_s"]
     metrics["memory_gb"] = max(gather_object([peak_memory_gb(run.accelerator.device)]))
@@ -160,19 +196,30 @@ def recorded(run: Run, step: int) -> list[tuple[Rollout, ...]]:
     return in_recorded_order(run.recorded.groups, step * count, count, run.config.seed)
 
 
+def epoch(run: Run, step: int) -> float:
+    """How often the run has come through its prompts before a step, or through its recorded groups
+    where there is nothing else."""
+    if run.config.offline:
+        return step * run.mix[step].recorded / len(run.recorded.groups)
+    return run.mix[step].first_fresh / len(run.questions.prompts)
+
+
 def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def run_evaluation(run: Run, step: int, display: Display) -> Evaluation | None:
-    """Evaluates on the held-out prompts, records and plots it; None where the run wants none."""
+def run_evaluation(run: Run, step: int, display: Display) -> tuple[Evaluation | None, bool]:
+    """Evaluates on the held-out prompts, records and plots it; None where the run wants none. Also
+    whether a callback then asks for the run's end."""
     held_out = run.questions.held_out
     if not held_out or not run.config.eval_every:
-        return None
+        return None, False
+    run.check_interrupts()
     began = time.perf_counter()
     mine = run.ranks.rank_slice
     numbers = range(len(held_out))[mine]
-    result = evaluate(run.engine, held_out[mine], numbers, run.rewards, run.config, step)
+    with run.droppable():
+        result = evaluate(run.engine, held_out[mine], numbers, run.rewards, run.config, step)
     result = Evaluation(gather_object(result.greedy), gather_object(result.sampled))
     metrics = summarise(result)
     if run.main:
@@ -180,7 +227,8 @@ def run_evaluation(run: Run, step: int, display: Display) -> Evaluation | None:
         run.log(step, {**metrics, "eval_time_s": time.perf_counter() - began})
         plot_run(run.folder.path)
     display.evaluation(step, metrics)
-    return result
+    told = [*result.greedy, *result.sampled]
+    return result, run.callbacks.tell("on_evaluate", step, metrics, told)
 
 
 def save(run: Run, step: int) -> None:
@@ -196,3 +244,4 @@ def save(run: Run, step: int) -> None:
         main=run.main,
     )
     run.accelerator.wait_for_everyone()  # while the main rank writes, the others stay
+    run.callbacks.tell("on_save", step, run.folder.checkpoint(step))

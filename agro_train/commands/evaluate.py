@@ -5,19 +5,19 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from agro_train import config as configuration
 from agro_train.commands.sampler import (
     Sampler,
     check_free,
-    find_model,
     in_words,
-    is_run,
     load_sampler,
 )
 from agro_train.data.recorded import write_rollouts
 from agro_train.evaluate import Estimate, Evaluation, estimates, evaluate
 from agro_train.metrics import proportion
+from agro_train.policy import checkpoint
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards
 from agro_train.run_folder import RunFolder
@@ -36,33 +36,39 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    folder, found, left_out = evaluate_model(options.model, options.settings)
-    if any(left_out.values()):
-        print(f"held-out prompts left out: {in_words(left_out)}")
+    folder, results, found = evaluate_model(options.model, options.settings)
+    if any(results["left_out"].values()):
+        print(f"held-out prompts left out: {in_words(results['left_out'])}")
     print("95 % intervals: bootstrap over the prompts")
     for name, estimate in found.items():
         print(f"{name:>9}  {estimate.value:.3f}  [{estimate.low:.3f}, {estimate.high:.3f}]")
+    print(
+        f"{'cut off':>9}  {results['truncated_rate']:.3f}  of the completions, at "
+        f"max_completion_length={results['max_completion_length']}"
+    )
     print(f"Results and every sample are in {folder}")
     return 0
 
 
 def evaluate_model(
     name: str, settings: Sequence[str]
-) -> tuple[Path, dict[str, Estimate], dict[str, int]]:
+) -> tuple[Path, dict[str, Any], dict[str, Estimate]]:
     """Evaluates a run's newest checkpoint, one of its checkpoints, or any model, on the held-out
     prompts of its configuration with `settings` over it.
 
     Writes results.json, samples.jsonl (every completion) and config.yaml to the folder it returns:
     `output_dir` where it is among the settings, else RUN/evaluations/CHECKPOINT for a run and
-    evaluations/MODEL for any other model. Returns the estimates and, by reason, how many held-out
-    prompts were left out, too.
+    evaluations/MODEL for any other model. Returns what results.json has, and the estimates among
+    it, too.
     """
-    source, step = find_model(name)
-    home = Path(name) if is_run(Path(name)) else None
-    if home is None and step is not None and is_run(Path(name).parent):
+    source, step = checkpoint.find_model(name, print)
+    home = Path(name) if RunFolder(Path(name)).is_run() else None
+    if home is None and step is not None and RunFolder(Path(name).parent).is_run():
         home = Path(name).parent
-    config = configuration.load(None if home is None else RunFolder(home).config, settings)
-    config = replace(config, model=source)
+    if home is not None:
+        config = replace(configuration.load(RunFolder(home).config, settings), model=source)
+    else:  # the model is named here, so that another one's settings do not stand in
+        config = configuration.load(None, [*settings, f"model={json.dumps(source)}"])
     folder = RunFolder(home or Path()).evaluations / Path(source).resolve().name
     if any(setting.startswith("output_dir=") for setting in settings):
         folder = Path(config.output_dir)
@@ -78,8 +84,8 @@ def evaluate_model(
         )
     if not held_out:
         raise Refusal(
-            f"eval_prompts: expected held-out prompts to evaluate on, got none in {config.data}; "
-            "give eval_prompts=N or eval_data=FILE"
+            "eval_prompts: expected held-out prompts to evaluate on, got none in "
+            f"{config.data or 'recorded files'}; give eval_prompts=N or eval_data=FILE"
         )
     result = evaluate(
         sampler.engine(),
@@ -90,27 +96,28 @@ def evaluate_model(
         sampler.step,
     )
     found = estimates(result, rewards, config)
-    _write_evaluation(folder, sampler, result, found)
-    return folder, found, left_out
+    return folder, _write_evaluation(folder, sampler, result, found), found
 
 
 def _write_evaluation(
     folder: Path, sampler: Sampler, result: Evaluation, found: dict[str, Estimate]
-) -> None:
+) -> dict[str, Any]:
     folder.mkdir(parents=True)
     samples = [*result.greedy, *result.sampled]
     write_rollouts(folder / "samples.jsonl", samples)
-    (folder / "config.yaml").write_text(sampler.config.to_yaml())
-    results = {
+    RunFolder(folder).config.write_text(sampler.config.to_yaml())
+    results: dict[str, Any] = {
         "model": sampler.source,
         "step": sampler.step,
         "prompts": len(result.greedy),
         "left_out": sampler.questions.left_out_held,
         "generations": sampler.config.eval_generations,
         "temperature": sampler.config.temperature,
+        "max_completion_length": sampler.config.max_completion_length,
         "truncated_rate": proportion(samples, lambda r: r.finish == "length"),
         "timeout_rate": proportion(samples, lambda r: r.failure == "timeout"),
         "error_rate": proportion(samples, lambda r: r.failure == "error"),
         **{name: asdict(estimate) for name, estimate in found.items()},
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results

@@ -48,6 +48,8 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
     The file appears when it is complete.
     """
     check_free(output, "output")
+    if not config.data:
+        raise Refusal("data: expected prompts to complete, got none; give data=FILE")
     rewards = load_rewards(config)
     sampler = load_sampler(config)
     prompts = sampler.questions.prompts[:count]

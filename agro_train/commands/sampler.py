@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from agro_train import durable
 from agro_train.config import TrainConfig
 from agro_train.engines.transformers_engine import TransformersEngine
 from agro_train.policy import checkpoint
 from agro_train.policy.load import (
+    check_attention,
     end_tokens,
     load_base,
     load_sizes,
@@ -20,7 +22,6 @@ from agro_train.policy.load import (
 )
 from agro_train.questions import Questions, check_files, load_questions
 from agro_train.refusal import Refusal
-from agro_train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Sampler:
 def load_sampler(config: TrainConfig) -> Sampler:
     """Loads `config.model`, which may also be a run's folder, for its newest checkpoint."""
     check_files(config, recorded=False)
-    source, step = find_model(config.model)
+    check_attention(config.attn_implementation)
+    source, step = checkpoint.find_model(config.model, print)
     set_matmul_precision(config.matmul_precision)
     tokenizer, sizes = load_tokenizer(source, config.chat_template), load_sizes(source)
     of_source = replace(config, model=source)
@@ -61,33 +63,6 @@ def load_sampler(config: TrainConfig) -> Sampler:
     )
 
 
-def find_model(name: str) -> tuple[str, int | None]:
-    """What to load for `name`, and the steps it has taken if it is a run or its checkpoint."""
-    path = Path(name)
-    if is_run(path):
-        newest = checkpoint.newest(path, print)
-        if newest is None:
-            raise Refusal(
-                f"model: expected a run with a checkpoint, got {name!r}; there is none in it "
-                "(save_every sets how often one is written)"
-            )
-        path = newest
-    if not (path / checkpoint.STATE).is_file():
-        return name, None
-    try:
-        return str(path), checkpoint.read_state(path).step
-    except (ValueError, TypeError) as error:
-        raise Refusal(
-            f"model: expected a checkpoint as it was written, got {str(path)!r}, whose "
-            f"{checkpoint.STATE} cannot be read ({error}); give another one"
-        ) from error
-
-
-def is_run(path: Path) -> bool:
-    """A folder may have a config.yaml of anything's; metrics only a run's has."""
-    return RunFolder(path).config.is_file() and RunFolder(path).metrics.is_file()
-
-
 def in_words(left_out: Mapping[str, int]) -> str:
     """Why prompts were left out, and how many."""
     return (
@@ -97,8 +72,16 @@ def in_words(left_out: Mapping[str, int]) -> str:
 
 
 def check_free(path: Path, key: str) -> None:
-    """Raises Refusal, naming the setting, where something is at `path`."""
+    """Raises Refusal, naming the setting, where something is at `path` or nothing can be written
+    beside it."""
     if path.exists():
         raise Refusal(
             f"{key}: expected a new name, got {str(path)!r}, which exists; choose another"
         )
+    try:
+        durable.check_writable(path.parent)
+    except OSError as error:
+        raise Refusal(
+            f"{key}: expected a folder that can be written, got {str(path.parent)!r}: "
+            f"{error.strerror}; choose another"
+        ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from agro_train import config as configuration
 from agro_train.durable import no_room
+from agro_train.interrupt import Interrupted, Interrupts
 from agro_train.keys import as_text
 from agro_train.refusal import Refusal
 from agro_train.run_folder import RunFolder
@@ -41,30 +42,41 @@ def run(options: Namespace) -> int:
     if options.dry_run:
         print(config.to_yaml(), end="")
         return 0
-    _train(config, resume=options.resume is not None)
+    with Interrupts() as interrupts:
+        _train(config, interrupts, resume=options.resume is not None)
     return 0
 
 
-def _train(config: configuration.TrainConfig, *, resume: bool) -> None:
-    """Raises Refusal for what ends a run and is no bug, on a full disk too."""
+def _train(config: configuration.TrainConfig, interrupts: Interrupts, *, resume: bool) -> None:
+    """Raises Refusal for what ends a run and is no bug, on a full disk too, and Interrupted for a
+    signal."""
     # They import transformers, which a dry run does not need.
+    from agro_train.callbacks import BrokenCallback
     from agro_train.engines.engine import BrokenEngine
     from agro_train.rewards.functions import BrokenReward
     from agro_train.setup import setup
     from agro_train.train import train
 
     try:
-        run = setup(config, resume=resume)
+        run = setup(config, resume=resume, interrupts=interrupts)
+    except Interrupted as error:
+        again = f"agro train --resume {config.output_dir} goes on" if resume else "start it again"
+        raise Interrupted(
+            error.number, f"interrupted by {error.name} before a step was taken: {again}"
+        ) from None
     except Exception as error:
         raise _refusal(error, config.output_dir) from None
-    refused: str | None = None
+    refused: Refusal | Interrupted | None = None
     try:
         train(run)
-    except (BrokenReward, BrokenEngine) as error:  # raised on all ranks alike
-        refused = str(error)
+    except (BrokenReward, BrokenEngine, BrokenCallback) as error:  # raised on all ranks alike
+        refused = Refusal(str(error))
+        run.accelerator.end_training()
+    except Interrupted as error:  # so is this
+        refused = Interrupted(error.number, str(error))
         run.accelerator.end_training()
     except Exception as error:
-        refused = str(_refusal(error, config.output_dir))
+        refused = Refusal(str(_refusal(error, config.output_dir)))
         # Not end_training: the other ranks are in a collective, and to leave its group takes all.
         for tracker in run.accelerator.trackers:
             tracker.finish()
@@ -74,7 +86,7 @@ def _train(config: configuration.TrainConfig, *, resume: bool) -> None:
     del run
     gc.collect()
     if refused is not None:
-        raise Refusal(refused)
+        raise refused
 
 
 def _refusal(error: Exception, folder: str) -> Refusal:

@@ -24,6 +24,7 @@ def build_batch(
     token_budget: int,
     share_prompts: bool,
     min_new_tokens: int = 0,
+    mask_truncated: bool = False,
 ) -> TrainBatch:
     """Packs whole groups into micro-batches of at most token_budget tokens.
 
@@ -32,9 +33,14 @@ def build_batch(
 
     Args:
         min_new_tokens: so many of a completion's first tokens cannot be end tokens.
+        mask_truncated: whether those that were cut off count as without a reward, so that their
+            group goes without them.
     """
     unknown = float("nan")
-    rewards = [unknown if r.reward is None else r.reward for r in rollouts]
+    rewards = [
+        unknown if r.reward is None or (mask_truncated and r.finish == "length") else r.reward
+        for r in rollouts
+    ]
     ref_logprobs = [unknown if r.ref_logprob is None else r.ref_logprob for r in rollouts]
     sampling = [unknown if r.sampling_logprob is None else r.sampling_logprob for r in rollouts]
     return TrainBatch(

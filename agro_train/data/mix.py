@@ -4,8 +4,9 @@ Replayed groups are the run's own past ones, read back from its record, so a res
 rewinds its record replays exactly what the uninterrupted one did.
 """
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -29,26 +30,48 @@ class Mix:
     replayed: int
     recorded: int
     first_fresh: int  # fresh groups of all earlier steps together
+    replayable: int  # of the fresh ones, those that later steps may replay: all, or none
 
 
-def plan(config: TrainConfig) -> list[Mix]:
+def plan(config: TrainConfig, lost: Collection[int] = ()) -> list[Mix]:
     """The mix of every step of a run.
 
     A step replays `replayed_prompts_per_step` groups, each at most once and none older than
     `replay_max_staleness` steps. While there are fewer (there are none in the first step), fresh
     groups take their place.
+
+    Args:
+        lost: past steps, the first is 0, whose record is gone: they cannot be replayed.
     """
+    return list(itertools.islice(_steps(config, lost), config.steps))
+
+
+def steps_of_epochs(config: TrainConfig, num_prompts: int, num_recorded: int) -> int:
+    """The steps in which a run comes through its `num_train_epochs`: the first after which it has
+    seen each prompt so often, or each recorded group where all are recorded."""
+    wanted = config.num_train_epochs * (num_recorded if config.offline else num_prompts)
+    number = seen = 0
+    steps = _steps(config, ())
+    while seen < wanted:  # it ends: what is replayed was fresh at some time
+        step = next(steps)
+        seen += step.recorded if config.offline else step.fresh
+        number += 1
+    return number
+
+
+def _steps(config: TrainConfig, lost: Collection[int]) -> Iterator[Mix]:
+    """The mix of step after step, without an end."""
     recorded = config.recorded_prompts_per_step
     window: deque[int] = deque(maxlen=config.replay_max_staleness)
-    steps, first_fresh, available = [], 0, 0
-    for _ in range(config.steps):
+    first_fresh = available = 0
+    for number in itertools.count():
         replayed = min(config.replayed_prompts_per_step, available)
         fresh = config.prompts_per_step - recorded - replayed
-        steps.append(Mix(fresh, replayed, recorded, first_fresh))
+        kept = 0 if number in lost else fresh
+        yield Mix(fresh, replayed, recorded, first_fresh, kept)
         first_fresh += fresh
-        available += fresh - (window[0] if len(window) == window.maxlen else 0)
-        window.append(fresh)
-    return steps
+        available += kept - (window[0] if len(window) == window.maxlen else 0)
+        window.append(kept)
 
 
 def in_recorded_order(groups: Sequence[T], first: int, count: int, seed: int) -> list[T]:
@@ -66,7 +89,7 @@ def replayed_groups(
     `record` says where a step's rollouts were logged; it counts the steps from 1.
     """
     oldest = max(0, step - config.replay_max_staleness)
-    candidates = [(past, i) for past in range(oldest, step) for i in range(steps[past].fresh)]
+    candidates = [(past, i) for past in range(oldest, step) for i in range(steps[past].replayable)]
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "replay", step))
     order = torch.randperm(len(candidates), generator=generator).tolist()
     chosen = [candidates[i] for i in order[: steps[step].replayed]]

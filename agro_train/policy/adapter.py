@@ -53,7 +53,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, checkpoint: Path | 
             raise Refusal(
                 f"lora_target_modules: expected names of linear layers, got {targets}: {reason}"
             ) from error
-    lora.base_model_name_or_path = base_name(config)
+    lora.base_model_name_or_path = base_name(config, new=checkpoint is None)
     for kind in ("output", "input"):
         if isinstance(getattr(model, f"get_{kind}_embeddings")(), LoraLayer):
             raise Refusal(
@@ -76,11 +76,24 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, checkpoint: Path | 
             )
 
 
-def base_name(config: TrainConfig) -> str:
-    """Where the frozen weights are, as an adapter's file names them."""
-    if config.model == "tiny":
-        return str(RunFolder(Path(config.output_dir)).base_model.resolve())
+def base_name(config: TrainConfig, *, new: bool) -> str:
+    """Where the frozen weights are, as an adapter's file names them: what transformers loads.
+
+    Args:
+        new: whether the run begins now. One of an earlier version may have kept no weights.
+    """
+    kept = RunFolder(Path(config.output_dir)).base_model
+    if keeps_base(config.model) and (new or kept.is_dir()):
+        return str(kept.resolve())
     return os.path.abspath(config.model) if Path(config.model).exists() else config.model
+
+
+def keeps_base(model: str) -> bool:
+    """Whether a run on `model` with an adapter keeps its base model's weights in its own folder,
+    because transformers has no name for them: they are made on the spot, read from a .gguf file, or
+    the sum of weights and another adapter."""
+    made = model in ("tiny", "smollm2") or model.endswith(".gguf")
+    return made or (Path(model) / CONFIG).is_file()
 
 
 def base_of(folder: Path) -> str | None:
@@ -105,7 +118,7 @@ def with_adapter_merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel
         warnings.simplefilter("ignore", FutureWarning)
         merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     assert isinstance(merged, PreTrainedModel), f"expected a plain model, got {type(merged)}"
-    return merged
+    return merged.requires_grad_(True)  # peft has frozen it, and it may be trained
 
 
 def save(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor]) -> None:

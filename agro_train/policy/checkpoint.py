@@ -125,6 +125,29 @@ def newest(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
+def find_model(name: str, say: Callable[[str], None]) -> tuple[str, int | None]:
+    """What to load for the setting `model`, and the steps it has taken if that is a run, whose
+    newest checkpoint is then meant, or a checkpoint."""
+    path = Path(name)
+    if RunFolder(path).is_run():
+        found = newest(path, say)
+        if found is None:
+            raise Refusal(
+                f"model: expected a run with a checkpoint, got {name!r}; there is none in it "
+                "(save_every sets how often one is written)"
+            )
+        path = found
+    if not (path / STATE).is_file():
+        return name, None
+    try:
+        return str(path), read_state(path).step
+    except (ValueError, TypeError) as error:
+        raise Refusal(
+            f"model: expected a checkpoint as it was written, got {str(path)!r}, whose "
+            f"{STATE} cannot be read ({error}); give another one"
+        ) from error
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if it is as it was written."""
     try:

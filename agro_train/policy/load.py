@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
 )
@@ -26,7 +28,7 @@ from agro_train.config import TrainConfig
 from agro_train.data.chat import turn_end
 from agro_train.policy import tiny
 from agro_train.policy.activations import recompute_mlp_products
-from agro_train.policy.adapter import base_of, with_adapter_merged
+from agro_train.policy.adapter import base_of, keeps_base, with_adapter_merged
 from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed
 
@@ -92,7 +94,7 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
     """A causal LM in the configured dtype, prepared for training; an adapter's folder gives its
     base model with the adapter merged into it."""
     if (base := base_of(Path(source))) is not None:
-        plain = load_model(base, config)
+        plain = load_model(base, replace(config, load_in_4bit=False))  # to add to, exactly
         with _loading(source):
             return with_adapter_merged(plain, Path(source))
     name, gguf = _resolve(source)
@@ -102,12 +104,33 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
             **gguf,
+            **_in_4bit(config),
         )
     if gguf:  # dequantised while loading; forget where it came from, so that it can be saved
         model.hf_quantizer = None
         del model.config.quantization_config
     prepare(model, config)
+    for module in model.modules():
+        # On some CPUs bitsandbytes rounds to bfloat16 where there are no gradients. The reference
+        # would then be another model than the one that is trained.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _in_4bit(config: TrainConfig) -> dict[str, Any]:
+    """What transformers is told for `load_in_4bit`: QLoRA's NF4, with the numbers that scale its
+    blocks in 8 bits. The head and the embeddings stay as they are."""
+    if not config.load_in_4bit:
+        return {}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        )
+    }
 
 
 def prepare(model: PreTrainedModel, config: TrainConfig) -> None:
@@ -165,6 +188,39 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
         raise Refusal(
             f"attn_implementation: expected one that works here, got {name}: {reason[:400]}"
         ) from error
+
+
+def check_attention(name: str) -> None:
+    """Raises Refusal for an attention whose package or device is not there, before there is a
+    model to try it on."""
+    if name != "flash_attention_2":
+        return
+    missing = None
+    if not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
+        missing = "the package flash-attn is not installed: pip install flash-attn"
+    elif not torch.cuda.is_available():
+        missing = "there is no GPU that torch sees"
+    if missing is not None:
+        raise Refusal(
+            f"attn_implementation: expected one that works here, got {name}: {missing}, or set "
+            "attn_implementation=sdpa"
+        )
+
+
+def check_4bit(config: TrainConfig) -> None:
+    """Raises Refusal where `load_in_4bit` lacks its package, or a model that is saved somewhere."""
+    if not config.load_in_4bit:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Refusal(
+            "load_in_4bit: expected the package bitsandbytes, got none; pip install bitsandbytes"
+        )
+    if keeps_base(config.model):
+        raise Refusal(
+            "load_in_4bit: expected a model of a folder or the hub that transformers loads, got "
+            f"{config.model!r}; save it as one, an adapter merged into it, or set "
+            "load_in_4bit=false"
+        )
 
 
 def _resolve(source: str) -> tuple[str, dict[str, str]]:

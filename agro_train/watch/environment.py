@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,14 +23,27 @@ if TYPE_CHECKING:
 PACKAGES = ("agro", "torch", "transformers", "accelerate", "triton")
 
 
-def record_start(folder: Path, step: int, accelerator: "Accelerator", *, resumed: bool) -> str:
+def record_start(
+    folder: Path,
+    step: int,
+    accelerator: "Accelerator",
+    *,
+    resumed: bool,
+    changed: Mapping[str, tuple[Any, Any]] | None = None,
+) -> str:
     """Writes environment.json, one object for every start of the run: its first, and each time it
     was resumed. Returns the run's id, which is the same after every resumption.
+
+    Args:
+        changed: the settings that are others from here on, as they were and as they are.
     """
     path = RunFolder(folder).starts
     before = read_starts(folder) if resumed else []
     run_id = before[0]["run_id"] if before else uuid.uuid4().hex
-    starts = [*before, {"run_id": run_id, "step": step, **describe_environment(accelerator)}]
+    start = {"run_id": run_id, "step": step, **describe_environment(accelerator)}
+    if changed:
+        start["changed"] = {name: {"was": was, "now": now} for name, (was, now) in changed.items()}
+    starts = [*before, start]
     durable.replace(path, json.dumps(starts, indent=2) + "\n")
     return str(run_id)
 

@@ -227,6 +227,11 @@ def environment(starts: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str
         resumed = number > 0 or start["step"] > 0
         caption = f"Resumed after {start['step']} steps" if resumed else ""
         known = {k: v for k, v in start.items() if k not in ("step", "run_id") and v is not None}
+        if "changed" in known:
+            known["changed"] = ", ".join(
+                f"{name} from {values['was']} to {values['now']}"
+                for name, values in known["changed"].items()
+            )
         shown.append((caption, known))
     return shown
 

@@ -1,9 +1,15 @@
 """The command `agro`: its commands, and what is shown of an error."""
 
+import contextlib
 import errno
+import importlib.util
+import io
 import json
 import os
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +59,43 @@ def test_agro_alone_shows_its_commands(capsys: pytest.CaptureFixture[str]) -> No
         assert re.search(rf"^ +{name}\s+{re.escape(command.summary[:20])}", shown, flags=re.M), name
 
 
+def test_mistyped_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["trian"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        "agro: error: expected a command first, got 'trian'; nearest: train; agro alone lists "
+        "them all"
+    )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_any_command_with_a_sentence(
+    number: int,
+    status: int,
+    run_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plot_command, "plot_run", lambda _: os.kill(os.getpid(), number))
+    assert main(["plot", str(run_folder)]) == status
+    assert capsys.readouterr().err == f"agro: interrupted by {signal.Signals(number).name}\n"
+
+
+def test_signal_while_a_run_is_set_up_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        assert (tmp_path / "run" / ".lock").exists()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("agro_train.setup.load_models", interrupt)
+    assert main(["train", f"output_dir={tmp_path / 'run'}"]) == 143
+    said = "agro: interrupted by SIGTERM before a step was taken: start it again\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "run").exists()
+
+
 def test_version_and_help_come_without_torch() -> None:
     program = (
         "import sys; from agro_train.cli import main\n"
@@ -65,6 +108,45 @@ def test_version_and_help_come_without_torch() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert re.match(expected, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The script for bash."""
+    path = tmp_path_factory.mktemp("completion") / "agro.bash"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["--print-completion", "bash"]) == 0
+    path.write_text(printed.getvalue())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["tr"], {"train"}),
+        (["train", "learning_"], {"learning_rate="}),
+        (["train", "beta=1", "smollm2-m"], {"smollm2-math"}),
+        (["train", "--dr"], {"--dry-run"}),
+        (["eval", "a", "eval_pro"], {"eval_prompts="}),
+        (["plot", "fi"], {"file"}),
+    ],
+)
+def test_tab_completes_commands_settings_and_files(
+    words: list[str], offered: set[str], completion: Path, tmp_path: Path
+) -> None:
+    if not (bash := shutil.which("bash")):
+        pytest.skip("there is no bash")
+    (tmp_path / "file").write_text("")
+    line = shlex.join(["agro", *words])
+    program = (
+        f"source {shlex.quote(str(completion))}\n"
+        f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _agro 2>/dev/null\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    done = subprocess.run(
+        [bash, "--norc", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert set(done.stdout.split()) == offered, done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -197,14 +279,31 @@ def test_model_that_cannot_be_loaded_is_refused(
 
 
 def test_attention_that_is_not_installed_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Before a tokenizer or a model is loaded."""
+    monkeypatch.setattr("agro_train.setup.load_tokenizer", lambda _: pytest.fail("too late"))
     settings = ["attn_implementation=flash_attention_2", "share_prompts=false"]
     small = ["warm_start_steps=0", f"output_dir={tmp_path / 'run'}"]
     if torch.cuda.is_available():
         pytest.skip("it may be installed")
     said = refusal(["train", *settings, *small], capsys)
-    assert "attn_implementation: expected one that works here, got flash_attention_2: " in said
+    assert said == (
+        "agro: attn_implementation: expected one that works here, got flash_attention_2: the "
+        "package flash-attn is not installed: pip install flash-attn, or set "
+        "attn_implementation=sdpa\n"
+    )
+
+
+def test_vllm_that_is_not_installed_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("agro_train.setup.load_tokenizer", lambda _: pytest.fail("too late"))
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("it is installed")
+    said = refusal(["train", "use_vllm=true", f"output_dir={tmp_path / 'run'}"], capsys)
+    assert said.startswith("agro: use_vllm: expected the package vllm, got none; pip install ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_checkpointing_that_a_model_lacks_is_refused(

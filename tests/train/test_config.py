@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_origin
 
@@ -53,7 +53,12 @@ def test_dry_run_prints_a_file_that_resolves_to_itself(
     ("setting", "message"),
     [
         ("bta=0.1", "bta: expected one of the known keys, got an unknown one; nearest: beta"),
-        ("lerning_rate=1", "lerning_rate: expected one of the known keys, got an unknown one; "),
+        (
+            "lerning_rate=1",
+            "lerning_rate: expected one of the known keys, got an unknown one; nearest: "
+            "learning_rate; agro",
+        ),
+        ("data=''", "data: expected prompts for the groups that are not recorded, got none; give"),
         ("zzz=1", "zzz: expected one of the known keys, got an unknown one; agro train --help"),
         ("steps.x=1", "steps: expected an integer, got {'x': 1}"),
         ("steps=3.0", "steps: expected an integer, got 3.0"),
@@ -294,7 +299,11 @@ def test_value_has_its_keys_type(setting: str, value: object) -> None:
 
 def test_what_may_change_when_a_run_is_resumed() -> None:
     assert {one.name for one in KEYS.values() if one.resumable} == {
+        "beta",
         "steps",
+        "num_train_epochs",
+        "learning_rate",
+        "callbacks",
         "eval_every",
         "eval_prompts",
         "eval_generations",
@@ -329,6 +338,46 @@ def test_one_reward_may_stand_without_brackets() -> None:
     several = config.load(None, ["reward=[math,my.module:function]", "reward_weights=[1,0.2]"])
     assert several.reward == ["math", "my.module:function"] and several.reward_weights == [1, 0.2]
     assert config.load(None, ["reward_weights=2"]).reward_weights == [2.0]
+
+
+def test_only_model_and_data_left_alone_have_the_tiny_models_settings() -> None:
+    tiny = config.load(config.find("tiny-arithmetic"))
+    plain = TrainConfig()
+    assert (tiny.learning_rate, tiny.max_completion_length) == (3e-4, 24)
+    assert config.load(None, []) == tiny
+    assert config.load(None, ["model=tiny"]) == tiny
+    assert config.load(None, ["beta=0.5"]) == replace(tiny, beta=0.5)
+    for name, value in (("model", "some/model"), ("data", "arithmetic")):
+        found = config.load(None, [f"{name}={value}"])
+        assert found == replace(plain, **{name: value})
+        assert (found.learning_rate, found.max_completion_length) == (1e-5, 64)
+
+
+def test_recorded_files_without_data_go_without(tmp_path: Path) -> None:
+    assert config.load(None, ["recorded=a.jsonl"]).data == ""
+    assert config.load(None, ["model=x", "recorded=a.jsonl"]).data == ""
+    assert config.load(None, ["recorded=a.jsonl", "data=arithmetic"]).data == "arithmetic"
+    mixed = ["recorded=a.jsonl", "recorded_fraction=0.5"]  # the other half is fresh
+    assert config.load(None, mixed).data == "tiny-arithmetic"
+    (tmp_path / "a.yaml").write_text("recorded: [a.jsonl]\n")
+    assert config.load(tmp_path / "a.yaml").data == ""
+    (tmp_path / "a.yaml").write_text("recorded: [a.jsonl]\ndata: arithmetic\n")
+    assert config.load(tmp_path / "a.yaml").data == "arithmetic"
+
+
+def test_of_steps_and_epochs_the_later_word_counts(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 40\nnum_train_epochs: 2\n")
+    for load in (config.load_resumed, lambda at, more=(): config.load(at / "config.yaml", more)):
+        assert load(tmp_path).num_train_epochs == 2.0
+        assert load(tmp_path, ["steps=50"]).num_train_epochs == 0.0
+        assert load(tmp_path, ["num_train_epochs=3"]).num_train_epochs == 3.0
+        with pytest.raises(Refusal, match="num_train_epochs: expected it or steps, got 3 and step"):
+            load(tmp_path, ["num_train_epochs=3", "steps=50"])
+
+
+def test_mistyped_configuration_names_the_nearest() -> None:
+    with pytest.raises(Refusal, match="nearest: smollm2-math.*; there is no such file"):
+        config.find("smolm2-math")
 
 
 def test_unknown_configuration_lists_the_shipped_ones() -> None:

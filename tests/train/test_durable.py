@@ -54,3 +54,19 @@ def test_other_errors_are_no_full_disk() -> None:
         assert durable.no_room(error) is None
     for error in (OSError(errno.ENOSPC, ""), RuntimeError("I/O error (os error 28)")):
         assert durable.no_room(error) == os.strerror(errno.ENOSPC)
+
+
+def test_folder_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for folder in (tmp_path / "a", tmp_path / "b" / "c"):
+        durable.check_writable(folder)
+    assert names(tmp_path) == {"a"} and not names(tmp_path / "a")
+
+
+@pytest.mark.parametrize("below", ["", "b", "b/c"])
+def test_file_is_no_folder_to_write_in(below: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(NotADirectoryError) as error:
+        durable.check_writable(tmp_path / "a" / below)
+    assert error.value.strerror == "Not a directory"
+    assert names(tmp_path) == {"a"}

@@ -1,6 +1,7 @@
 """Prompts are checked for the model that reads them and the rewards that mark them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,18 @@ def test_prompts_left_out_are_counted_by_reason(tmp_path: Path) -> None:
     assert [prompt.text for prompt in found.held_out] == ["2+2="]
     assert found.left_out == found.left_out_held == {"too_long": 1, "unreadable_gold": 1}
     assert found.longest == 4
+
+
+def test_recorded_groups_alone_need_no_prompts(tmp_path: Path) -> None:
+    """Without data there is nothing to be evaluated on, unless eval_data says what."""
+    tokenizer = load_tokenizer("tiny")
+    config = TrainConfig(data="", recorded=["a.jsonl"])
+    nothing = {"too_long": 0, "unreadable_gold": 0}
+    found = load_questions(config, tokenizer, None, gold_needed=True)
+    assert (found.prompts, found.held_out, found.longest) == ([], [], 0)
+    assert found.left_out == found.left_out_held == nothing
+    (tmp_path / "e.jsonl").write_text('{"prompt": "1+2=", "answer": "3"}\n')
+    config = replace(config, eval_data=str(tmp_path / "e.jsonl"))
+    found = load_questions(config, tokenizer, None, gold_needed=True)
+    assert found.prompts == [] and [prompt.text for prompt in found.held_out] == ["1+2="]
+    assert found.left_out == found.left_out_held == nothing

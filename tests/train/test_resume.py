@@ -114,8 +114,9 @@ class Server:
             victims: the ranks that kill_after and kill_at mean.
             job: draw: whether it draws its curves, which takes longer than all the rest. kill_at: a
                 number n or a moment; the victims are killed at the n-th write to the folder, or at
-                that one. file_size: bytes that no file of the run may exceed. grace: seconds that
-                the other ranks have after one has failed, before they are ended, too.
+                that one. signal: what they are sent instead of being killed. file_size: bytes that
+                no file of the run may exceed. grace: seconds that the other ranks have after one
+                has failed, before they are ended, too.
         """
         resumed = (folder / "config.yaml").is_file()
         arguments = ["--resume", str(folder)] if resumed else [f"output_dir={folder}", *settings]
@@ -195,7 +196,7 @@ def be_a_run(job: dict[str, Any], victims: Sequence[int]) -> None:
     if (file_size := job.get("file_size")) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
     if victims and (kill_at := job.get("kill_at")) is not None:
-        kill_at_write(job["folder"], kill_at, victims)
+        kill_at_write(job["folder"], kill_at, victims, job.get("signal", signal.SIGKILL))
     status = 1
     try:
         status = main(job["arguments"])
@@ -205,8 +206,11 @@ def be_a_run(job: dict[str, Any], victims: Sequence[int]) -> None:
         os._exit(status)
 
 
-def kill_at_write(folder: str, at: int | list[str], victims: Sequence[int]) -> None:
-    """Kills processes at this one's n-th write to the folder, or at one of a kind and name."""
+def kill_at_write(
+    folder: str, at: int | list[str], victims: Sequence[int], number: int = signal.SIGKILL
+) -> None:
+    """Kills processes at this one's n-th write to the folder, or at one of a kind and name; or
+    sends them another signal."""
     writes = 0
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -219,7 +223,7 @@ def kill_at_write(folder: str, at: int | list[str], victims: Sequence[int]) -> N
         writes += 1
         if writes == at or (isinstance(at, list) and event == at[0] and path.endswith(at[1])):
             for victim in sorted(victims, key=lambda pid: pid == os.getpid()):  # itself the last
-                os.kill(victim, signal.SIGKILL)
+                os.kill(victim, number)
 
     sys.addaudithook(watch)
 
@@ -272,7 +276,8 @@ def assert_same(folder: Path, whole: Path) -> None:
 def test_run_of_this_kind_that_is_killed_ends_the_same(
     ranks: int, settings: list[str], server: Server, tmp_path: Path
 ) -> None:
-    """The last rank is killed between two checkpoints, then the main one while it writes one."""
+    """The last rank is killed between two checkpoints, then the main one while it writes one; in
+    the end the last one alone is told to end, and all ranks save the step in hand."""
     alone, folder = tmp_path / "whole", tmp_path / "run"
     assert server.run(alone, *SETTINGS, *settings, ranks=ranks) == 0, said(alone)
     for moment, victim in (
@@ -281,8 +286,45 @@ def test_run_of_this_kind_that_is_killed_ends_the_same(
     ):
         how: dict[str, Any] = {"ranks": ranks, "kill_at": moment, "victims": [victim]}
         assert server.run(folder, *SETTINGS, *settings, **how) == KILLED, said(folder)
+    how = {"kill_at": ("open", "/rollouts/.partial-step-000003.jsonl"), "victims": [ranks - 1]}
+    # The grace keeps the others from being ended by the launcher.
+    how |= {"ranks": ranks, "signal": signal.SIGTERM, "grace": 5.0 if ranks > 1 else 0.0}
+    assert server.run(folder, *SETTINGS, *settings, **how) == 143, said(folder)
+    assert said(folder).count(sentence(folder, "SIGTERM", 3)) == ranks
+    assert checkpoint.damage(folder / "checkpoint-3") is None
     assert server.run(folder, *SETTINGS, *settings, ranks=ranks) == 0, said(folder)
     assert_same(folder, alone)
+
+
+def sentence(folder: Path, name: str, saved: int) -> str:
+    return (
+        f"agro: interrupted by {name}; {saved} of {STEPS} steps are saved, and agro train --resume "
+        f"{folder} goes on from there\n"
+    )
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_run_that_is_told_to_end_saves_the_step_in_hand_and_goes_on_as_if_nothing_had_happened(
+    number: signal.Signals,
+    status: int,
+    server: Server,
+    whole: tuple[Path, float],
+    tmp_path: Path,
+) -> None:
+    """Before its first step is written, and in one after which neither a checkpoint is due nor the
+    evaluation is skipped for good."""
+    folder = tmp_path / "run"
+    for step in (1, 3):
+        moment = ("open", f"/rollouts/.partial-step-00000{step}.jsonl")
+        how: dict[str, Any] = {"kill_at": moment, "signal": number}
+        assert server.run(folder, *SETTINGS, **how) == status, said(folder)
+        assert said(folder).endswith(sentence(folder, number.name, step))
+        assert "Traceback" not in said(folder)
+        assert RunFolder(folder).checkpoints().keys() == {step}
+        assert checkpoint.damage(folder / f"checkpoint-{step}") is None
+        assert not (folder / ".lock").exists()
+    assert server.run(folder) == 0, said(folder)
+    assert_same(folder, whole[0])
 
 
 def complete(folder: Path) -> bool:

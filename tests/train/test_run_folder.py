@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from agro_train.refusal import Refusal
 from agro_train.run_folder import RunFolder
 from tests.train.files import largest_file, names
 
@@ -66,3 +67,33 @@ def test_start_without_a_checkpoint_keeps_the_record_aside(tmp_path: Path) -> No
         assert (aside / "samples" / "step-000000.jsonl").read_text() == f"{attempt}"
         assert json.loads((aside / "metrics.jsonl").read_text())["step"] == attempt
     assert folder.config.read_text() == "a: 4\n"
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b'{"reward": 1}', b'{"step": "2"}', b"\xff\xfe", b"\0\0", b"null"]
+)
+def test_damaged_row_is_refused_by_its_line_and_nothing_is_changed(
+    line: bytes, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create("a: 1\n")
+    folder.metrics.write_bytes(b'{"step": 1}\n\n' + line + b'\n{"step": 3}\n')
+    before = folder.metrics.read_bytes()
+    for what in (lambda: folder.evaluated(1), lambda: folder.rewind(1, "b: 2\n")):
+        with pytest.raises(Refusal) as error:
+            what()
+        assert str(error.value) == (
+            f"metrics.jsonl: expected a row of JSON with its step in {folder.metrics}, line 3, got "
+            f"{line!r}; delete that line, or put a copy of the file back"
+        )
+    assert folder.metrics.read_bytes() == before and folder.config.read_text() == "a: 1\n"
+
+
+def test_rewind_makes_what_was_deleted_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create("")
+    folder.log(1, {"reward": 0.5})
+    for name in ("rollouts", "samples"):
+        (tmp_path / name).rmdir()
+    folder.rewind(1, "")
+    assert names(tmp_path) == {"config.yaml", "metrics.jsonl", "rollouts", "samples"}

@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from transformers import get_scheduler
 
 from agro_train.cli import main
 from agro_train.config import TrainConfig
@@ -24,6 +26,7 @@ from agro_train.setup import (
     check_launch,
     check_ranks,
     make_optimizer,
+    set_learning_rate,
     start_accelerator,
 )
 from tests.train.models import rollout, save_llama3_miniature, tiny_policy
@@ -63,6 +66,25 @@ def test_every_rank_needs_a_fresh_group_in_steps_that_have_any() -> None:
         else:
             with pytest.raises(ValueError, match="fresh prompts in a step: .* got 1"):
                 check_ranks(config, Ranks(0, 2), 2, plan(config))
+
+
+@pytest.mark.parametrize("kind", ["constant", "constant_with_warmup", "linear", "cosine"])
+def test_schedule_with_another_learning_rate_is_that_of_a_run_that_always_had_it(
+    kind: str,
+) -> None:
+    def begin(highest: float) -> tuple[Any, Any]:
+        optimizer = torch.optim.AdamW([torch.zeros(1)], lr=highest)
+        return optimizer, get_scheduler(kind, optimizer, 2, 6)
+
+    (optimizer, scheduler), (other, expected) = begin(1e-3), begin(5e-2)
+    for step in range(6):
+        if step == 3:
+            set_learning_rate(optimizer, scheduler, 5e-2)
+        if step >= 3:
+            assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"]
+            assert scheduler.get_last_lr() == expected.get_last_lr()
+        for each in (optimizer, scheduler, other, expected):
+            each.step()
 
 
 def test_data_are_checked_before_the_weights_are_loaded(

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from agro_train.cli import main
 from agro_train.data.rows import read_jsonl
 from agro_train.watch.display import Display
 from tests.train.models import rollout
+from tests.train.test_callbacks import Recording
 
 QUICK = [
     "warm_start_steps=30",
@@ -45,8 +48,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def from_base(finished: Path) -> list[str]:
-    """The finished run's model as it was warm-started, without doing it again."""
-    return [f"model={finished / 'base_model'}", "warm_start_steps=0"]
+    """The finished run's model as it was warm-started, without doing it again, and its settings."""
+    return ["tiny-arithmetic", f"model={finished / 'base_model'}", "warm_start_steps=0"]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -144,6 +147,141 @@ def test_error_of_one_rank_leaves_the_process_group_alone(
     assert not ended
 
 
+def sends_sigterm(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """The call of a function of train.py with this number, from 1, is interrupted."""
+    function, calls = getattr(agro_train.train, name), []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("it went on")
+        return function(*arguments)
+
+    monkeypatch.setattr(agro_train.train, name, interrupted)
+
+
+def test_signal_while_completions_are_sampled_drops_them(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the second step, and then, of the run that goes on, of its second evaluation."""
+    folder = tmp_path / "run"
+    starts = ([f"output_dir={folder}", *QUICK, *from_base(finished)], ["--resume", str(folder)])
+    for arguments, name, call, saved in (
+        (starts[0], "collect", 2, 1),
+        (starts[1], "evaluate", 1, 2),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            sends_sigterm(patch, name, call)
+            assert main(["train", *arguments]) == 143
+        assert capsys.readouterr().err == (
+            f"agro: interrupted by SIGTERM; {saved} of 4 steps are saved, and agro train --resume "
+            f"{folder} goes on from there\n"
+        )
+        steps = [row["step"] for row in metrics(folder) if "reward" in row]
+        assert steps == list(range(1, saved + 1))
+        assert (folder / f"checkpoint-{saved}").is_dir()
+        assert len(list((folder / "rollouts").iterdir())) == saved
+        assert [path.name for path in (folder / "samples").iterdir()] == ["step-000000.jsonl"]
+    assert main(["train", *starts[1]]) == 0
+    assert metrics(folder) == metrics(finished)
+    ours, theirs = weights(folder / "checkpoint-4"), weights(finished / "checkpoint-4")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_callbacks_are_told_and_may_end_a_run(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Recording.told.clear()
+    settings = [*from_base(finished), "save_every=0", "callbacks=tests.train.test_callbacks:"]
+    assert train(tmp_path / "run", *settings[:-1], settings[-1] + "Recording") == 0
+    assert Recording.told == [
+        ("begin", 4, "run"),
+        ("evaluate", 0, True, 16),  # 8 prompts, one greedy completion and one sampled
+        ("step", 1, 4.0, 16),
+        ("step", 2, 4.0, 16),
+        ("evaluate", 2, True, 16),
+        ("save", 2, True),
+        ("end", 2),
+    ]
+    assert "A callback ended the run after 2 steps" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert train(tmp_path / "bad", *settings[:-1], "eval_every=0", settings[-1] + "Raising") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("agro: callbacks: expected on_step_end of ")
+    assert (tmp_path / "bad" / "checkpoint-1").is_dir()  # what was learned is not lost
+
+
+def test_learning_rate_and_beta_change_in_mid_run_and_the_record_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(finished, folder)
+    assert main(["train", "--resume", str(folder), "steps=6", "learning_rate=0.03", "beta=1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "; beta is now 1.0, was 0.01; steps is now 6, was 4; learning_rate is now" in said
+    first, second = json.loads((folder / "environment.json").read_text())
+    assert "changed" not in first and second["changed"] == {
+        "beta": {"was": 0.01, "now": 1.0},
+        "steps": {"was": 4, "now": 6},
+        "learning_rate": {"was": 3e-4, "now": 0.03},
+    }
+    rows = [row for row in metrics(folder) if "reward" in row]
+    # Linear to 0 in 6 steps: what the optimiser has after the fifth is a sixth of the highest.
+    assert [row["learning_rate"] for row in rows[4:]] == [pytest.approx(0.03 / 6), 0.0]
+    assert [row["loss"] for row in rows[4:]] == [
+        pytest.approx(row["agro/variance"] / 2) for row in rows[4:]
+    ]
+    assert configuration.load(folder / "config.yaml").beta == 1.0
+    page = (folder / "report.html").read_text()
+    assert "beta from 0.01 to 1.0, steps from 4 to 6, learning_rate from 0.0003 to 0.03" in page
+
+
+def test_epochs_in_place_of_steps_and_completions_that_were_cut_off(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six prompts, four a step: two steps. Four tokens are too few for nearly every answer."""
+    folder = tmp_path / "epoch"
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"data={tmp_path / 'p.jsonl'}", "eval_prompts=0", "max_completion_length=4"]
+    epochs = [setting for setting in QUICK if not setting.startswith("steps=")]
+    epochs += ["num_train_epochs=1", "mask_truncated_completions=true"]
+    arguments = ["train", f"output_dir={folder}", *from_base(finished), *epochs, *settings]
+    assert main(arguments) == 0
+    steps = metrics(folder)
+    assert [row["step"] for row in steps] == [1, 2]
+    assert [row["epoch"] for row in steps] == [0.0, 4 / 6]
+    for row in steps:
+        assert row["dropped"] == 16 * row["completions/clipped_ratio"] > 0
+        assert row["reward"] is not None  # what they earned is in the record all the same
+    assert configuration.load(folder / "config.yaml").steps == 2
+    message = refusal(["train", "--resume", str(folder)], capsys)
+    assert "num_train_epochs: expected more than the 2 steps that " in message
+
+
+def test_deleted_rollouts_do_not_stop_a_resume(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("rollouts", "checkpoint-4"))
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(finished)
+    ours, theirs = weights(folder / "checkpoint-4"), weights(finished / "checkpoint-4")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_damaged_record_is_refused_on_resume_and_left_as_it_was(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    damaged = (folder / "metrics.jsonl").read_bytes().replace(b'{"step": 1', b'{"ste', 1)
+    (folder / "metrics.jsonl").write_bytes(damaged)
+    message = refusal(["train", "--resume", str(folder), "steps=5"], capsys)
+    assert "metrics.jsonl: expected a row of JSON with its step in " in message
+    assert ", line 2, got b'{\"ste, " in message and "delete that line" in message
+    assert (folder / "metrics.jsonl").read_bytes() == damaged
+
+
 def test_resume_can_go_on_for_longer(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "longer"
     shutil.copytree(finished, folder)
@@ -165,6 +303,9 @@ def test_run_on_its_own_recorded_rollouts_repeats_the_step(finished: Path, tmp_p
     offline = next(row for row in metrics(tmp_path / "offline") if "reward" in row)
     online = next(row for row in metrics(finished) if "reward" in row)
     assert offline["reward"] == online["reward"] > 0
+    # No prompts were asked for, so there are none to be evaluated on.
+    assert not any("eval_accuracy" in row for row in metrics(tmp_path / "offline"))
+    assert offline["epoch"] == 0.0  # before its step
     for key in ("loss", "grad_norm"):  # the groups come in another order, so sums round differently
         assert offline[key] == pytest.approx(online[key], rel=1e-5), key
 
@@ -232,6 +373,23 @@ def test_run_that_replays_resumes_bitwise(mixed_sources: Path, tmp_path: Path) -
     assert metrics(folder) == metrics(mixed_sources)
     ours, theirs = weights(folder / "checkpoint-4"), weights(mixed_sources / "checkpoint-4")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_run_that_replays_goes_on_with_fresh_groups_where_its_record_is_gone(
+    mixed_sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "resumed"
+    gone = shutil.ignore_patterns("rollouts", "checkpoint-4")
+    shutil.copytree(mixed_sources, folder, ignore=gone)
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert "the rollouts of 2 past steps are gone; fresh" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    for step, replayed in ((3, 0), (4, 8)):
+        rows = read_jsonl(folder / "rollouts" / f"step-00000{step}.jsonl")
+        fresh = 12 - replayed
+        expected = ["fresh"] * fresh + ["replayed"] * replayed + ["recorded"] * 4
+        assert [row["source"] for row in rows] == expected
 
 
 def test_recorded_run_asks_the_reference_once(
@@ -335,7 +493,11 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_resume_without_a_run_or_a_checkpoint_is_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "has no config.yaml" in refusal(["train", "--resume", str(tmp_path)], capsys)
+    assert refusal(["train", "--resume", str(tmp_path)], capsys) == (
+        f"agro: --resume: expected the folder of a run, got '{tmp_path}'; it has no config.yaml: "
+        "no run has begun there, so start one, with the configuration, "
+        f"output_dir={tmp_path} and no --resume\n"
+    )
     shutil.copytree(finished, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoint-*"))
     refused = refusal(["train", "--resume", str(tmp_path / "bare")], capsys)
     assert "there is none left in it" in refused
@@ -344,9 +506,14 @@ def test_resume_without_a_run_or_a_checkpoint_is_refused(
 def test_resume_refuses_what_the_checkpoint_decides(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["train", "--resume", str(finished), "steps=5", "learning_rate=0.5"]
-    assert "learning_rate: expected only steps, " in refusal(arguments, capsys)
-    assert configuration.load(finished / "config.yaml").learning_rate != 0.5
+    arguments = ["train", "--resume", str(finished), "steps=5", "temperature=0.5"]
+    assert "temperature: expected only beta, steps, " in refusal(arguments, capsys)
+    assert configuration.load(finished / "config.yaml").temperature != 0.5
+    mistyped = ["train", "--resume", str(finished), "lerning_rate=0.5"]
+    assert refusal(mistyped, capsys) == (
+        "agro: lerning_rate: expected one of the known keys, got an unknown one; nearest: "
+        "learning_rate; agro train --help lists them all\n"
+    )
 
 
 def test_completions_are_text_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,15 +129,15 @@ def test_score_takes_what_json_has_no_word_for_and_replaces_failures(tmp_path: P
 
 
 def test_score_that_is_cut_off_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: object) -> list[Rollout]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(score, "score", interrupt)
     (tmp_path / "r.jsonl").write_text('{"completion": "3", "answer": "3"}\n')
-    with pytest.raises(KeyboardInterrupt):
-        main(["score", str(tmp_path / "r.jsonl"), "reward=number"])
+    assert main(["score", str(tmp_path / "r.jsonl"), "reward=number"]) == 130
+    assert capsys.readouterr().err == "agro: interrupted\n"
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
 
 
@@ -152,9 +152,38 @@ def test_eval_of_a_model_takes_no_config_and_no_folder_of_a_run(
     Path("held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["eval_data=held.jsonl", "max_prompt_length=30", "eval_generations=0"]
     assert main(["eval", "model", *settings]) == 0
-    assert "held-out prompts left out: 1 as too long, 0 as" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "held-out prompts left out: 1 as too long, 0 as" in shown
     results = json.loads(Path("evaluations/model/results.json").read_text())
     assert results["prompts"] == 2 and results["left_out"]["too_long"] == 1
+    # Nothing was said of a length, so it is TrainConfig's and not the tiny model's 24 tokens.
+    samples = read_jsonl(Path("evaluations/model/samples.jsonl"))
+    assert max(len(row["completion_ids"]) for row in samples) <= 64
+    cut_off = sum(row["finish"] == "length" for row in samples) / 2
+    assert results["max_completion_length"] == 64 and results["truncated_rate"] == cut_off
+    assert f"  cut off  {cut_off:.3f}  of the completions, at max_completion_length=64\n" in shown
+
+
+def test_eval_and_rollout_look_first_whether_they_can_write(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("evaluate", "record"):
+        late = f"agro_train.commands.{module}.load_sampler"
+        monkeypatch.setattr(late, lambda _: pytest.fail("too late"))
+    (tmp_path / "file").write_text("")
+    there = tmp_path / "file" / "new"
+    for arguments, key in (
+        (["eval", str(run), f"output_dir={there}"], "output_dir"),
+        (["rollout", f"--output={there}"], "output"),
+    ):
+        assert refusal(arguments, capsys) == (
+            f"agro: {key}: expected a folder that can be written, got '{tmp_path / 'file'}': "
+            "Not a directory; choose another\n"
+        )
+    assert refusal(["rollout", "recorded=a.jsonl", f"--output={tmp_path / 'b'}"], capsys) == (
+        "agro: data: expected prompts to complete, got none; give data=FILE\n"
+    )
+    assert not (tmp_path / "b").exists()
 
 
 def test_rollout_without_a_readable_gold_answer_is_refused(

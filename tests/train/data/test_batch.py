@@ -1,5 +1,8 @@
 """Packing: the shift and the budget."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,6 +22,15 @@ def test_shift_and_shared_prompt_are_as_documented() -> None:
     assert micro.targets.tolist() == [7, 1, 8, 1]
     assert micro.cu_seqlens.tolist() == [0, 2, 4]
     assert micro.attends()[5].tolist() == [True, True, True, True, False, True]
+
+
+def test_truncated_completions_count_as_without_a_reward_where_that_is_asked_for() -> None:
+    rollouts = [replace(rollout("a", [5], [7], 1.0), finish=f) for f in ("stop", "length")]
+    options = {"token_budget": 100, "share_prompts": True}
+    for asked, expected in ((False, [1.0, 1.0]), (True, [1.0, None])):
+        batch = build_batch(rollouts, [0, 0], [True, True], mask_truncated=asked, **options)  # type: ignore[arg-type]
+        found = [None if math.isnan(reward) else reward for reward in batch.rewards.tolist()]
+        assert found == expected
 
 
 def test_without_sharing_every_completion_has_its_own_prompt() -> None:

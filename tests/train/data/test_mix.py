@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from agro_train.config import TrainConfig
-from agro_train.data.mix import Mix, plan, replayed_groups
+from agro_train.data.mix import Mix, plan, replayed_groups, steps_of_epochs
 from agro_train.data.recorded import write_rollouts
 from agro_train.run_folder import RunFolder
 from agro_train.types import Rollout
@@ -37,6 +37,34 @@ def test_fresh_groups_stand_in_until_there_are_some_to_replay() -> None:
     steps = plan(config(replay_fraction=0.5))
     assert [(s.fresh, s.replayed) for s in steps] == [(8, 0)] + [(4, 4)] * 5
     assert [s.first_fresh for s in steps] == [0, 8, 12, 16, 20, 24]
+
+
+def test_steps_whose_record_is_gone_are_not_replayed(tmp_path: Path) -> None:
+    settings = config(replay_fraction=0.5)
+    steps = plan(settings, lost=[0, 1])
+    assert [(s.fresh, s.replayed) for s in steps] == [(8, 0)] * 3 + [(4, 4)] * 3
+    log(tmp_path, steps, 2)
+    replayed = replayed_groups(RunFolder(tmp_path).rollouts, steps, 3, settings)
+    assert len(replayed) == 4 and {group[0].step for group in replayed} == {2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs", "steps"),
+    [
+        ({}, 1, 3),  # 24 prompts, 8 a step
+        ({}, 0.5, 2),
+        ({}, 2, 6),
+        ({"replay_fraction": 0.5}, 1, 5),  # 8 fresh groups, then 4 a step
+        ({"replay_fraction": 1.0}, 1, 7),  # 8, 0, 0, 8, 0, 0, 8
+        ({"recorded": ["a"]}, 1, 5),  # 40 recorded groups
+        ({"recorded": ["a"], "recorded_fraction": 0.5}, 1, 6),  # 4 fresh prompts a step
+    ],
+)
+def test_epochs_are_passes_over_the_prompts_or_the_recorded_groups(
+    changes: dict[str, object], epochs: float, steps: int
+) -> None:
+    settings = config(num_train_epochs=epochs, **changes)
+    assert steps_of_epochs(settings, num_prompts=24, num_recorded=40) == steps
 
 
 def test_shares_of_all_three_sources() -> None:

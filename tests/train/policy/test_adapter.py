@@ -9,22 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from agro_train.cli import main
 from agro_train.config import TrainConfig
+from agro_train.config import load as load_config
 from agro_train.data.rows import read_jsonl
 from agro_train.policy.adapter import (
     AdapterOff,
     adapter_off,
     add_adapter,
+    base_name,
     has_adapter,
     merged_weights,
 )
-from agro_train.policy.load import load_model
+from agro_train.policy.load import check_4bit, load_model
+from agro_train.refusal import Refusal
 from agro_train.setup import place_on_devices
 from agro_train.step import score_batch
 from tests.calls import Calls
@@ -295,6 +298,106 @@ def test_checkpoint_is_evaluated_sampled_and_trained_on(finished: Path, tmp_path
         == 0
     )
     assert {row["step"] for row in read_jsonl(data)} == {2}
+
+
+def test_full_training_goes_on_from_an_adapter(finished: Path, tmp_path: Path) -> None:
+    """A run's folder stands for its newest checkpoint, and the merged weights train."""
+    short = [setting for setting in SHORT if not setting.startswith(("use_peft", "lora"))]
+    folder = tmp_path / "full"
+    arguments = [f"model={finished}", f"output_dir={folder}", "steps=1", "eval_every=0", *short]
+    assert main(["train", "tiny-arithmetic", *arguments]) == 0
+    assert load_config(folder / "config.yaml").model == str(finished / "checkpoint-2")
+    (row,) = (row for row in read_jsonl(folder / "metrics.jsonl") if "reward" in row)
+    assert row["kl"] == 0.0 and row["grad_norm"] > 0
+    merged = dict(load_model(str(finished / "checkpoint-2"), TrainConfig()).named_parameters())
+    trained = load_file(folder / "checkpoint-1" / "model.safetensors")
+    assert trained.keys() == merged.keys()
+    moved = sum(not torch.equal(trained[name], merged[name]) for name in trained)
+    assert moved == len(trained)
+    assert main(["train", "--resume", str(folder), "steps=2"]) == 0
+
+
+def test_adapter_on_top_of_another_is_one_that_peft_loads_by_itself(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "second"
+    arguments = [f"model={finished}", f"output_dir={folder}", "steps=1", "eval_every=0", *SHORT]
+    assert main(["train", "tiny-arithmetic", *arguments]) == 0
+    saved = json.loads((folder / "checkpoint-1" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(folder / "base_model")
+    with warnings.catch_warnings():  # as above
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = AutoPeftModelForCausalLM.from_pretrained(str(folder / "checkpoint-1")).eval()
+    ours = load_model(str(folder / "checkpoint-1"), TrainConfig())
+    ids = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    assert main(["train", "--resume", str(folder), "steps=2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("tiny", "base_model"),
+        ("smollm2", "base_model"),
+        ("some/file.gguf", "base_model"),
+        ("org/name", None),
+    ],
+)
+def test_base_of_an_adapter_has_a_name_that_transformers_loads(
+    model: str, name: str | None, tmp_path: Path
+) -> None:
+    config = TrainConfig(model=model, output_dir=str(tmp_path))
+    assert base_name(config, new=True) == (str(tmp_path / name) if name else model)
+    assert base_name(config, new=False) != str(tmp_path / "base_model")  # an older run kept none
+    (tmp_path / "base_model").mkdir()
+    assert base_name(config, new=False) == base_name(config, new=True)
+
+
+def test_adapter_on_a_4_bit_model_trains_and_resumes(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
+    folder = tmp_path / "run"
+    short = [*SHORT, "load_in_4bit=true", "eval_every=0"]
+    arguments = [f"model={base}", f"output_dir={folder}", "steps=1", *short]
+    assert main(["train", "tiny-arithmetic", *arguments]) == 0
+    assert main(["train", "--resume", str(folder), "steps=2"]) == 0
+    first, second = read_jsonl(folder / "metrics.jsonl")
+    assert first["kl"] == 0.0 and first["agro/logratio_abs_max"] == 0.0
+    assert first["grad_norm"] > 0 and second["kl"] != 0.0
+    weights = load_file(folder / "checkpoint-2" / "adapter_model.safetensors")
+    assert len(weights) == 2 * 3 * 2 and all(weight.any() for weight in weights.values())
+    quantised = load_model(str(base), TrainConfig(use_peft=True, load_in_4bit=True))
+    stored = {p.dtype for n, p in quantised.named_parameters() if n.endswith("_proj.weight")}
+    assert stored == {torch.uint8}
+    assert quantised.lm_head.weight.dtype == torch.float32  # the fused head reads it itself
+    merged = load_model(str(folder / "checkpoint-2"), TrainConfig(load_in_4bit=True))
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_peft": False}, "load_in_4bit: expected it with use_peft=true, .* got use_peft=fals"),
+        ({"fsdp": True}, "load_in_4bit: expected it with .* got fsdp=true"),
+        ({"use_vllm": True}, "load_in_4bit: expected it with .* got use_vllm=true"),
+    ],
+)
+def test_4_bits_go_with_an_adapter_alone(changes: dict[str, bool], message: str) -> None:
+    config = TrainConfig(load_in_4bit=True, use_peft=True)
+    config.check()
+    with pytest.raises(Refusal, match=message):
+        replace(config, **changes).check()  # type: ignore[arg-type]
+
+
+def test_4_bits_need_their_package_and_a_saved_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(load_in_4bit=True, use_peft=True, model="tiny")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Refusal, match="load_in_4bit: expected the package bitsandbytes, got none"):
+        check_4bit(config)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    with pytest.raises(Refusal, match="load_in_4bit: expected a model of a folder .*, got 'tiny'"):
+        check_4bit(config)
+    check_4bit(replace(config, model="org/name"))
 
 
 def test_tiny_run_finds_its_base_model_where_the_run_has_gone(tmp_path: Path) -> None:
