@@ -226,6 +226,5 @@ def draw(curves: Curves, question: Question, runs: Mapping[str, Named]) -> Figur
         else:
             tabular.tidy(axes, title, question.axis, "")
         axes.set_ylim(bottom=0)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    tabular.legend(figure)
     return figure

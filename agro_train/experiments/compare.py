@@ -69,15 +69,15 @@ ALGORITHMS = {
         "-.",
         {"lr_weight": 1.0, "lr_cap": True, **AS_PUBLISHED},
     ),
-    "agro_tapered": Algorithm("AGRO, tapered", tabular.RED, "-", {}),
+    "agro_tapered": Algorithm("AGRO, tapered", tabular.TEAL, "-", {}),
     "agro_per_token": Algorithm(
         "AGRO, tapered by the ratio per token",
-        tabular.BROWN,
+        tabular.TEAL,
         "--",
         {"off_policy_taper_per": "token"},
     ),
     "agro_one_sided": Algorithm(
-        "AGRO, one-sided", tabular.GREEN, ":", {"off_policy_taper": math.inf}
+        "AGRO, one-sided", tabular.TEAL, ":", {"off_policy_taper": math.inf}
     ),
 }
 

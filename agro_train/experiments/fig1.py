@@ -298,8 +298,7 @@ def draw(curves: Curves, marks: dict[str, list[int]]) -> Figure:
         axes.axhline(SOLVED, color="black", lw=0.8, ls=(0, (4, 4)))
         axes.text(1.2, SOLVED * 1.3, "solved", fontsize=9)
     all_axes[0].set_ylabel("KL(policy || optimum), 1 at the start")
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    tabular.legend(figure, ncols=3)
     return figure
 
 

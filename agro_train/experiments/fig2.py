@@ -109,6 +109,5 @@ def draw(curves: Curves, named: Named, panels: Mapping[str, str]) -> Figure:
             compare.draw_curve(axes, curves, each, measure, ALGORITHMS[name])
         tabular.tidy(axes, title, "updates", "")
         axes.set_ylim(bottom=0)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    tabular.legend(figure, ncols=3)
     return figure

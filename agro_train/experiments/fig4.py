@@ -193,8 +193,7 @@ def draw(
             axes.plot(*at, "k.", markersize=8)
             axes.annotate(text, at, (6, -12), textcoords="offset points", fontsize=8)
     all_axes[0].set_ylabel("held-out reward, sampled")
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    tabular.legend(figure)
     return figure
 
 

@@ -94,6 +94,5 @@ def draw(curves: Curves, settings: Mapping[Setting, Named]) -> Figure:
             tabular.tidy(axes, f"{data} generations, beta = {beta:g}", "updates", label)
     for axes in grid.flat:  # last: it ends the scaling that panels of a row share
         axes.set_ylim(bottom=0)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    tabular.legend(figure)
     return figure

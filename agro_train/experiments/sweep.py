@@ -33,6 +33,7 @@ from agro_train.experiments.language import (
     version,
 )
 from agro_train.refusal import Refusal
+from agro_train.settings import KEYS
 from agro_train.watch.environment import git_commit
 
 T = TypeVar("T")
@@ -109,12 +110,9 @@ class Sweep:
                 "settings that they do not name, got no such file; bring it, or give another folder"
             )
         now = json.loads(json.dumps(defaults()))
-        if unsaid := sorted(now.keys() - then.keys()):
-            raise Refusal(
-                f"output_dir: expected in {path} what the runs beside it had for "
-                f"{', '.join(unsaid)}, got nothing; add the values that they were made with, or "
-                "give another folder"
-            )
+        # A setting that came later: what a run did before there was it.
+        older = {key: now[key] if KEYS[key].older is None else KEYS[key].older for key in now}
+        then = older | dict(then)
         changed = {key: then[key] for key in now if now[key] != then[key]}
         for row in self.rows if changed else ():
             one = _point_of(row)

@@ -129,6 +129,5 @@ def draw(
         axes.set_xticks(range(len(spreads)), [f"{sd:g}" for sd in spreads])
         tabular.tidy(axes, title, "standard deviation of the rewards / beta", "")
     figure.axes[0].set_ylabel("problems that reach the optimum, %")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    tabular.legend(figure, ncols=3)
     return figure

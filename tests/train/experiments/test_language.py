@@ -272,6 +272,12 @@ def test_a_known_run_keeps_the_default_it_was_made_with(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["off_policy_taper"] == 1.0
     assert len(known().curves([offline, published, fresh])) == 3
     assert ran == [offline]
+    # Of a setting that the file does not know, what runs did before there was it: no taper.
+    said = json.loads(path.read_text())
+    del said["off_policy_taper"], said["beta"]
+    path.write_text(json.dumps(said))
+    assert len(known().curves([published])) == 1
+    assert ran == [offline]
     path.unlink()
     with pytest.raises(Refusal, match="expected .*language_defaults.json, which says what"):
         known()
