@@ -161,11 +161,11 @@ class Ahead:
         by_step: dict[int, list[Group]] = defaultdict(list)
         for group in restored:
             by_step[group.step].append(group)
-        self.next = start  # the first step whose groups nobody has been asked for
-        for step in sorted(by_step):
+        # The first step whose groups nobody has been asked for.
+        self.next = max(by_step, default=start - 1) + 1
+        for step in range(start, self.next):  # some have no fresh groups
             self.pending[step] = done([done(group) for group in by_step[step]])
             self.sampled_by[step] = -1
-            self.next = step + 1
         self.snapshot: Snapshot | None = None  # the newest weights that were copied
         self.loaded: int | None = None  # the steps of the weights that the engine has
         self.idle_since = time.perf_counter()
@@ -207,17 +207,17 @@ class Ahead:
                 continue  # learned from, or the policy of the checkpoint can sample them again
             try:
                 found += results(self.pending[at])
-            except BrokenEngine:
-                break  # the checkpoint that is written when an engine ends
+            except Refusal:
+                break  # the checkpoint that is written when what makes the groups has ended
         return found
 
     def metrics(self) -> dict[str, float]:
         return self._metrics
 
     def close(self) -> None:
-        self.engine.close()
         self.sampling.close()
         self.scoring.close()
+        self.engine.close()
 
     def complete(
         self,
@@ -251,7 +251,8 @@ class Ahead:
     def weights(self, step: int) -> Snapshot:
         """A copy of the policy's weights as they are."""
         if self.snapshot is None or self.snapshot.step != step:
-            self.snapshot = self.engine.snapshot(step, self.questioner.prompts[0])
+            prompt = self.questioner.prompts[0]
+            self.snapshot = self._together(lambda: self.engine.snapshot(step, prompt))
         return self.snapshot
 
     def _sample(self, step: int, snapshot: Snapshot) -> list[Future[Group]]:
@@ -287,11 +288,8 @@ class Ahead:
         except Refusal as error:
             failure = error
         texts = self.questioner.ranks.gather([failure and str(failure)])
-        if failure is not None:
-            raise failure
-        for text in texts:
-            if text:
-                raise BrokenEngine(text)
+        for text in filter(None, texts):
+            raise BrokenEngine(text) from failure
         return result  # type: ignore[return-value]
 
 
@@ -317,6 +315,7 @@ class Lane:
 
     def __init__(self, name: str) -> None:
         self.jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.closed = False
         Thread(target=self._work, name=name, daemon=True).start()
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
@@ -332,11 +331,12 @@ class Lane:
         return future
 
     def close(self) -> None:
-        """What was asked for before is still done."""
+        """What it does is done to its end; what still waits is not begun."""
+        self.closed = True
         self.jobs.put(None)
 
     def _work(self) -> None:
-        while (job := self.jobs.get()) is not None:
+        while (job := self.jobs.get()) is not None and not self.closed:
             job()
 
 

@@ -42,7 +42,8 @@ def check_files(config: TrainConfig, *, recorded: bool) -> None:
     Args:
         recorded: whether those of the setting `recorded` are wanted, too.
     """
-    check_sources(config.data)
+    if config.data:
+        check_sources(config.data)
     if config.eval_data:
         check_sources(config.eval_data, "eval_data")
     for path in config.recorded if recorded else ():

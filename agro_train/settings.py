@@ -246,7 +246,10 @@ class TrainConfig:
     vllm_server_base_url: list[str] = key(
         ["http://127.0.0.1:8000"],
         "where the server listens; of several servers, which share the prompts, each one's",
-        rule=("http://HOST:PORT", lambda urls: bool(urls) and all(map(_is_url, urls))),
+        rule=(
+            "http://HOST:PORT, each server once",
+            lambda urls: bool(urls) and all(map(_is_url, urls)) and _are_distinct(urls),
+        ),
         resumable=True,
     )
     vllm_server_timeout: float = key(
@@ -372,13 +375,18 @@ class TrainConfig:
             )
 
     def _check_adapter(self) -> None:
-        other = {"use_peft": not self.use_peft, "fsdp": self.fsdp, "use_vllm": self.use_vllm}
+        other = {
+            "use_peft": not self.use_peft,
+            "fsdp": self.fsdp,
+            "use_vllm": self.use_vllm,
+            "max_staleness": self.max_staleness > 0,  # the sampling process has a plain model
+        }
         wrong = [name for name, is_wrong in other.items() if is_wrong]
         if self.load_in_4bit and wrong:
             raise Refusal(
-                "load_in_4bit: expected it with use_peft=true, fsdp=false and use_vllm=false, got "
-                f"{wrong[0]}={str(getattr(self, wrong[0])).lower()}; set load_in_4bit=false or "
-                "change that"
+                "load_in_4bit: expected it with use_peft=true, fsdp=false, use_vllm=false and "
+                f"max_staleness=0, got {wrong[0]}={str(getattr(self, wrong[0])).lower()}; set "
+                "load_in_4bit=false or change that"
             )
         if self.use_peft and self.fsdp and self.dtype != "float32":
             raise Refusal(
@@ -464,7 +472,8 @@ class TrainConfig:
 
     @property
     def evaluates(self) -> bool:
-        return self.eval_every > 0 and self.eval_prompts > 0
+        has_prompts = bool(self.data or self.eval_data)
+        return self.eval_every > 0 and self.eval_prompts > 0 and has_prompts
 
     def variance_baseline(self) -> float | str:
         """lr_baseline as agro_coefficients takes it."""

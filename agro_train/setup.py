@@ -23,7 +23,7 @@ from agro_train.callbacks import load_callbacks
 from agro_train.config import TrainConfig, load_resumed
 from agro_train.data.demonstrations import load_demonstrations
 from agro_train.data.mix import Mix, in_recorded_order, plan, steps_of_epochs
-from agro_train.data.recorded import Recorded, load_recorded
+from agro_train.data.recorded import Recorded, load_recorded, read_rollouts
 from agro_train.engines.engine import Engine
 from agro_train.engines.process_engine import ProcessEngine
 from agro_train.engines.transformers_engine import TransformersEngine
@@ -142,8 +142,8 @@ def _set_up(
         steps = steps_of_epochs(config, len(questions.prompts), len(recorded.groups))
         config = replace(config, steps=steps)
         check_unfinished(config, folder, start)
-    lost = ranks.from_main(partial(lost_steps, config, folder, start, accelerator))
-    mix = plan(config, lost)
+    past = ranks.from_main(partial(past_groups, config, folder, start, accelerator))
+    mix = plan(config, past)
     check_ranks(config, ranks, len(questions.held_out), mix)
     demonstrations = {}
     if config.demonstrations:
@@ -281,20 +281,24 @@ def check_unfinished(config: TrainConfig, folder: RunFolder, start: Start) -> No
         )
 
 
-def lost_steps(
+def past_groups(
     config: TrainConfig, folder: RunFolder, start: Start, accelerator: Accelerator
-) -> list[int]:
-    """The past steps, the first is 0, whose rollouts are gone although a step might replay them."""
-    if not config.replayed_prompts_per_step:
-        return []
+) -> dict[int, int | None]:
+    """By past step, the first is 0, the fresh groups in its record, None where that is gone; empty
+    where all are there, or none might be replayed."""
     there = folder.all_rollouts()
     lost = [step for step in range(start.step) if step + 1 not in there]
-    if lost:
-        accelerator.print(
-            f"{folder.path}: the rollouts of {len(lost)} past steps are gone; fresh groups take "
-            "the place of those that would be replayed"
-        )
-    return lost
+    if not (lost and config.replayed_prompts_per_step):
+        return {}
+    accelerator.print(
+        f"{folder.path}: the rollouts of {len(lost)} past steps are gone; fresh groups take "
+        "the place of those that would be replayed"
+    )
+    past: dict[int, int | None] = dict.fromkeys(lost)
+    for step in set(range(start.step)) - past.keys():
+        rows = read_rollouts(there[step + 1])
+        past[step] = sum(row.source == "fresh" for row in rows) // config.num_generations
+    return past
 
 
 def newest_checkpoint(folder: Path, accelerator: Accelerator) -> Path | None:
@@ -445,7 +449,7 @@ def groups_in_flight(start: Start, ask: Questioner) -> list[Group]:
     groups = list(groups_of_json(path.read_text()))
     count = Counter(group.step for group in groups)
     last = start.step
-    while last in count and count[last] == ask.mix[last].fresh:
+    while last < len(ask.mix) and count[last] == ask.mix[last].fresh:
         last += 1
     return [g for g in groups if g.step < last and g.number in ask.numbers(g.step)]
 

@@ -87,7 +87,9 @@ def _take_steps(run: Run) -> None:
                 if last and taken < config.steps:
                     display.say(f"A callback ended the run after {taken} steps")
                     break
-        except (BrokenEngine, BrokenCallback, Interrupted):
+        except (BrokenEngine, BrokenCallback, Interrupted) as error:
+            if isinstance(error, Interrupted) and taken > saved:
+                display.say(f"{error.name}: step {taken} is being saved; once more ends it at once")
             if taken > saved:  # what was learned is not lost with what broke
                 saved = taken
                 save(run, taken)

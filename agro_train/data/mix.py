@@ -6,7 +6,7 @@ rewinds its record replays exactly what the uninterrupted one did.
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -33,7 +33,7 @@ class Mix:
     replayable: int  # of the fresh ones, those that later steps may replay: all, or none
 
 
-def plan(config: TrainConfig, lost: Collection[int] = ()) -> list[Mix]:
+def plan(config: TrainConfig, past: Mapping[int, int | None] | None = None) -> list[Mix]:
     """The mix of every step of a run.
 
     A step replays `replayed_prompts_per_step` groups, each at most once and none older than
@@ -41,9 +41,10 @@ def plan(config: TrainConfig, lost: Collection[int] = ()) -> list[Mix]:
     groups take their place.
 
     Args:
-        lost: past steps, the first is 0, whose record is gone: they cannot be replayed.
+        past: where some of a resumed run's record is gone: by past step, the first is 0, how many
+            fresh groups its record has; None where there is none, which cannot be replayed.
     """
-    return list(itertools.islice(_steps(config, lost), config.steps))
+    return list(itertools.islice(_steps(config, past or {}), config.steps))
 
 
 def steps_of_epochs(config: TrainConfig, num_prompts: int, num_recorded: int) -> int:
@@ -51,7 +52,7 @@ def steps_of_epochs(config: TrainConfig, num_prompts: int, num_recorded: int) ->
     seen each prompt so often, or each recorded group where all are recorded."""
     wanted = config.num_train_epochs * (num_recorded if config.offline else num_prompts)
     number = seen = 0
-    steps = _steps(config, ())
+    steps = _steps(config, {})
     while seen < wanted:  # it ends: what is replayed was fresh at some time
         step = next(steps)
         seen += step.recorded if config.offline else step.fresh
@@ -59,15 +60,19 @@ def steps_of_epochs(config: TrainConfig, num_prompts: int, num_recorded: int) ->
     return number
 
 
-def _steps(config: TrainConfig, lost: Collection[int]) -> Iterator[Mix]:
+def _steps(config: TrainConfig, past: Mapping[int, int | None]) -> Iterator[Mix]:
     """The mix of step after step, without an end."""
     recorded = config.recorded_prompts_per_step
     window: deque[int] = deque(maxlen=config.replay_max_staleness)
     first_fresh = available = 0
     for number in itertools.count():
         replayed = min(config.replayed_prompts_per_step, available)
-        fresh = config.prompts_per_step - recorded - replayed
-        kept = 0 if number in lost else fresh
+        own = config.prompts_per_step - recorded
+        # Of a past step, what it had: it was planned while more was there to replay.
+        made = past.get(number)
+        fresh = own - replayed if made is None else made
+        replayed = own - fresh
+        kept = 0 if number in past and made is None else fresh
         yield Mix(fresh, replayed, recorded, first_fresh, kept)
         first_fresh += fresh
         available += kept - (window[0] if len(window) == window.maxlen else 0)

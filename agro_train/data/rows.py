@@ -8,6 +8,7 @@ are numbers in one row and text in the next), guesses the types of CSV cells (an
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -50,12 +51,12 @@ def numbered_rows(path: Path, key: str = "data") -> list[tuple[int, Row]]:
                 return list(enumerate(_listed_rows(path, key, file.read()), start=1))
         with _opened(path) as file:
             return list(_line_rows(path, key, file))
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise Refusal(f"{key}: expected a gzip file, got {str(path)!r}: {error}") from error
 
 
 def check_file(path: Path, key: str) -> None:
-    """Raises Refusal where there is no such file, or one of no known kind. Reads nothing."""
+    """Raises Refusal where there is no such file, or it cannot be read as it is. Reads nothing."""
     if not path.is_file():
         raise Refusal(
             f"{key}: expected a file of rows, got {str(path)!r}; there is no such file{near(path)}"

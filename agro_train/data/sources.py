@@ -1,6 +1,7 @@
 """What `data=` names: tasks, files, folders and hub datasets, one or several, and their rows."""
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ def check_sources(sources: str, key: str = "data") -> None:
 
 def split_sources(sources: str, key: str) -> list[str]:
     """The single names in a setting: parts between commas, and what wildcards stand for."""
-    if Path(sources).expanduser().exists():  # a file's name may have commas and brackets, too
+    # A file's name may have commas and brackets, too. Not Path.exists, which raises for long names.
+    if os.path.exists(os.path.expanduser(sources)):
         return [sources]
     found: list[str] = []
     for part in filter(None, (part.strip() for part in sources.split(","))):
@@ -103,11 +105,12 @@ def _local(source: str, key: str) -> tuple[Path, str | None] | None:
 def _folder_rows(path: Path, split: Split, wanted: str | None, key: str) -> list[Row]:
     """A folder of `save_to_disk`, or one of data files."""
     from datasets import DatasetDict, load_dataset, load_from_disk  # slow to import
+    from datasets.exceptions import DatasetsError
 
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         dataset = load_from_disk(str(path)) if saved else load_dataset(str(path))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise Refusal(
             f"{key}: expected a folder of save_to_disk or of data files, got {str(path)!r}: "
             f"{_first_line(error)}"

@@ -1,10 +1,11 @@
 """The program that samples beside a run, `python -m THIS_MODULE TIMEOUT_S FOLDER DEVICE THREADS`.
 
-FOLDER holds the run's config.yaml, and the model's configuration and tokenizer. A job is `{"load":
-[files]}`, or prompts with what `Generator.complete` takes: the answer is then, prompt after prompt,
-`[[ids, logprobs or null, kept ids or null]]` of its completions.
+FOLDER holds the run's config.yaml and end tokens, and the model's configuration and tokenizer. A
+job is `{"load": [files]}`, or prompts with what `Generator.complete` takes: the answer is then,
+prompt after prompt, `[[ids, logprobs or null, kept ids or null]]` of its completions.
 """
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,12 +22,13 @@ from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
 from agro_train.engines.engine import Sampling
 from agro_train.engines.transformers_engine import generate
-from agro_train.policy.load import end_tokens, prepare, set_matmul_precision
+from agro_train.policy.load import barred, prepare, set_matmul_precision
 from agro_train.policy.policy import Policy
 from agro_train.rewards.worker_main import serve
 from agro_train.types import Prompt, Rollout
 
 SETTINGS = "config.yaml"
+END_TOKENS = "end_tokens.json"  # the run's, which a model's configuration alone may not name
 
 
 def start(folder: Path, device: str, threads: int) -> Callable[[dict[str, Any]], Any]:
@@ -40,16 +42,19 @@ def start(folder: Path, device: str, threads: int) -> Callable[[dict[str, Any]],
         attn_implementation=config.attn_implementation,
     ).to(device)
     prepare(model, config)
-    return Generator(model, AutoTokenizer.from_pretrained(folder), config).work
+    ends = set(json.loads((folder / END_TOKENS).read_text()))
+    return Generator(model, AutoTokenizer.from_pretrained(folder), ends, config).work
 
 
 class Generator:
     """The model, which has no weights before the first job of loading them."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: TrainConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, end_tokens: set[int], config: TrainConfig
+    ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.end_tokens = end_tokens(model, tokenizer)
-        self.policy = Policy(model, self.end_tokens if config.min_new_tokens else ())
+        self.end_tokens = end_tokens
+        self.policy = Policy(model, barred(config, end_tokens))
         self.loaded = False
 
     def work(self, job: dict[str, Any]) -> Any:

@@ -1,6 +1,8 @@
 """transformers' `generate` in a process of its own, which samples while the policy is trained."""
 
+import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from agro_train.config import TrainConfig
@@ -41,12 +44,12 @@ class ProcessEngine:
     ) -> None:
         self.policy, self.tokenizer, self.end_tokens = policy, tokenizer, end_tokens
         self.config = config
-        where = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else None
-        self.folder = tempfile.TemporaryDirectory(prefix="agro-", dir=where)
+        self.folder = tempfile.TemporaryDirectory(prefix="agro-", dir=place(policy, config))
         path = Path(self.folder.name)
         unwrap(policy).model.config.save_pretrained(path)
         tokenizer.save_pretrained(path)
         (path / generation_worker.SETTINGS).write_text(config.to_yaml())
+        (path / generation_worker.END_TOKENS).write_text(json.dumps(sorted(end_tokens)))
         self.workers = Workers(
             generation_worker.__name__,
             str(path),
@@ -61,21 +64,27 @@ class ProcessEngine:
     def snapshot(self, step: int, prompt: Prompt) -> Snapshot:
         del prompt
         folder = Path(self.folder.name) / f"step-{step}"
-        folder.mkdir()
         weights = merged_weights(unwrap(self.policy).model)
         try:
+            # Anew where a signal has interrupted the first try.
+            folder.mkdir(parents=True, exist_ok=True)
             return Snapshot(step, tuple(written(weights, folder, None)))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise BrokenEngine(
                 f"max_staleness: expected room for a copy of the weights in {folder}, got {error}; "
-                "make room there, or set max_staleness=0"
+                "make room there (TMPDIR names another place), or start with max_staleness=0"
             ) from error
+        finally:  # a rank that fails takes part in gathering sharded weights all the same
+            for _ in weights:
+                pass
 
     def load(self, snapshot: Snapshot) -> None:
         missing = self._job({"load": [str(file) for file in snapshot.files]})
         assert not missing, f"the sampling process has other weights: {missing[0]}"
         for file in snapshot.files:
             file.unlink()
+        if snapshot.files:
+            snapshot.files[0].parent.rmdir()
 
     def sample(
         self,
@@ -116,6 +125,7 @@ class ProcessEngine:
             logprobs,
             Sampling.of(self.config),
         )
+        assert len(whole.completion_ids) == len(ids), "both processes know the same ends"
         return replace(whole, kept_ids=kept)
 
     def close(self) -> None:
@@ -132,3 +142,13 @@ class ProcessEngine:
                 "memory runs out); go on with --resume"
             )
         return result
+
+
+def place(policy: nn.Module, config: TrainConfig) -> Path | None:
+    """Where copies of the weights wait: in memory, if that holds all that may wait at once."""
+    if not (MEMORY.is_dir() and os.access(MEMORY, os.W_OK)):
+        return None
+    model = unwrap(policy).model
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    enough = shutil.disk_usage(MEMORY).free > (config.max_staleness + 1) * size
+    return MEMORY if enough else None

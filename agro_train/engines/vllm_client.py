@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -353,16 +353,15 @@ class Servers:
         while left:
             alive = list(self.alive)
             prompts = {ids: n for n, ids in enumerate({r.prompt_ids: None for r in left.values()})}
-            parts: list[dict[int, Request]] = [{} for _ in alive]
-            for place, request in left.items():
-                parts[prompts[request.prompt_ids] % len(alive)][place] = request
             failed: list[tuple[Server, BrokenEngine]] = []
-            with ThreadPoolExecutor(AT_ONCE * len(alive)) as threads:
-                asked = {
-                    threads.submit(server._tokens, request): (place, server)
-                    for server, part in zip(alive, parts, strict=True)
-                    for place, request in part.items()
-                }
+            with ExitStack() as stack:
+                # A pool each: a slow server must not hold up what another one is asked.
+                pools = [stack.enter_context(ThreadPoolExecutor(AT_ONCE)) for _ in alive]
+                asked = {}
+                for place, request in left.items():
+                    number = prompts[request.prompt_ids] % len(alive)
+                    future = pools[number].submit(alive[number]._tokens, request)
+                    asked[future] = place, alive[number]
                 for future in as_completed(asked):
                     place, server = asked[future]
                     try:

@@ -12,6 +12,7 @@ expectation is then off by a share of about that difference, summed over a compl
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
 from agro_train.engines.engine import BrokenEngine, Sampling, Snapshot, completion_seed, cut
 from agro_train.engines.vllm_client import (
+    TOKENS_S,
     Answer,
     Client,
     Colocated,
@@ -70,6 +72,7 @@ class VllmEngine:
         self.probe: Rollout | None = None  # a completion that both sides are asked about
         self.before: tuple[Tensor, Tensor] | None = None  # its log-probabilities: ours, vLLM's
         self.beside: Any = None  # the ranks' group for the thread that samples beside the updates
+        self.waiting: tempfile.TemporaryDirectory[str] | None = None  # for weights on their way
 
     def complete(
         self,
@@ -210,7 +213,9 @@ class VllmEngine:
         until `load`."""
         if self.sent is None:
             if torch.distributed.is_initialized():
-                self.beside = torch.distributed.new_group(backend="gloo")
+                # In it a rank waits for the slowest one's completions.
+                limit = timedelta(seconds=TOKENS_S)
+                self.beside = torch.distributed.new_group(backend="gloo", timeout=limit)
             self.send(prompt)
             self.sent = step
             return Snapshot(step)
@@ -223,7 +228,8 @@ class VllmEngine:
         try:
             if not self.accelerator.is_main_process:
                 return ()
-            folder = Path(tempfile.mkdtemp(prefix="agro-", dir=where))
+            self.waiting = self.waiting or tempfile.TemporaryDirectory(prefix="agro-", dir=where)
+            folder = Path(tempfile.mkdtemp(dir=self.waiting.name))
             return tuple(written(weights, folder, rollout_dtype(self.config)))
         except (OSError, SafetensorError) as error:
             raise BrokenEngine(
@@ -259,7 +265,10 @@ class VllmEngine:
             self.client.keep(set.intersection(*gathered(alive, group)))
 
     def close(self) -> None:
-        """A server is not the run's own, and vLLM beside this process ends with it."""
+        """Deletes weights that wait. A server is not the run's own, and vLLM beside this process
+        ends with it."""
+        if self.waiting is not None:
+            self.waiting.cleanup()
 
     def check(self, ours: Tensor) -> Tensor:
         """vLLM's log-probabilities of the probe, once they are seen to be `ours`; of several

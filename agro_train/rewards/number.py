@@ -138,4 +138,5 @@ def _decimal(match: re.Match[str]) -> Decimal:
     digits = re.sub(r"[^\d.]", "", match["digits"])
     exponent = (match["exponent"] or "").replace("\u2212", "-")
     number = Decimal(digits + exponent)
-    return -number if match["sign"] or match["inner"] else number
+    # Not unary minus, which rounds to 28 digits.
+    return number.copy_negate() if match["sign"] or match["inner"] else number

@@ -22,7 +22,10 @@ def serve(start: Callable[[], Callable[[Any], Any]], timeout_s: float) -> None:
     Args:
         timeout_s: what a job may take.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the parent, whose end ends this
+    # Ctrl-C, and a scheduler's SIGTERM to all processes of a job, are for the parent: its end ends
+    # this. Not SIG_IGN, which what a reward function starts would inherit.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     jobs, results = _private_pipes()
     try:
         handle = start()

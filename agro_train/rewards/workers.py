@@ -121,6 +121,8 @@ class Workers:
         """The jobs' results in their order, or why there is none. Raises CannotStart. A second
         thread waits for the first."""
         with self._in_use:
+            if not self.close.alive:
+                raise CannotStart(f"{self.module}: expected no job after the end, got one")
             return self._map(jobs)
 
     def _map(self, jobs: Sequence[Any]) -> list[Any | NoResult]:

@@ -41,11 +41,23 @@ def test_fresh_groups_stand_in_until_there_are_some_to_replay() -> None:
 
 def test_steps_whose_record_is_gone_are_not_replayed(tmp_path: Path) -> None:
     settings = config(replay_fraction=0.5)
-    steps = plan(settings, lost=[0, 1])
+    steps = plan(settings, dict.fromkeys([0, 1]))
     assert [(s.fresh, s.replayed) for s in steps] == [(8, 0)] * 3 + [(4, 4)] * 3
     log(tmp_path, steps, 2)
     replayed = replayed_groups(RunFolder(tmp_path).rollouts, steps, 3, settings)
     assert len(replayed) == 4 and {group[0].step for group in replayed} == {2}
+
+
+def test_past_steps_have_what_their_record_has() -> None:
+    """The first of them is gone, from which the second and third replayed."""
+    settings = config(replay_fraction=1.0, replay_max_staleness=4)
+    planned = [(s.fresh, s.replayed) for s in plan(settings)]
+    assert planned == [(8, 0), (0, 8), (0, 8), (0, 8), (0, 8), (8, 0)]
+    past = {0: None, 1: 0, 2: 0}
+    steps = plan(settings, past)
+    # Of the past what was; the next step has nothing to replay.
+    assert [(s.fresh, s.replayed) for s in steps[1:]] == [(0, 8), (0, 8), (8, 0), (0, 8), (0, 8)]
+    assert [s.replayable for s in steps[:4]] == [0, 0, 0, 8]
 
 
 @pytest.mark.parametrize(

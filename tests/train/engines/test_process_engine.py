@@ -1,7 +1,9 @@
 """Sampling in a process of its own: the completions and numbers of the policy that was copied."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ from accelerate import Accelerator
 
 from agro_train.config import TrainConfig
 from agro_train.data.prompts import render
-from agro_train.engines.engine import BrokenEngine
+from agro_train.engines import process_engine
+from agro_train.engines.engine import BrokenEngine, Sampling
 from agro_train.engines.process_engine import ProcessEngine
 from agro_train.engines.transformers_engine import generate
 from agro_train.policy import tiny
@@ -96,3 +99,53 @@ def test_a_process_that_ends_is_one_sentence() -> None:
     with pytest.raises(BrokenEngine, match="expected completions of the process that samples"):
         sample(engine, 1.0, 0)
     engine.close()
+
+
+def test_settings_of_the_sampling_and_the_runs_own_end_tokens_hold_there_too() -> None:
+    """The run knows an end token that the model's configuration does not name."""
+    config = replace(CONFIG, top_k=4, min_new_tokens=2, stop=["3"])
+    ends = {*ENDS, TOKENIZER.convert_tokens_to_ids("2")}
+    policy = Policy(tiny.build_model(len(TOKENIZER), seed=0).eval(), ends)
+    engine = ProcessEngine(policy, Accelerator(cpu=True), TOKENIZER, ends, config)
+    engine.load(engine.snapshot(0, PROMPTS[0]))
+    expected = generate(
+        policy.model,
+        TOKENIZER,
+        PROMPTS,
+        **ASK,
+        temperature=1.3,
+        max_completion_length=6,
+        batch_size=config.generation_batch_size,
+        end_tokens=ends,
+        step=0,
+        sampling=Sampling.of(config),
+    )
+    ours = sample(engine, 1.3, 0)
+    engine.close()
+    assert [r.completion_ids for r in ours] == [r.completion_ids for r in expected]
+    assert [r.finish for r in ours] == [r.finish for r in expected]
+    assert [r.kept_ids for r in ours] == [r.kept_ids for r in expected]
+    assert any(r.finish == "stop" for r in ours) and all(r.kept_ids for r in ours)
+    scored = with_sampling_logprobs(ours, policy, config, torch.device("cpu"))
+    for mine, theirs in zip(ours, scored, strict=True):
+        assert sum(mine.sampling_logprobs or ()) == pytest.approx(theirs.sampling_logprob, abs=1e-5)
+
+
+def test_a_process_that_fails_leaves_a_sentence_and_room_for_the_next_copy() -> None:
+    policy = Policy(tiny.build_model(len(TOKENIZER), seed=0).eval())
+    engine = ProcessEngine(policy, Accelerator(cpu=True), TOKENIZER, ENDS, CONFIG)
+    with pytest.raises(BrokenEngine, match="expected completions of the process that samples"):
+        sample(engine, 1.0, 0)  # without weights, which is an error of Python's there
+    snapshot = engine.snapshot(1, PROMPTS[0])  # where its folder has gone with it
+    assert all(file.is_file() for file in snapshot.files)
+    engine.close()
+
+
+def test_copies_wait_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(tiny.build_model(len(TOKENIZER), seed=0).eval())
+    size = 4 * sum(p.numel() for p in policy.parameters())
+    for free, memory in ((3 * size + 1, True), (3 * size, False)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(process_engine.shutil, "disk_usage", lambda _, usage=usage: usage)
+        found = process_engine.place(policy, replace(CONFIG, max_staleness=2))
+        assert (found is not None) == memory
