@@ -15,7 +15,17 @@ from agro_train import experiments
 from agro_train.cli import main
 from agro_train.data.mix import in_recorded_order, plan
 from agro_train.data.rows import read_jsonl
-from agro_train.experiments import beyond, compare, fig2, fig4, fig5, language, smollm2, sweep
+from agro_train.experiments import (
+    beyond,
+    compare,
+    fig2,
+    fig4,
+    fig5,
+    language,
+    offline,
+    smollm2,
+    sweep,
+)
 from agro_train.experiments.compare import ALGORITHMS
 from agro_train.experiments.language import QUICK, Curve, Point, Start, measure, point
 from agro_train.experiments.sweep import Sweep
@@ -335,12 +345,14 @@ def test_the_real_models_comparison_is_written_from_its_curves(
         return curve(eval_reward=0.9 if one.config().lr_weight else 0.7 + one.seed / 10)
 
     monkeypatch.setattr(smollm2, "Sweep", partial(Sweep, measure=reward_of, make_start=start))
-    assert all(claim.holds for claim in smollm2.run(tmp_path, quick=True))
-    assert (tmp_path / "smollm2.png").stat().st_size > 0
-    assert (tmp_path / "smollm2_record.png").stat().st_size > 0
-    rows = (tmp_path / "smollm2_differences.csv").read_text().splitlines()
-    assert "own samples,agro,pg_k2,sampled,2,0,0,0,no" in rows
-    assert "the record alone,agro_tapered,pg_k2,sampled,2,0,0,0,no" in rows
+    for figure, run, name in (
+        ("smollm2", smollm2.run, "agro"),
+        ("offline", offline.run, "agro_tapered"),
+    ):
+        assert all(claim.holds for claim in run(tmp_path, quick=True))
+        assert (tmp_path / f"{figure}.png").stat().st_size > 0
+        rows = (tmp_path / f"{figure}_differences.csv").read_text().splitlines()
+        assert f"{name},pg_k2,sampled,2,0,0,0,no" in rows
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +372,7 @@ def test_quick_run(figure: str, quick_folder: Path, capsys: pytest.CaptureFixtur
     assert list(quick_folder.glob(f"{figure}*.png")) and list(quick_folder.glob(f"{figure}*.csv"))
 
 
-@pytest.mark.parametrize("figure", [*FIGURES, "smollm2"])
+@pytest.mark.parametrize("figure", [*FIGURES, "smollm2", "offline"])
 def test_readme_has_the_tables_of_the_committed_runs_or_says_there_are_none(
     figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
