@@ -348,7 +348,8 @@ def test_column_of_another_type_is_refused(
 
 def test_folder_is_no_file_to_score(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("/", ""):
-        assert "data: expected a JSONL" in refusal(["score", name, "reward=number"], capsys)
+        said = refusal(["score", name, "reward=number"], capsys)
+        assert "score: expected a file of rows, got" in said
 
 
 def test_report_of_a_run_with_a_broken_configuration_is_refused(

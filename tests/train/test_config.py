@@ -208,7 +208,11 @@ def test_page_of_the_configuration_is_what_the_fields_say() -> None:
 
 @pytest.mark.parametrize("one", LISTS, ids=lambda one: one.name)
 def test_list_stands_with_and_without_brackets(one: Key) -> None:
-    texts = {"report_to": ["wandb", "trackio"], "reward_weights": ["1", "0.5"]}
+    texts = {
+        "report_to": ["wandb", "trackio"],
+        "reward_weights": ["1", "0.5"],
+        "vllm_server_base_url": ["http://a:1", "http://b:2"],
+    }
     first, second = texts.get(one.name, ["a.b", "c:d"])
     expected = [float(first), float(second)] if one.name == "reward_weights" else [first, second]
     for spelt in (f"[{first},{second}]", f"{first},{second}", f"{first}, {second}"):

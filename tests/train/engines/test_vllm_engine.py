@@ -227,7 +227,7 @@ def test_ids_that_vllm_does_not_tell_in_full_are_one_sentence(
     monkeypatch.setattr(
         engine.client,
         "ask",
-        lambda rs: [replace(a, likeliest=spoil(a.likeliest)) for a in ask(rs)],
+        lambda rs: [(i, replace(a, likeliest=spoil(a.likeliest))) for i, a in ask(rs)],
     )
     with pytest.raises(BrokenEngine, match=f"vllm: expected the ids kept for each .*{message}"):
         engine.complete(PROMPTS, **ASK, step=0)

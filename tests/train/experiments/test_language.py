@@ -168,14 +168,15 @@ def test_figures_share_their_common_runs() -> None:
 def test_every_run_of_every_figure_is_a_valid_configuration(quick: bool) -> None:
     rates = dict.fromkeys(ALGORITHMS, 3e-4)
     runs = [fig2.points(rates, quick)]
-    offline = {name: rates[name] for name in fig5.NAMES}
-    runs += [fig5.points(setting, offline, quick) for setting in fig5.SETTINGS]
+    of_others = {name: rates[name] for name in fig5.NAMES}
+    runs += [fig5.points(setting, of_others, quick) for setting in fig5.SETTINGS]
     own = {name: rates[name] for name in fig4.ON_POLICY}
     others = {name: rates[name] for name in fig4.OFF_POLICY}
     for beta in fig4.BETAS:
         runs.append(fig4.points((fig4.OWN, beta), own, quick))
         runs.append(fig4.points((fig4.REFERENCES, beta), others, quick))
-    runs.append(smollm2.points(quick))
+    runs.append(smollm2.points(smollm2.NAMES, quick))
+    runs.append(smollm2.points(offline.NAMES, quick, {"recorded": language.RECORDED}))
     for question in beyond.QUESTIONS.values():
         chosen = dict.fromkeys(question.values, rates)
         runs += beyond.points(question, chosen, quick).values()
