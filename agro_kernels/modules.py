@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from agro_kernels.agro_loss import linear_agro_loss
 from agro_kernels.agro_options import LinearAgroKeywords
-from agro_kernels.head import IGNORE_INDEX, HeadOptions, check_names
+from agro_kernels.head import IGNORE_INDEX, HeadOptions, check_names, check_tensor
 from agro_kernels.linear_logprobs import LogprobStats, linear_logprobs_with_stats
 
 M = TypeVar("M", bound=nn.Module)
@@ -96,9 +96,8 @@ class LogprobHead(nn.Linear):
                 "ranks; call the model that FSDP wraps, or linear_logprobs with shards= for a head "
                 "under tensor parallelism"
             )
-        return linear_logprobs_with_stats(
-            hidden, self.weight, targets, **{**options, "bias": self.bias}
-        )
+        options["bias"] = self.bias
+        return linear_logprobs_with_stats(hidden, self.weight, targets, **options)
 
 
 def _refuse(given: Mapping[str, object], refused: Mapping[str, str]) -> None:
@@ -313,7 +312,9 @@ def next_tokens(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         (..., T): at t the token at t + 1, or -100 where that is not counted and at the end.
     """
+    check_tensor("input_ids", input_ids)
     if mask is not None:
+        check_tensor("mask", mask)
         input_ids = input_ids.where(mask.bool(), IGNORE_INDEX)
     return torch.cat([input_ids[..., 1:], torch.full_like(input_ids[..., :1], IGNORE_INDEX)], -1)
 
