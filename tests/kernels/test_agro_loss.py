@@ -652,7 +652,9 @@ def test_wrong_arguments_are_named(changed: dict, error: type[Exception], messag
         agro_loss(**arguments)
 
 
-@pytest.mark.parametrize("of", [np.float32, np.float64, torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "of", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "tensor"]
+)
 def test_numbers_of_numpy_and_torch_are_numbers(of: Callable[[float], Any]) -> None:
     arguments = Batch().sums
     numbers = {"beta": 0.25, "lr_weight": 0.5, "lr_baseline": 0.75, "scale": 2.0, "num_groups": 4.0}
