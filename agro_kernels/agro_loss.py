@@ -45,6 +45,7 @@ from agro_kernels.agro_options import (
 )
 from agro_kernels.head import HeadOptions, check_names
 from agro_kernels.linear_logprobs import linear_logprobs
+from agro_kernels.ops.derivatives import refuse_forward_mode
 
 
 class AgroStats(NamedTuple):
@@ -287,6 +288,7 @@ def _loss_of_tokens(
     options: AgroOptions,
 ) -> Tensor:
     """The loss, 0-d, of arguments that have been checked; differentiable in logprobs alone."""
+    refuse_forward_mode("agro_loss", logprobs=logprobs)
     tensors = (logprobs, ref_logprobs.detach(), rewards.detach(), groups, cu_seqlens)
     outputs: tuple[Tensor, Tensor] = torch.ops.agro.agro_loss_fwd(*tensors, *options)
     return outputs[0]

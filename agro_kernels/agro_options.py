@@ -13,7 +13,15 @@ from typing import NamedTuple, Required, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from agro_kernels.head import HeadOptions, check_device, check_tensor
+from agro_kernels.head import (
+    LARGEST,
+    SMALLEST,
+    HeadOptions,
+    as_number,
+    as_tensor,
+    check_device,
+    check_tensor,
+)
 
 
 class AgroKeywords(TypedDict, total=False):
@@ -60,6 +68,9 @@ class AgroOptions(NamedTuple):
     """0.0 where row_taper is given."""
     row_taper: Tensor | None
     """(B,) any float dtype: an exponent for each row, used instead of `taper`."""
+    numbers: Tensor | None = None
+    """(5,) float64 on the CPU: beta, lr_weight, lr_baseline (where there is one), scale and taper,
+    used instead of those above. In a compiled graph only, which takes all values so."""
 
     @staticmethod
     def of(rewards: Tensor, **keywords: Unpack[AgroKeywords]) -> "AgroOptions":
@@ -73,9 +84,12 @@ class AgroOptions(NamedTuple):
         importance_weights = keywords.get("importance_weights")
         sampling_logprobs = keywords.get("sampling_logprobs")
         num_groups = keywords.get("num_groups")
-        check_positive("beta", beta, "without regularisation the loss has no optimum in the policy")
-        check_positive("scale", scale, "a loss is minimised, whatever its size")
-        check_likelihood_ratio(lr_weight, lr_baseline)
+        why = "without regularisation the loss has no optimum in the policy"
+        beta = checked_positive("beta", beta, why)
+        scale = checked_positive("scale", scale, "a loss is minimised, whatever its size")
+        lr_weight = checked_lr_weight(lr_weight)
+        baseline = checked_lr_baseline(lr_baseline)
+        lr_cap = checked_flag("lr_cap", keywords.get("lr_cap", False))
         if on_policy is not None:
             check_rows("on_policy", on_policy, rewards)
             if on_policy.dtype != torch.bool:
@@ -89,19 +103,40 @@ class AgroOptions(NamedTuple):
                 )
         if sampling_logprobs is not None:
             check_float_rows("sampling_logprobs", sampling_logprobs, rewards)
-        check_taper(taper, rewards)
+        exponent = checked_taper(taper, rewards)
+        numbers = None
+        if torch.compiler.is_compiling():
+            values = (beta, lr_weight, 0.0 if baseline is None else baseline, scale, exponent)
+            numbers = torch.stack([as_tensor(value) for value in values])
+            beta, lr_weight, scale, exponent = 1.0, 0.0, 1.0, 0.0
+            baseline = None if baseline is None else 0.0
         return AgroOptions(
             beta=beta,
             lr_weight=lr_weight,
-            lr_cap=keywords.get("lr_cap", False),
+            lr_cap=lr_cap,
             on_policy=on_policy,
-            lr_baseline=None if isinstance(lr_baseline, str) else lr_baseline,
+            lr_baseline=baseline,
             importance_weights=None if importance_weights is None else importance_weights.detach(),
             num_groups=count_tensor(num_groups, rewards.device),
             scale=scale,
             sampling_logprobs=None if sampling_logprobs is None else sampling_logprobs.detach(),
-            taper=0.0 if isinstance(taper, Tensor) else taper,
+            taper=exponent,
             row_taper=taper.detach() if isinstance(taper, Tensor) else None,
+            numbers=numbers,
+        )
+
+    def with_numbers(self) -> "AgroOptions":
+        """The same with `numbers` where they belong."""
+        if self.numbers is None:
+            return self
+        beta, lr_weight, lr_baseline, scale, taper = self.numbers.tolist()
+        return self._replace(
+            beta=beta,
+            lr_weight=lr_weight,
+            lr_baseline=None if self.lr_baseline is None else lr_baseline,
+            scale=scale,
+            taper=taper,
+            numbers=None,
         )
 
     @property
@@ -113,7 +148,7 @@ class AgroOptions(NamedTuple):
 AGRO_SCHEMA = (
     "float beta, float lr_weight, bool lr_cap, Tensor? on_policy, float? lr_baseline, "
     "Tensor? importance_weights, Tensor? num_groups, float scale, Tensor? sampling_logprobs, "
-    "float taper, Tensor? row_taper"
+    "float taper, Tensor? row_taper, Tensor? numbers=None"
 )
 
 
@@ -127,8 +162,23 @@ def count_tensor(count: int | Tensor | None, device: torch.device) -> Tensor | N
                 f"num_groups: expected an int or a 0-d tensor, got shape {tuple(count.shape)}; "
                 "sum it"
             )
+        on_host = count.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and not math.isfinite(count):
+            raise ValueError(
+                f"num_groups: expected a finite number, got {float(count)}; pass the global count"
+            )
         return count.detach().to(device, torch.float64, non_blocking=device.type != "cpu")
-    return torch.full((), count, dtype=torch.float64, device=device)
+    number = as_number(count)
+    if number is None:
+        raise TypeError(
+            f"num_groups: expected an int, a 0-d tensor or None, got {type(count).__name__}; pass "
+            "the global count"
+        )
+    if not -math.inf < number < math.inf:
+        raise ValueError(
+            f"num_groups: expected a finite number, got {number}; pass the global count"
+        )
+    return torch.full((), number, dtype=torch.float64, device=device)
 
 
 # --- Tensors --------------------------------------------------------------------------------------
@@ -200,26 +250,68 @@ def check_float(name: str, tensor: Tensor) -> None:
 # --- Numbers --------------------------------------------------------------------------------------
 
 
-def check_positive(name: str, value: float, why: str) -> None:
-    if not (value > 0 and value < math.inf):
+def _number(name: str, value: object, expected: str, next_step: str) -> float:
+    """A number, which a 0-d tensor is, too."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return float(value.detach())
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}; {next_step}")
+    return number
+
+
+def checked_positive(name: str, value: float, why: str) -> float:
+    number = _number(name, value, "a finite number > 0", why)
+    if not (number > 0 and number < math.inf):
         raise ValueError(f"{name}: expected a finite number > 0, got {value}; {why}")
+    if not SMALLEST <= number <= LARGEST:
+        raise ValueError(
+            f"{name}: expected a number from {SMALLEST} to {LARGEST}, so that fp32 can hold the "
+            f"coefficients, got {value}; {why}"
+        )
+    return number
 
 
-def check_likelihood_ratio(lr_weight: float, lr_baseline: float | str) -> None:
-    if not (lr_weight >= 0 and lr_weight < math.inf):
+def checked_lr_weight(lr_weight: float) -> float:
+    number = _number("lr_weight", lr_weight, "a finite number >= 0", "0 leaves the term out")
+    if not (number >= 0 and number < math.inf):
         raise ValueError(
             f"lr_weight: expected a finite number >= 0, got {lr_weight}; 0 leaves the term out"
         )
-    if lr_baseline != "auto" and (isinstance(lr_baseline, str) or not 0 <= lr_baseline <= 1):
+    return number
+
+
+def checked_lr_baseline(lr_baseline: float | str) -> float | None:
+    """None is "auto"."""
+    if isinstance(lr_baseline, str):
+        if lr_baseline == "auto":
+            return None
+        number = math.nan
+    else:
+        number = _number("lr_baseline", lr_baseline, '"auto" or a number in [0, 1]', 'use "auto"')
+    if not 0 <= number <= 1:
         raise ValueError(
             f'lr_baseline: expected "auto" or a number in [0, 1], got {lr_baseline!r}; use "auto"'
         )
+    return number
 
 
-def check_taper(taper: float | Tensor, rewards: Tensor) -> None:
+def checked_flag(name: str, value: bool) -> bool:
+    """NumPy's are flags, too; so are 0, 1 and None."""
+    if value is None or value is True or value is False:
+        return bool(value)
+    if isinstance(value, Tensor) or value not in (0, 1):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}; pass True or False")
+    return bool(value)
+
+
+def checked_taper(taper: float | Tensor, rewards: Tensor) -> float:
+    """The number; 0.0 where it is one for each row."""
     if isinstance(taper, Tensor):
         check_float_rows("taper", taper, rewards)
-    elif not taper >= 0:
-        raise ValueError(
-            f"taper: expected a number >= 0, got {taper}; 0 tapers nothing, 1 by the ratio itself"
-        )
+        return 0.0
+    next_step = "0 tapers nothing, 1 by the ratio itself"
+    number = _number("taper", taper, "a number >= 0", next_step)
+    if not number >= 0:
+        raise ValueError(f"taper: expected a number >= 0, got {taper}; {next_step}")
+    return number

@@ -8,6 +8,7 @@ Letters: N tokens, D hidden size, V vocabulary.
 """
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
@@ -18,6 +19,9 @@ from agro_kernels.reference import ROUNDED_LOGITS
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 IGNORE_INDEX = -100
+# What a temperature or a softcap may be: logits of any model divided by it stay numbers. Tensors of
+# temperatures are read in fp32.
+SMALLEST, LARGEST = 1e-30, 1e30
 
 
 class Shards(Protocol):
@@ -62,7 +66,8 @@ class Head(NamedTuple):
     temperature: float
     """1.0 where token_temperature is given."""
     token_temperature: Tensor | None
-    """(N,) fp32: a temperature for each token, used instead of `temperature`."""
+    """(N,) fp32: a temperature for each token, used instead of `temperature`. In a compiled graph
+    () float64 on the CPU: a number, which the graph then is not made for; see `one_number`."""
     softcap: float
     """0.0 is none."""
     ignore_index: int
@@ -92,9 +97,9 @@ class Head(NamedTuple):
         check_matrices(hidden, weight)
         check_targets(targets, "hidden", hidden)
         check_bias(bias, hidden, weight)
-        check_temperature(temperature, targets)
-        check_softcap(softcap)
-        check_ignore_index(ignore_index)
+        temperature = checked_temperature(temperature, targets)
+        softcap = checked_softcap(softcap)
+        ignore_index = checked_ignore_index(ignore_index)
         check_kept_ids(kept_ids, targets)
         check_round_logits(round_logits)
         check_weight_grad(weight_grad, weight)
@@ -110,11 +115,18 @@ class Head(NamedTuple):
             targets.reshape(-1),
             bias,
             *split_temperature(temperature),
-            softcap or 0.0,
+            softcap,
             ignore_index,
             None if round_logits is None else ROUNDED_LOGITS[round_logits],
             kept,
         )
+
+    def with_numbers(self) -> "Head":
+        """The same with the temperature as a number where it is one."""
+        if self.token_temperature is None or self.token_temperature.dim() > 0:
+            return self
+        temperature, none = one_number(self.temperature, self.token_temperature)
+        return self._replace(temperature=temperature, token_temperature=none)
 
     def counted(self) -> Tensor:
         """(N,) bool: which targets are not ignore_index."""
@@ -180,7 +192,10 @@ def cast_for_autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What F.linear does under torch.autocast: all to its dtype, except float64."""
-    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+    # The meta device has no autocast, nor a dtype for it: F.linear leaves its tensors alone, too.
+    if not isinstance(hidden, Tensor) or hidden.is_meta:
+        return hidden, weight, bias
+    if not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
 
@@ -192,10 +207,28 @@ def cast_for_autocast(
 
 
 def split_temperature(temperature: float | Tensor) -> tuple[float, Tensor | None]:
-    """The ops take a number and, apart from it, one temperature a token (N,) fp32."""
+    """The ops take a number and, apart from it, one temperature a token (N,) fp32.
+
+    Under torch.compile a number becomes a tensor (), which one graph takes for all values: a number
+    among an op's arguments would be a constant of the graph, compiled again for every other one.
+    """
     if isinstance(temperature, Tensor):
         return 1.0, temperature.reshape(-1).float()
-    return float(temperature), None
+    if torch.compiler.is_compiling() and temperature != 1.0:
+        return 1.0, as_tensor(temperature)
+    return temperature, None
+
+
+def as_tensor(number: float) -> Tensor:
+    """() float64 on the CPU. A product, which torch.compile knows to be one of tensors."""
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
+
+
+def one_number(temperature: float, token_temperature: Tensor | None) -> tuple[float, Tensor | None]:
+    """What `split_temperature` makes, with a number that was made a tensor as a number again."""
+    if token_temperature is None or token_temperature.dim() > 0:
+        return temperature, token_temperature
+    return float(token_temperature), None
 
 
 def pack_kept_ids(kept_ids: Tensor, vocabulary: int) -> Tensor:
@@ -215,6 +248,18 @@ def check_names(function: str, options: Mapping[str, object], known: Any = HeadO
     for name in known.__required_keys__:
         if name not in options:
             raise TypeError(f"{function}() missing 1 required keyword-only argument: {name!r}")
+
+
+def as_number(value: object) -> float | None:
+    """The float that a Python or NumPy number is; None of what is no number, or a bool."""
+    if type(value) is float:
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an int of more digits than a float can have
+        return math.inf
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -239,9 +284,9 @@ def check_matrices(hidden: Tensor, weight: Tensor) -> None:
             f"hidden: expected bfloat16, float16, float32 or float64, got {hidden.dtype}; "
             "pass the hidden states of the model's last layer, not token ids"
         )
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
-            f"weight: expected shape (V, D) with V > 0, got {tuple(weight.shape)}; "
+            f"weight: expected shape (V, D) with D > 0 and V > 0, got {tuple(weight.shape)}; "
             "pass lm_head.weight"
         )
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
@@ -274,23 +319,35 @@ def check_like_hidden(name: str, value: Tensor, hidden: Tensor) -> None:
     check_device(name, value, "hidden", hidden)
 
 
-def check_softcap(softcap: float | None) -> None:
+def checked_softcap(softcap: float | None) -> float:
+    """The number; 0.0 of None."""
     if softcap is None:
-        return
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        return 0.0
+    number = as_number(softcap)
+    if number is None:
         raise TypeError(
             f"softcap: expected a float or None, got {type(softcap).__name__}; "
             "pass the model's final_logit_softcapping"
         )
-    if not 0.0 < softcap < math.inf:
+    check_finite("softcap", number, "pass None for no cap")
+    return number
+
+
+def check_finite(name: str, number: float, next_step: str) -> None:
+    """A positive number of a size that the logits can be divided by."""
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {number}; {next_step}")
+    if not SMALLEST <= number <= LARGEST:
         raise ValueError(
-            f"softcap: expected a finite number > 0, got {softcap}; pass None for no cap"
+            f"{name}: expected a number from {SMALLEST} to {LARGEST}, which fp32 can divide by, "
+            f"got {number}; {next_step}"
         )
 
 
 def check_logits(
     logits: Tensor, targets: Tensor, temperature: float | Tensor, ignore_index: int
-) -> None:
+) -> tuple[float | Tensor, int]:
+    """The temperature and ignore_index, as numbers."""
     check_tensor("logits", logits)
     if logits.dtype not in FLOATING:
         raise TypeError(
@@ -303,8 +360,7 @@ def check_logits(
             "pass the output of the model's lm_head"
         )
     check_targets(targets, "logits", logits)
-    check_temperature(temperature, targets)
-    check_ignore_index(ignore_index)
+    return checked_temperature(temperature, targets), checked_ignore_index(ignore_index)
 
 
 def check_targets(targets: Tensor, like_name: str, like: Tensor) -> None:
@@ -323,7 +379,8 @@ def check_targets(targets: Tensor, like_name: str, like: Tensor) -> None:
     check_device("targets", targets, like_name, like)
 
 
-def check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
+def checked_temperature(temperature: float | Tensor, targets: Tensor) -> float | Tensor:
+    """The tensor, or the number."""
     if isinstance(temperature, Tensor):
         if temperature.shape != targets.shape:
             raise ValueError(
@@ -341,29 +398,33 @@ def check_temperature(temperature: float | Tensor, targets: Tensor) -> None:
                 "there is no derivative for it, so pass temperature.detach()"
             )
         check_device("temperature", temperature, "targets", targets)
-        return
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        return temperature
+    number = as_number(temperature)
+    if number is None:
         raise TypeError(
             f"temperature: expected a float or a tensor, got {type(temperature).__name__}; "
             "pass the temperature of the sampler"
         )
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature: expected a finite number > 0, got {temperature}; "
-            "for greedy sampling score the tokens with 1.0"
-        )
+    check_finite("temperature", number, "for greedy sampling score the tokens with 1.0")
+    return number
 
 
-def check_ignore_index(ignore_index: int) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+def checked_ignore_index(ignore_index: int) -> int:
+    """The number."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
         raise TypeError(
             f"ignore_index: expected an int, got {type(ignore_index).__name__}; "
             "-100 is the usual one"
         )
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(
+            f"ignore_index: expected an int of 64 bits, got {ignore_index}; -100 is the usual one"
+        )
+    return int(ignore_index)
 
 
 def check_round_logits(round_logits: str | None) -> None:
-    if round_logits is not None and round_logits not in ROUNDED_LOGITS:
+    if round_logits is not None and round_logits not in list(ROUNDED_LOGITS):
         raise ValueError(
             f'round_logits: expected "bf16", "fp16" or None, got {round_logits!r}; pass the dtype '
             "that the sampling engine keeps its logits in"
@@ -463,12 +524,15 @@ def check_token_temperature_values(
 ) -> None:
     if token_temperature is None or token_temperature.device.type != "cpu":
         return
-    usable = (token_temperature > 0) & token_temperature.isfinite()
+    usable = (token_temperature >= SMALLEST) & (token_temperature <= LARGEST)
     outside = ~usable & (targets != ignore_index)
     if outside.any():
         position = int(outside.reshape(-1).nonzero()[0])
+        first = float(token_temperature.reshape(-1)[position])
+        wanted = f"numbers from {SMALLEST} to {LARGEST}, which fp32 can divide by"
+        if not 0.0 < first < math.inf:
+            wanted = "finite numbers > 0"
         raise ValueError(
-            "temperature: expected finite numbers > 0, got "
-            f"{float(token_temperature.reshape(-1)[position])} at position {position}; "
+            f"temperature: expected {wanted}, got {first} at position {position}; "
             "for greedy sampling score the tokens with 1.0"
         )

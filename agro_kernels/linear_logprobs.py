@@ -10,6 +10,7 @@ from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
 from agro_kernels.head import IGNORE_INDEX, Head, HeadOptions, Shards, check_names
+from agro_kernels.ops.derivatives import refuse_forward_mode
 from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
 
@@ -153,6 +154,7 @@ def flat_results(
     no matrix product, and entropy is (0,).
     """
     weight_grad, shards = options.get("weight_grad"), options.get("shards")
+    refuse_forward_mode("linear_logprobs", hidden=head.hidden, weight=head.weight, bias=head.bias)
     if shards is not None:
         return shards.results(head, with_entropy, lse, weight_grad)
     if weight_grad is not None:

@@ -11,7 +11,10 @@ what it was. Nothing here imports transformers.
 """
 
 import functools
+import inspect
 import types
+import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar, Unpack
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 
 from agro_kernels.agro_loss import linear_agro_loss
 from agro_kernels.agro_options import LinearAgroKeywords
-from agro_kernels.head import IGNORE_INDEX, check_names
+from agro_kernels.head import IGNORE_INDEX, HeadOptions, check_names, check_tensor
 from agro_kernels.linear_logprobs import LogprobStats, linear_logprobs_with_stats
 
 M = TypeVar("M", bound=nn.Module)
@@ -30,6 +33,18 @@ M = TypeVar("M", bound=nn.Module)
 PLAIN = ("gemma3", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 CAPPED = ("gemma2", "gemma3_text")
 FAMILIES = (*PLAIN, *CAPPED)
+
+# The options of the head ops that are not a caller's to give, because the model has its own.
+OF_THE_HEAD = {"bias": "the lm_head's own bias is added"}
+WHOLE_HEAD = {
+    "shards": "a LogprobHead is whole; call linear_logprobs with shards= for one that is spread"
+}
+OF_THE_MODEL = {
+    **OF_THE_HEAD,
+    **WHOLE_HEAD,
+    "softcap": "the configuration's final_logit_softcapping is used",
+}
+_TAKEN = tuple(name for name in HeadOptions.__annotations__ if name not in OF_THE_MODEL)
 
 
 class LogprobHead(nn.Linear):
@@ -62,20 +77,18 @@ class LogprobHead(nn.Linear):
         return head
 
     def forward(  # type: ignore[override]
-        self,
-        hidden: Tensor,
-        targets: Tensor | None = None,
-        *,
-        temperature: float | Tensor = 1.0,
-        softcap: float | None = None,
-        ignore_index: int = IGNORE_INDEX,
+        self, hidden: Tensor, targets: Tensor | None = None, **options: Unpack[HeadOptions]
     ) -> Tensor | LogprobStats:
         """Logits (..., V) of hidden (..., D), as nn.Linear; with targets (...), their logprobs,
         and the entropy and lse, as `linear_logprobs_with_stats`, which says what the options mean.
 
-        Forward pre-hooks act on `hidden` either way; forward hooks get what is returned.
+        Bias and shards are not among the options: the head has its own bias, and is whole. Forward
+        pre-hooks act on `hidden` either way; forward hooks get what is returned.
         """
+        check_names("LogprobHead.forward", options)
+        _refuse(options, {**OF_THE_HEAD, **WHOLE_HEAD})
         if targets is None:
+            _refuse_without_targets(options)
             return super().forward(hidden)
         if hasattr(self.weight, "full_tensor"):
             raise ValueError(
@@ -83,15 +96,23 @@ class LogprobHead(nn.Linear):
                 "ranks; call the model that FSDP wraps, or linear_logprobs with shards= for a head "
                 "under tensor parallelism"
             )
-        return linear_logprobs_with_stats(
-            hidden,
-            self.weight,
-            targets,
-            bias=self.bias,
-            temperature=temperature,
-            softcap=softcap,
-            ignore_index=ignore_index,
-        )
+        options["bias"] = self.bias
+        return linear_logprobs_with_stats(hidden, self.weight, targets, **options)
+
+
+def _refuse(given: Mapping[str, object], refused: Mapping[str, str]) -> None:
+    """Raise where one of `refused` (option: why) has a value."""
+    for name, why in refused.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name}: expected none, got a value; {why}")
+
+
+def _refuse_without_targets(given: Mapping[str, object]) -> None:
+    for name in HeadOptions.__annotations__:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected together with targets, got it alone; logits do not depend on it"
+            )
 
 
 def patch_model(model: M) -> M:
@@ -108,14 +129,22 @@ def patch_model(model: M) -> M:
 
     without storing them. targets[b, t] is the token that position t predicts (`next_tokens` makes
     them of input_ids); positions with -100 cost nothing and give exact zeros, so ask for the
-    completions only. Other arguments go to the backbone as ever; the cache is off. Without
-    `targets` the model's own forward runs: generation and evaluation do not change by a bit.
+    completions only. ignore_index, round_logits, kept_ids and weight_grad are taken too, and mean
+    what they mean to `linear_logprobs`; a softcap is the configuration's, a bias the head's. (Where
+    the head is tied to the embeddings, weight_grad gets the head's share of the gradient and
+    weight.grad that of the embeddings.) Other arguments go to the backbone as ever, and one that it
+    does not know is a TypeError; the cache is off. Without `targets` the model's own forward runs:
+    generation and evaluation do not change by a bit.
 
     Patch before DDP, FSDP, accelerate and torch.compile; before or after peft, whose adapters must
-    leave the lm_head alone.
+    leave the lm_head alone. A copy of a patched model, by deepcopy, pickle or torch.save, is
+    patched.
 
-    Raises ValueError for architectures other than FAMILIES and for heads that are not nn.Linear or
-    have forward hooks already.
+    A forward that is not transformers' own is run once on eight tokens here, without a gradient.
+
+    Raises ValueError for architectures other than FAMILIES, for heads that are not nn.Linear or
+    have forward hooks already, and for a forward that gives other log-probabilities than the head
+    makes of the last hidden state.
     """
     inner: Any = model
     if hasattr(inner, "get_base_model"):  # a peft model
@@ -130,67 +159,146 @@ def patch_model(model: M) -> M:
         )
     if type(head) not in (nn.Linear, LogprobHead):
         raise ValueError(
-            f"model: expected an lm_head that is a torch.nn.Linear, got {type(head).__name__}; "
+            f"model: expected an lm_head that is a torch.nn.Linear, got {_qualified(head)}; "
             "leave the head out of quantisation and of the adapter's target modules"
         )
     replaced = vars(inner).get("forward")
-    if replaced is not None and not hasattr(replaced, "gives_logprobs"):
+    if replaced is not None and getattr(replaced, "func", None) is not _forward:
         raise ValueError(
             f"model: expected {type(inner).__name__}'s own forward, got one that something else "
             "has replaced; call patch_model first, before accelerate or TRL"
         )
+    if replaced is None and not type(inner).forward.__module__.startswith("transformers.models."):
+        _check_logits(inner, head)
     if type(head) is nn.Linear:
         inner.set_output_embeddings(LogprobHead.from_linear(head))
-    inner.forward = types.MethodType(_with_targets(type(inner).forward), inner)
+    # A partial of a function of this module, because a bound method is pickled by its name alone,
+    # which is the unpatched forward's. For signatures' sake it looks like the original.
+    forward = functools.partial(_forward, inner, _keywords(inner))
+    inner.forward = functools.update_wrapper(forward, types.MethodType(type(inner).forward, inner))
     return model
 
 
-def _with_targets(original: Any) -> Any:
-    """The forward of a patched model; for signatures' sake it looks like the original."""
+def _qualified(value: object) -> str:
+    """The full name of a value's type: an adapter's Linear is called Linear, too."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
-    # The class is asked again on each call, never `original`: FSDP2 changes the class of a module,
-    # and a copy of a patched model must not run the forward of the one it was copied from.
-    @functools.wraps(original)
-    def forward(
-        self: Any,
-        *args: Any,
-        targets: Tensor | None = None,
-        temperature: float | Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if targets is None:
-            if temperature is not None:
-                raise ValueError("temperature: expected together with targets, got it alone")
-            return type(self).forward(self, *args, **kwargs)
-        for name in ("labels", "logits_to_keep"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name}: expected None together with targets, got a value; say with targets "
-                    "which positions count, -100 elsewhere"
-                )
-        head = self.get_output_embeddings()
-        if not isinstance(head, LogprobHead):
-            raise ValueError(
-                f"model: expected the LogprobHead that patch_model put in, got "
-                f"{type(head).__name__}; call patch_model after what replaces the lm_head, and "
-                "keep adapters off it"
-            )
-        # A cache is of no use here, and with one transformers lets packed sequences see each other.
-        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        capped = self.config.model_type in CAPPED
-        softcap = self.config.final_logit_softcapping if capped else None
-        temperature = 1.0 if temperature is None else temperature
-        # By keyword: a pre-hook that puts another `hidden` in the arguments' place keeps the rest.
-        results = head(hidden, targets=targets, temperature=temperature, softcap=softcap)
-        if not isinstance(results, LogprobStats):
-            raise ValueError(
-                f"lm_head: expected LogprobStats, got {type(results).__name__} from one of its "
-                "hooks; with targets there are no logits, so let the hook pass LogprobStats through"
-            )
-        return results
 
-    forward.gives_logprobs = True  # type: ignore[attr-defined]
-    return forward
+def _keywords(inner: Any) -> tuple[tuple[str, ...], frozenset[str]]:
+    """What a causal LM takes by position, in order, and what its backbone takes by keyword.
+
+    A backbone's **kwargs go down to the attention, and what nothing there knows is dropped without
+    a word. transformers names those that are known in a TypedDict.
+    """
+    positional = tuple(
+        name
+        for name, parameter in inspect.signature(type(inner).forward).parameters.items()
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    )
+    known = {"return_dict"}  # taken by a decorator
+    for name, parameter in inspect.signature(type(inner.base_model).forward).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            for unpacked in typing.get_args(parameter.annotation):
+                known |= unpacked.__annotations__.keys()
+        else:
+            known.add(name)
+    return positional[1:], frozenset(known)
+
+
+def _softcap(inner: Any) -> float | None:
+    """The cap of a model's logits."""
+    capped = inner.config.model_type in CAPPED
+    return inner.config.final_logit_softcapping if capped else None
+
+
+@torch.no_grad()
+def _check_logits(inner: Any, head: nn.Module) -> None:
+    """Raise where a forward gives other log-probs than head(last hidden state), as ours will be."""
+    name = f"{type(inner).__name__}.forward"
+    embeddings = inner.get_input_embeddings().weight
+    if embeddings.is_meta:
+        raise ValueError(
+            f"model: expected weights that {name}, which is not transformers' own, can be checked "
+            "with, got the meta device; load the weights before patch_model"
+        )
+    ids = torch.arange(8, device=embeddings.device)[None] % embeddings.shape[0]
+    training = [module for module in inner.modules() if module.training]
+    inner.eval()  # dropout would differ between the two passes
+    try:
+        own = inner(input_ids=ids)[0]
+        hidden = inner.base_model(input_ids=ids, return_dict=True).last_hidden_state
+        logits = head(hidden)
+    finally:
+        for module in training:
+            module.training = True
+    softcap = _softcap(inner)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    rounding = 2 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+    ours, theirs = (values.float().log_softmax(-1).flatten() for values in (logits, own))
+    worst = int((ours - theirs).abs().nan_to_num(torch.inf).argmax())
+    a, b = float(ours[worst]), float(theirs[worst])
+    if not abs(a - b) <= rounding:
+        raise ValueError(
+            f"model: expected logits that are lm_head(last hidden state), got {name}, which is not "
+            f"transformers' own and gives a token the log-probability {b:.6g} where the head gives "
+            f"{a:.6g}; patch the model without that forward, or compute its hidden states yourself "
+            "and call linear_logprobs"
+        )
+
+
+# The class is asked again on each call for its forward, and a copy of a patched model for its own:
+# FSDP2 changes the class of a module.
+def _forward(
+    model: Any,
+    names: tuple[tuple[str, ...], frozenset[str]],
+    /,
+    *args: Any,
+    targets: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The forward of a patched model; `names` are `_keywords` of it."""
+    if targets is None:
+        _refuse_without_targets(kwargs)
+        return type(model).forward(model, *args, **kwargs)
+    positional, known = names
+    for name, value in zip(positional, args, strict=False):
+        if name in kwargs:
+            raise TypeError(f"forward() got multiple values for argument {name!r}")
+        kwargs[name] = value
+    for name in ("labels", "logits_to_keep"):
+        if kwargs.pop(name, None) is not None:
+            raise ValueError(
+                f"{name}: expected None together with targets, got a value; say with targets "
+                "which positions count, -100 elsewhere"
+            )
+    _refuse(kwargs, OF_THE_MODEL)
+    options = {name: kwargs.pop(name) for name in HeadOptions.__annotations__ if name in kwargs}
+    for name in kwargs:
+        if name not in known:
+            raise TypeError(
+                f"{name}: expected an argument of {type(model.base_model).__name__} or one of "
+                f"{', '.join(_TAKEN)} together with targets, got an unknown one; check its spelling"
+            )
+    head = model.get_output_embeddings()
+    if not isinstance(head, LogprobHead):
+        raise ValueError(
+            f"model: expected the LogprobHead that patch_model put in, got {_qualified(head)}; "
+            "call patch_model after what replaces the lm_head, and keep adapters off it"
+        )
+    # A cache is of no use here, and with one transformers lets packed sequences see each other.
+    kwargs |= {"use_cache": False, "return_dict": True}
+    hidden = model.base_model(**kwargs).last_hidden_state
+    if options.get("temperature") is None:
+        options["temperature"] = 1.0
+    # By keyword: a pre-hook that puts another `hidden` in the arguments' place keeps the rest.
+    results = head(hidden, targets=targets, **{**options, "softcap": _softcap(model)})
+    if not isinstance(results, LogprobStats):
+        raise ValueError(
+            f"lm_head: expected LogprobStats, got {type(results).__name__} from one of its "
+            "hooks; with targets there are no logits, so let the hook pass LogprobStats through"
+        )
+    return results
 
 
 def next_tokens(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -204,7 +312,9 @@ def next_tokens(input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         (..., T): at t the token at t + 1, or -100 where that is not counted and at the end.
     """
+    check_tensor("input_ids", input_ids)
     if mask is not None:
+        check_tensor("mask", mask)
         input_ids = input_ids.where(mask.bool(), IGNORE_INDEX)
     return torch.cat([input_ids[..., 1:], torch.full_like(input_ids[..., :1], IGNORE_INDEX)], -1)
 

@@ -37,7 +37,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from agro_kernels.head import FLOATING, Head, check_target_values, check_tensor, pack_kept_ids
@@ -46,6 +45,7 @@ from agro_kernels.linear_logprobs import (
     linear_logprobs_with_entropy as _linear_logprobs_with_entropy,
 )
 from agro_kernels.linear_logprobs import linear_logprobs_with_stats as _linear_logprobs_with_stats
+from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.linear_logprobs import input_gradients, of_entropy, save_head, saved_head
 from agro_kernels.weighted_logprobs import weighted_logprob_sum as _weighted_logprob_sum
 
@@ -200,25 +200,26 @@ class _ShardedLogprobs(torch.autograd.Function):
         if lse is None:
             # Where another rank holds the target, row 0 stands for it; _merge drops its logprob.
             local = torch.ops.agro.linear_logprobs_fwd(*_local(head, shards, 0), with_entropy)
-            logprobs, lse, entropy = _merge(head, shards, local)
+            logprobs, lse, entropy = _merge(head, shards, local, with_entropy)
         else:
+            with_entropy = False
             mine = torch.ops.agro.target_logprobs(*_local(head, shards, _IGNORED), lse)
             logprobs = _pick(head, shards, _gather(shards, mine))
             # Autograd marks the results as differentiable; the caller's own tensor must stay as is.
             lse = lse.clone()
             entropy = lse.new_empty(0)
-        save_head(ctx, head, lse, entropy)
+        save_head(ctx, head, lse, entropy, with_entropy)
         ctx.shards, ctx.weight_grad = shards, weight_grad
         return logprobs, lse, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear_logprobs")
     def backward(
         ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         head, lse, entropy = saved_head(ctx)
         shards: VocabularyShards = ctx.shards
-        dentropy = of_entropy(dentropy, lse, entropy)
+        dentropy = of_entropy(ctx, dentropy)
         if dlogprobs is not None:
             # logprob = target logit - lse. On ranks without the target's row, only lse depends on
             # the rank's rows.
@@ -271,7 +272,10 @@ def _pick(head: Head, shards: VocabularyShards, logprobs: Tensor) -> Tensor:
 
 
 def _merge(
-    head: Head, shards: VocabularyShards, local: tuple[Tensor, Tensor, Tensor]
+    head: Head,
+    shards: VocabularyShards,
+    local: tuple[Tensor, Tensor, Tensor],
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy) over all ranks from this rank's, by the formulas of this file.
 
@@ -280,7 +284,6 @@ def _merge(
     those of the op on one device.
     """
     logprobs, lse, entropy = local
-    with_entropy = of_entropy(entropy, lse, entropy) is not None
     gathered = _gather(shards, lse, logprobs, *([entropy] if with_entropy else []))
     parts = gathered.double()
     of_ranks = parts[:, 0].unbind()

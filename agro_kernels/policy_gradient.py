@@ -90,7 +90,7 @@ def policy_gradient_coefficients(
         by the number of valid groups. Rows with a non-finite input are left out of their group
         and get exactly 0, and so do groups with fewer than two valid rows, in every form.
     """
-    if form not in POLICY_GRADIENT_FORMS:
+    if form not in list(POLICY_GRADIENT_FORMS):
         raise ValueError(
             f"form: expected one of {', '.join(POLICY_GRADIENT_FORMS)}, got {form!r}; "
             "POLICY_GRADIENT_FORMS holds their definitions"

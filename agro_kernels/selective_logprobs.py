@@ -5,6 +5,7 @@ from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
 from agro_kernels.head import IGNORE_INDEX, check_logits, split_temperature
+from agro_kernels.ops.derivatives import refuse_forward_mode
 
 
 def selective_logprobs(
@@ -35,7 +36,8 @@ def selective_logprobs(
         logprobs: (...) fp32 (float64 for float64), nats. Exactly 0.0, with exactly zero gradient,
         where targets == ignore_index, whatever the row holds. Differentiable in logits, once.
     """
-    check_logits(logits, targets, temperature, ignore_index)
+    temperature, ignore_index = check_logits(logits, targets, temperature, ignore_index)
+    refuse_forward_mode("selective_logprobs", logits=logits)
     results: tuple[Tensor, Tensor] = torch.ops.agro.selective_logprobs_fwd(
         logits, targets, *split_temperature(temperature), ignore_index
     )

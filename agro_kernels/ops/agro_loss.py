@@ -4,11 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from agro_kernels._torch import agro_loss as torch_agro_loss
 from agro_kernels.agro_options import AGRO_SCHEMA, AgroOptions
-from agro_kernels.ops.dispatch import library, results_dtype, triton_if_possible, with_record
+from agro_kernels.ops.derivatives import differentiable_once
+from agro_kernels.ops.dispatch import (
+    library,
+    results_dtype,
+    triton_if_possible,
+    with_numbers,
+    with_record,
+)
 
 library.define(
     "agro_coefficients(Tensor rewards, Tensor logprobs, Tensor ref_logprobs, Tensor groups, "
@@ -27,7 +33,7 @@ for _name, _at in (("agro_coefficients", 4), ("agro_loss_fwd", 5), ("agro_loss_b
     _cuda = triton_if_possible(_name, "agro_loss", torch_agro_loss, float64=True)
     for _key, _kernel in (("CompositeExplicitAutograd", _everywhere), ("CUDA", _cuda)):
         if _at is not None:
-            _kernel = with_record(AgroOptions, _kernel, at=_at)
+            _kernel = with_record(AgroOptions, with_numbers(_kernel), at=_at)
         library.impl(_name, _kernel, _key)
 
 
@@ -76,11 +82,14 @@ def _agro_loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(coefficients, cu_seqlens)
     ctx.shape_and_dtype = logprobs.shape[0], logprobs.dtype
     ctx.num_inputs = len(inputs)
+    # What the coefficients depend on, for a second derivative to find. Not with save_for_backward,
+    # as the gradient does not need its values, which the caller may change.
+    ctx.others = (logprobs,)
     ctx.mark_non_differentiable(coefficients)
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
+@differentiable_once("agro_loss")
 def _agro_loss_backward(
     ctx: Any, dloss: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:

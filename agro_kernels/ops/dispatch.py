@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agro_kernels.agro_options import AgroOptions
 from agro_kernels.head import Head
 
 library = torch.library.Library("agro", "DEF")
@@ -54,6 +55,17 @@ def with_record(
 def with_head(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel(head, ...)` as the dispatcher calls it."""
     return with_record(Head, kernel)
+
+
+def with_numbers(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` where its records may hold numbers as tensors, which compiled graphs do."""
+
+    @functools.wraps(kernel)
+    def call(*args: Any) -> Any:
+        records = (Head, AgroOptions)
+        return kernel(*(arg.with_numbers() if isinstance(arg, records) else arg for arg in args))
+
+    return call
 
 
 def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from agro_kernels._cpu import linear_logprobs as cpu_linear_logprobs
 from agro_kernels._torch import kept_ids as torch_kept_ids
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
 from agro_kernels.head import HEAD_SCHEMA, Head, Upstream
+from agro_kernels.ops.buffer_locks import in_turn
+from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
     library,
     results_dtype,
     triton_if_possible,
     with_head,
+    with_numbers,
     without_autocast,
 )
 
@@ -69,7 +71,10 @@ for _name, _function, _flat in (
         ("CPU", getattr(cpu_linear_logprobs, _function)),
         ("CUDA", triton_if_possible(_function, "linear_logprobs", torch_linear_logprobs)),
     ):
-        library.impl(_name, without_autocast(_flat(_kernel)), _key)
+        _kernel = without_autocast(_flat(with_numbers(_kernel)))
+        if _name == "linear_logprobs_bwd_accumulate":
+            _kernel = in_turn(_kernel)
+        library.impl(_name, _kernel, _key)
 
 
 def _linear_logprobs_fwd_fake(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,8 +99,11 @@ def _linear_logprobs_bwd_fake(
     )
 
 
-def save_head(ctx: Any, head: Head, lse: Tensor, entropy: Tensor) -> None:
-    """Keeps what `saved_head` gives back."""
+def save_head(ctx: Any, head: Head, lse: Tensor, entropy: Tensor, with_entropy: bool) -> None:
+    """Keeps what `saved_head` gives back, and whether entropy is (N,) or the empty tensor.
+
+    Its shape would not tell: in a graph the number of tokens may be unknown.
+    """
     ctx.save_for_backward(
         head.hidden,
         head.weight,
@@ -107,6 +115,7 @@ def save_head(ctx: Any, head: Head, lse: Tensor, entropy: Tensor) -> None:
         entropy,
     )
     ctx.options = head.temperature, head.softcap, head.ignore_index, head.round_logits
+    ctx.with_entropy = with_entropy
     ctx.set_materialize_grads(False)
 
 
@@ -136,17 +145,17 @@ def input_gradients(
 
 
 def _linear_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *head, _ = inputs
+    *head, with_entropy = inputs
     _, lse, entropy = output
-    save_head(ctx, Head(*head), lse, entropy)
+    save_head(ctx, Head(*head), lse, entropy, with_entropy)
 
 
 def _target_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *head, lse = inputs
-    save_head(ctx, Head(*head), lse, lse.new_empty(0))
+    save_head(ctx, Head(*head), lse, lse.new_empty(0), False)
 
 
-@once_differentiable
+@differentiable_once("linear_logprobs")
 def _logprobs_backward(
     ctx: Any,
     dlogprobs: Tensor | None,
@@ -158,17 +167,17 @@ def _logprobs_backward(
     asked = [need_hidden, need_weight, need_bias]
     head, lse, entropy = saved_head(ctx)
     gradients = torch.ops.agro.linear_logprobs_bwd(
-        dlogprobs, dlse, of_entropy(dentropy, lse, entropy), *head, lse, entropy, asked
+        dlogprobs, dlse, of_entropy(ctx, dentropy), *head, lse, entropy, asked
     )
     return *input_gradients(asked, *gradients), None
 
 
-def of_entropy(dentropy: Tensor | None, lse: Tensor, entropy: Tensor) -> Tensor | None:
+def of_entropy(ctx: Any, dentropy: Tensor | None) -> Tensor | None:
     """dentropy, or None where the forward pass made no entropy.
 
     There autograd may pass a gradient of the empty tensor that was returned for it.
     """
-    return dentropy if entropy.shape == lse.shape else None
+    return dentropy if ctx.with_entropy else None
 
 
 library.define("pack_kept_ids(Tensor kept_ids, SymInt vocabulary) -> Tensor kept")
@@ -176,7 +185,7 @@ library.impl("pack_kept_ids", torch_kept_ids.pack_kept_ids, "CompositeExplicitAu
 library.define(f"target_logprobs({HEAD_SCHEMA}, Tensor lse) -> Tensor logprobs")
 library.impl(
     "target_logprobs",
-    without_autocast(with_head(torch_linear_logprobs.target_logprobs)),
+    without_autocast(with_head(with_numbers(torch_linear_logprobs.target_logprobs))),
     "CompositeExplicitAutograd",
 )
 

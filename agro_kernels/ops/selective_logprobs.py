@@ -1,12 +1,15 @@
 """selective_logprobs: schemas, shapes, gradients."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from agro_kernels._torch import selective_logprobs as torch_selective_logprobs
+from agro_kernels.head import one_number
+from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import library, results_dtype, triton_if_possible, without_autocast
 
 library.define(
@@ -17,11 +20,23 @@ library.define(
     "selective_logprobs_bwd(Tensor dlogprobs, Tensor logits, Tensor targets, float temperature, "
     "Tensor? token_temperature, int ignore_index, Tensor lse) -> Tensor dlogits"
 )
-for _name in ("selective_logprobs_fwd", "selective_logprobs_bwd"):
+
+
+def _with_temperature(kernel: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """`kernel` where its arguments `at` and the next, the temperatures, may be a number's two."""
+
+    @functools.wraps(kernel)
+    def call(*args: Any) -> Any:
+        return kernel(*args[:at], *one_number(*args[at : at + 2]), *args[at + 2 :])
+
+    return call
+
+
+for _name, _at in (("selective_logprobs_fwd", 2), ("selective_logprobs_bwd", 3)):
     _everywhere = getattr(torch_selective_logprobs, _name)
     _cuda = triton_if_possible(_name, "selective_logprobs", torch_selective_logprobs)
-    library.impl(_name, without_autocast(_everywhere), "CompositeExplicitAutograd")
-    library.impl(_name, without_autocast(_cuda), "CUDA")
+    for _key, _kernel in (("CompositeExplicitAutograd", _everywhere), ("CUDA", _cuda)):
+        library.impl(_name, without_autocast(_with_temperature(_kernel, _at)), _key)
 
 
 def _selective_logprobs_fwd_fake(
@@ -57,7 +72,7 @@ def _selective_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
+@differentiable_once("selective_logprobs")
 def _selective_logprobs_backward(
     ctx: Any, dlogprobs: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from agro_kernels.head import Head
+from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.linear_logprobs import input_gradients, of_entropy, save_head, saved_head
 
 
@@ -40,23 +40,24 @@ class AccumulatingLogprobs(torch.autograd.Function):
         if lse is None:
             logprobs, lse, entropy = torch.ops.agro.linear_logprobs_fwd(*fields, with_entropy)
         else:
+            with_entropy = False
             logprobs = torch.ops.agro.target_logprobs(*fields, lse)
             entropy = logprobs.new_empty(0)
-        save_head(ctx, Head(*fields), lse, entropy)
+        save_head(ctx, Head(*fields), lse, entropy, with_entropy)
         # Not with save_for_backward, which refuses tensors that have changed since: the backward
         # passes of other micro-batches add to this one.
         ctx.weight_grad = weight_grad
         return logprobs, lse, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear_logprobs")
     def backward(
         ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         asked = [need_hidden, need_weight, need_bias]
         head, lse, entropy = saved_head(ctx)
-        dentropy = of_entropy(dentropy, lse, entropy)
+        dentropy = of_entropy(ctx, dentropy)
         dhidden, dweight, dbias = torch.ops.agro.linear_logprobs_bwd_accumulate(
             dlogprobs, dlse, dentropy, *head, lse, entropy, asked, ctx.weight_grad
         )

@@ -2,7 +2,10 @@
 
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -545,6 +548,35 @@ def test_gradients_flow_to_logprobs_only() -> None:
     [
         ({"beta": 0.0}, ValueError, "beta: expected a finite number > 0, got 0.0"),
         ({"beta": math.nan}, ValueError, "beta: expected a finite number > 0, got nan"),
+        ({"beta": None}, TypeError, "beta: expected a finite number > 0, got NoneType; without"),
+        ({"beta": "0.1"}, TypeError, "beta: expected a finite number > 0, got str"),
+        (
+            {"beta": 1e-300},
+            ValueError,
+            "beta: .* from 1e-30 to 1e.30, .* got 1e-300",
+        ),
+        ({"beta": 10**400}, ValueError, "beta: expected a finite number > 0, got 1000"),
+        ({"scale": None}, TypeError, "scale: expected a finite number > 0, got NoneType"),
+        (
+            {"scale": 1e300},
+            ValueError,
+            "scale: .* from 1e-30 to 1e.30, .* got 1e.300",
+        ),
+        ({"lr_weight": None}, TypeError, "lr_weight: expected a finite number >= 0, got NoneType"),
+        ({"lr_baseline": None}, TypeError, 'lr_baseline: expected "auto" or .* got NoneType'),
+        ({"lr_cap": "yes"}, TypeError, "lr_cap: expected a bool, got str; pass True or False"),
+        ({"taper": "1"}, TypeError, "taper: expected a number >= 0, got str; 0 tapers nothing"),
+        ({"num_groups": math.nan}, ValueError, "num_groups: expected a finite number, got nan"),
+        (
+            {"num_groups": torch.tensor(math.inf)},
+            ValueError,
+            "num_groups: .* finite .* got inf",
+        ),
+        (
+            {"num_groups": "2"},
+            TypeError,
+            "num_groups: expected an int, a 0-d .* got str",
+        ),
         ({"scale": -1.0}, ValueError, "scale: expected a finite number > 0, got -1.0"),
         ({"lr_weight": -1.0}, ValueError, "lr_weight: expected a finite number >= 0, got -1.0"),
         ({"lr_baseline": 2.0}, ValueError, r"lr_baseline: .*\[0, 1\], got 2.0"),
@@ -620,6 +652,20 @@ def test_wrong_arguments_are_named(changed: dict, error: type[Exception], messag
         agro_loss(**arguments)
 
 
+@pytest.mark.parametrize(
+    "of", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "tensor"]
+)
+def test_numbers_of_numpy_and_torch_are_numbers(of: Callable[[float], Any]) -> None:
+    arguments = Batch().sums
+    numbers = {"beta": 0.25, "lr_weight": 0.5, "lr_baseline": 0.75, "scale": 2.0, "num_groups": 4.0}
+    expected = agro_coefficients(*arguments, **numbers, lr_cap=True).coefficients  # type: ignore[arg-type]
+    options: Any = {name: of(number) for name, number in numbers.items()}
+    assert torch.equal(
+        agro_coefficients(*arguments, **options, lr_cap=np.True_).coefficients,  # type: ignore[arg-type]
+        expected,
+    )
+
+
 def test_keywords_are_those_of_agro_coefficients() -> None:
     """Its signature is the written one: names and defaults are the record's."""
     rewards = torch.zeros(3)
@@ -631,7 +677,7 @@ def test_keywords_are_those_of_agro_coefficients() -> None:
     assert list(written) == list(AgroKeywords.__annotations__)
     assert AgroOptions.of(rewards, **{**written, "beta": 1.0}) == AgroOptions.of(rewards, beta=1.0)
     assert AgroKeywords.__required_keys__ == {"beta"}
-    fields = [argument.split()[1] for argument in AGRO_SCHEMA.split(", ")]
+    fields = [argument.split()[1].removesuffix("=None") for argument in AGRO_SCHEMA.split(", ")]
     assert fields == list(AgroOptions._fields)
 
 

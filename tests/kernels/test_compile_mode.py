@@ -20,6 +20,7 @@ from agro_kernels import (
     weighted_logprob_sum,
 )
 from agro_kernels.head import Head, Upstream
+from agro_kernels.ops.buffer_locks import in_turn
 from tests.numerics import head_inputs
 
 D, V = 16, 70
@@ -165,6 +166,61 @@ def test_other_numbers_of_tokens_do_not_recompile(program: Program) -> None:
     assert counter.frame_count == compiled_once
 
 
+def with_number(inputs: Inputs, number: float) -> Tensor:
+    """Every number that may differ from step to step: temperatures, and the options of the loss."""
+    hidden, weight, bias = inputs.leaves
+    head: Any = {"bias": bias, "temperature": number}
+    logprobs = linear_logprobs(hidden, weight, inputs.targets, **head)
+    rows = (inputs.rewards, inputs.groups, inputs.cu_seqlens)
+    options: Any = {"beta": number, "lr_weight": number, "lr_baseline": number, "taper": number}
+    options |= {"scale": 1 / number, "sampling_logprobs": -inputs.rewards}
+    value = agro_loss(logprobs, inputs.ref_logprobs, *rows, **options)
+    value = value + weighted_logprob_sum(
+        hidden, weight, inputs.targets, inputs.coefficients, lse=inputs.coefficients, **head
+    )
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return value + selective_logprobs(logits, inputs.targets, temperature=number).sum()
+
+
+def test_other_numbers_do_not_recompile() -> None:
+    """Two graphs, as torch makes them itself: of the first number, and of all the others."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(with_number, fullgraph=True, backend=counter)
+    inputs = Inputs(12)
+    for number in (1.0, 0.5, 0.6, 0.7, 0.8, 0.9):
+        ours = value_and_gradients(lambda one, x=number: compiled(one, x), inputs)  # type: ignore[misc]
+        expected = value_and_gradients(lambda one, x=number: with_number(one, x), inputs)  # type: ignore[misc]
+        assert_bitwise(ours, expected)
+    assert counter.frame_count == 2
+
+
+def rows_that_count(inputs: Inputs, mask: Tensor) -> Tensor:
+    hidden, weight, bias = inputs.leaves
+    head: Any = {"bias": bias, "temperature": inputs.temperature[mask]}
+    chosen, targets = hidden[mask], inputs.targets[mask]
+    coefficients = inputs.coefficients[mask]
+    stats = linear_logprobs_with_stats(chosen, weight, targets, **head)
+    value = linear_logprobs(chosen, weight, targets, **head).square().sum() + stats.entropy.sum()
+    value = value + weighted_logprob_sum(chosen, weight, targets, coefficients, **head)
+    lse = stats.lse.detach()
+    return value + weighted_logprob_sum(chosen, weight, targets, coefficients, lse=lse, **head)
+
+
+def test_a_number_of_rows_that_depends_on_the_data_is_one_graph() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    inputs = Inputs(12)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(rows_that_count, fullgraph=True, backend=counter)
+        for count in (3, 7, 12, 1, 0):
+            mask = torch.arange(12) < count
+            ours = value_and_gradients(lambda one, m=mask: compiled(one, m), inputs)  # type: ignore[misc]
+            expected = value_and_gradients(lambda one, m=mask: rows_that_count(one, m), inputs)  # type: ignore[misc]
+            assert_bitwise(ours, expected)
+    assert counter.frame_count == 1
+
+
 @inductor
 @pytest.mark.parametrize(
     "program", [engine_options, known_coefficients], ids=lambda program: program.__name__
@@ -260,6 +316,44 @@ def test_threads_do_not_disturb_each_other(program: Program) -> None:
     expected = [call() for call in calls]
     for ours, theirs in zip(in_threads(calls), expected, strict=True):
         assert_bitwise(ours, theirs)
+
+
+def test_threads_add_to_one_buffer_in_turn() -> None:
+    """Eight graphs, their backward passes at the same time: no update is lost."""
+    n, d, v = 64, 32, 5000
+    weight, buffer = torch.randn(v, d, requires_grad=True), torch.zeros(v, d)
+    hidden = [torch.randn(n, d, requires_grad=True) for _ in range(8)]
+    targets = [torch.randint(0, v, (n,)) for _ in hidden]
+    graphs = [
+        linear_logprobs(one, weight, ids, weight_grad=buffer).sum()
+        for one, ids in zip(hidden, targets, strict=True)
+    ]
+    in_threads([graph.backward for graph in graphs])
+    expected = torch.zeros(v, d)
+    for one, ids in zip(hidden, targets, strict=True):
+        linear_logprobs(one, weight, ids, weight_grad=expected).sum().backward()
+    torch.testing.assert_close(buffer, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_buffer_has_a_turn_of_its_own() -> None:
+    """Views of one buffer wait for each other; another buffer waits for neither."""
+    storage, other = torch.zeros(4, 3), torch.zeros(4, 3)
+    inside: set[str] = set()
+    together: list[set[str]] = []
+    both_buffers = threading.Barrier(2, timeout=30)
+
+    def adds(name: str, buffer: Tensor) -> None:
+        inside.add(name)
+        together.append(set(inside))
+        if name in ("first", "other"):
+            both_buffers.wait()
+        inside.discard(name)
+
+    kernel = in_turn(adds)
+    views = {"first": storage, "second": storage[1:], "third": storage.view(12), "other": other}
+    in_threads([lambda n=name, b=view: kernel(n, b) for name, view in views.items()])  # type: ignore[misc]
+    shared = {"first", "second", "third"}
+    assert all(len(names & shared) <= 1 for names in together)
 
 
 @pytest.mark.parametrize("name", ["linear_logprobs", "selective_logprobs", "agro_loss"])

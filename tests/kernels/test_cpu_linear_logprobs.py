@@ -84,11 +84,14 @@ def upstream(n: int) -> list[Tensor]:
 
 def by_native(inputs: HeadInputs, **options: Any) -> list[Tensor]:
     """logprobs, lse, entropy and the gradients by `upstream`."""
-    head = head_of(inputs, **options)
+    return results_of(head_of(inputs, **options))
+
+
+def results_of(head: Head) -> list[Tensor]:
     logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
-    asked = [True, True, inputs.bias is not None]
+    asked = [True, True, head.bias is not None]
     gradients = cpu.linear_logprobs_bwd(Upstream(*upstream(len(lse)), lse, entropy), head, asked)
-    return [logprobs, lse, entropy, *gradients[: 2 + (inputs.bias is not None)]]
+    return [logprobs, lse, entropy, *gradients[: 2 + (head.bias is not None)]]
 
 
 def by_plain_torch(
@@ -624,10 +627,12 @@ def test_no_counted_tokens_give_zeros(isa: str, n: int) -> None:
 
 
 def test_no_hidden_dimension_is_a_uniform_distribution(isa: str) -> None:
-    inputs = HeadInputs(
-        torch.ones(3, 0), torch.ones(8, 0), torch.tensor([1, 2, 7]), None, torch.ones(3)
+    """The kernels have an answer to what the public functions refuse."""
+    narrow = HeadInputs(
+        torch.ones(3, 1), torch.ones(8, 1), torch.tensor([1, 2, 7]), None, torch.ones(3)
     )
-    logprobs, lse, entropy, dhidden, dweight = by_native(inputs)
+    head = narrow.head()._replace(hidden=torch.ones(3, 0), weight=torch.ones(8, 0))
+    logprobs, lse, entropy, dhidden, dweight = results_of(head)
     log_8 = torch.tensor(8.0).log().expand(3)
     torch.testing.assert_close(logprobs, -log_8)
     torch.testing.assert_close(lse, log_8)

@@ -1,5 +1,8 @@
 """Every wrong argument is named, with what was expected and what came, before any work is done."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +68,20 @@ HEAD_CASES = [
         r"temperature: expected a tensor without gradient.*temperature.detach\(\)",
     ),
     ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0, got 0.0; pass None"),
+    ({"temperature": 1e-39}, ValueError, "temperature: .* from 1e-30 to 1e.30, .* got 1e-39; for"),
+    ({"temperature": 10**400}, ValueError, "temperature: expected a finite number > 0, got inf"),
+    (
+        {"temperature": torch.full((2, 3), 1e-39).double()},
+        ValueError,
+        "temperature: expected numbers from 1e-30 to 1e.30, which fp32 can divide by, got",
+    ),
+    ({"softcap": 1e-300}, ValueError, "softcap: .* from 1e-30 to 1e.30, .* got 1e-300; pass None"),
+    ({"softcap": 1e39}, ValueError, "softcap: expected a number from 1e-30 to 1e.30, .* got 1e.39"),
+    ({"softcap": "30"}, TypeError, "softcap: expected a float or None, got str"),
+    ({"softcap": np.bool_(True)}, TypeError, "softcap: expected a float or None, got bool"),
+    ({"hidden": torch.ones(2, 3, 0), "weight": torch.ones(20, 0)}, ValueError, "weight: .* D > 0"),
+    ({"round_logits": ["bf16"]}, ValueError, r'round_logits: expected "bf16", .* got \[.bf16.\]'),
+    ({"ignore_index": 2**63}, ValueError, "ignore_index: expected an int of 64 bits, got 9223372"),
     ({"softcap": True}, TypeError, "softcap: expected a float or None, got bool"),
     ({"ignore_index": None}, TypeError, "ignore_index: expected an int, got NoneType"),
 ]
@@ -95,6 +112,7 @@ def test_weighted_logprob_sum_rejects(change, error, message) -> None:  # type: 
             r"targets: expected shape \(2, 3\) to match logits \(2, 3, 20\), got \(2, 2\)",
         ),
         ({"temperature": -1.0}, ValueError, "temperature: expected a finite number > 0, got -1.0"),
+        ({"temperature": 1e-39}, ValueError, "temperature: expected a number from 1e-30 to 1e.30"),
         ({"ignore_index": 0.5}, TypeError, "ignore_index: expected an int, got float"),
     ],
 )
@@ -107,3 +125,30 @@ def test_selective_logprobs_rejects(change, error, message) -> None:  # type: ig
 @pytest.mark.parametrize("op", HEAD_OPS, ids=lambda op: op.__name__)
 def test_good_arguments_pass(op) -> None:  # type: ignore[no-untyped-def]
     op(**good(), bias=torch.zeros(20), temperature=1, softcap=30, ignore_index=0)
+
+
+@pytest.mark.parametrize("of", [np.float16, np.float32, np.float64, np.int32, int])
+def test_numbers_of_numpy_are_numbers(of: Any) -> None:
+    arguments: Any = good()
+    ours = linear_logprobs(**arguments, temperature=of(2), softcap=of(3), ignore_index=np.int16(4))
+    same = linear_logprobs(**arguments, temperature=2.0, softcap=3.0, ignore_index=4)
+    assert torch.equal(ours, same)
+    logits, targets = torch.randn(2, 3, 20), arguments["targets"]
+    ours = selective_logprobs(logits, targets, temperature=of(2), ignore_index=np.int64(4))
+    assert torch.equal(ours, selective_logprobs(logits, targets, temperature=2.0, ignore_index=4))
+
+
+@pytest.mark.parametrize("number", [1e-30, 1e30])
+def test_the_smallest_and_the_largest_number_work(number: float) -> None:
+    """A cap far above the logits is none; one far below makes them equal."""
+    arguments: Any = good()
+    plain = linear_logprobs(**arguments)
+    uniform = torch.full_like(plain, 1 / 20).log()
+    capped = linear_logprobs(**arguments, softcap=number)
+    torch.testing.assert_close(capped, plain if number > 1 else uniform)
+    divided = linear_logprobs(**arguments, temperature=number)
+    same = linear_logprobs(**arguments, temperature=torch.full((2, 3), number))
+    for results in (divided, same):
+        assert not results.isnan().any()
+        if number > 1:
+            torch.testing.assert_close(results, uniform)

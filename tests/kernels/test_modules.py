@@ -1,9 +1,13 @@
 """LogprobHead, patch_model and LinearAgroLoss: what the unpatched model gives, wherever it runs."""
 
 import copy
+import inspect
+import io
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
 
 from agro_kernels import (
     LinearAgroLoss,
@@ -240,6 +245,14 @@ def test_an_adapter_on_the_head_is_refused() -> None:
         later(input_ids=ids, targets=next_tokens(ids, mask))
 
 
+@peft_warns
+def test_an_adapters_linear_is_told_from_torchs() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match=r"torch\.nn\.Linear, got peft\.\S+\.Linear; leave"):
+        patch_model(peft.get_peft_model(build("llama", tied=False), config))
+
+
 def test_two_ranks_replicated_and_sharded_give_what_one_gives(tmp_path: Path) -> None:
     """DDP and FSDP2 with two gloo processes; the asserts are in ranks_modules.py."""
     ranks = [
@@ -279,6 +292,129 @@ def test_a_copy_of_a_patched_model_is_its_own() -> None:
         model.model.norm.weight.zero_()
     assert torch.equal(ours(other, ids, targets).logprobs, before)
     assert other.lm_head.weight is other.model.embed_tokens.weight
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    copied = pickle.loads(pickle.dumps(model))
+    assert isinstance(copied, nn.Module)
+    return copied
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert isinstance(loaded, nn.Module)
+    return loaded
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickled, saved], ids=lambda way: way.__name__)
+def test_a_patched_model_survives_being_copied(way: Callable[[nn.Module], nn.Module]) -> None:
+    """With its own parameters, ties and forward; patching it again changes nothing."""
+    model = patch_model(build("gemma2", tied=True))
+    ids, mask = token_batch()
+    targets = next_tokens(ids, mask)
+    expected, logits = ours(model, ids, targets), model(input_ids=ids).logits
+    other: Any = way(model)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    head = other.lm_head
+    for copied in (other, patch_model(other)):
+        for result, same in zip(ours(copied, ids, targets), expected, strict=True):
+            assert torch.equal(result, same)
+        assert torch.equal(copied(input_ids=ids).logits, logits)
+        assert copied.lm_head is head
+    assert inspect.signature(other.forward) == inspect.signature(type(other)(other.config).forward)
+
+
+def test_every_option_of_the_op_is_taken_or_refused_by_name() -> None:
+    model = patch_model(build("gemma2", tied=False))
+    ids, _ = token_batch()
+    targets = next_tokens(ids).masked_fill(ids % 5 == 0, 99)
+    inputs = {"temperature": 0.7, "ignore_index": 99, "round_logits": "bf16"}
+    targets = targets.masked_fill(targets == -100, 99)
+    kept_ids = torch.stack([targets % 71, (targets + 7) % 71], -1)
+    buffer, expected_buffer = torch.zeros(71, 32), torch.zeros(71, 32)
+    results = model(input_ids=ids, targets=targets, kept_ids=kept_ids, weight_grad=buffer, **inputs)
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    expected = linear_logprobs_with_stats(
+        hidden,
+        model.lm_head.weight,
+        targets,
+        softcap=model.config.final_logit_softcapping,
+        kept_ids=kept_ids,
+        weight_grad=expected_buffer,
+        **inputs,  # type: ignore[arg-type]
+    )
+    for result, same in zip(results, expected, strict=True):
+        assert torch.equal(result, same)
+    (results.logprobs.sum() + expected.logprobs.sum()).backward()
+    assert torch.equal(buffer, expected_buffer) and buffer.count_nonzero() > 0
+    assert model.lm_head.weight.grad is None
+    for name, value in (("bias", torch.zeros(71)), ("softcap", 3.0), ("shards", object())):
+        with pytest.raises(ValueError, match=f"^{name}: expected none, got a value; "):
+            model(input_ids=ids, targets=targets, **{name: value})
+    for name, value in inputs.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected together with targets, got it"):
+            model(input_ids=ids, **{name: value})
+        with pytest.raises(ValueError, match=f"^{name}: expected together with targets, got it"):
+            model.lm_head(hidden, **{name: value})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tempereture'"):
+        model.lm_head(hidden, targets, tempereture=0.7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keywords_that_the_backbone_does_not_know_are_refused(family: str) -> None:
+    """Those it knows go through: its own, and what transformers hands down to the attention."""
+    model = patch_model(build(family, tied=False))
+    ids, _ = token_batch()
+    targets = next_tokens(ids)
+    expected = ours(model, ids, targets).logprobs
+    known = {"attention_mask": torch.ones_like(ids), "return_dict": False, "labels": None}
+    known |= {"output_attentions": False, "cu_seq_lens_q": None, "num_items_in_batch": 3}
+    assert torch.equal(ours(model, ids, targets, **known).logprobs, expected)
+    model.config.return_dict = False
+    by_position = model(ids, targets=targets, temperature=TEMPERATURE)
+    assert torch.equal(by_position.logprobs, expected)
+    with pytest.raises(TypeError, match="^tempereture: expected an argument of .*Model or one of"):
+        model(input_ids=ids, targets=targets, tempereture=0.5)
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        model(ids, input_ids=ids, targets=targets)
+
+
+class Scaled(LlamaForCausalLM):
+    scale = 1.1
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.scale
+        return output
+
+
+class Unscaled(Scaled):
+    scale = 1.0
+
+
+def test_a_forward_that_changes_the_logits_is_refused_with_both_numbers() -> None:
+    model = build("llama", tied=False).train()
+    model.__class__ = Scaled
+    message = r"^model: expected logits that are lm_head.*got Scaled\.forward.*-\d\S+ where .*-\d"
+    with pytest.raises(ValueError, match=message):
+        patch_model(model)
+    assert type(model.lm_head) is nn.Linear and all(m.training for m in model.modules())
+    ids, mask = token_batch()
+    targets = next_tokens(ids, mask)
+    model.__class__ = Unscaled
+    patch_model(model)
+    results = ours(model, ids, targets)
+    model.__class__ = LlamaForCausalLM
+    assert torch.equal(results.logprobs, ours(model, ids, targets).logprobs)
+    on_meta = build("llama", tied=False).to("meta")
+    on_meta.__class__ = Scaled
+    with pytest.raises(ValueError, match="got the meta device; load the weights before"):
+        patch_model(on_meta)
 
 
 def doubled(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -414,7 +550,7 @@ def test_what_cannot_be_patched_is_refused_in_one_sentence() -> None:
             patch_model(model)
     quantised = build("llama", tied=False)
     quantised.lm_head = type("Linear4bit", (nn.Linear,), {})(32, 71, bias=False)
-    with pytest.raises(ValueError, match="got Linear4bit; leave the head"):
+    with pytest.raises(ValueError, match=r"torch.nn.Linear, got tests\.\S+\.Linear4bit; leave the"):
         patch_model(quantised)
     aligned = build("llama", tied=False)
     aligned.lm_head.forward = aligned.lm_head.forward  # as accelerate's device map does

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import agro_kernels
 from agro_kernels._torch import linear_logprobs as blocked
 from agro_kernels.head import Head
 from agro_kernels.ops import dispatch
@@ -234,3 +235,29 @@ def test_cpu_calls_do_not_import_triton() -> None:
         "assert not kernels, kernels\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_meta_tensors_give_shapes() -> None:
+    """Forward and backward of every public function, without a number."""
+    hidden = torch.empty(3, 7, 8, device="meta", requires_grad=True)
+    weight = torch.empty(9, 8, device="meta", requires_grad=True)
+    numbers = torch.empty(3, 7, device="meta")
+    targets = numbers.long()
+    options: Any = {"temperature": numbers, "kept_ids": targets[..., None], "softcap": 3.0}
+    stats = agro_kernels.linear_logprobs_with_stats(hidden, weight, targets, **options)
+    assert all(result.shape == (3, 7) and result.is_meta for result in stats)
+    buffer = torch.empty(9, 8, device="meta")
+    into_buffer = agro_kernels.linear_logprobs(hidden, weight, targets, weight_grad=buffer)
+    rest = agro_kernels.weighted_logprob_sum(hidden, weight, targets, numbers, lse=numbers)
+    (stats.entropy.sum() + into_buffer.sum() + rest).backward()
+    assert hidden.grad is not None and hidden.grad.shape == (3, 7, 8)
+    assert weight.grad is not None and weight.grad.shape == (9, 8) and weight.grad.is_meta
+    logits = torch.empty(3, 7, 5, device="meta", requires_grad=True)
+    agro_kernels.selective_logprobs(logits, targets).sum().backward()
+    assert logits.grad is not None and logits.grad.shape == (3, 7, 5)
+    row = numbers[0].clone().requires_grad_()
+    rows = row, row.detach(), row.detach()[:2], targets[0, :2], targets[0, :3]
+    agro_kernels.agro_loss(*rows, beta=0.1).backward()
+    assert row.grad is not None and row.grad.shape == (7,)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert agro_kernels.linear_logprobs(hidden, weight, targets).shape == (3, 7)
