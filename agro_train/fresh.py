@@ -13,12 +13,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, Unpack
 
 from agro_train.config import TrainConfig
 from agro_train.data.mix import Mix
 from agro_train.data.recorded import rollout_of, sampling_logprob
-from agro_train.engines.engine import BrokenEngine, Engine, EngineAhead, Snapshot
+from agro_train.engines.engine import Ask, BrokenEngine, Engine, EngineAhead, Snapshot
 from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import Rewards, score
@@ -81,12 +81,13 @@ class Questioner:
         seed = self.config.seed
         return [derive_seed(seed, "generate", step, number) for number in self.numbers(step)]
 
-    def sampling(self, step: int) -> dict[str, Any]:
-        """How the step's prompts are sampled: options of an engine."""
+    def how(self, step: int, weights: int) -> Ask:
+        """How an engine is asked for the step's groups, by the weights after so many steps."""
         return {
             "seeds": self.seeds(step),
             "num_generations": self.config.num_generations,
             "temperature": self.config.temperature,
+            "step": weights,
         }
 
     def with_demonstration(self, prompt: Prompt, sampled: Sequence[Rollout]) -> list[Rollout]:
@@ -108,7 +109,7 @@ class InStep:
         if not ask.mix[step].fresh:
             return []
         prompts, size = ask.asked(step), ask.config.num_generations
-        sampled = self.engine.complete(prompts, **ask.sampling(step), step=step)
+        sampled = self.engine.complete(prompts, **ask.how(step, weights=step))
         groups = [
             ask.with_demonstration(prompt, sampled[place * size : (place + 1) * size])
             for place, prompt in enumerate(prompts)
@@ -219,30 +220,14 @@ class Ahead:
         self.scoring.close()
         self.engine.close()
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        temperature: float,
-        step: int | None,
-    ) -> list[Rollout]:
+    def complete(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> list[Rollout]:
         """As `Engine.complete`; waits for its turn."""
-        assert step is not None, "a run knows the steps of its policy"
-        snapshot = self.weights(step)
+        assert ask["step"] is not None, "a run knows the steps of its policy"
+        snapshot = self.weights(ask["step"])
 
         def sample() -> list[Rollout]:
             with self._at_work(snapshot):
-                groups = dict(
-                    self.engine.sample(
-                        prompts,
-                        seeds=seeds,
-                        num_generations=num_generations,
-                        temperature=temperature,
-                        step=step,
-                    )
-                )
+                groups = dict(self.engine.sample(prompts, **ask))
             return [rollout for place in range(len(prompts)) for rollout in groups[place]]
 
         future = self.sampling.submit(sample)
@@ -260,9 +245,7 @@ class Ahead:
         numbers, prompts = ask.numbers(step), ask.asked(step)
         groups: dict[int, Future[Group]] = {}
         with self._at_work(snapshot):
-            for place, sampled in self.engine.sample(
-                prompts, **ask.sampling(step), step=snapshot.step
-            ):
+            for place, sampled in self.engine.sample(prompts, **ask.how(step, snapshot.step)):
                 # The sum is all that a row needs which is no longer the policy's own.
                 kept = [
                     replace(r, sampling_logprob=sampling_logprob(r), sampling_logprobs=None)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -71,28 +71,28 @@ class Sampling:
 PLAIN = Sampling()  # from the whole softmax until an end token
 
 
+class Ask(TypedDict):
+    """How an engine is asked to complete prompts."""
+
+    seeds: Sequence[int]
+    """Of each prompt; equal ones give the same completions of the same prompt."""
+    num_generations: int
+    """Completions of each prompt."""
+    temperature: float
+    """0 is greedy decoding; otherwise tokens are drawn from the softmax at that temperature, the
+    distribution that the trainer scores: over all ids, or over those that the run's top_k, top_p
+    and min_p keep, and the rollout's `kept_ids` says which."""
+    step: int | None
+    """How many steps the policy's weights have taken. None: they never change."""
+
+
 class Engine(Protocol):
     """Whatever completes prompts with the policy's weights as they are."""
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        temperature: float,
-        step: int | None,
-    ) -> list[Rollout]:
+    def complete(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> list[Rollout]:
         """`num_generations` completions of each prompt, neighbours in the order of the prompts.
 
         Every rank calls it, each with prompts of its own, of which there is at least one.
-
-        Args:
-            seeds: of each prompt; equal ones give the same completions of the same prompt.
-            temperature: 0 is greedy decoding; otherwise tokens are drawn from the softmax at that
-                temperature, the distribution that the trainer scores: over all ids, or over those
-                that the run's top_k, top_p and min_p keep, and the rollout's `kept_ids` says which.
-            step: how many steps the policy's weights have taken. None: they never change.
         """
 
 
@@ -121,13 +121,7 @@ class EngineAhead(Protocol):
         """Takes the weights, and makes sure of it. Every rank calls it. Raises BrokenEngine."""
 
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        temperature: float,
-        step: int | None,
+        self, prompts: Sequence[Prompt], **ask: Unpack[Ask]
     ) -> Iterator[tuple[int, list[Rollout]]]:
         """The prompts' places and their completions, as they come; otherwise as
         `Engine.complete`. Each with its log-probabilities under the weights that sampled it."""

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ from torch import nn
 
 from agro_train.config import TrainConfig
 from agro_train.engines import generation_worker
-from agro_train.engines.engine import BrokenEngine, Sampling, Snapshot, cut
+from agro_train.engines.engine import Ask, BrokenEngine, Sampling, Snapshot, cut
 from agro_train.engines.vllm_client import MEMORY
 from agro_train.engines.weights import written
 from agro_train.policy.adapter import merged_weights
@@ -87,19 +87,14 @@ class ProcessEngine:
             snapshot.files[0].parent.rmdir()
 
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        temperature: float,
-        step: int | None,
+        self, prompts: Sequence[Prompt], **ask: Unpack[Ask]
     ) -> Iterator[tuple[int, list[Rollout]]]:
+        temperature, step = ask["temperature"], ask["step"]
         groups = self._job(
             {
                 "prompts": [prompt.ids for prompt in prompts],
-                "seeds": list(seeds),
-                "num_generations": num_generations,
+                "seeds": list(ask["seeds"]),
+                "num_generations": ask["num_generations"],
                 "temperature": temperature,
             }
         )

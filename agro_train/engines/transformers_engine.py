@@ -9,7 +9,7 @@ one in a hundred in bfloat16; the rest of their completions then differs too.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from agro_train.config import TrainConfig
-from agro_train.engines.engine import PLAIN, Sampling, completion_seed, cut
+from agro_train.engines.engine import PLAIN, Ask, Sampling, completion_seed, cut
 from agro_train.settings import MOST_KEPT
 from agro_train.types import Prompt, Rollout
 
@@ -44,27 +44,16 @@ class TransformersEngine:
         self.with_model = with_model
         self.tokenizer, self.end_tokens, self.config = tokenizer, end_tokens, config
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        temperature: float,
-        step: int | None,
-    ) -> list[Rollout]:
+    def complete(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> list[Rollout]:
         return self.with_model(
             lambda model: generate(
                 model,
                 self.tokenizer,
                 prompts,
-                seeds=seeds,
-                num_generations=num_generations,
-                temperature=temperature,
+                **ask,
                 max_completion_length=self.config.max_completion_length,
                 batch_size=self.config.generation_batch_size,
                 end_tokens=self.end_tokens,
-                step=step,
                 sampling=Sampling.of(self.config),
             )
         )

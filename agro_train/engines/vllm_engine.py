@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
-from agro_train.engines.engine import BrokenEngine, Sampling, Snapshot, completion_seed, cut
+from agro_train.engines.engine import Ask, BrokenEngine, Sampling, Snapshot, completion_seed, cut
 from agro_train.engines.vllm_client import (
     TOKENS_S,
     Answer,
@@ -74,48 +74,29 @@ class VllmEngine:
         self.beside: Any = None  # the ranks' group for the thread that samples beside the updates
         self.waiting: tempfile.TemporaryDirectory[str] | None = None  # for weights on their way
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        temperature: float,
-        step: int | None,
-    ) -> list[Rollout]:
-        if self.sent is None or step != self.sent:
+    def complete(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> list[Rollout]:
+        if self.sent is None or ask["step"] != self.sent:
             self.send(prompts[0])
-            self.sent = step
-        sampled = self.sample(
-            prompts,
-            seeds=seeds,
-            num_generations=num_generations,
-            temperature=temperature,
-            step=step,
-        )
+            self.sent = ask["step"]
+        sampled = self.sample(prompts, **ask)
         groups = self.together(lambda: dict(sampled))
         return [rollout for place in range(len(prompts)) for rollout in groups[place]]
 
     def sample(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seeds: Sequence[int],
-        num_generations: int,
-        temperature: float,
-        step: int | None,
+        self, prompts: Sequence[Prompt], **ask: Unpack[Ask]
     ) -> Iterator[tuple[int, list[Rollout]]]:
         """The prompts' places and their completions, each group once it is there."""
+        num_generations, temperature = ask["num_generations"], ask["temperature"]
         requests = [
             self.request(prompt.ids, completion_seed(seed, number), temperature)
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            for prompt, seed in zip(prompts, ask["seeds"], strict=True)
             for number in range(num_generations)
         ]
         arrived: list[dict[int, Rollout]] = [{} for _ in prompts]
         for index, answer in self.ask(requests):
             place, number = divmod(index, num_generations)
             group = arrived[place]
-            group[number] = self.rollout(prompts[place], answer, temperature, step)
+            group[number] = self.rollout(prompts[place], answer, temperature, ask["step"])
             if len(group) == num_generations:
                 yield place, [group[number] for number in range(num_generations)]
 
