@@ -79,10 +79,19 @@ def test_dry_run_prints_a_file_that_resolves_to_itself(
         ("lora_target_modules=[]", "lora_target_modules: expected all-linear or names of linear"),
         ("run_name=${nothing}", "config: expected values that can be resolved, got "),
         ("=1", "arguments: expected key=value, got '=1'"),
-        ("vllm_server_base_url=http://[x", "vllm_server_base_url: expected http://HOST:PORT, got"),
-        ("vllm_server_base_url=http://x:y", "vllm_server_base_url: expected http://HOST:PORT, got"),
+        (
+            "vllm_server_base_url=http://[x",
+            "vllm_server_base_url: expected http://HOST:PORT, each server once, got",
+        ),
+        (
+            "vllm_server_base_url=http://x:y",
+            "vllm_server_base_url: expected http://HOST:PORT, each server once, got",
+        ),
         ("vllm_server_base_url=", "vllm_server_base_url: expected a list of texts, got nothing"),
-        ("vllm_server_base_url=[]", "vllm_server_base_url: expected http://HOST:PORT, got"),
+        (
+            "vllm_server_base_url=[]",
+            "vllm_server_base_url: expected http://HOST:PORT, each server once, got",
+        ),
         ("vllm_gpu_memory_utilization=2", "vllm_gpu_memory_utilization: expected a number above 0"),
         ("algorithm=:function", "algorithm: expected one of agro, pg_loo, "),
         ("beta=high", "beta: "),

@@ -138,11 +138,13 @@ def logprobs_of(
 
 
 @pytest.fixture
-def engine() -> VllmEngine:
+def engine() -> Iterator[VllmEngine]:
     policy = tiny_policy(seed=0, dtype=torch.float32)
     accelerator = Accelerator(cpu=True)
     ends = {TOKENIZER.eos_token_id}
-    return VllmEngine(OtherModel(), policy, accelerator, TOKENIZER, ends, CONFIG)
+    engine = VllmEngine(OtherModel(), policy, accelerator, TOKENIZER, ends, CONFIG)
+    yield engine
+    engine.close()
 
 
 def take_a_step(engine: VllmEngine, size: float = 0.05) -> None:
