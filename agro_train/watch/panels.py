@@ -64,9 +64,9 @@ WAITING = Panel(
     "time of a step",
     "seconds",
     (
-        ("time_s", "whole step"),
-        ("async/wait_s", "trainer waited for groups"),
-        ("async/engine_idle_s", "engine had nothing to do"),
+        ("time_s", "step"),
+        ("async/wait_s", "trainer waited"),
+        ("async/engine_idle_s", "engine idle"),
     ),
 )
 
