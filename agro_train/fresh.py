@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Thread
@@ -258,8 +259,17 @@ class Ahead:
     def _score(self, step: int, number: int, group: Sequence[Rollout]) -> Group:
         return Group(step, number, tuple(score(group, self.questioner.rewards)))
 
-    def _at_work(self, snapshot: Snapshot) -> "_AtWork":
-        return _AtWork(self, snapshot)
+    @contextmanager
+    def _at_work(self, snapshot: Snapshot) -> Iterator[None]:
+        """The engine with the weights of a snapshot; notes how long it had nothing to do."""
+        self.idle_s += time.perf_counter() - self.idle_since
+        if self.loaded != snapshot.step:
+            self.engine.load(snapshot)
+            self.loaded = snapshot.step
+        try:
+            yield
+        finally:
+            self.idle_since = time.perf_counter()
 
     def _together(self, function: Callable[[], T]) -> T:
         """function() on every rank; where it fails on one it fails on all, in the caller's
@@ -274,23 +284,6 @@ class Ahead:
         for text in filter(None, texts):
             raise BrokenEngine(text) from failure
         return result  # type: ignore[return-value]
-
-
-class _AtWork:
-    """The engine with the weights of a snapshot; notes how long it had nothing to do."""
-
-    def __init__(self, ahead: Ahead, snapshot: Snapshot) -> None:
-        self.ahead, self.snapshot = ahead, snapshot
-
-    def __enter__(self) -> None:
-        ahead = self.ahead
-        ahead.idle_s += time.perf_counter() - ahead.idle_since
-        if ahead.loaded != self.snapshot.step:
-            ahead.engine.load(self.snapshot)
-            ahead.loaded = self.snapshot.step
-
-    def __exit__(self, *_: object) -> None:
-        self.ahead.idle_since = time.perf_counter()
 
 
 class Lane:

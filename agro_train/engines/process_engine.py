@@ -16,14 +16,12 @@ from torch import nn
 from agro_train.config import TrainConfig
 from agro_train.engines import generation_worker
 from agro_train.engines.engine import Ask, BrokenEngine, Sampling, Snapshot, cut
-from agro_train.engines.vllm_client import MEMORY
-from agro_train.engines.weights import written
+from agro_train.engines.vllm_client import TOKENS_S
+from agro_train.engines.weights import MEMORY, gathered_by_all, written
 from agro_train.policy.adapter import merged_weights
 from agro_train.policy.policy import unwrap
 from agro_train.rewards.workers import NoResult, Workers
 from agro_train.types import Prompt, Rollout
-
-LONGEST_S = 6 * 3600.0  # that a step's completions may take
 
 
 class ProcessEngine:
@@ -56,7 +54,7 @@ class ProcessEngine:
             str(accelerator.device),
             str(torch.get_num_threads()),
             size=1,
-            timeout_s=LONGEST_S,
+            timeout_s=TOKENS_S,
             advice="its own messages above say more",
         )
         self.workers.start()
@@ -66,17 +64,15 @@ class ProcessEngine:
         folder = Path(self.folder.name) / f"step-{step}"
         weights = merged_weights(unwrap(self.policy).model)
         try:
-            # Anew where a signal has interrupted the first try.
-            folder.mkdir(parents=True, exist_ok=True)
-            return Snapshot(step, tuple(written(weights, folder, None)))
+            with gathered_by_all(weights):
+                # Anew where a signal has interrupted the first try.
+                folder.mkdir(parents=True, exist_ok=True)
+                return Snapshot(step, tuple(written(weights, folder, None)))
         except (OSError, SafetensorError) as error:
             raise BrokenEngine(
                 f"max_staleness: expected room for a copy of the weights in {folder}, got {error}; "
                 "make room there (TMPDIR names another place), or start with max_staleness=0"
             ) from error
-        finally:  # a rank that fails takes part in gathering sharded weights all the same
-            for _ in weights:
-                pass
 
     def load(self, snapshot: Snapshot) -> None:
         missing = self._job({"load": [str(file) for file in snapshot.files]})

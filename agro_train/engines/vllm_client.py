@@ -26,10 +26,10 @@ from transformers import PretrainedConfig
 
 from agro_train.config import TrainConfig
 from agro_train.engines.engine import BrokenEngine
+from agro_train.engines.weights import MEMORY
 from agro_train.refusal import Refusal
 from agro_train.settings import MOST_KEPT
 
-MEMORY = Path("/dev/shm")  # files that never reach a disk, where the system has such a folder
 BACKEND = "agro"  # of weight transfer
 EXTENSION = "agro_train.engines.vllm_worker.WorkerExtension"
 AT_ONCE = 256  # requests to a server
@@ -57,10 +57,12 @@ class Answer:
     likeliest: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
-class Client(Protocol):
+class Answerer(Protocol):
     def ask(self, requests: Sequence[Request]) -> Iterable[tuple[int, Answer]]:
         """The requests' places and their answers, as they come."""
 
+
+class Client(Answerer, Protocol):
     def load(self, files: Iterable[Path]) -> None:
         """Takes all the weights, from files that are asked for one by one, and forgets what it has
         computed with the old ones."""
@@ -223,12 +225,6 @@ class Server:
             places = {threads.submit(self._tokens, one): i for i, one in enumerate(requests)}
             for future in as_completed(places):
                 yield places[future], future.result()
-
-    def load(self, files: Iterable[Path]) -> None:
-        self.start_load()
-        for path in files:
-            self.take(path)
-        self.finish_load()
 
     def start_load(self) -> None:
         self._call("/start_weight_update", {})

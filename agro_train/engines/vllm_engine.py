@@ -27,13 +27,14 @@ from agro_train.engines.engine import Ask, BrokenEngine, Sampling, Snapshot, com
 from agro_train.engines.vllm_client import (
     TOKENS_S,
     Answer,
+    Answerer,
     Client,
     Colocated,
     Request,
     Servers,
     weights_folder,
 )
-from agro_train.engines.weights import FILE_BYTES, one_by_one, written
+from agro_train.engines.weights import FILE_BYTES, gathered_by_all, one_by_one, written
 from agro_train.policy.adapter import merged_weights
 from agro_train.policy.policy import unwrap
 from agro_train.refusal import Refusal
@@ -119,7 +120,7 @@ class VllmEngine:
         return replace(found, finish="stop") if self.sampling.stop and short else found
 
     def ask(
-        self, requests: Sequence[Request], client: Client | None = None
+        self, requests: Sequence[Request], client: Answerer | None = None
     ) -> Iterator[tuple[int, Answer]]:
         """The requests' places and their answers, as they come."""
         for index, answer in (client or self.client).ask(requests):
@@ -207,20 +208,19 @@ class VllmEngine:
         """All weights in files, by the main rank; the others take part in gathering them."""
         weights, where = merged_weights(unwrap(self.policy).model), weights_folder(self.config)
         try:
-            if not self.accelerator.is_main_process:
-                return ()
-            self.waiting = self.waiting or tempfile.TemporaryDirectory(prefix="agro-", dir=where)
-            folder = Path(tempfile.mkdtemp(dir=self.waiting.name))
-            return tuple(written(weights, folder, rollout_dtype(self.config)))
+            with gathered_by_all(weights):
+                if not self.accelerator.is_main_process:
+                    return ()
+                waiting = self.waiting or tempfile.TemporaryDirectory(prefix="agro-", dir=where)
+                self.waiting = waiting
+                folder = Path(tempfile.mkdtemp(dir=waiting.name))
+                return tuple(written(weights, folder, rollout_dtype(self.config)))
         except (OSError, SafetensorError) as error:
             raise BrokenEngine(
                 f"vllm: expected room for a copy of the weights in {where}, got {error}; make room "
                 "there, or set vllm_weights_dir to a folder that has it (and that a server sees, "
                 "too)"
             ) from error
-        finally:
-            for _ in weights:
-                pass
 
     def load(self, snapshot: Snapshot) -> None:
         if snapshot.step == self.sent:
@@ -258,7 +258,7 @@ class VllmEngine:
         del others
         return first
 
-    def check_one(self, client: Client, ours: Tensor) -> Tensor:
+    def check_one(self, client: Answerer, ours: Tensor) -> Tensor:
         theirs, dtype = self.their_logprobs(client), rollout_dtype(self.config)
         apart = float((ours - theirs).abs().mean())
         # Where our log-probabilities moved and vLLM's are the same to the last bit, it computed
@@ -284,19 +284,17 @@ class VllmEngine:
         sharded ones all the same."""
         weights, where = merged_weights(unwrap(self.policy).model), weights_folder(self.config)
         try:
-            if self.accelerator.is_main_process:
-                with tempfile.TemporaryDirectory(dir=where) as folder:
-                    dtype = rollout_dtype(self.config)
-                    self.client.load(one_by_one(weights, Path(folder), dtype))
+            with gathered_by_all(weights):
+                if self.accelerator.is_main_process:
+                    with tempfile.TemporaryDirectory(dir=where) as folder:
+                        dtype = rollout_dtype(self.config)
+                        self.client.load(one_by_one(weights, Path(folder), dtype))
         except (OSError, SafetensorError) as error:
             raise BrokenEngine(
                 f"vllm: expected to write weights to {where}, {FILE_BYTES / 1e9:.1f} GB and a "
                 f"tensor at a time, got {error}; make room there, or set vllm_weights_dir to a "
                 "folder that has it (and that a server sees, too)"
             ) from error
-        finally:
-            for _ in weights:
-                pass
 
     def new_probe(self, prompt: Prompt) -> Rollout:
         """A greedy completion: likely tokens, on which rounding does least."""
@@ -315,7 +313,7 @@ class VllmEngine:
         logprobs: Tensor = found.double().cpu()
         return logprobs
 
-    def their_logprobs(self, client: Client) -> Tensor:
+    def their_logprobs(self, client: Answerer) -> Tensor:
         """(n,) float64 of the probe's tokens by vLLM, nats, all finite."""
         assert self.probe is not None, "there is a probe before weights are sent"
         ids = self.probe.prompt_ids + self.probe.completion_ids
@@ -349,7 +347,7 @@ class VllmEngine:
         return result  # type: ignore[return-value]
 
 
-def each(client: Client) -> Sequence[Client]:
+def each(client: Client) -> Sequence[Answerer]:
     """The servers behind it."""
     return client.alive if isinstance(client, Servers) else [client]
 

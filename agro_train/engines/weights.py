@@ -1,13 +1,26 @@
 """Weights on their way to an engine: safetensors files of limited size."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+MEMORY = Path("/dev/shm")  # files that never reach a disk, where the system has such a folder
 FILE_BYTES = 1 << 30  # a file is full once it has this many
+
+
+@contextmanager
+def gathered_by_all(weights: Iterator[tuple[str, Tensor]]) -> Iterator[None]:
+    """Takes the weights to the last one, whatever the block does with them: where they are sharded
+    a rank that does not write, or fails, takes part in gathering them all the same."""
+    try:
+        yield
+    finally:
+        for _ in weights:
+            pass
 
 
 def one_by_one(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from agro_train.experiments import compare, fig2, tabular
+from agro_train.experiments import compare, fig2, fig5, tabular
 from agro_train.experiments.compare import ALGORITHMS, Curves, Named
 from agro_train.experiments.language import RECORDED
 from agro_train.experiments.sweep import Sweep
@@ -51,7 +51,6 @@ def stale(steps: int) -> dict[str, object]:
     return {"replay_fraction": 1.0, "replay_max_staleness": steps} if steps else {}
 
 
-EARLIER = stale(20)
 FRESH_GROUPS = 4  # a step
 SAMPLES = 128  # a step, whatever the group size
 
@@ -88,8 +87,8 @@ QUESTIONS = {
         "the taper's ratio is to",
         ("agro_tapered",),
         {
-            "the sampler": EARLIER,
-            "the reference": {**EARLIER, "off_policy_taper_against": "reference"},
+            "the sampler": fig5.EARLIER,
+            "the reference": {**fig5.EARLIER, "off_policy_taper_against": "reference"},
         },
         "the sampler",
         tuned=True,
@@ -113,7 +112,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
             for value, settings in question.values.items()
         }
         runs = points(question, {value: found.rates for value, found in tuned.items()}, quick)
-        curves = sweep.curves(one for each in runs.values() for e in each.values() for one in e)
+        curves = sweep.curves(compare.every_point(runs))
         rows = statements(curves, question, runs)
         tabular.write_csv(output_dir / f"beyond_{name}.csv", rows)
         if question.tuned:

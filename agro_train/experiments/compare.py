@@ -70,12 +70,6 @@ ALGORITHMS = {
         {"lr_weight": 1.0, "lr_cap": True, **AS_PUBLISHED},
     ),
     "agro_tapered": Algorithm("AGRO, tapered", tabular.TEAL, "-", {}),
-    "agro_per_token": Algorithm(
-        "AGRO, tapered by the ratio per token",
-        tabular.TEAL,
-        "--",
-        {"off_policy_taper_per": "token"},
-    ),
     "agro_one_sided": Algorithm(
         "AGRO, one-sided", tabular.TEAL, ":", {"off_policy_taper": math.inf}
     ),

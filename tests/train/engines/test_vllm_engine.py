@@ -519,7 +519,7 @@ def test_servers_failures_are_one_sentence_each(address: str) -> None:
     with pytest.raises(ValueError, match="expected a server that reads 21 tokens, .* reads 20"):
         server.check(21)
     with pytest.raises(BrokenEngine, match="start_weight_update to work, got status 404"):
-        server.load([])
+        Servers([address], 5.0).load([])
     with pytest.raises(BrokenEngine, match="vllm: expected an answer from .* --resume"):
         list(server.ask([Request((1, 2), {})]))
     with pytest.raises(
@@ -548,7 +548,10 @@ def test_answers_in_another_form_are_one_sentence(
 ) -> None:
     monkeypatch.setattr(Server, "_read", lambda *_: text)
     server = Server("http://127.0.0.1:9", 0.0)
-    for wrong in (lambda: list(server.ask([Request((1, 2), {})])), lambda: server.load([])):
+    for wrong in (
+        lambda: list(server.ask([Request((1, 2), {})])),
+        lambda: Servers(["http://127.0.0.1:9"], 0.0).load([]),
+    ):
         with pytest.raises(BrokenEngine, match="an answer from http://127.0.0.1:9 in the form of"):
             wrong()
     with pytest.raises(ValueError, match="expected a vLLM server at .* in the form of vLLM's"):
@@ -582,7 +585,7 @@ def test_tokens_may_take_longer_than_all_else(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Server, "_read", read)
     server = Server("http://127.0.0.1:9", 5.0)
     server.check(8)
-    server.load([Path()])
+    Servers(["http://127.0.0.1:9"], 5.0).load([Path()])
     assert {limit for _, limit in limits} == {5.0}
     list(server.ask([Request((1,), {})]))
     assert limits[-1] == ("/inference/v1/generate", vllm_client.TOKENS_S) and limits[-1][1] > 3600
@@ -611,7 +614,7 @@ def test_refused_connection_is_tried_once_more_for_tokens_alone(
     assert len(tried) == 2
     tried.clear()
     with pytest.raises(BrokenEngine, match="vllm: expected an answer from"):
-        server.load([])
+        Servers([server.base_url], 5.0).load([])
     assert len(tried) == 1
 
 
