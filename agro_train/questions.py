@@ -87,6 +87,7 @@ def load_questions(
         config.prompt_template,
         config.max_prompt_length,
         chat_options(config),
+        config.gold_column,
     )
     if not config.data:  # every group is recorded, and the file is to be evaluated on alone
         prompts, too_long = [], (0, too_long[1])

@@ -137,6 +137,7 @@ def _set_up(
         context=sizes.context,
         truncated=config.truncates,
         options=chat_options(config),
+        gold_column=config.gold_column,
     )
     if config.num_train_epochs:
         steps = steps_of_epochs(config, len(questions.prompts), len(recorded.groups))

@@ -89,6 +89,7 @@ class Renderer:
             return text, False
         for given in (question, text):
             if self._rendered_before(given):
+                self._check_spoken(given)
                 begin = self.tokenizer.bos_token
                 begins = not begin or given.lstrip().startswith(begin)
                 return given if begins or not self._frame.begins(begin) else begin + given, True
@@ -124,6 +125,21 @@ class Renderer:
             continue_final_message=begun,
             **self.options.kwargs,
         )
+
+    def _check_spoken(self, rendered: str) -> None:
+        """Raises Refusal where a setting would say something and a rendered prompt does not."""
+        before, _, after = self.template.partition("{prompt}")
+        for name, words in (
+            ("prompt_template", before),
+            ("prompt_template", after),
+            ("system_prompt", self.options.system_prompt),
+        ):
+            if words.strip() not in rendered:
+                raise Refusal(
+                    f"{name}: expected none for a prompt that holds the chat template, and is read "
+                    f"as it is, got {words.strip()[:40]!r} and {rendered[:40]!r}; leave it out, "
+                    "or give the messages themselves"
+                )
 
     @cached_property
     def _frame(self) -> "_Frame":

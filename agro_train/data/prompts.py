@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from agro_train.data.chat import ChatOptions, Renderer, question_of
-from agro_train.data.rows import as_text
+from agro_train.data.rows import as_text, at
 from agro_train.data.sources import read_sources
 from agro_train.data.tasks import TASKS, Row, Split
 from agro_train.refusal import Refusal
@@ -73,6 +73,7 @@ def load_prompts(
     template: str,
     max_length: int,
     options: ChatOptions = ChatOptions(),  # noqa: B008 (frozen)
+    gold_column: str = "",
 ) -> tuple[list[Prompt], list[Prompt], tuple[int, int]]:
     """Training prompts, held-out prompts, and how many of each were left out for their length.
 
@@ -94,7 +95,8 @@ def load_prompts(
     dropped: list[int] = []
     for part in (rows, held_out):
         prompts = [rendered(row) for row in part]
-        kept.append(_grouped([prompt for prompt in prompts if len(prompt.ids) <= max_length]))
+        short = [prompt for prompt in prompts if len(prompt.ids) <= max_length]
+        kept.append(_grouped(short, gold_column))
         dropped.append(len(prompts) - len(kept[-1]))
     if not kept[0]:
         raise Refusal(
@@ -118,14 +120,20 @@ def render(
     return Renderer(tokenizer, template, options)(row)
 
 
-def golds_of(columns: Mapping[str, Any]) -> dict[str, str]:
-    """The right answer as each column tells it that does, in one spelling."""
-    return {name: as_text(columns[name]) for name in GOLD_COLUMNS if columns.get(name) is not None}
+def golds_of(columns: Mapping[str, Any], gold_column: str = "") -> dict[str, str]:
+    """The right answer as each column tells it that does, in one spelling.
+
+    Args:
+        gold_column: that setting. It alone tells the answer then; empty: GOLD_COLUMNS do.
+    """
+    told = {name: at(columns, name) for name in ([gold_column] if gold_column else GOLD_COLUMNS)}
+    return {name: as_text(value) for name, value in told.items() if value is not None}
 
 
-def gold_of(columns: Mapping[str, Any]) -> str:
+def gold_of(columns: Mapping[str, Any], gold_column: str = "") -> str:
     """The same as one text; empty where no column tells it."""
-    return "\n".join(f"{name}: {value}" for name, value in golds_of(columns).items())
+    golds = golds_of(columns, gold_column)
+    return "\n".join(f"{name}: {value}" for name, value in golds.items())
 
 
 def regrouped(group: str, gold: str) -> str:
@@ -133,13 +141,13 @@ def regrouped(group: str, gold: str) -> str:
     return f"{group}-{hashlib.sha256(gold.encode()).hexdigest()[:8]}"
 
 
-def _grouped(prompts: Sequence[Prompt]) -> list[Prompt]:
+def _grouped(prompts: Sequence[Prompt], gold_column: str) -> list[Prompt]:
     """The same prompts; where one asks what an earlier one did and has another right answer, its
     group has a name of its own, so that their completions are not compared with each other."""
     golds: dict[str, str] = {}
     grouped = []
     for prompt in prompts:
-        gold = gold_of(prompt.columns)
+        gold = gold_of(prompt.columns, gold_column)
         if golds.setdefault(prompt.group, gold) != gold:
             prompt = replace(prompt, group=regrouped(prompt.group, gold))
         grouped.append(prompt)

@@ -120,6 +120,7 @@ def load_recorded(
     context: int | None,
     truncated: bool = False,
     options: ChatOptions = ChatOptions(),  # noqa: B008 (frozen)
+    gold_column: str = "",
 ) -> Recorded:
     """Reads the files and groups their rollouts.
 
@@ -139,9 +140,10 @@ def load_recorded(
         context: tokens the model can read. None: unknown.
         truncated: whether the run scores over `kept_ids`, which every rollout then needs; a run
             that samples from all ids scores over all, whatever the sampler left out.
+        gold_column: the setting, for rows of one question with two right answers.
     """
     reader = _Reader(Renderer(tokenizer, template, options), vocab_size)
-    groups = _Groups()
+    groups = _Groups(gold_column)
     tokenised: set[int] = set()
     read: list[tuple[Path, list[Rollout]]] = []
     for path in map(Path, paths):
@@ -191,7 +193,8 @@ def _rows(path: Path) -> list[tuple[int, Row]]:
 class _Groups:
     """Rollouts put together by their group's name, over all files."""
 
-    def __init__(self) -> None:
+    def __init__(self, gold_column: str) -> None:
+        self._gold_column = gold_column
         self._by_name: dict[str, list[Rollout]] = {}
         self._logged: dict[str, str] = {}  # by name, the gold answer of a log's own columns
         self._told: dict[str, dict[str, str]] = {}  # by name, that of columns beside the others
@@ -204,7 +207,7 @@ class _Groups:
         """The rollout as it is kept. Raises Refusal where its group has another prompt or gold
         answer."""
         # A log's own columns are the dataset's, which may ask one question with two answers.
-        gold = gold_of(row.get("columns") or {})
+        gold = gold_of(row.get("columns") or {}, self._gold_column)
         if gold and self._logged.setdefault(rollout.group, gold) != gold:
             rollout = replace(rollout, group=regrouped(rollout.group, gold))
         group = self._by_name.setdefault(rollout.group, [])
@@ -214,7 +217,7 @@ class _Groups:
                 f"{where}; give each prompt a group of its own over all files"
             )
         told = self._told.setdefault(rollout.group, {})
-        for column, answer in golds_of(row).items():
+        for column, answer in golds_of(row, self._gold_column).items():
             if told.setdefault(column, answer) != answer:
                 raise Refusal(
                     f"recorded: expected one gold answer in group {rollout.group[:40]!r}, got "

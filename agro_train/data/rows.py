@@ -9,7 +9,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -152,6 +152,17 @@ def _parquet_rows(path: Path, key: str) -> list[Row]:
         reason = str(error).strip().splitlines()[0]
         raise Refusal(f"{key}: expected a parquet file, got {str(path)!r}: {reason}") from error
     return rows
+
+
+def at(row: Mapping[str, Any], path: str) -> Any:
+    """What `path` leads to: a column of that name, or else name by name, as in `a.b`. None where
+    there is nothing."""
+    if path in row:
+        return row[path]
+    found: Any = row
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
 
 
 def as_text(value: Any) -> str:

@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any, ClassVar, Self
 
 from agro_train.config import TrainConfig
+from agro_train.data.rows import at
 from agro_train.types import Failure, Prompt, Rollout
 
 
@@ -37,18 +38,8 @@ class Gold:
             column: the setting `gold_column`; a dot leads into a column that holds a mapping.
         """
         if column:
-            return _at(columns, column)
+            return at(columns, column)
         return next((columns[name] for name in self.columns if columns.get(name) is not None), None)
-
-
-def _at(columns: Mapping[str, Any], path: str) -> Any:
-    """What `path` leads to: a column of that name, or else name by name, as in `a.b`."""
-    if path in columns:
-        return columns[path]
-    found: Any = columns
-    for name in path.split("."):
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
 
 
 def number_as_text(value: object) -> str | None:

@@ -102,7 +102,27 @@ def test_prompt_is_rendered_by_the_chat_template_with_one_begin_token(
 def test_rendered_prompt_in_prompt_template_is_not_rendered_twice() -> None:
     template = f"{BEGIN}{turn('user', '{prompt}')}{OPEN}"
     assert render({"prompt": USER["content"]}, TOKENIZER, template).text == ASKED
-    assert render({"prompt": ASKED}, TOKENIZER, "Q: {prompt}").text == ASKED
+    assert render({"prompt": ASKED}, TOKENIZER, "What is {prompt}").text == ASKED
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "system"),
+    [
+        ("prompt_template", "Q: {prompt}", ""),
+        ("prompt_template", "{prompt} Be brief.", ""),
+        ("system_prompt", "{prompt}", "You are terse."),
+    ],
+)
+def test_setting_that_a_rendered_prompt_has_no_place_for_is_refused(
+    name: str, template: str, system: str
+) -> None:
+    with pytest.raises(Refusal, match=f"^{name}: expected none for a prompt that holds the chat"):
+        render({"prompt": ASKED}, TOKENIZER, template, ChatOptions(system_prompt=system))
+
+
+def test_rendered_prompt_that_says_what_the_settings_say_is_taken() -> None:
+    options = ChatOptions(system_prompt=SYSTEM["content"])
+    assert render({"prompt": ASKED_TERSE}, TOKENIZER, "{prompt}", options).text == ASKED_TERSE
 
 
 @pytest.mark.parametrize("text", [f"{BEGIN}Hi", ASKED + "42" + TURN_END, turn("user", "Hi")])

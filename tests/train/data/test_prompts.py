@@ -189,3 +189,18 @@ def test_rows_with_one_question_and_several_answers_are_groups_of_their_own(tmp_
     three, same, four, _ = (prompt.group for prompt in train)
     assert three == same == render(rows[0], TOKENIZER, "{prompt}").group
     assert four != three
+
+
+def test_gold_column_alone_tells_one_questions_answers_apart(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "1+2=", "answer": "see part 1", "info": {"gold": 3}},
+        {"prompt": "1+2=", "answer": "see part 2", "info": {"gold": "3"}},
+        {"prompt": "1+2=", "answer": "see part 2", "info": {"gold": "4"}},
+    ]
+    path = write(tmp_path / "d.jsonl", *rows)
+    train, _, _ = load_prompts(path, "", 0, TOKENIZER, "{prompt}", 12, gold_column="info.gold")
+    first, same, other = (prompt.group for prompt in train)
+    assert first == same != other
+    by_answer, _, _ = load_prompts(path, "", 0, TOKENIZER, "{prompt}", 12)
+    first, other, same = (prompt.group for prompt in by_answer)
+    assert first != other == same

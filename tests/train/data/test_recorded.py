@@ -33,10 +33,8 @@ def write(path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def load(paths: list[str], context: int | None = None, truncated: bool = False) -> Recorded:
-    return load_recorded(
-        paths, TOKENIZER, "{prompt}", vocab_size=15, context=context, truncated=truncated
-    )
+def load(paths: list[str], context: int | None = None, **options: Any) -> Recorded:
+    return load_recorded(paths, TOKENIZER, "{prompt}", vocab_size=15, context=context, **options)
 
 
 def test_rollout_log_is_a_dataset(tmp_path: Path) -> None:
@@ -379,6 +377,13 @@ def test_one_question_with_two_gold_answers_is_refused_or_two_groups(tmp_path: P
     named = [{**row, "group": row["answer"]} for row in (three, four, three, four)]
     groups = load([write(tmp_path / "c.jsonl", *named)]).groups
     assert [[r.columns["answer"] for r in group] for group in groups] == [["3", "3"], [4, 4]]
+    # gold_column, where it is set, is the only one that tells.
+    told = [{**row, "gold": gold} for row, gold in ((three, "3"), (four, "3"))]
+    path = write(tmp_path / "e.jsonl", *told)
+    ((first, second),) = load([path], gold_column="gold").groups
+    assert (first.columns["answer"], second.columns["answer"]) == ("3", 4)
+    with pytest.raises(Refusal, match="got '3' and '4' in column answer"):
+        load([path])
     # A run's log of a dataset that asks it twice: there the columns are the dataset's.
     logged = [{**GOOD, "group": "a", "columns": {"answer": a}} for a in ("3", "4", "3", "4")]
     groups = load([write(tmp_path / "d.jsonl", *logged)]).groups
