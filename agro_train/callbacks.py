@@ -4,7 +4,8 @@ They are made and called on the main rank alone, between two steps.
 """
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,14 +74,8 @@ class Callbacks:
             function = getattr(callback, method, None)
             if function is None:
                 continue
-            try:
+            with _told_as(BrokenCallback, f"{method} of {name} to return"):
                 ends |= function(*arguments) is True
-            except Exception as error:  # whatever the user's code raises
-                traceback.print_exc()
-                raise BrokenCallback(
-                    f"callbacks: expected {method} of {name} to return, got {error!r}; the "
-                    "traceback above shows where"
-                ) from error
         return ends
 
 
@@ -98,17 +93,23 @@ def load_callbacks(specs: Sequence[str], ranks: Ranks) -> Callbacks:
 
 def _made(spec: str) -> Any:
     kind = load_function("callbacks", spec)
-    try:
+    with _told_as(Refusal, f"{spec} to be made without arguments"):
         callback = kind()
-    except Exception as error:  # whatever the user's code raises
-        traceback.print_exc()
-        raise Refusal(
-            f"callbacks: expected {spec} to be made without arguments, got {error!r}; the "
-            "traceback above shows where"
-        ) from error
     if not any(callable(getattr(callback, method, None)) for method in METHODS):
         raise Refusal(
             f"callbacks: expected a class with one of {', '.join(METHODS)} in {spec}, got none; "
             "name its methods so"
         )
     return callback
+
+
+@contextmanager
+def _told_as(kind: type[Exception], expected: str) -> Iterator[None]:
+    """Whatever the user's code raises inside, with its traceback, as an error of this kind."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        raise kind(
+            f"callbacks: expected {expected}, got {error!r}; the traceback above shows where"
+        ) from error

@@ -4,7 +4,6 @@ import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -60,12 +59,7 @@ class Display:
             self.view.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.live:
             self.view.stop()
 

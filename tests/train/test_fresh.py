@@ -81,6 +81,11 @@ def questioner(config: TrainConfig = CONFIG, ranks: Ranks | None = None) -> Ques
     return Questioner(config, PROMPTS, plan(config), ranks or Ranks(), rewards, {})
 
 
+def beside(config: TrainConfig) -> tuple[Beside, Ahead]:
+    engine = Beside()
+    return engine, Ahead(questioner(config), engine, 0)
+
+
 def run(ahead: Ahead, engine: Beside, steps: range) -> list[list[Group]]:
     taken = []
     for step in steps:
@@ -153,12 +158,10 @@ def test_sampling_goes_on_while_the_policy_is_updated() -> None:
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_checkpoints_groups_are_what_earlier_policies_sampled(k: int) -> None:
     config = replace(CONFIG, max_staleness=k)
-    engine = Beside()
-    ahead = Ahead(questioner(config), engine, 0)
+    engine, ahead = beside(config)
     whole = run(ahead, engine, range(6))
 
-    engine = Beside()
-    ahead = Ahead(questioner(config), engine, 0)
+    engine, ahead = beside(config)
     run(ahead, engine, range(2))
     engine.policy = 2
     ahead.advance(2)
@@ -183,8 +186,7 @@ def test_an_engine_that_ends_is_told_where_its_groups_are_needed() -> None:
 
 def test_groups_of_a_step_without_fresh_ones_are_none() -> None:
     config = replace(CONFIG, replay_fraction=1.0, replay_max_staleness=2)
-    engine = Beside()
-    ahead = Ahead(questioner(config), engine, 0)
+    engine, ahead = beside(config)
     counts = []
     for step in range(6):
         engine.policy = step
@@ -197,8 +199,7 @@ def test_groups_behind_a_step_without_fresh_ones_are_restored() -> None:
     after step 1."""
     config = replace(CONFIG, replay_fraction=1.0, replay_max_staleness=2, max_staleness=3)
     assert [mix.fresh for mix in plan(config)] == [2, 0, 0, 2, 0, 0]
-    engine = Beside()
-    ahead = Ahead(questioner(config), engine, 0)
+    engine, ahead = beside(config)
     run(ahead, engine, range(1))
     engine.policy = 1
     ahead.advance(1)

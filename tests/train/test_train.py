@@ -63,6 +63,16 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "model.safetensors")
 
 
+def assert_resumes_to(whole: Path, folder: Path, *arguments: str) -> None:
+    """The run in `folder` goes on (as it is, or with these arguments) to the metrics and the bits
+    of `whole`."""
+    assert main(["train", *(arguments or ("--resume", str(folder)))]) == 0
+    assert metrics(folder) == metrics(whole)
+    ours, theirs = weights(folder / "checkpoint-4"), weights(whole / "checkpoint-4")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_run_leaves_everything_behind(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "rollouts", "samples", "plots", "base_model"} <= names
@@ -95,11 +105,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(finished: Path, tmp_path: 
     shutil.rmtree(folder / "checkpoint-4")  # as if it had died in step 3 or later,
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')  # in the middle of a line
-    assert main(["train", "--resume", str(folder)]) == 0
-    assert metrics(folder) == metrics(finished)
-    ours, theirs = weights(folder / "checkpoint-4"), weights(finished / "checkpoint-4")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_resumes_to(finished, folder)
     assert not [p for p in folder.iterdir() if "partial" in p.name]
 
 
@@ -183,10 +189,7 @@ def test_signal_while_completions_are_sampled_drops_them(
         assert (folder / f"checkpoint-{saved}").is_dir()
         assert len(list((folder / "rollouts").iterdir())) == saved
         assert [path.name for path in (folder / "samples").iterdir()] == ["step-000000.jsonl"]
-    assert main(["train", *starts[1]]) == 0
-    assert metrics(folder) == metrics(finished)
-    ours, theirs = weights(folder / "checkpoint-4"), weights(finished / "checkpoint-4")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_resumes_to(finished, folder, *starts[1])
 
 
 def test_callbacks_are_told_and_may_end_a_run(
@@ -263,10 +266,7 @@ def test_epochs_in_place_of_steps_and_completions_that_were_cut_off(
 def test_deleted_rollouts_do_not_stop_a_resume(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("rollouts", "checkpoint-4"))
-    assert main(["train", "--resume", str(folder)]) == 0
-    assert metrics(folder) == metrics(finished)
-    ours, theirs = weights(folder / "checkpoint-4"), weights(finished / "checkpoint-4")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_resumes_to(finished, folder)
 
 
 def test_damaged_record_is_refused_on_resume_and_left_as_it_was(
@@ -369,10 +369,7 @@ def test_run_that_replays_resumes_bitwise(mixed_sources: Path, tmp_path: Path) -
     folder = tmp_path / "resumed"
     shutil.copytree(mixed_sources, folder)
     shutil.rmtree(folder / "checkpoint-4")
-    assert main(["train", "--resume", str(folder)]) == 0
-    assert metrics(folder) == metrics(mixed_sources)
-    ours, theirs = weights(folder / "checkpoint-4"), weights(mixed_sources / "checkpoint-4")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_resumes_to(mixed_sources, folder)
 
 
 def test_run_that_replays_goes_on_with_fresh_groups_where_its_record_is_gone(

@@ -7,12 +7,15 @@ from torch import Tensor
 from benchmarks.head.providers.base import Inputs, Provider
 
 
-class TrlSelective(Provider):
+class _Trl(Provider):
+    packages = ("trl", "transformers")
+    has_entropy = True
+
+
+class TrlSelective(_Trl):
     name = "trl_selective"
     what = "F.linear, then TRL's selective_log_softmax"
-    packages = ("trl", "transformers")
     stores_logits = True
-    has_entropy = True
 
     def __init__(self) -> None:
         from trl.trainer import utils
@@ -35,12 +38,10 @@ class TrlSelective(Provider):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-class TrlChunked(Provider):
+class TrlChunked(_Trl):
     name = "trl_chunked"
     what = "TRL's chunked log-probabilities"
-    packages = ("trl", "transformers")
     multiplies_in_fp32 = True
-    has_entropy = True
 
     def __init__(self) -> None:
         from trl.kernels import ChunkedLogProbFunction

@@ -52,14 +52,9 @@ from agro_train.policy import tiny  # noqa: E402
 from agro_train.types import Scores  # noqa: E402
 from benchmarks.trainer import curves_trl  # noqa: E402
 from tests.numerics import assert_close_to_truth, head_inputs  # noqa: E402
+from tests.train.integrations import OLD_NAMES  # noqa: E402
 
-pytestmark = [
-    pytest.mark.trl,
-    # TRL, transformers and accelerate warn of each other's old names.
-    pytest.mark.filterwarnings("default::FutureWarning"),
-    pytest.mark.filterwarnings("default::DeprecationWarning"),
-    pytest.mark.filterwarnings("default::UserWarning"),
-]
+pytestmark = [pytest.mark.trl, *OLD_NAMES]
 
 DOCS = Path(__file__).parents[3] / "docs"
 GENERATIONS = 3

@@ -42,13 +42,9 @@ with warnings.catch_warnings():
 from agro_kernels import agro_coefficients  # noqa: E402
 from agro_train.integrations import verl as ours  # noqa: E402
 from tests.numerics import assert_close_to_truth, head_inputs  # noqa: E402
+from tests.train.integrations import OLD_NAMES  # noqa: E402
 
-pytestmark = [
-    pytest.mark.verl,
-    pytest.mark.filterwarnings("default::FutureWarning"),
-    pytest.mark.filterwarnings("default::DeprecationWarning"),
-    pytest.mark.filterwarnings("default::UserWarning"),
-]
+pytestmark = [pytest.mark.verl, *OLD_NAMES]
 
 PAGE = Path(__file__).parents[3] / "docs" / "verl.md"
 B, T, D, V = 12, 7, 8, 23
