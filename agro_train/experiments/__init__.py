@@ -12,7 +12,7 @@ import torch
 from agro_train import durable
 from agro_train.watch.environment import describe_program
 
-FIGURES = ("fig1", "landscape", "fig2", "fig4", "fig5", "beyond", "smollm2", "offline")
+FIGURES = ("fig1", "landscape", "fig2", "fig4", "fig5", "beyond", "ahead", "smollm2", "offline")
 
 
 def reproduce(figure: str, output_dir: Path, quick: bool) -> bool:

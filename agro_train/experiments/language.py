@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -86,7 +87,9 @@ def point(seed: int, settings: Mapping[str, object], base: str = BASE) -> Point:
     and whether or not they name what the base configuration has anyway."""
     given = {key: _text(settings[key]) for key in sorted(settings)}
     asked, shipped = _load(base, *(f"{k}={v}" for k, v in given.items())), _load(base)
-    off_policy = asked.recorded_prompts_per_step or asked.replayed_prompts_per_step
+    off_policy = (
+        asked.recorded_prompts_per_step or asked.replayed_prompts_per_step or asked.max_staleness
+    )
     for key in list(given):
         idle = key.startswith("off_policy") and not (off_policy and asked.algorithm == "agro")
         if idle or getattr(asked, key) == getattr(shipped, key):
@@ -225,28 +228,34 @@ def measure(one: Point, work: Path, recorded_prompts: int | None = None) -> Curv
         if config.recorded:
             more.append(f"recorded=[{start.recorded}]")
         run = setup(one.config(*more), resume=False)
-        curve: Curve = []
-        since: list[dict[str, float]] = []
-        learned = sampled = 0
-        for step in range(config.steps + 1):
-            if step % config.eval_every == 0 or step == config.steps:
-                curve.append(
-                    {
-                        "step": step,
-                        "learned": learned,
-                        "sampled": sampled,
-                        **{name: _mean(since, name) for name in TRAINING},
-                        **held_out(run, step, start.pass_rates),
-                    }
-                )
-                since = []
-            if step < config.steps:
-                metrics, rollouts = take_step(run, step)
-                if config.replay_fraction:  # later steps read it
-                    write_rollouts(run.folder.rollouts(step + 1), rollouts)
-                learned += len(rollouts)
-                sampled += sum(rollout.source == "fresh" for rollout in rollouts)
-                since.append(metrics)
+        with closing(run.fresh):
+            return _curve(run, start.pass_rates)
+
+
+def _curve(run: Run, pass_rates: Mapping[str, float]) -> Curve:
+    config = run.config
+    curve: Curve = []
+    since: list[dict[str, float]] = []
+    learned = sampled = 0
+    for step in range(config.steps + 1):
+        if step % config.eval_every == 0 or step == config.steps:
+            curve.append(
+                {
+                    "step": step,
+                    "learned": learned,
+                    "sampled": sampled,
+                    **{name: _mean(since, name) for name in TRAINING},
+                    **held_out(run, step, pass_rates),
+                }
+            )
+            since = []
+        if step < config.steps:
+            metrics, rollouts = take_step(run, step)
+            if config.replay_fraction:  # later steps read it
+                write_rollouts(run.folder.rollouts(step + 1), rollouts)
+            learned += len(rollouts)
+            sampled += sum(rollout.source == "fresh" for rollout in rollouts)
+            since.append(metrics)
     return curve
 
 

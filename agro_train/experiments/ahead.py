@@ -1,0 +1,117 @@
+"""What sampling ahead of the updates costs in learning, and what it saves in time.
+
+`max_staleness` k, with the engine that samples beside the updates: the samples of step t are the
+policy's after max(0, t - k) updates. Everything not named is as in Figure 2, whose learning rates
+these runs share: those of k = 0 are Figure 2's own.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from agro_train.experiments import compare, fig2, tabular
+from agro_train.experiments.compare import ALGORITHMS, Algorithm, Curves, Named
+from agro_train.experiments.sweep import Sweep
+from agro_train.experiments.tabular import Claim, Row
+
+NAMES = ("pg_k2", "agro", "agro_tapered")
+STALENESS = (0, 1, 2, 4, 8)
+AXIS = "max_staleness"
+MEASURES = {
+    "eval_accuracy": "greedy",
+    "eval_reward": "sampled",
+    "eval_below": "sampled, below 1/2",
+    "eval_kl": "KL",
+}
+# Updates' worth of time that a step takes where generation takes as long as an update: both in
+# turn, or side by side.
+STEP_TIME = {0: 2.0}
+BESIDE = 1.0
+COLOURS = {0: "black", 1: "#443983", 2: "#31688e", 4: "#35b779", 8: "#d8a31a"}  # dark to light
+
+
+def run(output_dir: Path, quick: bool) -> list[Claim]:
+    """Writes ahead_differences.csv, ahead_equal_time.csv and ahead.png."""
+    sweep = Sweep(output_dir, quick)
+    rates = fig2.tune(sweep, NAMES, quick).rates
+    kept = STALENESS[:: 4 if quick else 1]
+    runs = {k: fig2.points(rates, quick, **({AXIS: k} if k else {})) for k in kept}
+    curves = sweep.curves(compare.every_point(runs))
+    later = {name: by_staleness(runs, name) for name in NAMES}
+    differences = [
+        {"algorithm": name, **row}
+        for name, named in later.items()
+        for row in compare.statement_rows(curves, named, "0", MEASURES)
+    ]
+    tabular.write_csv(output_dir / "ahead_differences.csv", differences)
+    in_time = equal_time(curves, later)
+    tabular.write_csv(output_dir / "ahead_equal_time.csv", in_time)
+    for rows in (levels(curves, later), changes(curves, later), in_time):
+        print(*compare.markdown(rows), "", sep="\n")
+    draw(curves, later).savefig(output_dir / "ahead.png", dpi=120)
+    return compare.fair_each(curves, {f"{AXIS}={k}": named for k, named in runs.items()})
+
+
+def by_staleness(runs: Mapping[int, Named], name: str) -> Named:
+    return {str(k): named[name] for k, named in runs.items()}
+
+
+def levels(curves: Curves, later: Mapping[str, Named]) -> list[Row]:
+    """Where the runs end, after equally many updates."""
+    return [
+        {"algorithm": name, **row}
+        for name, named in later.items()
+        for row in compare.level_rows(curves, named, MEASURES, AXIS)
+    ]
+
+
+def changes(curves: Curves, later: Mapping[str, Named]) -> list[Row]:
+    """What each k differs in from k = 0, seed by seed."""
+    return [
+        {"algorithm": name, **row}
+        for name, named in later.items()
+        for row in compare.difference_rows(curves, named, "0", MEASURES, AXIS)
+    ]
+
+
+def equal_time(curves: Curves, later: Mapping[str, Named]) -> list[Row]:
+    """Held-out reward, sampled, where generation takes as long as an update: k = 0 has then made
+    half as many updates as the others."""
+    rows: list[Row] = []
+    for name, named in later.items():
+        row: Row = {"algorithm": name}
+        for k, points in named.items():
+            found = []
+            for one in points:
+                curve = curves[one]
+                share = BESIDE / STEP_TIME.get(int(k), BESIDE)
+                at = min(curve, key=lambda mark: abs(mark["step"] - share * curve[-1]["step"]))
+                found.append(at["eval_reward"])
+            row[f"k = {k}"] = str(compare.interval(found))
+        rows.append(row)
+    return rows
+
+
+def draw(curves: Curves, later: Mapping[str, Named]) -> Figure:
+    """Held-out reward against updates (above) and against time (below), a panel an algorithm."""
+    figure = Figure(figsize=(4.4 * len(later), 8.4), layout="constrained")
+    panels = figure.subplots(2, len(later), sharey=True)
+    for column, (name, named) in enumerate(later.items()):
+        for row, (x, title) in enumerate(
+            (("updates", ALGORITHMS[name].label), ("time, in updates", ""))
+        ):
+            axes = panels[row][column]
+            for k, points in named.items():
+                style = Algorithm(f"k = {k}", COLOURS[int(k)], "-", {})
+                every = STEP_TIME.get(int(k), BESIDE) if row else 1.0
+                timed = {
+                    one: [{**mark, "step": every * mark["step"]} for mark in curves[one]]
+                    for one in points
+                }
+                compare.draw_curve(axes, timed, points, "eval_reward", style)
+            tabular.tidy(axes, title, x, "held-out reward, sampled" if column == 0 else "")
+            last = max(curves[one][-1]["step"] for one in named["0"])
+            axes.set_xlim(0, last * 1.02)
+    tabular.legend(figure, ncols=len(STALENESS))
+    return figure
