@@ -16,6 +16,7 @@ from agro_train.cli import main
 from agro_train.data.mix import in_recorded_order, plan
 from agro_train.data.rows import read_jsonl
 from agro_train.experiments import (
+    ahead,
     beyond,
     compare,
     fig2,
@@ -175,6 +176,8 @@ def test_every_run_of_every_figure_is_a_valid_configuration(quick: bool) -> None
     for beta in fig4.BETAS:
         runs.append(fig4.points((fig4.OWN, beta), own, quick))
         runs.append(fig4.points((fig4.REFERENCES, beta), others, quick))
+    for k in ahead.STALENESS:
+        runs.append(fig2.points(dict.fromkeys(ahead.NAMES, 3e-4), quick, max_staleness=k))
     runs.append(smollm2.points(smollm2.NAMES, quick))
     runs.append(smollm2.points(offline.NAMES, quick, {"recorded": language.RECORDED}))
     for question in beyond.QUESTIONS.values():
@@ -187,6 +190,35 @@ def test_every_run_of_every_figure_is_a_valid_configuration(quick: bool) -> None
     if not quick:
         assert len(fig2.SEEDS) >= 5
     assert not set(fig2.SEEDS) & set(fig2.TUNING_SEEDS)
+
+
+def test_samples_ahead_of_the_updates_are_tapered_and_those_in_step_are_not() -> None:
+    """Without staleness the taper acts on nothing, and its runs are AGRO's own."""
+    agro, tapered = (ALGORITHMS[name].settings for name in ("agro", "agro_tapered"))
+    assert point(0, agro) == point(0, {**tapered, "max_staleness": 0})
+    ahead_of = [point(0, {**settings, "max_staleness": 4}) for settings in (agro, tapered)]
+    assert [one.settings for one in ahead_of] == [
+        "max_staleness=4 off_policy_taper=0",
+        "max_staleness=4",
+    ]
+
+
+def test_half_the_updates_fit_into_the_time_of_generation_and_update_in_turn() -> None:
+    def runs(rise: float) -> list[Point]:
+        return [point(seed, {"beta": rise}) for seed in range(2)]
+
+    later = {"agro": {"0": runs(0.1), "1": runs(0.2)}}
+    curves = {
+        one: [{"step": step, "eval_reward": rise * step} for step in (0, 15, 30, 45, 60)]
+        for rise, named in ((0.01, "0"), (0.005, "1"))
+        for one in later["agro"][named]
+    }
+    (row,) = ahead.equal_time(curves, later)
+    assert row == {
+        "algorithm": "agro",
+        "k = 0": str(compare.interval([0.3, 0.3])),
+        "k = 1": str(compare.interval([0.3, 0.3])),
+    }
 
 
 def test_mixed_steps_have_the_same_fresh_groups() -> None:
@@ -373,7 +405,7 @@ def test_quick_run(figure: str, quick_folder: Path, capsys: pytest.CaptureFixtur
     assert list(quick_folder.glob(f"{figure}*.png")) and list(quick_folder.glob(f"{figure}*.csv"))
 
 
-@pytest.mark.parametrize("figure", [*FIGURES, "smollm2", "offline"])
+@pytest.mark.parametrize("figure", [*FIGURES, "ahead", "smollm2", "offline"])
 def test_readme_has_the_tables_of_the_committed_runs_or_says_there_are_none(
     figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
