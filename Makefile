@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 PIP_TRL = $(VENV)-trl/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-openrlhf test-trl test-verl test-vllm lint sanitize clean
+.PHONY: help demo test test-openrlhf test-trl test-verl test-vllm lint regression sanitize clean
 
 # The ops once more on a machine without the native CPU kernels: what csrc serves otherwise.
 TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py ops.py)
@@ -39,6 +39,12 @@ lint: $(VENV)/installed  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Numbers of earlier runs are in .benchmarks, which git ignores. The plugin warns of what it cannot compare.
+regression: $(VENV)/installed  ## has a change made an op slower? small shapes beside the run before, minutes
+	$(PIP) '.[bench]'
+	$(VENV)/bin/python -m pytest benchmarks/regression -W default --benchmark-only --benchmark-autosave --benchmark-compare \
+		--benchmark-columns=min,median,rounds --benchmark-group-by=name
 
 sanitize: $(VENV)/installed  ## csrc under the address and undefined-behaviour sanitizers
 	$(VENV)/bin/python -m tests.kernels.sanitize --cases 2000

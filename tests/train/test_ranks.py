@@ -50,15 +50,11 @@ def recorded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return log, folder / "offline"
 
 
-@pytest.mark.parametrize("fsdp", ["false", "true"], ids=["replicated", "sharded"])
-def test_two_ranks_take_the_steps_of_one(
-    fsdp: str, model: Path, recorded: tuple[Path, Path], tmp_path: Path
-) -> None:
-    log, alone = recorded
-    launch(settings(tmp_path / "two", model, f"recorded=[{log}]", f"fsdp={fsdp}"))
+def assert_same_steps(two: Path, alone: Path, model: Path) -> None:
+    """The two updates of two ranks are those of one process, up to the order of sums."""
     ours, theirs = (
         [row for row in read_jsonl(folder / "metrics.jsonl") if "reward" in row]
-        for folder in (tmp_path / "two", alone)
+        for folder in (two, alone)
     )
     assert len(ours) == len(theirs) == 2
     for key in ("reward", "loss", "grad_norm", "kl", "entropy", "groups", "tokens"):
@@ -66,8 +62,7 @@ def test_two_ranks_take_the_steps_of_one(
             assert mine[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
     assert ours[1]["kl"] != 0.0
     weights, expected = (
-        load_file(folder / "checkpoint-2" / "model.safetensors")
-        for folder in (tmp_path / "two", alone)
+        load_file(folder / "checkpoint-2" / "model.safetensors") for folder in (two, alone)
     )
     assert weights.keys() == expected.keys()
     # As a whole, not element by element: where a gradient is nothing but rounding noise, Adam moves
@@ -76,6 +71,31 @@ def test_two_ranks_take_the_steps_of_one(
     apart = sum(float((weights[n] - expected[n]).square().sum()) for n in weights) ** 0.5
     moved = sum(float((expected[n] - start[n]).square().sum()) for n in weights) ** 0.5
     assert moved > 0.1 and apart < 1e-3 * moved
+
+
+@pytest.mark.parametrize("fsdp", ["false", "true"], ids=["replicated", "sharded"])
+def test_two_ranks_take_the_steps_of_one(
+    fsdp: str, model: Path, recorded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    log, alone = recorded
+    launch(settings(tmp_path / "two", model, f"recorded=[{log}]", f"fsdp={fsdp}"))
+    assert_same_steps(tmp_path / "two", alone, model)
+
+
+@pytest.mark.parametrize("fsdp", ["false", "true"], ids=["replicated", "sharded"])
+def test_two_ranks_ahead_take_the_steps_of_one(fsdp: str, model: Path, tmp_path: Path) -> None:
+    """Both steps' groups are sampled by the first weights, so the completions are the same."""
+    ahead = ["max_staleness=1", "eval_every=0"]
+    assert main(settings(tmp_path / "one", model, *ahead)) == 0
+    launch(settings(tmp_path / "two", model, *ahead, f"fsdp={fsdp}"))
+    for step in (1, 2):
+        ours, theirs = (
+            read_jsonl(tmp_path / name / "rollouts" / f"step-{step:06d}.jsonl")
+            for name in ("two", "one")
+        )
+        assert [row["completion_ids"] for row in ours] == [row["completion_ids"] for row in theirs]
+        assert all(row["step"] == 0 for row in ours)
+    assert_same_steps(tmp_path / "two", tmp_path / "one", model)
 
 
 def test_sharded_in_bfloat16_with_checkpointing_is_near_the_run_of_one(

@@ -1,0 +1,1 @@
+"""Small and quick: has a change made an op slower? `make regression`."""
