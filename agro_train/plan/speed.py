@@ -1,4 +1,4 @@
-"""The least time that a step takes by datasheets: products, memory and the network, nothing else."""
+"""The least time that a step takes by datasheets: products, memory, network, nothing else."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -144,14 +144,18 @@ def as_markdown(prediction: Prediction) -> str:
     lines = [f"*{prediction.title}.*", "", f"| {' | '.join(header)} |"]
     lines.append("|---|" + "---:|" * (len(header) - 1))
     lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, "", *prediction.sentences(), ""])
+    return "\n".join([*lines, "", *(f"* {each}" for each in prediction.sentences()), ""])
 
 
 def _gb(size: float) -> str:
     """Three digits, but no more than tenths of a GB are of interest where there are many."""
     gigabytes = size / 1e9
-    return f"{gigabytes:.0f}" if gigabytes >= 100 else f"{gigabytes:.1f}" if gigabytes >= 1 else (
-        f"{gigabytes:.2g}"
+    return (
+        f"{gigabytes:.0f}"
+        if gigabytes >= 100
+        else f"{gigabytes:.1f}"
+        if gigabytes >= 1
+        else (f"{gigabytes:.2g}")
     )
 
 

@@ -153,7 +153,7 @@ def onto_cpu(model: nn.Module, dtype: torch.dtype | None) -> None:
     weight's own."""
     made: dict[int, Any] = {}  # tied weights stay one
 
-    def fake(tensor: Tensor) -> Tensor:
+    def fake(tensor: Tensor) -> Any:
         if id(tensor) not in made:
             new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
             if isinstance(tensor, nn.Parameter):
@@ -163,7 +163,8 @@ def onto_cpu(model: nn.Module, dtype: torch.dtype | None) -> None:
 
     originals = [*model.parameters(), *model.buffers()]  # alive, so that no id recurs
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in tables:
             for name, tensor in tensors.items():
                 tensors[name] = None if tensor is None else fake(tensor)
     del originals
@@ -222,7 +223,7 @@ def head_buffers(func: Any, args: Any, machine: Machine, *, in_place: bool) -> f
         return 0.0
     backward = "bwd" in func.__name__
     hidden, weight = args[3:5] if backward else args[:2]
-    (rows, size), itemsize = hidden.shape, hidden.element_size()
+    rows, size, itemsize = int(hidden.shape[0]), int(hidden.shape[1]), int(hidden.element_size())
     wants_weight = backward and (in_place or args[-1][1] is True)
     if not machine.cuda:
         if not backward:

@@ -16,8 +16,9 @@ was loaded: Python, the libraries and their code are no part of a plan. Freed bl
 return to the system at once (MALLOC_MMAP_THRESHOLD_), so that what is in RAM is what is alive.
 `apart` is planned / measured - 1.
 
-Cases: a Llama with random weights whose activations are most of the memory (small), SmolLM2-135M,
-whose weights are (smollm2), each also with gradient checkpointing, an adapter, or bfloat16.
+Cases, all with random weights: a Llama whose activations are most of the memory (small), the
+architecture of SmolLM2-135M, whose weights are (smollm2), each also with gradient checkpointing, an
+adapter, or bfloat16; and one of seconds (smoke).
 """
 
 import argparse
@@ -34,7 +35,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from agro_train import config as configuration
 from agro_train.config import TrainConfig
@@ -44,10 +45,10 @@ from agro_train.plan.machine import Machine
 from agro_train.plan.memory import plan
 from agro_train.policy import tiny
 from agro_train.policy.adapter import AdapterOff, add_adapter
-from agro_train.policy.load import load_base, load_tokenizer, prepare, set_matmul_precision
+from agro_train.policy.load import load_architecture, prepare, set_matmul_precision
 from agro_train.policy.policy import Policy
-from agro_train.setup import make_optimizer
 from agro_train.run import Start
+from agro_train.setup import make_optimizer
 from agro_train.step import update
 from agro_train.types import Prompt, Rollout
 from benchmarks.measure import timing
@@ -62,12 +63,17 @@ SMALL = {
     "vocab_size": 8192,
     "tie_word_embeddings": False,
 }
+SMOKE = {**SMALL, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
 COMMON = ["data=tiny-arithmetic", "share_prompts=false", "max_prompt_length=8", "eval_every=0"]
 OF_SMALL = [*COMMON, "prompts_per_step=2", "num_generations=4", "max_completion_length=249",
             "token_budget=1024", "generation_batch_size=8"]  # fmt: skip
 OF_SMOLLM2 = [*COMMON, "model=smollm2", "prompts_per_step=2", "num_generations=4",
-              "max_completion_length=121", "token_budget=512", "generation_batch_size=8"]  # fmt: skip
+              "max_completion_length=25", "token_budget=64", "generation_batch_size=8"]  # fmt: skip
+OF_SMOKE = [*COMMON, "prompts_per_step=2", "num_generations=4", "max_completion_length=121",
+            "token_budget=512", "generation_batch_size=8"]  # fmt: skip
 CASES = {
+    "smoke": OF_SMOKE,
+    "smoke_checkpointing": [*OF_SMOKE, "gradient_checkpointing=true"],
     "small": OF_SMALL,
     "small_checkpointing": [*OF_SMALL, "gradient_checkpointing=true"],
     "small_adapter": [*OF_SMALL, "use_peft=true"],
@@ -101,24 +107,19 @@ def case_config(name: str, folder: str) -> TrainConfig:
     """The configuration of a case; the small model's architecture is written to `folder`."""
     settings = CASES[name]
     if not any(setting.startswith("model=") for setting in settings):
-        LlamaConfig(**SMALL).save_pretrained(folder)
+        LlamaConfig(**(SMOKE if name.startswith("smoke") else SMALL)).save_pretrained(folder)
         settings = [*settings, f"model={folder}"]
     return configuration.load(None, settings)
 
 
-def models(config: TrainConfig) -> tuple[torch.nn.Module, torch.nn.Module]:
+def models(config: TrainConfig) -> tuple[Policy, torch.nn.Module]:
     """Policy and reference, as `setup` makes them on one process."""
-    base: Any
-    if config.model in ("smollm2", "tiny"):
-        base, _ = load_base(config.model, config, load_tokenizer(config.model))
-    else:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        base = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(config.model),
-            attn_implementation=config.attn_implementation,
-        )
-        prepare(base, config)
+    base: Any = AutoModelForCausalLM.from_config(
+        load_architecture(config.model, offline=True),
+        dtype=torch.float32,
+        attn_implementation=config.attn_implementation,
+    )
+    prepare(base, config)
     if config.use_peft:
         add_adapter(base, config, None)
         policy = Policy(base)
@@ -159,11 +160,12 @@ class Steps:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        policy, self.reference = models(config)
+        policy, reference = models(config)
         self.model: Any = policy.model
         self.policy = accelerator.prepare_model(policy)
+        self.reference = reference
         if not config.use_peft:
-            self.reference = accelerator.prepare_model(self.reference, evaluation_mode=True)
+            self.reference = accelerator.prepare_model(reference, evaluation_mode=True)
         self.optimizer, self.scheduler = make_optimizer(config, self.policy, Start())
         self.batch = batch_of(config, self.model.config.vocab_size)
 
@@ -234,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES)[2:])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--process", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
