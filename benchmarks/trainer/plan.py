@@ -11,14 +11,14 @@ the length that the configuration allows, as a plan assumes.
 
 Method. `planned_mb` is the plan's largest of scoring, update and optimiser, or its sampling.
 `measured_mb` is the most memory in RAM (Linux's VmHWM) during the second update, or during
-generation, less what the process had after an update of a tiny model and before the case's model
-was loaded: Python, the libraries and their code are no part of a plan. Freed blocks above 64 kB
+generation, less what the process had after a step of a tiny model and before the case's model was
+loaded: Python, the libraries and their code are no part of a plan. Freed blocks above 64 kB
 return to the system at once (MALLOC_MMAP_THRESHOLD_), so that what is in RAM is what is alive.
 `apart` is planned / measured - 1.
 
 Cases, all with random weights: a Llama whose activations are most of the memory (small), the
 architecture of SmolLM2-135M, whose weights are (smollm2), each also with gradient checkpointing, an
-adapter, or bfloat16; and one of seconds (smoke).
+adapter, or bfloat16; and a Llama so small that its step takes seconds (smoke).
 """
 
 import argparse
@@ -63,7 +63,13 @@ SMALL = {
     "vocab_size": 8192,
     "tie_word_embeddings": False,
 }
-SMOKE = {**SMALL, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+SMOKE = {
+    **SMALL,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "vocab_size": 16384,
+}
 COMMON = ["data=tiny-arithmetic", "share_prompts=false", "max_prompt_length=8", "eval_every=0"]
 OF_SMALL = [*COMMON, "prompts_per_step=2", "num_generations=4", "max_completion_length=249",
             "token_budget=1024", "generation_batch_size=8"]  # fmt: skip
@@ -74,6 +80,9 @@ OF_SMOKE = [*COMMON, "prompts_per_step=2", "num_generations=4", "max_completion_
 CASES = {
     "smoke": OF_SMOKE,
     "smoke_checkpointing": [*OF_SMOKE, "gradient_checkpointing=true"],
+    "smoke_adapter": [*OF_SMOKE, "use_peft=true"],
+    "smoke_bf16": [*OF_SMOKE, "mixed_precision=bf16"],
+    "smoke_eager": [*OF_SMOKE, "attn_implementation=eager"],
     "small": OF_SMALL,
     "small_checkpointing": [*OF_SMALL, "gradient_checkpointing=true"],
     "small_adapter": [*OF_SMALL, "use_peft=true"],
@@ -209,6 +218,7 @@ def measure(name: str) -> dict[str, float]:
         )
         warm = Steps(small, accelerator)
         warm.update()
+        warm.sample()
         del warm
         timing.reset_peak()
         before = timing.resident_bytes()
@@ -232,11 +242,37 @@ def planned(name: str) -> dict[str, float]:
     return {"update": updating, "sampling": totals["sampling"]}
 
 
+def rows_of(case: str, measured: dict[str, float], facts: dict[str, str]) -> list[Row]:
+    """A row for each stage, printed, too."""
+    rows = []
+    for stage, size in planned(case).items():
+        apart = size / measured[stage] - 1
+        print(
+            f"{case:24s}{stage:10s} planned {size / 1e6:7.0f} MB   measured "
+            f"{measured[stage] / 1e6:7.0f} MB   {apart:+.1%}",
+            flush=True,
+        )
+        about = (facts[name] for name in ("cpu", "torch", "threads", "commit"))
+        settings = " ".join(CASES[case])
+        rows.append(Row(case, stage, settings, size / 1e6, measured[stage] / 1e6, apart, *about))
+    return rows
+
+
+def write(rows: list[Row], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "bench_plan.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(column_names(Row))
+        writer.writerows(map(texts, rows))
+    return path
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES)[2:])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--process", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -244,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(measure(options.process)))
         return 0
     facts = timing.machine_facts()
-    rows = []
+    rows: list[Row] = []
     for case in options.cases:
         command = [sys.executable, "-m", "benchmarks.trainer.plan", "--process", case]
         environment = {**os.environ, **ALLOCATOR}
@@ -253,31 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{case}: ended with status {done.returncode}, see its output above")
             return 1
         measured = json.loads(done.stdout.splitlines()[-1])
-        for stage, size in planned(case).items():
-            apart = size / measured[stage] - 1
-            print(
-                f"{case:24s}{stage:10s} planned {size / 1e6:7.0f} MB   measured "
-                f"{measured[stage] / 1e6:7.0f} MB   {apart:+.1%}",
-                flush=True,
-            )
-            rows.append(
-                Row(
-                    case,
-                    stage,
-                    " ".join(CASES[case]),
-                    size / 1e6,
-                    measured[stage] / 1e6,
-                    apart,
-                    *(facts[name] for name in ("cpu", "torch", "threads", "commit")),
-                )
-            )
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / "bench_plan.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(column_names(Row))
-        writer.writerows(map(texts, rows))
-    print(path)
+        rows += rows_of(case, measured, facts)
+    print(write(rows, options.results))
     return 0
 
 
