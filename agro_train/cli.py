@@ -28,6 +28,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a model", "train"),
+    "plan": Command("predict the memory, disk and time that a run takes", "plan"),
     "rollout": Command("record completions of a model, a dataset for recorded=", "record"),
     "score": Command("write rewards into a copy of a rollouts file", "score"),
     "eval": Command("evaluate a run, a checkpoint or a model", "evaluate"),

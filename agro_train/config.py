@@ -71,7 +71,7 @@ def load(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> 
     model and data alone: its learning rate and its 24 tokens are that model's. Recorded files
     without data, where every group comes from them, go without: data is then empty.
     """
-    changes = _read_overrides(overrides)
+    changes = read_overrides(overrides)
     if path is not None:
         return _built(_read_file(Path(path)), changes)
     defaults = TrainConfig()
@@ -140,7 +140,7 @@ def load_resumed(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
                 "the rest continues as it began"
             )
     older = {name: key.older for name, key in KEYS.items() if key.older is not None}
-    config = _built({**older, **file}, _read_overrides(overrides))
+    config = _built({**older, **file}, read_overrides(overrides))
     return replace(config, output_dir=str(folder))
 
 
@@ -157,7 +157,8 @@ def _read_file(source: Path) -> dict[Any, Any]:
     return values
 
 
-def _read_overrides(overrides: Sequence[str]) -> dict[Any, Any]:
+def read_overrides(overrides: Sequence[str]) -> dict[Any, Any]:
+    """What `key=value` arguments say, as YAML reads the values."""
     changes = OmegaConf.create()
     for override in overrides:
         name, equals, _ = override.partition("=")

@@ -3,7 +3,7 @@
 import copy
 import importlib.util
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -30,6 +30,10 @@ from agro_train.engines.transformers_engine import TransformersEngine
 from agro_train.fresh import Ahead, FreshGroups, Group, InStep, Questioner, groups_of_json
 from agro_train.interrupt import Interrupts
 from agro_train.lock import FolderLock
+from agro_train.plan.advice import first_change, fits
+from agro_train.plan.architecture import find_architecture
+from agro_train.plan.machine import Machine
+from agro_train.plan.memory import plan as plan_memory
 from agro_train.policy import checkpoint
 from agro_train.policy.adapter import AdapterOff, add_adapter, keeps_base
 from agro_train.policy.load import (
@@ -146,6 +150,9 @@ def _set_up(
     past = ranks.from_main(partial(past_groups, config, folder, start, accelerator))
     mix = plan(config, past)
     check_ranks(config, ranks, len(questions.held_out), mix)
+    if accelerator.device.type == "cuda" and ranks.main:
+        memory = torch.cuda.get_device_properties(accelerator.device).total_memory
+        warn_of_memory(config, ranks.world, memory, accelerator.print)
     demonstrations = {}
     if config.demonstrations:
         demonstrations = load_demonstrations(
@@ -333,6 +340,28 @@ def check_ranks(config: TrainConfig, ranks: Ranks, num_held_out: int, mix: Seque
             raise Refusal(
                 f"{what}: expected none or one for each of {ranks.world} processes, got {count}"
             )
+
+
+def warn_of_memory(
+    config: TrainConfig, world: int, memory: float, say: Callable[[str], None]
+) -> None:
+    """Tells `say` where the plan of the run is larger than a GPU's `memory` (bytes). The run goes
+    on: a plan is a prediction, and completions may be shorter than they may be."""
+    machine = Machine(gpus=world, memory=memory / 1e9, gpus_per_node=world)
+    try:
+        architecture = find_architecture(config.model)
+        planned = plan_memory(config, machine, architecture)
+        if fits(planned, machine):
+            return
+        change = first_change(config, machine, architecture, planned)
+    except Refusal as error:
+        say(f"memory was not planned: {error}")
+        return
+    advice = f"; {change.settings} would save {change.saves / 1e9:.1f} GB" if change else ""
+    say(
+        f"memory: {planned.peak / 1e9:.1f} of a GPU's {memory / 1e9:.1f} GB are predicted for the "
+        f"stage {planned.worst.name}{advice}; the run goes on (agro plan says more)"
+    )
 
 
 def base_source(config: TrainConfig, start: Start) -> str:
@@ -572,8 +601,7 @@ def place_on_devices(
         modules.append(Policy(base, first_without).requires_grad_(False))
     if config.fsdp:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        for module in modules:
-            module.to(accelerator.device)
+        for module in modules:  # moved to the device layer by layer, each cut at once
             shard(module, config.mixed_precision, mesh)
     else:  # what has no gradients has none to average
         modules = [

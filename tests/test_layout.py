@@ -42,7 +42,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"config"},
         {"data"},
         {"policy", "rewards", "watch"},
-        {"engines"},
+        {"engines", "plan"},
         {"algorithm", "callbacks", "completion", "evaluate", "fresh", "questions"},
         {"metrics", "run"},
         {"step"},

@@ -59,15 +59,23 @@ class Sizes(NamedTuple):
 
 def load_sizes(source: str) -> Sizes:
     """Of the model that `load_model` loads, without its weights, which may take minutes."""
-    if source == "tiny":
-        config = tiny.build_config(len(tiny.build_tokenizer()))
-    elif (base := base_of(Path(source))) is not None:
-        return load_sizes(base)
-    else:
-        name, gguf = _resolve(source)
-        with _loading(source):
-            config = AutoConfig.from_pretrained(name, **gguf).get_text_config()
+    config = load_architecture(source).get_text_config()
     return Sizes(config.vocab_size, getattr(config, "max_position_embeddings", None))
+
+
+def load_architecture(source: str, *, offline: bool = False) -> Any:
+    """transformers' configuration of the model that `load_model` loads.
+
+    Args:
+        offline: the network is not asked; what a hub id needs has to be in the local cache.
+    """
+    if source == "tiny":
+        return tiny.build_config(len(tiny.build_tokenizer()))
+    if (base := base_of(Path(source))) is not None:
+        return load_architecture(base, offline=offline)
+    name, gguf = _resolve(source)
+    with _loading(source):
+        return AutoConfig.from_pretrained(name, local_files_only=offline, **gguf)
 
 
 def load_base(

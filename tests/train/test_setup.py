@@ -28,6 +28,7 @@ from agro_train.setup import (
     make_optimizer,
     set_learning_rate,
     start_accelerator,
+    warn_of_memory,
 )
 from tests.train.models import rollout, save_llama3_miniature, tiny_policy
 
@@ -185,3 +186,17 @@ def test_completion_that_ends_before_min_new_tokens_is_refused() -> None:
             check_first_tokens(TrainConfig(min_new_tokens=3), given, extra, {1})
     # What each of its tokens was drawn from is known, and the end token was among it.
     check_first_tokens(TrainConfig(min_new_tokens=3, top_k=4), data, [], {1})
+
+
+def test_a_plan_beyond_the_gpu_is_said_and_nothing_else() -> None:
+    config = TrainConfig(model="tiny", max_completion_length=24)
+    said: list[str] = []
+    warn_of_memory(config, 1, 80e9, said.append)
+    assert said == []
+    warn_of_memory(config, 1, 2.01e9, said.append)
+    (line,) = said
+    assert line.startswith("memory: 0.")
+    assert "of a GPU's 2.0 GB are predicted for the stage" in line
+    assert "would save" in line and "the run goes on" in line
+    warn_of_memory(replace(config, model="nobody/nothing"), 1, 2e9, said.append)
+    assert said[1].startswith("memory was not planned: model: expected one whose config.json")

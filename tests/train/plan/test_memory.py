@@ -1,0 +1,114 @@
+"""Stages of a plan: what is sharded, what is whole, what an adapter or an engine changes."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from agro_train.config import TrainConfig
+from agro_train.plan.advice import first_change, fits
+from agro_train.plan.machine import Machine
+from agro_train.plan.memory import Plan, cache_bytes, plan
+from agro_train.policy import tiny
+from agro_train.refusal import Refusal
+
+CONFIG = TrainConfig(model="tiny", max_prompt_length=8, max_completion_length=9)
+SMALL = tiny.build_config(15)
+COUNT = sum(p.numel() for p in tiny.build_model(15, seed=0).parameters())
+
+
+def parts(planned: Plan, name: str) -> dict[str, float]:
+    (stage,) = [stage for stage in planned.stages if stage.name == name]
+    found = {part.name: part.bytes for part in stage.parts}
+    assert stage.total == sum(found.values())
+    return found
+
+
+def planned(config: TrainConfig, **machine: Any) -> Plan:
+    return plan(config, Machine(**{"gpus": 1, "gpu": "h100", **machine}), SMALL)
+
+
+def test_one_gpu_holds_all_of_it() -> None:
+    update = parts(planned(CONFIG), "update")
+    assert update["weights"] == update["reference"] == update["gradients"] == 4 * COUNT
+    assert update["moments"] == 8 * COUNT
+    assert "gradients on their way" not in update
+
+
+def test_replicas_hold_their_gradients_twice_and_shards_a_share() -> None:
+    replicated = parts(planned(CONFIG, gpus=4), "update")
+    assert replicated["weights"] == replicated["gradients on their way"] == 4 * COUNT
+    sharded = parts(planned(replace(CONFIG, fsdp=True), gpus=4), "update")
+    assert sharded["weights"] == sharded["gradients"] == COUNT
+    assert sharded["moments"] == 2 * COUNT
+    sampling = parts(planned(replace(CONFIG, fsdp=True), gpus=4), "sampling")
+    assert sampling["gathered weights"] == 4 * COUNT
+    low = replace(CONFIG, fsdp=True, mixed_precision="bf16")
+    assert parts(planned(low, gpus=4), "sampling")["gathered weights"] == 2 * COUNT
+
+
+def test_an_adapter_needs_no_reference_and_moments_of_itself_alone() -> None:
+    config = replace(CONFIG, use_peft=True, dtype="bfloat16")
+    found = planned(config)
+    update, trained = parts(found, "update"), found.weights.trained_count
+    assert "reference" not in update
+    assert update["weights"] == 2 * COUNT + 4 * trained
+    assert update["moments"] == 8 * trained
+    assert found.checkpoint == 12 * trained
+
+
+def test_the_key_value_cache_is_transformers_own() -> None:
+    model = tiny.build_model(15, seed=0)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros(1, 12, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cache_bytes(SMALL, 12, itemsize=4) == real
+
+
+def test_who_samples_decides_what_sampling_takes() -> None:
+    server = replace(CONFIG, use_vllm=True, vllm_mode="server")
+    assert planned(server).cache_rows == 0
+    colocated = replace(CONFIG, use_vllm=True)
+    assert parts(planned(colocated), "update")["vLLM"] == 0.3 * 80e9
+    ahead = planned(replace(CONFIG, max_staleness=2))
+    assert parts(ahead, "update")["sampling process"] > 4 * COUNT
+    assert ahead.sent == 2 * 4 * COUNT
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine", "words"),
+    [
+        ({}, {"gpus": 12}, "gpus: expected a multiple of gpus_per_node=8, got 12"),
+        ({"prompts_per_step": 3}, {"gpus": 4}, "prompts_per_step: expected one for each of 4"),
+        ({"use_vllm": True}, {"gpus": 2}, "vllm_mode: expected server with more than one"),
+        (
+            {"use_vllm": True, "vllm_tensor_parallel_size": 3},
+            {},
+            "vllm_tensor_parallel_size: expected a divisor of the model's 4 attention heads, got 3",
+        ),
+    ],
+)
+def test_a_launch_that_cannot_be_is_one_sentence(
+    settings: dict[str, Any], machine: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(Refusal, match=words):
+        planned(replace(CONFIG, **settings), **machine)
+
+
+def test_the_first_change_saves_what_it_says() -> None:
+    config = replace(CONFIG, token_budget=256, generation_batch_size=8)
+    machine = Machine(gpus=1, gpu="cpu")
+    peak = plan(config, machine, SMALL).peak
+    tight = replace(machine, memory=(peak - 1) / 1e9)
+    found = plan(config, tight, SMALL)
+    assert not fits(found, tight)
+    change = first_change(config, tight, SMALL, found)
+    assert change is not None and change.fits
+    assert change.settings == "gradient_checkpointing=true"
+    now = plan(replace(config, gradient_checkpointing=True), tight, SMALL)
+    assert change.saves == peak - now.peak > 0
+    hopeless = replace(machine, memory=1e-6)
+    change = first_change(config, hopeless, SMALL, found)
+    assert change is not None and not change.fits and change.saves > 0
