@@ -27,6 +27,9 @@ class TileConfig:
 
     descriptors: the operands are fetched through tensor descriptors (TMA), which takes hidden
     states and a weight whose rows begin at multiples of 16 bytes.
+
+    flatten: the forward pass runs over a split's tiles and over D in one loop, so that a tile's
+    first operands are fetched during the softmax of the tile before.
     """
 
     block_n: int
@@ -37,6 +40,7 @@ class TileConfig:
     group_n: int = 16
     max_splits: int = 16
     descriptors: bool = False
+    flatten: bool = False
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory, in bytes, of the operands in flight, of itemsize bytes an element."""

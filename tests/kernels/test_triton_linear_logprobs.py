@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 import agro_kernels  # noqa: F401  (registers pack_kept_ids)
-from agro_kernels import reference
+from agro_kernels import kept_logits, reference
 from agro_kernels import tiles as configs
 from agro_kernels._triton import gemm, head_gradients, launch
 from agro_kernels._triton import linear_logprobs as kernels
 from agro_kernels.head import Head, Upstream
+from agro_kernels.kept_logits import KeptLogits
 from tests.conftest import SetSizes
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
@@ -652,3 +653,75 @@ def test_entropy_is_empty_unless_asked_for() -> None:
     assert torch.equal(logprobs, forward(inputs, {})[0]) and torch.equal(
         lse, forward(inputs, {})[1]
     )
+
+
+# --- Kept logits ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_kept_tiles(set_sizes: SetSizes) -> None:
+    """Half a tile of the interpreter's kernels each."""
+    set_sizes(kept_logits, CPU_TILE=16, CPU_STEP=32, GPU_TILE=16, GPU_STEP=32)
+
+
+def kept_room(inputs: HeadInputs, columns: int) -> KeptLogits:
+    """Room for so many columns, which a multiple of 32 or the vocabulary is."""
+    n, tiles = inputs.hidden.shape[0], -(-columns // 16)
+    nan = float("nan")
+    return KeptLogits(
+        torch.full((n, columns), nan, dtype=torch.float16, device=DEVICE),
+        torch.full((n, tiles), nan, device=DEVICE),
+    )
+
+
+@pytest.mark.usefixtures("small_kept_tiles")
+@pytest.mark.parametrize("columns", [32, 64, 75])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("options", ["plain", "temperature", "token_temperature", "softcap"])
+def test_gradients_of_kept_logits(options: str, dtype: torch.dtype, columns: int) -> None:
+    """As exact as those of logits made again, with rows ignored in one pass or in both."""
+    inputs, keywords = case(options, ODD, dtype)
+    targets = inputs.targets.clone()
+    targets[5:9] = -100
+    inputs = replace(inputs, targets=targets)
+    room = kept_room(inputs, columns)
+    results = kernels.linear_logprobs_fwd(inputs.head(**keywords), True, room)
+    for ours, without in zip(results, forward(inputs, keywords), strict=True):
+        assert torch.equal(ours, without)
+    counted = targets != -100
+    assert room.logits[counted].isfinite().all() and room.maxima[counted].isfinite().all()
+    assert (room.logits[counted] <= 0).all()
+    assert room.logits[~counted].isnan().all()  # nobody's business
+
+    later = targets.clone()
+    later[10:14] = -100
+    inputs = replace(inputs, targets=later)
+    c = inputs.coefficients
+    upstream = c, c.cos(), 0.3 * c.flip(0)
+    arguments = Upstream(*upstream, *results[1:]), inputs.head(**keywords), ALL
+    kept = kernels.linear_logprobs_bwd(*arguments, None, room)
+    again = kernels.linear_logprobs_bwd(*arguments)
+    truth = autograd_backward(truth_forward, inputs.in_dtype(torch.float64), upstream, keywords)
+    for ours, theirs, true in zip(kept[:2], again[:2], truth[:2], strict=True):
+        assert ours.isfinite().all()
+        mine, other = ((x.double() - true).norm() for x in (ours, theirs))
+        assert mine <= 1.05 * other
+    assert (kept[0][later == -100] == 0).all()
+
+
+@pytest.mark.usefixtures("small_kept_tiles")
+def test_kept_banned_tokens() -> None:
+    """-inf below the maximum would make the entropy's gradient NaN."""
+    inputs = head_inputs(*ODD, dtype=torch.bfloat16, device=DEVICE, bias=True)
+    assert inputs.bias is not None
+    inputs.bias[:40] = -torch.inf
+    inputs.bias[50::2] = -torch.inf
+    inputs = replace(inputs, targets=torch.full_like(inputs.targets, 45))
+    room = kept_room(inputs, 75)
+    _, lse, entropy = kernels.linear_logprobs_fwd(inputs.head(), True, room)
+    c = inputs.coefficients
+    arguments = Upstream(c, None, c, lse, entropy), inputs.head(), ALL
+    kept, again = (kernels.linear_logprobs_bwd(*arguments, None, x) for x in (room, None))
+    for ours, theirs in zip(kept, again, strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs)
