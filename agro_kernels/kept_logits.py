@@ -24,9 +24,10 @@ from agro_kernels.head import AUTO, Head
 # fp16's lowest number. Finite, because a banned token's -inf times a probability of 0 is NaN.
 LOWEST = -65504.0
 
-# Columns of a tile, and those that K is a multiple of, unless it is V. The kernels' blocks are
-# whole tiles, and K is whole blocks of theirs: 128 and 256 columns on a GPU; elsewhere 192 in csrc
-# and 4096 in _torch.
+# Columns of a tile, and those that K is a multiple of; where there is no GPU it may be V, too. The
+# blocks of the kernels are whole tiles, and K is whole blocks: 128 and 256 columns on a GPU;
+# elsewhere 192 in csrc and 4096 in _torch. (On a GPU a row of any other length would not begin at a
+# multiple of 16 bytes, and the kernel that writes it would spill registers.)
 GPU_TILE, GPU_STEP = 128, 256
 CPU_TILE, CPU_STEP = 64, 192
 
@@ -56,7 +57,7 @@ class KeptLogits(NamedTuple):
 
 
 def tile_and_step(device: torch.device) -> tuple[int, int]:
-    """(columns of a tile, columns that K is a multiple of unless it is V)."""
+    """(columns of a tile, columns that K is a multiple of)."""
     return (GPU_TILE, GPU_STEP) if device.type == "cuda" else (CPU_TILE, CPU_STEP)
 
 
@@ -78,10 +79,11 @@ def kept_columns(head: Head, keep_logits_bytes: int) -> int:
     tile, step = tile_and_step(head.hidden.device)
     rows = torch.sym_max(n, 1)
     steps = budget // (rows * (step * dtype.itemsize + step // tile * 4))
+    columns: int = torch.sym_min(steps, v // step) * step
+    if on_gpu:
+        return columns
     whole = budget // (rows * (v * dtype.itemsize + -(-v // tile) * 4))  # 0, or all V are paid for
-    columns: int = torch.sym_max(
-        torch.sym_min(steps, v // step) * step, torch.sym_min(whole, 1) * v
-    )
+    columns = torch.sym_max(columns, torch.sym_min(whole, 1) * v)
     return columns
 
 

@@ -55,12 +55,14 @@ class Row:
     smallest_d: int = 1  # hidden sizes from here on
     aligned: bool = False  # True: only for operands whose rows begin at multiples of 16 bytes
     with_softcap: bool = True  # False: not for calls with a softcap
+    with_rounding: bool = True  # False: not for calls that round their logits
 
-    def serves(self, hidden_size: int, *, aligned: bool, softcap: bool) -> bool:
+    def serves(self, hidden_size: int, *, aligned: bool, softcap: bool, rounds: bool) -> bool:
         return (
             hidden_size >= self.smallest_d
             and (aligned or not (self.aligned or self.tile.descriptors))
             and (self.with_softcap or not softcap)
+            and (self.with_rounding or not rounds)
         )
 
 
@@ -134,10 +136,12 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
         "sm80": {2: (Row(TileConfig(128, 128, 64, 8, 3)),), 4: FP32},
         "sm90": {
             2: (
+                # Where it rounds, Triton 3.6's ptxas serialises this one's products.
                 Row(
                     TileConfig(128, 256, 64, 8, 4, descriptors=True),
                     smallest_d=WIDE_BWD,
                     with_softcap=False,
+                    with_rounding=False,
                 ),
                 Row(TileConfig(128, 128, 64, 4, 3, descriptors=True), with_softcap=False),
                 Row(TileConfig(128, 128, 64, 8, 3, descriptors=True)),
@@ -173,16 +177,19 @@ def select(
     *,
     aligned: bool = True,
     softcap: bool = False,
+    rounds: bool = False,
 ) -> TileConfig:
     """The tile of a kernel; an architecture without rows of its own gets those of "other".
 
     kernel: a key of TILES. architecture: "sm90", "gfx942", ... or "interpreter". itemsize: bytes of
     an operand's element, 2 or 4. aligned: rows of hidden states and weight begin at multiples of 16
-    bytes. softcap: the call has one.
+    bytes. softcap: the call has one. rounds: it rounds its logits.
     """
     rows = TILES[kernel].get(architecture, TILES[kernel]["other"])[itemsize]
     return next(
-        row.tile for row in rows if row.serves(hidden_size, aligned=aligned, softcap=softcap)
+        row.tile
+        for row in rows
+        if row.serves(hidden_size, aligned=aligned, softcap=softcap, rounds=rounds)
     )
 
 

@@ -3,7 +3,8 @@
 The logits are cut into chunks of columns (vocabulary entries), and for many tokens each of these
 into chunks of rows. For each chunk one kernel recomputes the logits and writes their gradient. Two
 GEMMs of cuBLAS or hipBLAS then add its part of dhidden and of dweight, both summed in fp32. dweight
-is rounded once, after its last chunk of rows.
+is rounded once, after its last chunk of rows. Of logits that the forward pass kept there is nothing
+to recompute: the same kernel reads them.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from agro_kernels import tiles as configs
-from agro_kernels._triton.gemm import add_product
+from agro_kernels._triton.gemm import add_product, rounded_product
 from agro_kernels._triton.launch import gemm_arguments, kept_arguments, select_config
 from agro_kernels._triton.primitives import (
     BANNED,
@@ -73,7 +74,6 @@ def linear_logprobs_bwd_kernel(
     D,
     start_chunk,
     num_columns,
-    kept_columns,
     stride_kept_logits_n,
     stride_kept_maxima_n,
     stride_hidden_n,
@@ -124,20 +124,11 @@ def linear_logprobs_bwd_kernel(
         kept_rows = start_n + rows
         if kept_rows_ptr is not None:
             kept_rows = tl.load(kept_rows_ptr + start_n + rows)
-        below = tl.load(
-            kept_logits_ptr
-            + ((kept_rows * stride_kept_logits_n + start_v)[:, None] + offs_v[None, :]),
-            mask=(offs_v < kept_columns - start_v)[None, :],
-            other=0.0,
-        )
-        logits = below.to(tl.float32)
+        kept_rows_start = kept_logits_ptr + kept_rows * stride_kept_logits_n + start_v
+        logits = tl.load(kept_rows_start[:, None] + offs_v[None, :]).to(tl.float32)
+        maxima_start = kept_maxima_ptr + kept_rows * stride_kept_maxima_n
         for i_tile in tl.static_range(BLOCK_V // KEPT_TILE):
-            maxima = tl.load(
-                kept_maxima_ptr
-                + (kept_rows * stride_kept_maxima_n + start_v // KEPT_TILE + i_tile),
-                mask=(start_v + i_tile * KEPT_TILE < kept_columns) & (offs_n >= 0),
-                other=0.0,
-            )
+            maxima = tl.load(maxima_start + (start_v // KEPT_TILE + i_tile))
             of_tile = offs_v // KEPT_TILE == i_tile
             logits += tl.where(of_tile[None, :], maxima[:, None], 0.0)
         logits /= inverse_temperature[:, None]
@@ -242,7 +233,14 @@ def head_gradients(
     row_chunks = _row_chunks(upstream, head, config, rows_per_chunk)
     kept_columns = 0 if kept_logits is None else kept_logits.columns
     dlogits_buffer = hidden.new_empty(rows_per_chunk, columns_per_chunk)
-    weight_sum = _WeightSum(weight, weight_grad, scale, columns_per_chunk, needed=need_weight)
+    weight_sum = _WeightSum(
+        weight,
+        weight_grad,
+        scale,
+        columns_per_chunk,
+        needed=need_weight,
+        one_sum=rows_per_chunk >= N,
+    )
     with torch.cuda.device_of(hidden):
         for entries in _column_chunks(V, kept_columns, columns_per_chunk):
             start_v = entries.start
@@ -331,8 +329,9 @@ def _write_dlogits(
 class _WeightSum:
     """The gradient of the weight, summed in fp32 over chunks of tokens.
 
-    Where it is fp32 already and not scaled it is summed in place; otherwise in a buffer for one
-    chunk of columns, from which it is rounded once.
+    Where it is fp32 already and not scaled it is summed in place. Where a single chunk has all
+    tokens each of its rows is one sum, which the product itself rounds. Otherwise it is summed in a
+    buffer for one chunk of columns, from which it is rounded once.
     """
 
     def __init__(
@@ -343,23 +342,29 @@ class _WeightSum:
         columns_per_chunk: int,
         *,
         needed: bool,
+        one_sum: bool,
     ) -> None:
         (V, D), self.scale = weight.shape, scale
         self.dweight = weight.new_empty((V, D) if needed and weight_grad is None else 0)
         self.adds = weight_grad is not None
         self.total = self.dweight if weight_grad is None else weight_grad
         self.in_place = self.total.dtype == torch.float32 and scale is None
-        buffer_rows = columns_per_chunk if needed and not self.in_place else 0
+        self.at_once = one_sum and not (self.in_place or self.adds) and scale is None
+        buffered = needed and not (self.in_place or self.at_once)
+        buffer_rows = columns_per_chunk if buffered else 0
         self.buffer = weight.new_empty(buffer_rows, D, dtype=torch.float32)
 
     def add(self, entries: slice, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
         """dlogits.T @ hidden, of the first chunk of tokens or a later one."""
+        if self.at_once:
+            rounded_product(self.total[entries], dlogits.T, hidden)
+            return
         keep = not first or (self.in_place and self.adds)
         add_product(self._chunk(entries), dlogits.T, hidden, keep=keep)
 
     def finish(self, entries: slice) -> None:
         """After the last chunk of tokens."""
-        if self.in_place:
+        if self.in_place or self.at_once:
             return
         chunk = self._chunk(entries)
         if self.scale is not None:

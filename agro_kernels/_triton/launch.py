@@ -47,6 +47,7 @@ def select_config(kernel: str, head: Head) -> configs.TileConfig:
         hidden.shape[1],
         aligned=takes_aligned_rows(head),
         softcap=head.softcap > 0,
+        rounds=head.round_logits is not None,
     )
 
 
@@ -121,13 +122,12 @@ def kept_arguments(kept_logits: KeptLogits | None, kept_rows: Tensor | None) -> 
     """
     if kept_logits is None:
         nothing = ("kept_logits_ptr", "kept_maxima_ptr", "kept_rows_ptr", "KEPT_TILE")
-        numbers = ("kept_columns", "stride_kept_logits_n", "stride_kept_maxima_n")
+        numbers = ("stride_kept_logits_n", "stride_kept_maxima_n")
         return dict.fromkeys(nothing) | dict.fromkeys(numbers, 0)
     return {
         "kept_logits_ptr": kept_logits.logits,
         "kept_maxima_ptr": kept_logits.maxima,
         "kept_rows_ptr": kept_rows,
-        "kept_columns": kept_logits.columns,
         "stride_kept_logits_n": kept_logits.logits.stride(0),
         "stride_kept_maxima_n": kept_logits.maxima.stride(0),
         "KEPT_TILE": kept_logits.tile,

@@ -92,7 +92,8 @@ def linear_logprobs_fwd_kernel(
     Writes m, s, e as (num_splits, N) fp32 (moment_ptr None: no e), and the target's logit (N,),
     before the temperature, by the one program that meets it. With kept_logits_ptr also
     max(d_v ln 2, LOWEST_KEPT) of the columns below kept_columns, (tokens, kept_columns) fp16, and
-    m / temperature for each KEPT_TILE columns, in the rows kept_rows (N,) of the caller's tokens.
+    m / temperature for each KEPT_TILE columns, in the rows kept_rows_ptr (N,) of both. Blocks are
+    whole tiles, and kept_columns whole blocks.
     """
     i_n, i_split = grouped_blocks(tl.cdiv(N, BLOCK_N), num_splits, GROUP_N)
     start_n = i_n.to(tl.int64) * BLOCK_N
@@ -109,9 +110,12 @@ def linear_logprobs_fwd_kernel(
     m = tl.full((BLOCK_N,), BANNED, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     e = tl.zeros((BLOCK_N,), tl.float32)
-    kept_rows = start_n + rows
-    if kept_rows_ptr is not None:
-        kept_rows = tl.load(kept_rows_ptr + start_n + rows)
+    if kept_logits_ptr is not None:
+        kept_rows = start_n + rows
+        if kept_rows_ptr is not None:
+            kept_rows = tl.load(kept_rows_ptr + start_n + rows)
+        kept_rows_start = kept_logits_ptr + kept_rows * stride_kept_logits_n
+        kept_maxima_start = kept_maxima_ptr + kept_rows * stride_kept_maxima_n
     start_split = i_split * tiles_per_split * BLOCK_V
     end_split = min(start_split + tiles_per_split * BLOCK_V, V)
     # Flattened, this loop and that over D are one: the next tile's operands are on their way during
@@ -160,21 +164,16 @@ def linear_logprobs_fwd_kernel(
         d = (logits - m_new[:, None]) * k[:, None]
         if kept_logits_ptr is not None:
             within = mask_n & (start_v < kept_columns)
-            row_starts = kept_rows * stride_kept_logits_n + start_v
-            stored = within[:, None]
-            if not EVEN_V:
-                stored = stored & (offs_v[None, :] < kept_columns - start_v)
             tl.store(
-                kept_logits_ptr + (row_starts[:, None] + offs_v[None, :]),
+                (kept_rows_start + start_v)[:, None] + offs_v[None, :],
                 tl.maximum(d * LN2, LOWEST_KEPT).to(tl.float16),
-                mask=stored,
+                mask=within[:, None],
             )
             for i_tile in tl.static_range(BLOCK_V // KEPT_TILE):
                 tl.store(
-                    kept_maxima_ptr
-                    + (kept_rows * stride_kept_maxima_n + start_v // KEPT_TILE + i_tile),
+                    kept_maxima_start + (start_v // KEPT_TILE + i_tile),
                     m_new * k * LN2,
-                    mask=mask_n & (start_v + i_tile * KEPT_TILE < kept_columns),
+                    mask=within,
                 )
         p = tl.exp2(d)
         change = (m - m_new) * k
@@ -297,6 +296,7 @@ def _statistics(
             **statistics,
             tiles_per_split=tiles_per_split,
             num_splits=num_splits,
+            kept_columns=0 if kept_logits is None else kept_logits.columns,
             **kept_arguments(kept_logits, kept_rows),
             LOWEST_KEPT=LOWEST,
             FLATTEN=config.flatten,
