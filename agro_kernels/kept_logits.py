@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels.head import AUTO, Head
+from agro_kernels.tiles import architecture, keeps_logits
 
 # fp16's lowest number. Finite, because a banned token's -inf times a probability of 0 is NaN.
 LOWEST = -65504.0
@@ -64,14 +65,15 @@ def tile_and_step(device: torch.device) -> tuple[int, int]:
 def kept_columns(head: Head, keep_logits_bytes: int) -> int:
     """K: the columns that `keep_logits_bytes`, an int >= 0 or AUTO, pay for, the maxima included.
 
-    0 where logits cannot be kept: of float64 inputs, of fp32 ones on a GPU, with round_logits and
-    with kept ids. The number of tokens may be a symbol of a graph, and is not decided on.
+    0 where logits cannot be kept: of float64 inputs, with round_logits and with kept ids; on a GPU
+    of fp32 ones, with a softcap, and where tiles.py says that registers are short. The number of
+    tokens may be a symbol of a graph, and is not decided on.
     """
     on_gpu, dtype = head.hidden.device.type == "cuda", head.hidden.dtype
     n, (v, d) = head.hidden.shape[0], head.weight.shape
     if head.round_logits is not None or head.kept is not None or dtype == torch.float64:
         return 0
-    if keep_logits_bytes == 0 or (on_gpu and dtype == torch.float32):
+    if keep_logits_bytes == 0 or (on_gpu and not _gpu_keeps(head)):
         return 0
     budget = keep_logits_bytes
     if budget == AUTO:
@@ -85,6 +87,12 @@ def kept_columns(head: Head, keep_logits_bytes: int) -> int:
     whole = budget // (rows * (v * dtype.itemsize + -(-v // tile) * 4))  # 0, or all V are paid for
     columns = torch.sym_max(columns, torch.sym_min(whole, 1) * v)
     return columns
+
+
+def _gpu_keeps(head: Head) -> bool:
+    softcap, d = head.softcap > 0, head.hidden.shape[1]
+    known = keeps_logits(architecture(head.hidden.device), d, softcap=softcap)
+    return known and head.hidden.dtype != torch.float32
 
 
 def empty_kept_logits(head: Head, keep_logits_bytes: int) -> KeptLogits:

@@ -92,8 +92,10 @@ def linear_logprobs(
             4 D min(V, 32768) bytes on a GPU, which is what the backward pass takes for bf16 less
             than before it could keep any, and at most 1 GiB on a CPU. The results are bitwise the
             same, the gradients as exact. Nothing is kept where no gradient is asked for, of float64
-            inputs, of fp32 ones on a GPU, and with round_logits or kept_ids. With shards, the bytes
-            are those of each rank.
+            inputs, and with round_logits or kept_ids; on a GPU also not of fp32 inputs, with a
+            softcap, of less than 256 entries, on a Hopper of hidden sizes below 2048 and on a
+            Blackwell: those kernels would spill registers. With shards, the bytes are those of each
+            rank.
         shards: where the rows of weight are spread over ranks (tensor parallelism):
             VocabularyShards.of(weight, group), and weight, bias and weight_grad are this rank's
             part. All ranks call together; `agro_kernels.parallel` says the rest.

@@ -2,7 +2,8 @@
 
 Provenance. Triton 3.8 compiled every row for its architecture, and `python -m
 benchmarks.predict.compile_report` inspected the code (benchmarks/results/compile_report.csv): no
-combination of options spills a register. Tiles of sm90 were timed on an H200 for bf16, D 2048 and
+combination of options spills a register but one: the flattened forward pass with the entropy, 16
+bytes a thread. What flattening gains has not been timed. Tiles of sm90 were timed on an H200 for bf16, D 2048 and
 4,096 or 16,384 tokens (tune_linear_logprobs_*_sm90_bf16.csv there). The backward row was the
 fastest. Forward, several tiles of 128 x 256 were equally fast within 3 %; the row is the one that
 larger D have too. The rows of D 4096 ran in a benchmark there (bench_linear_logprobs.csv). No other
@@ -10,11 +11,14 @@ row has been timed.
 
 A row decides the order in which a logit and a sum over the vocabulary are added up (block_v,
 block_d, max_splits). The row of a call depends on the architecture, the dtype, the hidden size, the
-layout of the weight and on whether there is a softcap, never on the number of tokens. So the result
-of a token does not depend on the batch it is in.
+layout of the weight and on whether there is a softcap or a rounding, never on the number of tokens
+nor on what is kept of the logits. So the result of a token does not depend on the batch it is in.
 """
 
+import sys
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,10 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
         },
         "sm90": {
             2: (
-                Row(TileConfig(128, 256, 64, 8, 4, descriptors=True), smallest_d=WIDE_FWD),
+                Row(
+                    TileConfig(128, 256, 64, 8, 4, descriptors=True, flatten=True),
+                    smallest_d=WIDE_FWD,
+                ),
                 Row(
                     TileConfig(128, 128, 64, 4, 3, max_splits=32, descriptors=True),
                     with_softcap=False,
@@ -167,6 +174,28 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
         "interpreter": {2: INTERPRETER, 4: INTERPRETER},
     },
 }
+
+
+# Hidden sizes from which on the forward kernel can keep logits, where it cannot of all: with four
+# warps there are too few registers to store a tile, too.
+KEEPS_FROM = {"sm90": WIDE_FWD, "sm100": sys.maxsize}
+
+
+def keeps_logits(architecture: str, hidden_size: int, *, softcap: bool) -> bool:
+    """Whether the forward kernel for a GPU may be asked to keep logits of 16-bit inputs."""
+    return hidden_size >= KEEPS_FROM.get(architecture, 1) and not softcap
+
+
+def architecture(device: torch.device) -> str:
+    """The device's name in these tables; CPU tensors are for Triton's interpreter."""
+    if device.type == "cpu":
+        return "interpreter"
+    if not torch.cuda.is_available():  # of tensors that have a shape only
+        return "other"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
 
 
 def select(

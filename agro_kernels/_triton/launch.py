@@ -9,18 +9,9 @@ from agro_kernels import tiles as configs
 from agro_kernels.counted_rows import CountedRows, counted_rows
 from agro_kernels.head import Head
 from agro_kernels.kept_logits import KeptLogits
+from agro_kernels.tiles import architecture
 
 ROUNDED = {None: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def architecture(device: torch.device) -> str:
-    """The device's name in the tables of tiles.py; CPU tensors are for Triton's interpreter."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
 
 
 def gather_counted(head: Head, counted: Tensor) -> CountedRows:

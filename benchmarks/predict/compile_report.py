@@ -46,6 +46,7 @@ from agro_kernels._triton import (
 from agro_kernels.agro_options import AgroOptions
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import GPU_STEP, GPU_TILE, KeptLogits
+from agro_kernels.tiles import keeps_logits
 from benchmarks.measure.rows import column_names, texts
 
 TARGETS = {
@@ -238,14 +239,14 @@ def head_cases(target: str, quick: bool) -> list[Case]:
         for dtype, d, aligned in itertools.product(dtypes, HIDDEN_SIZES, (True, False)):
             suffix = canonicalize_dtype(dtype) + ("" if aligned else " unaligned")
             for name, call in FWD_CALLS.items():
-                if unwanted(name, suffix, quick):
+                if unwanted(name, suffix, quick) or not possible(call, d, target):
                     continue
                 head = head_of(call, dtype, d, aligned)
                 linear_logprobs._statistics(head, "entropy" in call, *kept_of(call, head))
                 add(f"linear_logprobs_fwd {name} {suffix}", kernels["linear_logprobs_fwd_kernel"])
                 add("linear_logprobs_fwd_merge", kernels["linear_logprobs_fwd_merge_kernel"])
             for name, call in BWD_CALLS.items():
-                if unwanted(name, suffix, quick):
+                if unwanted(name, suffix, quick) or not possible(call, d, target):
                     continue
                 head = head_of(call, dtype, d, aligned)
                 per_token = torch.empty(NUM_TOKENS, device="meta")
@@ -263,6 +264,12 @@ def head_cases(target: str, quick: bool) -> list[Case]:
                 kernel = "dlogits_of_kept" if "keep" in call else "linear_logprobs_bwd"
                 add(f"{kernel} {name} {suffix}", kernels["linear_logprobs_bwd_kernel"])
     return list(cases.values())
+
+
+def possible(call: frozenset[str], hidden_size: int, target: str) -> bool:
+    """Whether the ops make such a call: they do not keep logits everywhere."""
+    architecture = target.replace("_", "")
+    return "keep" not in call or keeps_logits(architecture, hidden_size, softcap="softcap" in call)
 
 
 def unwanted(call: str, suffix: str, quick: bool) -> bool:

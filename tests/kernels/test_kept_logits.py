@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from agro_kernels import (
     LogprobHead,
+    kept_logits,
     linear_agro_loss,
     linear_logprobs,
     linear_logprobs_with_stats,
@@ -79,10 +80,12 @@ def error(ours: Tensor, truth: Tensor) -> float:
 # --- How many -------------------------------------------------------------------------------------
 
 
-def columns(n: int, v: int, keep: int, dtype: torch.dtype, device: str, **options: Any) -> int:
+def columns(
+    n: int, v: int, keep: int, dtype: torch.dtype, device: str, d: int = 8, **options: Any
+) -> int:
     with FakeTensorMode():
-        hidden = torch.empty(n, 8, dtype=dtype, device=device)
-        weight = torch.empty(v, 8, dtype=dtype, device=device)
+        hidden = torch.empty(n, d, dtype=dtype, device=device)
+        weight = torch.empty(v, d, dtype=dtype, device=device)
         targets = torch.empty(n, dtype=torch.int64, device=device)
         return kept_columns(Head.of(hidden, weight, targets, **options), keep)
 
@@ -123,6 +126,29 @@ def test_columns_by_device_and_dtype(
     dtype: torch.dtype, device: str, keep: int, expected: int
 ) -> None:
     assert columns(10, 1000, keep, dtype, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "hidden_size", "softcap", "expected"),
+    [
+        ("sm80", 64, None, 768),
+        ("sm80", 64, 30.0, 0),
+        ("sm90", 1024, None, 0),
+        ("sm90", 2048, None, 768),
+        ("sm100", 4096, None, 0),
+        ("gfx942", 64, None, 768),
+    ],
+)
+def test_gpu_keeps_where_registers_suffice(
+    architecture: str,
+    hidden_size: int,
+    softcap: float | None,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kept_logits, "architecture", lambda device: architecture)
+    options = {"softcap": softcap}
+    assert columns(10, 1000, 10**9, torch.bfloat16, "cuda", hidden_size, **options) == expected
 
 
 def test_auto_is_bounded() -> None:

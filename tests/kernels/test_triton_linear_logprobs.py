@@ -742,3 +742,17 @@ def test_kept_banned_tokens() -> None:
     c = inputs.coefficients
     arguments = Upstream(c, None, c, lse, entropy), inputs.head(), ALL
     check_kept(inputs, (c, None, c), {}, kernels.linear_logprobs_bwd(*arguments, None, room))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_dweight_of_one_chunk_of_tokens_has_the_bits_of_an_fp32_sum(
+    dtype: torch.dtype, set_sizes: SetSizes
+) -> None:
+    """Of bf16 the product rounds it; of fp16, whose gradients are scaled, a buffer is in between."""
+    set_sizes(head_gradients, TOKEN_CHUNK=512)
+    inputs = head_inputs(*ODD, dtype=dtype, device=DEVICE)
+    upstream = inputs.coefficients, None, None
+    _, dweight, _ = backward(inputs, upstream, {})
+    total = torch.zeros(75, 40, device=DEVICE)
+    backward(inputs, upstream, {}, weight_grad=total)
+    assert torch.equal(dweight, total.to(dtype))
