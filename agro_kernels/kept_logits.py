@@ -90,9 +90,9 @@ def kept_columns(head: Head, keep_logits_bytes: int) -> int:
 
 
 def _gpu_keeps(head: Head) -> bool:
-    softcap, d = head.softcap > 0, head.hidden.shape[1]
-    known = keeps_logits(architecture(head.hidden.device), d, softcap=softcap)
-    return known and head.hidden.dtype != torch.float32
+    (v, d), gpu = head.weight.shape, architecture(head.hidden.device)
+    possible = keeps_logits(gpu, d, v, softcap=head.softcap > 0)
+    return possible and head.hidden.dtype != torch.float32
 
 
 def empty_kept_logits(head: Head, keep_logits_bytes: int) -> KeptLogits:

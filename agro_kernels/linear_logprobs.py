@@ -93,9 +93,9 @@ def linear_logprobs(
             than before it could keep any, and at most 1 GiB on a CPU. The results are bitwise the
             same, the gradients as exact. Nothing is kept where no gradient is asked for, of float64
             inputs, and with round_logits or kept_ids; on a GPU also not of fp32 inputs, with a
-            softcap, of less than 256 entries, on a Hopper of hidden sizes below 2048 and on a
-            Blackwell: those kernels would spill registers. With shards, the bytes are those of each
-            rank.
+            softcap and of less than 256 entries, on a Hopper of hidden sizes below 2048 and of
+            vocabularies that 256 does not divide, and on a Blackwell: those kernels would spill
+            registers. With shards, the bytes are those of each rank.
         shards: where the rows of weight are spread over ranks (tensor parallelism):
             VocabularyShards.of(weight, group), and weight, bias and weight_grad are this rank's
             part. All ranks call together; `agro_kernels.parallel` says the rest.

@@ -3,11 +3,11 @@
 Provenance. Triton 3.8 compiled every row for its architecture, and `python -m
 benchmarks.predict.compile_report` inspected the code (benchmarks/results/compile_report.csv): no
 combination of options spills a register but one: the flattened forward pass with the entropy, 16
-bytes a thread. What flattening gains has not been timed. Tiles of sm90 were timed on an H200 for bf16, D 2048 and
-4,096 or 16,384 tokens (tune_linear_logprobs_*_sm90_bf16.csv there). The backward row was the
-fastest. Forward, several tiles of 128 x 256 were equally fast within 3 %; the row is the one that
-larger D have too. The rows of D 4096 ran in a benchmark there (bench_linear_logprobs.csv). No other
-row has been timed.
+bytes a thread. What flattening gains has not been timed. Tiles of sm90 were timed on an H200 for
+bf16, D 2048 and 4,096 or 16,384 tokens (tune_linear_logprobs_*_sm90_bf16.csv there). The backward
+row was the fastest. Forward, several tiles of 128 x 256 were equally fast within 3 %; the row is
+the one that larger D have too. The rows of D 4096 ran in a benchmark there
+(bench_linear_logprobs.csv). No other row has been timed.
 
 A row decides the order in which a logit and a sum over the vocabulary are added up (block_v,
 block_d, max_splits). The row of a call depends on the architecture, the dtype, the hidden size, the
@@ -179,11 +179,14 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
 # Hidden sizes from which on the forward kernel can keep logits, where it cannot of all: with four
 # warps there are too few registers to store a tile, too.
 KEEPS_FROM = {"sm90": WIDE_FWD, "sm100": sys.maxsize}
+# What it also needs the vocabulary to be a multiple of: a last tile's mask takes registers.
+KEEPS_WHOLE = {"sm90": 256}
 
 
-def keeps_logits(architecture: str, hidden_size: int, *, softcap: bool) -> bool:
+def keeps_logits(architecture: str, hidden_size: int, vocabulary: int, *, softcap: bool) -> bool:
     """Whether the forward kernel for a GPU may be asked to keep logits of 16-bit inputs."""
-    return hidden_size >= KEEPS_FROM.get(architecture, 1) and not softcap
+    large = hidden_size >= KEEPS_FROM.get(architecture, 1)
+    return large and vocabulary % KEEPS_WHOLE.get(architecture, 1) == 0 and not softcap
 
 
 def architecture(device: torch.device) -> str:

@@ -268,8 +268,10 @@ def head_cases(target: str, quick: bool) -> list[Case]:
 
 def possible(call: frozenset[str], hidden_size: int, target: str) -> bool:
     """Whether the ops make such a call: they do not keep logits everywhere."""
-    architecture = target.replace("_", "")
-    return "keep" not in call or keeps_logits(architecture, hidden_size, softcap="softcap" in call)
+    if "keep" not in call:
+        return True
+    v = RAGGED_VOCABULARY if "ragged" in call else VOCABULARY
+    return keeps_logits(target.replace("_", ""), hidden_size, v, softcap="softcap" in call)
 
 
 def unwanted(call: str, suffix: str, quick: bool) -> bool:

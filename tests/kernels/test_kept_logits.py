@@ -129,18 +129,20 @@ def test_columns_by_device_and_dtype(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "hidden_size", "softcap", "expected"),
+    ("architecture", "v", "hidden_size", "softcap", "expected"),
     [
-        ("sm80", 64, None, 768),
-        ("sm80", 64, 30.0, 0),
-        ("sm90", 1024, None, 0),
-        ("sm90", 2048, None, 768),
-        ("sm100", 4096, None, 0),
-        ("gfx942", 64, None, 768),
+        ("sm80", 1000, 64, None, 768),
+        ("sm80", 1000, 64, 30.0, 0),
+        ("sm90", 1024, 1024, None, 0),
+        ("sm90", 1024, 2048, None, 1024),
+        ("sm90", 1000, 2048, None, 0),
+        ("sm100", 1024, 4096, None, 0),
+        ("gfx942", 1000, 64, None, 768),
     ],
 )
 def test_gpu_keeps_where_registers_suffice(
     architecture: str,
+    v: int,
     hidden_size: int,
     softcap: float | None,
     expected: int,
@@ -148,7 +150,7 @@ def test_gpu_keeps_where_registers_suffice(
 ) -> None:
     monkeypatch.setattr(kept_logits, "architecture", lambda device: architecture)
     options = {"softcap": softcap}
-    assert columns(10, 1000, 10**9, torch.bfloat16, "cuda", hidden_size, **options) == expected
+    assert columns(10, v, 10**9, torch.bfloat16, "cuda", hidden_size, **options) == expected
 
 
 def test_auto_is_bounded() -> None:

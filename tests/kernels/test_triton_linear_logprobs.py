@@ -748,7 +748,7 @@ def test_kept_banned_tokens() -> None:
 def test_dweight_of_one_chunk_of_tokens_has_the_bits_of_an_fp32_sum(
     dtype: torch.dtype, set_sizes: SetSizes
 ) -> None:
-    """Of bf16 the product rounds it; of fp16, whose gradients are scaled, a buffer is in between."""
+    """Of bf16 the product rounds it; of fp16, whose gradients are scaled, a buffer is between."""
     set_sizes(head_gradients, TOKEN_CHUNK=512)
     inputs = head_inputs(*ODD, dtype=dtype, device=DEVICE)
     upstream = inputs.coefficients, None, None
