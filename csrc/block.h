@@ -127,10 +127,10 @@ inline void write_dbias(const Backward& job, const Scratch& scratch, Block block
   narrow<In>(sums, block.rows, static_cast<typename In::Element*>(job.dbias) + block.v0, false);
 }
 
-// One block's share of every gradient. dhidden_panels: the thread's own sum, written if `first`.
+// One block's share of every gradient.
 template <class In, class Sum>
 void backward_block(const Backward& job, const Scratch& scratch, int64_t index, int64_t next_index,
-                    float* dhidden_panels, bool first) {
+                    const DhiddenSum& sum) {
   const Block block = block_of(job, index);
   widen_bias<In>(*job.head, block, scratch.bias);
   const auto finish = job.head->softcap > 0.0f
@@ -139,14 +139,14 @@ void backward_block(const Backward& job, const Scratch& scratch, int64_t index, 
                           : (job.with_entropy ? finish_gradient<Sum, false, true>
                                               : finish_gradient<Sum, false, false>);
   if (job.dbias != nullptr) memset(scratch.dbias_lanes, 0, kBlock * kLanes * sizeof(float));
-  for (int64_t panel0 = 0; panel0 < job.panels; panel0 += kPanelsOfChunk) {
-    const int64_t panels = min_of(kPanelsOfChunk, job.panels - panel0);
+  for (int64_t panel0 = 0; panel0 < job.panels; panel0 += job.chunk_panels) {
+    const int64_t panels = min_of(job.chunk_panels, job.panels - panel0);
     const bool last = panel0 + panels == job.panels;
     const int64_t next = last && next_index >= 0 ? next_index * kBlock : -1;
     block_products<In, Sum>(job, scratch, block, next, panel0, panels,
                             [&](int64_t i) { finish(job, scratch, block, panel0, i); });
-    if (dhidden_panels != nullptr) {
-      dhidden_product<In, Sum>(job, scratch, block, panel0, panels, dhidden_panels, first);
+    if (sum.panels != nullptr) {
+      dhidden_product<In, Sum>(job, scratch, block, panel0, panels, sum);
     }
     if (job.hidden_columns != nullptr) {
       dweight_product<In, Sum>(job, scratch, block, panel0, panels);
@@ -156,7 +156,7 @@ void backward_block(const Backward& job, const Scratch& scratch, int64_t index, 
   stream_end();
 }
 
-// dhidden of some panels' tokens: the threads' sums added up, turned into rows and rounded.
+// dhidden of some panels' tokens: the sums added up, turned into rows and rounded.
 template <class In>
 void dhidden_result(const Backward& job, int64_t panel_begin, int64_t panel_end) {
   const agro_head& head = *job.head;

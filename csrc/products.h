@@ -6,7 +6,6 @@
 namespace agro {
 namespace {
 
-constexpr int64_t kPanelsOfChunk = kChunk / kLanes;
 constexpr int64_t kPanelsOfSlice = kSlice / kLanes;
 
 static_assert(kBlock % kTileRows == 0 && kColumns % kTileRows == 0, "blocks are whole tiles");
@@ -87,13 +86,13 @@ inline void block_products(const Problem& problem, const Scratch& scratch, Block
   }
 }
 
-// dhidden_panels[panel][d][lane] (+)= sum over the block's rows.
+// sum.panels[panel][d][lane] (+)= sum over the block's rows.
 template <class In, class Sum>
 inline void dhidden_product(const Problem& problem, const Scratch& scratch, Block block,
-                            int64_t panel0, int64_t panels, float* dhidden_panels, bool first) {
+                            int64_t panel0, int64_t panels, const DhiddenSum& sum) {
   const agro_head& head = *problem.head;
   const int64_t all_columns = round_up(head.d, kTileRows);
-  const int64_t piece = piece_of(head.d, kColumns, kTileRows);
+  const int64_t piece = piece_of(head.d, kColumns, kTileRows), pieces = ceil_div(head.d, piece);
   const int64_t k = ceil_div(block.rows, Sum::kUnit);
   for (int64_t d0 = 0; d0 < head.d; d0 += piece) {
     const int64_t columns = min_of(piece, head.d - d0), tiles = ceil_div(columns, kTileRows);
@@ -101,14 +100,17 @@ inline void dhidden_product(const Problem& problem, const Scratch& scratch, Bloc
     for (int64_t i = 0; i < panels; ++i) {
       const int64_t panel = panel0 + i;
       const float* b = scratch.logits + i * kBlock * kLanes;
-      float* c = dhidden_panels + (panel * all_columns + d0) * kLanes;
+      float* c = sum.panels + (panel * all_columns + d0) * kLanes;
+      int32_t* added = sum.added == nullptr ? nullptr : sum.added + panel * pieces + d0 / piece;
+      if (added != nullptr) wait_for(added, sum.before);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const float* a = scratch.weight_columns + tile * kColumnTile;
         if (i + 1 < panels) prefetch_floats(b + kBlock * kLanes, k * kLanes, tile, tiles);
         panel_tile<Sum, 1, kTileRows>(problem.tokens - panel * kLanes,
                                       reinterpret_cast<const char*>(a), 0, b, k,
-                                      c + tile * kTileRows * kLanes, !first);
+                                      c + tile * kTileRows * kLanes, sum.before > 0);
       }
+      if (added != nullptr) __atomic_store_n(added, sum.before + 1, __ATOMIC_RELEASE);
     }
   }
 }
@@ -127,7 +129,7 @@ inline void dweight_product(const Backward& job, const Scratch& scratch, Block b
     const int64_t tiles = ceil_div(min_of(kSlice, head.d - d0), kLanes);
     // One chunk of tokens needs the tiles of one piece of the columns only.
     float* c =
-        scratch.dweight_tiles + (job.panels <= kPanelsOfChunk ? 0 : d0 / kLanes * kBlock * kLanes);
+        scratch.dweight_tiles + (job.panels <= job.chunk_panels ? 0 : d0 / kLanes * kBlock * kLanes);
     for (int64_t i0 = 0; i0 < panels; i0 += kPanelsOfSlice) {
       const int64_t slice_units = min_of(kPanelsOfSlice, panels - i0) * panel_units;
       for (int64_t tile = 0; tile < tiles; ++tile) {
