@@ -11,7 +11,7 @@
 namespace agro {
 
 // Sizes of the tiles; README.md says where each lives in the caches.
-constexpr int64_t kBlock = 192;    // vocabulary rows of a block; a multiple of every tile's rows
+constexpr int64_t kBlock = AGRO_KEPT_TILE;  // vocabulary rows of a block; a multiple of every tile's rows
 constexpr int64_t kSpan = 4;       // blocks whose statistics are merged before they are stored
 constexpr int64_t kDepth = 256;    // units of a sum over D that are added up in registers
 constexpr int64_t kColumns = 288;  // columns of weight in one piece of the dhidden product
@@ -19,6 +19,7 @@ constexpr int64_t kPad = 16;       // floats after a copied row: rows 2^n apart 
 constexpr int64_t kSlice = 256;    // tokens of a sum over tokens that are added up in registers;
                                    // also the columns of one piece of the dweight product
 constexpr int64_t kChunk = 2048;   // tokens whose logits of a block exist at the same time, at most
+constexpr int64_t kKeptRows = 32;  // rows whose kept logits lie side by side; a multiple of the lanes
 constexpr int32_t kSums = 4;       // sums of dhidden that threads add to, at most
 
 // The tokens that count, in panels of `lanes`; the last panel is padded with zeros.
@@ -32,6 +33,10 @@ struct Problem {
   const float* inverse_temperature;  // (panels * lanes,), 1 in the padding
   float* hidden_panels;              // [panels][units of D][lanes]
   float* hidden_columns;             // [columns / lanes][units of tokens][lanes]; NULL: no dweight
+  // Logits that the forward pass keeps: of the first kept_blocks blocks.
+  int64_t kept_blocks;
+  void* kept_logits;   // [blocks][rows of hidden / kKeptRows][kBlock][kKeptRows]; see kept_place
+  float* kept_maxima;  // [blocks][rows of hidden]
 };
 
 struct Forward : Problem {

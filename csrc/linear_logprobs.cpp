@@ -51,6 +51,12 @@ int32_t useful_threads(const agro_head& head, int64_t tokens, int64_t units) {
       std::max<int64_t>(1, std::min({int64_t{head.num_threads}, units, worth})));
 }
 
+void describe_kept(Problem& problem, const agro_kept& kept) {
+  problem.kept_blocks = ceil_div(kept.columns, kBlock);
+  problem.kept_logits = kept.logits;
+  problem.kept_maxima = kept.maxima;
+}
+
 // The packed form of some of the counted rows, and the memory that holds it.
 struct Packed {
   Packed(const Kernels& kernels, const agro_head& head, const int64_t* rows, int64_t tokens,
@@ -206,13 +212,15 @@ void pack(const Kernels& kernels, const Problem& problem, int32_t threads) {
 
 // The forward of at most kChunk counted rows.
 void forward_chunk(const Kernels& kernels, const agro_head& head, const int64_t* rows,
-                   int64_t tokens, float* logprobs, float* lse, float* entropy) {
+                   int64_t tokens, float* logprobs, float* lse, float* entropy,
+                   const agro_kept& kept) {
   const Packed packed(kernels, head, rows, tokens, false);
   const int64_t spans = ceil_div(head.v, kBlock * kSpan);
   const Buffer statistics(spans * 3 * packed.padded);
   std::vector<float> target_logits(packed.padded, kNotFound);
   Forward job;
   packed.describe(job, head, rows, tokens);
+  describe_kept(job, kept);
   job.with_entropy = entropy != nullptr;
   job.statistics = statistics.floats();
   job.target_logits = target_logits.data();
@@ -243,22 +251,23 @@ void forward_chunk(const Kernels& kernels, const agro_head& head, const int64_t*
 }  // namespace
 
 void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* logprobs, float* lse,
-                         float* entropy) {
+                         float* entropy, const agro_kept& kept) {
   const std::vector<int64_t> rows = counted_rows(head);
   for (float* result : {logprobs, lse, entropy}) {
     if (result != nullptr) clear_other_rows(head, rows, result, sizeof(float));
   }
   const int64_t counted = static_cast<int64_t>(rows.size());
+  use_huge_pages(kept.logits, head.n * kept.columns * element_bytes(head));
   for (int64_t begin = 0; begin < counted; begin += kChunk) {
     forward_chunk(kernels, head, rows.data() + begin, std::min(kChunk, counted - begin), logprobs,
-                  lse, entropy);
+                  lse, entropy, kept);
   }
 }
 
 void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
                          const float* dentropy, const agro_head& head, const float* lse,
                          const float* entropy, void* dhidden, void* dweight, void* dbias,
-                         float* weight_grad) {
+                         float* weight_grad, const agro_kept& kept) {
   const std::vector<int64_t> rows = counted_rows(head);
   const int64_t tokens = static_cast<int64_t>(rows.size());
   if (dhidden != nullptr) {
@@ -278,6 +287,7 @@ void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const f
   const Coefficients coefficients(packed, rows, dlogprobs, dlse, dentropy, lse, entropy);
   Backward job;
   packed.describe(job, head, rows.data(), tokens);
+  describe_kept(job, kept);
   coefficients.describe(job);
   job.with_entropy = dentropy != nullptr;
   job.dhidden = dhidden;

@@ -11,11 +11,6 @@ constexpr int64_t kPanelsOfSlice = kSlice / kLanes;
 static_assert(kBlock % kTileRows == 0 && kColumns % kTileRows == 0, "blocks are whole tiles");
 static_assert(kChunk % kLanes == 0 && kSlice % kLanes == 0, "chunks are whole panels");
 
-// The vocabulary entries of a block.
-struct Block {
-  int64_t v0, rows;
-};
-
 inline Block block_of(const Problem& problem, int64_t index) {
   const int64_t v0 = index * kBlock;
   return {v0, min_of(kBlock, problem.head->v - v0)};
