@@ -16,6 +16,7 @@ from torch import Tensor
 
 from agro_kernels.counted_rows import counted_rows
 from agro_kernels.head import Head, Upstream
+from agro_kernels.kept_logits import KeptLogits
 
 # A tile of 2048 x 4096 fp32 logits is 32 MB. Below 1024 columns a GEMM on a CPU loses its speed.
 TOKEN_CHUNK = 2048
@@ -93,7 +94,9 @@ def _upcast(head: Head) -> Head:
 # --- Forward --------------------------------------------------------------------------------------
 
 
-def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprobs_fwd(
+    head: Head, with_entropy: bool, kept_logits: KeptLogits | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy."""
     head.check_values()
     rows = counted_rows(head, head.counted())
@@ -142,7 +145,11 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
 
 
 def linear_logprobs_bwd(
-    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
+    upstream: Upstream,
+    head: Head,
+    output_mask: list[bool],
+    weight_grad: Tensor | None = None,
+    kept_logits: KeptLogits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 

@@ -24,6 +24,7 @@ from agro_kernels._triton.primitives import (
     logits_tile,
 )
 from agro_kernels.head import Head, Upstream
+from agro_kernels.kept_logits import KeptLogits
 
 MERGE_BLOCK_N = 128  # rows of one program that merges splits; results do not depend on it
 
@@ -211,7 +212,9 @@ def linear_logprobs_fwd_merge_kernel(
         tl.store(entropy_ptr + offs_n, tl.where(counted, entropy, 0.0), mask=mask_n)
 
 
-def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprobs_fwd(
+    head: Head, with_entropy: bool, kept_logits: KeptLogits | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,) fp32 in nats; entropy is (0,) unless asked for.
 
     bf16, fp16 or fp32. A target outside [0, V) that is not ignore_index gives a logprob of NaN:
@@ -268,7 +271,11 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
 
 
 def linear_logprobs_bwd(
-    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
+    upstream: Upstream,
+    head: Head,
+    output_mask: list[bool],
+    weight_grad: Tensor | None = None,
+    kept_logits: KeptLogits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden (N, D), dweight (V, D), dbias (V,)); (0,) for each that output_mask leaves out.
 
