@@ -61,7 +61,7 @@ class _Struct:
 
 
 def _kept_struct(kept_logits: KeptLogits | None) -> "ctypes._Pointer[native.Kept] | None":
-    """The memory of the kept logits as the library takes it. What lies where in it is its own affair."""
+    """The memory of the kept logits as the library takes it; what lies where is its own affair."""
     if kept_logits is None:
         return None
     logits, maxima = kept_logits
