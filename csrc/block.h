@@ -157,14 +157,18 @@ void backward_block(const Backward& job, const Scratch& scratch, int64_t index, 
     const int64_t panels = min_of(job.chunk_panels, job.panels - panel0);
     const bool last = panel0 + panels == job.panels;
     const int64_t next = last && next_index >= 0 ? next_index * kBlock : -1;
+    const bool unread = kept && panel0 == 0 && sum.panels != nullptr;
     if (kept) {
-      for (int64_t i = 0; i < panels; ++i) finish(job, scratch, block, panel0, i);
+      for (int64_t i = 0; i < panels; ++i) {
+        if (unread) prefetch_weight_columns<In>(*job.head, block, 0, i, panels);
+        finish(job, scratch, block, panel0, i);
+      }
     } else {
       block_products<In, Sum>(job, scratch, block, next, panel0, panels,
                               [&](int64_t i) { finish(job, scratch, block, panel0, i); });
     }
     if (sum.panels != nullptr) {
-      dhidden_product<In, Sum>(job, scratch, block, panel0, panels, sum);
+      dhidden_product<In, Sum>(job, scratch, block, panel0, panels, sum, unread);
     }
     if (job.hidden_columns != nullptr) {
       dweight_product<In, Sum>(job, scratch, block, panel0, panels);

@@ -81,10 +81,23 @@ inline void block_products(const Problem& problem, const Scratch& scratch, Block
   }
 }
 
+// Fetches one of `shares` shares of a piece of the block's weight ahead: the columns from d0.
+template <class In>
+inline void prefetch_weight_columns(const agro_head& head, Block block, int64_t d0, int64_t share,
+                                    int64_t shares) {
+  constexpr int64_t kBytes = sizeof(typename In::Element);
+  if (d0 >= head.d) return;
+  const int64_t columns = min_of(piece_of(head.d, kColumns, kTileRows), head.d - d0);
+  const auto* first = row_of<In>(head.weight, block.v0, head.weight_stride) + d0;
+  prefetch_rows(reinterpret_cast<const char*>(first), head.weight_stride * kBytes, block.rows,
+                columns * kBytes, share, shares);
+}
+
 // sum.panels[panel][d][lane] (+)= sum over the block's rows.
+// unread: no product has brought the block's weight into the caches yet, so it is fetched ahead.
 template <class In, class Sum>
 inline void dhidden_product(const Problem& problem, const Scratch& scratch, Block block,
-                            int64_t panel0, int64_t panels, const DhiddenSum& sum) {
+                            int64_t panel0, int64_t panels, const DhiddenSum& sum, bool unread) {
   const agro_head& head = *problem.head;
   const int64_t all_columns = round_up(head.d, kTileRows);
   const int64_t piece = piece_of(head.d, kColumns, kTileRows), pieces = ceil_div(head.d, piece);
@@ -97,6 +110,7 @@ inline void dhidden_product(const Problem& problem, const Scratch& scratch, Bloc
       const float* b = scratch.logits + i * kBlock * kLanes;
       float* c = sum.panels + (panel * all_columns + d0) * kLanes;
       int32_t* added = sum.added == nullptr ? nullptr : sum.added + panel * pieces + d0 / piece;
+      if (unread) prefetch_weight_columns<In>(head, block, d0 + piece, i, panels);
       if (added != nullptr) wait_for(added, sum.before);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const float* a = scratch.weight_columns + tile * kColumnTile;

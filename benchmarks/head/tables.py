@@ -98,7 +98,7 @@ def keeping_table(rows: Sequence[Row], entropy: str) -> list[str]:
             else:
                 yield f"{row.median_s:.3g} s, {row.median_s / bound:.2f}, {_megabytes(row)}"
 
-    lines = []
+    lines: list[list[str]] = []
     for shape, dtype, form, _ in dict.fromkeys(row.case() for row in rows):
         key = (shape, dtype, form, entropy)
         case = {row.provider: row for row in rows if row.case() == key and row.in_turn_with}

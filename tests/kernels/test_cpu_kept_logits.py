@@ -86,7 +86,8 @@ def test_options_match_truth(
 ) -> None:
     """With bias, ignored rows, a ragged last block, and gradients of all three results."""
     expected = expected_of_options(dtype, softcap, temperature)
-    head = head_of(expected.inputs, **expected.options)
+    options: dict[str, Any] = expected.options
+    head = head_of(expected.inputs, **options)
     plain_results = cpu.linear_logprobs_fwd(head, True)
     results, kept = forward(head, bytes_of_blocks(head, blocks))
     assert kept.columns == (BLOCK if blocks == 1 else 301)
@@ -258,7 +259,7 @@ def test_public_function_with_any_budget(dtype: torch.dtype, budget: int | str) 
 
     kept, again = results(keep_logits_bytes=budget), results()
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
-    loss = sum((one * u).sum() for one, u in zip(kept, upstream(37), strict=True))
+    loss = (torch.stack(kept) * torch.stack(upstream(37))).sum()
     first = torch.autograd.grad(loss, inputs.leaves, retain_graph=True)
     second = torch.autograd.grad(loss, inputs.leaves)
     for name, one, other, *law in zip(NAMES[3:], first, second, truth, plain, strict=True):
@@ -266,7 +267,7 @@ def test_public_function_with_any_budget(dtype: torch.dtype, budget: int | str) 
         assert_close_to_truth(one, *law, name)
     weight_grad = torch.zeros(301, 53)
     kept = results(keep_logits_bytes=budget, weight_grad=weight_grad)
-    sum((one * u).sum() for one, u in zip(kept, upstream(37), strict=True)).backward()
+    (torch.stack(kept) * torch.stack(upstream(37))).sum().backward()
     assert_close_to_truth(weight_grad, truth[1], plain[1].float(), "weight_grad")
 
 
