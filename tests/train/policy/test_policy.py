@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agro_train.cli import main
@@ -18,6 +25,7 @@ from agro_train.data.rows import read_jsonl
 from agro_train.policy import load
 from agro_train.policy.load import fingerprint, identity, set_matmul_precision
 from agro_train.policy.policy import Policy
+from agro_train.refusal import Refusal
 from agro_train.types import Rollout
 from tests.train.models import ragged_rollouts, tiny_policy
 
@@ -154,9 +162,26 @@ def test_flash_attention_is_told_where_sequences_begin(monkeypatch: pytest.Monke
     assert len(calls) == policy.model.config.num_hidden_layers and len(calls[0]) == 9
 
 
-def test_scaled_logits_are_refused() -> None:
-    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.1))
-    with pytest.raises(ValueError, match="model: expected a head without logit scaling, got logit"):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scaled_head_gives_the_models_own_distribution_and_gradients(temperature: float) -> None:
+    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.1)).eval()
+    (micro,) = pack(ragged_rollouts()[:1], token_budget=100, share_prompts=False)
+    policy = Policy(model)
+    ours = policy(micro, temperature)
+    logits = model(input_ids=micro.input_ids[None]).logits[0] / temperature
+    logprobs = logits.log_softmax(-1)[micro.predictors].gather(-1, micro.targets[:, None])[:, 0]
+    torch.testing.assert_close(ours.logprobs, logprobs)
+    torch.testing.assert_close(ours.lse, logits.logsumexp(-1)[micro.predictors])
+    total = policy(micro, temperature, torch.ones_like(logprobs), ours.lse.detach())
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(total, parameters)
+    for a, b in zip(found, torch.autograd.grad(logprobs.sum(), parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_that_are_no_heads_are_refused() -> None:
+    model = BertLMHeadModel(BertConfig(**SMALL, is_decoder=True)).eval()
+    with pytest.raises(Refusal, match="model: expected logits that are lm_head.*differ.* up to"):
         Policy(model)
 
 
