@@ -260,12 +260,22 @@ def check_causal_lm(model: Any) -> None:
     """Raises ValueError for what has no config, no backbone or no head."""
     config = getattr(model, "config", None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or getattr(model, "base_model", model) is model:
+    if head is None or backbone(model) is None:
         raise ValueError(
             f"model: expected a transformers causal LM (a backbone as base_model, an lm_head), got "
             f"{type(model).__name__} with model_type {getattr(config, 'model_type', None)}; "
             f"{_OUTSIDE} with the weight of its head"
         )
+
+
+def backbone(model: Any) -> Any:
+    """The module that a causal LM's last hidden state comes from; None where there is none."""
+    found = getattr(model, "base_model", None)
+    if found is not None and found is not model:
+        return found
+    # Llama 4's text model is called otherwise than its class says.
+    found = getattr(model, "model", None)
+    return found if isinstance(found, nn.Module) else None
 
 
 def _configs(model: Any) -> list[Any]:
@@ -277,7 +287,7 @@ def _configs(model: Any) -> list[Any]:
 def _declared(model: Any) -> tuple[tuple[str, float], ...]:
     """Each number in one of the names, wherever the model may read it: (name, number)."""
     found: dict[tuple[str, float], None] = {}
-    for owner in (*_configs(model), model, model.base_model):
+    for owner in (*_configs(model), model, backbone(model)):
         for name in (*SCALES, *CAPS):
             value = getattr(owner, name, None)
             # In tests of quantised models and in CLIP it is a parameter, which no option can be.
@@ -339,6 +349,12 @@ def _asked(model: Any) -> ModelHead:
                 f"{type(model).__name__}, which raises {type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]}; {_OUTSIDE}"
             ) from error
+        width = next(head_linears(head))[2].weight.shape[1]
+        if hidden.shape[-1] != width:
+            raise ValueError(
+                f"model: expected a last hidden state of the {width} numbers that the lm_head "
+                f"takes, got {hidden.shape[-1]} from {type(backbone(model)).__name__}; {_OUTSIDE}"
+            )
         plain = head(hidden)
         if plain.shape != own.shape:
             raise ValueError(
@@ -420,7 +436,7 @@ def _one_of(fits: list[ModelHead], model: Any, ids: Tensor, own: Tensor) -> Mode
             output.last_hidden_state = output.last_hidden_state * factor
         return output
 
-    handle = model.base_model.register_forward_hook(enlarge)
+    handle = backbone(model).register_forward_hook(enlarge)
     try:
         reached = _largest(_own_logits(model, ids))
     finally:
@@ -435,7 +451,7 @@ def _own_logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _hidden(model: Any, ids: Tensor) -> Tensor:
-    hidden: Tensor = model.base_model(
+    hidden: Tensor = backbone(model)(
         input_ids=ids, use_cache=False, return_dict=True
     ).last_hidden_state
     return hidden

@@ -26,6 +26,7 @@ from agro_kernels.head import IGNORE_INDEX, HeadOptions, check_names, check_tens
 from agro_kernels.linear_logprobs import LogprobStats, linear_logprobs_with_stats
 from agro_kernels.model_head import (
     ModelHead,
+    backbone,
     checked_head_dtype,
     head_linears,
     head_precision,
@@ -268,7 +269,7 @@ def _keywords(inner: Any) -> tuple[tuple[str, ...], frozenset[str]]:
         if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     )
     known = {"return_dict"}  # taken by a decorator
-    parameters = inspect.signature(type(inner.base_model).forward).parameters
+    parameters = inspect.signature(type(backbone(inner)).forward).parameters
     if {p.kind for p in list(parameters.values())[1:]} == {
         inspect.Parameter.VAR_POSITIONAL,
         inspect.Parameter.VAR_KEYWORD,
@@ -314,7 +315,7 @@ def _forward(
     for name in kwargs:
         if name not in known:
             raise TypeError(
-                f"{name}: expected an argument of {type(model.base_model).__name__} or one of "
+                f"{name}: expected an argument of {type(backbone(model)).__name__} or one of "
                 f"{', '.join(_TAKEN)} together with targets, got an unknown one; check its spelling"
             )
     form.check_unchanged(model)
@@ -328,7 +329,7 @@ def _forward(
         _take_targets(model)  # an adapter that has come since
     # A cache is of no use here, and with one transformers lets packed sequences see each other.
     kwargs |= {"use_cache": False, "return_dict": True}
-    hidden = model.base_model(**kwargs).last_hidden_state
+    hidden = backbone(model)(**kwargs).last_hidden_state
     temperature = options.get("temperature")
     options |= form.options(1.0 if temperature is None else temperature, targets)
     # By keyword: a pre-hook that puts another `hidden` in the arguments' place keeps the rest.

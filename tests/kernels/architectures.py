@@ -50,6 +50,10 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
     "mamba_d_ssm": 64,
+    "encoder_hash_byte_group_vocab": 71,
+    "hidden_size_global": 32,
+    "expert_ffn_hidden_size": 48,
+    "zero_expert_num": 2,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 64),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "rotary_dim", "qk_nope_head_dim"), 8),
     **dict.fromkeys(("v_head_dim", "qk_rope_head_dim", "qk_head_dim", "lru_width"), 8),
@@ -78,9 +82,19 @@ class Row(NamedTuple):
     why: str
 
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # What one family needs besides.
 OWN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"num_hidden_layers": 4},  # of which the fourth is of another kind
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "hunyuan_v1_dense": {"rope_parameters": ROPE},
+    "hunyuan_v1_moe": {"rope_parameters": ROPE},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "ministral": {"rope_parameters": ROPE},
+    "nemotron": {"num_key_value_heads": 2},
 }
 
 
@@ -96,6 +110,8 @@ def small(family: str, default: PreTrainedConfig) -> PreTrainedConfig:
             changes[name] = SIZES[name]
         elif name in TOKENS and isinstance(value, int):
             changes[name] = TOKENS.index(name)
+    if "kv_lora_rank" in changes:  # latent attention has a key a head
+        changes["num_key_value_heads"] = changes["num_attention_heads"]
     taken = inspect.signature(type(default).__init__).parameters
     scales = {name: value for name, value in TOLD.items() if name in taken}
     return type(default)(**changes | scales | OWN.get(family, {}))
