@@ -28,7 +28,7 @@ SCALES = (
     "logits_mup_width_multiplier",
     "output_multiplier",
 )
-CAPS = ("final_logit_softcapping", "logits_soft_cap")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 # Architectures (model_type: which of CAPS) that are served without having been asked, where there
 # are no weights to ask with. Each is compared with the unpatched model in the tests.

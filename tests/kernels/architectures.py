@@ -43,7 +43,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 71),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk"), 2),
-    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "num_shared_experts"), 1),
+    "num_experts_per_token": 2,
     **dict.fromkeys(("mamba_num_heads", "mamba_n_heads", "mamba_head_dim", "mamba_d_head"), 8),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_chunk_size"), 8),
     **dict.fromkeys(("mamba_n_groups", "n_groups", "mamba_ngroups"), 1),
@@ -56,7 +57,8 @@ SIZES: dict[str, Any] = {
     "zero_expert_num": 2,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 64),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "rotary_dim", "qk_nope_head_dim"), 8),
-    **dict.fromkeys(("v_head_dim", "qk_rope_head_dim", "qk_head_dim", "lru_width"), 8),
+    **dict.fromkeys(("v_head_dim", "qk_rope_head_dim"), 8),
+    "qk_head_dim": 16,
     "lru_width": 32,
 }
 # Numbers that show on logits of random weights.
@@ -67,6 +69,7 @@ TOLD = {
     "dim_model_base": 8,
     "final_logit_softcapping": 2.0,
     "logits_soft_cap": 2.0,
+    "output_logit_soft_cap": 2.0,
 }
 LARGEST = 20_000_000  # parameters of what is still called tiny
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -85,16 +88,24 @@ class Row(NamedTuple):
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # What one family needs besides.
 OWN: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"num_hidden_layers": 4},  # of which the fourth is of another kind
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "hunyuan_v1_dense": {"rope_parameters": ROPE},
-    "hunyuan_v1_moe": {"rope_parameters": ROPE},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
-    "ministral": {"rope_parameters": ROPE},
+    "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 16]},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 

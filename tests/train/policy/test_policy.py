@@ -19,6 +19,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agro_train.cli import main
+from agro_train.config import TrainConfig
 from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.rows import read_jsonl
@@ -177,6 +178,23 @@ def test_scaled_head_gives_the_models_own_distribution_and_gradients(temperature
     found = torch.autograd.grad(total, parameters)
     for a, b in zip(found, torch.autograd.grad(logprobs.sum(), parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_head_in_float32_multiplies_in_it_under_autocast() -> None:
+    config = TrainConfig(head_dtype="float32")
+    policy = tiny_policy(dtype=torch.float32)
+    load.prepare(policy.model, config)
+    policy.model.to(torch.bfloat16)
+    (micro,) = pack(ragged_rollouts(), token_budget=1000, share_prompts=True)
+    weight = policy.model.get_output_embeddings().weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = policy.hidden_states(micro)[micro.predictors]
+        ours = policy(micro)
+        generated = policy.model(input_ids=micro.input_ids[None]).logits
+    logits = hidden.float() @ weight.float().T
+    expected = logits.log_softmax(-1).gather(-1, micro.targets[:, None])[:, 0]
+    torch.testing.assert_close(ours.logprobs, expected, rtol=1e-5, atol=1e-5)
+    assert hidden.dtype == weight.dtype == torch.bfloat16 and generated.dtype == torch.float32
 
 
 def test_logits_that_are_no_heads_are_refused() -> None:
