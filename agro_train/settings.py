@@ -69,6 +69,11 @@ class TrainConfig:
         "eval",
     )
     mixed_precision: Literal["no", "bf16"] = key("no", "bf16: autocast around float32 weights")
+    head_dtype: Literal["model", "float32"] = key(
+        "model",
+        "float32: the lm_head's products in it, here and in transformers' generate, whatever the "
+        "weights or the autocast are in",
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = key(
         "sdpa", "attention, by transformers' name"
     )
