@@ -17,8 +17,9 @@ from agro_train.types import Rollout, Scores
 def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -> dict[str, float]:
     """The columns that need only the completions. Where TRL has a name, it is TRL's.
 
-    Rewards and lengths are of what some policy made: worked answers of the dataset do not count, nor
-    do an environment's tokens. Of those, and of the model's turns, `environment/*` has the means.
+    Rewards and lengths are of what some policy made: worked answers of the dataset do not count,
+    nor do an environment's tokens. How many these are in a completion, and how many turns the model
+    has, is `environment/*`.
 
     `sample/staleness_*`: optimiser steps between the policy that sampled a completion and the one
     that learns from it, over this run's own (fresh and replayed) completions; `effective` is the

@@ -18,8 +18,8 @@ def reply_ids(
     """The tokens from the end of the model's turn to where its next one begins.
 
     With a chat template they are what it writes behind an assistant's message, the messages, and
-    the opening of another one; the model's own end token is not said twice. Without one they are the
-    messages' texts. Raises Refusal for what the template or the tokenizer does not take.
+    the opening of another one; the model's own end token is not said twice. Without one they are
+    the messages' texts. Raises Refusal for what the template or the tokenizer does not take.
 
     Args:
         last: the turn's last token.

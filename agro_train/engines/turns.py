@@ -101,10 +101,10 @@ class Dialogue:
         rollouts = self._reset(prompts, ask["seeds"], size)
         firsts = [rollouts[place * size].prompt for place in range(len(prompts))]
         for place, group in one_turn(firsts, **ask):
-            for number, turn in enumerate(group):
-                rollouts[place * size + number].add(turn)
-        live = self._after_turn([one for one in rollouts if one.failed is None], turn=1)
+            for number, found in enumerate(group):
+                rollouts[place * size + number].add(found)
         turn = 1
+        live = self._after_turn([one for one in rollouts if one.failed is None], turn)
         while live:
             more: Ask = {
                 "seeds": [

@@ -78,8 +78,8 @@ class Environments:
         return Episode(next(self.keys), columns, seed, number)
 
     def ask(self, episodes: Sequence[Episode]) -> Iterator[Said | Failed]:
-        """What each environment says to its rollout's newest turn, or to its reset. After LATE_CALLS
-        calls that took too long the others are not made."""
+        """What each environment says to its rollout's newest turn, or to its reset. After
+        LATE_CALLS calls that took too long the others are not made."""
         late = 0
         for episode in episodes:
             if late < LATE_CALLS:
