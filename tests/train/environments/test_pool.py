@@ -93,7 +93,10 @@ def test_what_the_users_code_raises_is_the_reason(name: str, why: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("NoReset", "expected a class with the methods reset and step in .*, got one without reset"),
+        (
+            "NoReset",
+            "expected a class with the methods reset and step in .*, got one without reset",
+        ),
         ("Missing", "expected a function Missing in .*odd.py, got None"),
     ],
 )
