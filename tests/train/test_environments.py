@@ -56,7 +56,9 @@ def test_only_what_the_model_said_is_scored(run: Path) -> None:
     model = load_model(str(run / "base_model"), TrainConfig()).double()
     for row in rows:
         prompt, ids = row["prompt_ids"], row["completion_ids"]
-        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        logits = (
+            model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].detach()
+        )
         sets, expected, at = iter(kept_ids.decode(row["kept_ids"])), 0.0, 0
         for turn in row["turns"]:
             for place in range(at, at + turn["tokens"] * (turn["by"] == "model")):

@@ -130,14 +130,14 @@ def test_metrics_of_the_completions() -> None:
 
 @pytest.mark.parametrize("spec", ["best", "best:", ":best"])
 def test_unknown_reward_is_refused(spec: str) -> None:
-    message = f"^reward: expected number, math or module:function, got '{spec}'$"
+    message = f"^reward: expected number, math, environment or module:function, got '{spec}'$"
     with pytest.raises(ValueError, match=message):
         load_rewards(TrainConfig(reward=[spec]))
 
 
 def test_environments_numbers_are_a_reward_and_a_failed_one_has_none() -> None:
     config = TrainConfig(reward=["environment", "number"], reward_weights=[2.0, 1.0])
-    row = replace(rollout("a", [2], [3]), completion="7", columns={"answer": "7"})
+    row = replace(rollout("a", [2], [3], None), completion="7", columns={"answer": "7"})
     rows = [
         replace(row, environment_reward=0.5),
         replace(row, environment_reward=3.0, failure="error"),
@@ -156,7 +156,7 @@ def test_environments_numbers_are_a_reward_and_a_failed_one_has_none() -> None:
 
 
 def test_numbers_that_no_reward_counts_are_one_sentence() -> None:
-    row = replace(rollout("a", [2], [3]), completion="7", columns={"answer": "7"})
+    row = replace(rollout("a", [2], [3], None), completion="7", columns={"answer": "7"})
     unasked = score([replace(row, environment_reward=0.5)], load_rewards(TrainConfig()))
     with pytest.raises(BrokenReward, match="with reward=number, got 0.5; reward=environment takes"):
         refuse_unasked(unasked)
