@@ -42,6 +42,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"config"},
         {"data"},
         {"policy", "rewards", "watch"},
+        {"environments"},
         {"engines", "plan"},
         {"algorithm", "callbacks", "completion", "evaluate", "fresh", "questions"},
         {"metrics", "run"},
