@@ -134,6 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.staleness[0] != 0:
         parser.error("--staleness: expected 0 first, which the others are compared with")
+    if options.steps <= max(options.staleness) + 1:
+        left_out = max(options.staleness) + 1
+        parser.error(f"--steps: expected more than the {left_out} that are not counted")
     os.sched_setaffinity(0, TRAINER)
     torch.set_num_threads(1)
     rows: list[dict[str, str]] = []
