@@ -116,8 +116,12 @@ def test_rendered_prompt_in_prompt_template_is_not_rendered_twice() -> None:
 def test_setting_that_a_rendered_prompt_has_no_place_for_is_refused(
     name: str, template: str, system: str
 ) -> None:
+    options = ChatOptions(system_prompt=system)
     with pytest.raises(Refusal, match=f"^{name}: expected none for a prompt that holds the chat"):
-        render({"prompt": ASKED}, TOKENIZER, template, ChatOptions(system_prompt=system))
+        render({"prompt": ASKED}, TOKENIZER, template, options)
+    # A run that began before this was refused goes on with the prompts that it had.
+    goes_on = replace(options, resumed=True)
+    assert render({"prompt": ASKED}, TOKENIZER, template, goes_on).text == ASKED
 
 
 def test_rendered_prompt_that_says_what_the_settings_say_is_taken() -> None:
