@@ -9,6 +9,7 @@ from typing import Any
 from agro_train.config import TrainConfig
 from agro_train.data.chat import ChatOptions, Renderer
 from agro_train.data.prompts import load_prompts
+from agro_train.data.replies import check_template
 from agro_train.data.rows import check_file
 from agro_train.data.sources import check_sources
 from agro_train.engines.turns import Dialogue
@@ -57,9 +58,9 @@ def check_files(config: TrainConfig, *, recorded: bool) -> None:
         )
 
 
-def chat_options(config: TrainConfig) -> ChatOptions:
+def chat_options(config: TrainConfig, *, resumed: bool = False) -> ChatOptions:
     """How the configuration has prompts rendered, recorded ones, too."""
-    return ChatOptions(config.system_prompt, config.chat_template_kwargs)
+    return ChatOptions(config.system_prompt, config.chat_template_kwargs, resumed)
 
 
 def start_dialogue(
@@ -70,7 +71,7 @@ def start_dialogue(
     questions: Questions,
 ) -> Dialogue | None:
     """Puts the environment to a first prompt. None where there is no environment. Raises Refusal
-    where it does not take the prompt.
+    where it does not take the prompt, or the chat template has no place for its replies.
 
     Args:
         context: tokens that the model can read; None: unknown.
@@ -80,7 +81,9 @@ def start_dialogue(
     longest = config.max_prompt_length
     if context is not None:
         longest = min(longest, context - config.max_completion_length)
-    renderer = Renderer(tokenizer, config.prompt_template, chat_options(config))
+    options = chat_options(config)
+    check_template(tokenizer, options.kwargs)
+    renderer = Renderer(tokenizer, config.prompt_template, options)
     dialogue = Dialogue(environments, renderer, config, longest)
     prompts = [*questions.prompts, *questions.held_out]
     if any("turns" in prompt.columns for prompt in prompts):
@@ -100,6 +103,7 @@ def load_questions(
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     *,
     gold_needed: bool,
+    resumed: bool = False,
 ) -> Questions:
     """Prompts that fit the model's context and have what the configured rewards need.
 
@@ -109,6 +113,7 @@ def load_questions(
         context: tokens that the model can read; None: unknown.
         gold_needed: whether it is refused, and not only counted, that no training prompt or no
             held-out prompt has a gold answer that can be parsed.
+        resumed: whether they are of a run that goes on.
     """
     if not (config.data or config.eval_data):
         return Questions([], [], _left_out(0, [], []), _left_out(0, [], []))
@@ -119,7 +124,7 @@ def load_questions(
         tokenizer,
         config.prompt_template,
         config.max_prompt_length,
-        chat_options(config),
+        chat_options(config, resumed=resumed),
         config.gold_column,
     )
     if not config.data:  # every group is recorded, and the file is to be evaluated on alone

@@ -141,7 +141,9 @@ def _set_up(
 
     source = base_source(config, start)
     tokenizer, sizes = load_tokenizer(source, config.chat_template), load_sizes(source)
-    questions = load_questions(config, tokenizer, sizes.context, ranks, gold_needed=True)
+    questions = load_questions(
+        config, tokenizer, sizes.context, ranks, gold_needed=True, resumed=resume
+    )
     dialogue = start_dialogue(config, environments, tokenizer, sizes.context, questions)
     recorded = load_recorded(
         config.recorded,
@@ -150,7 +152,7 @@ def _set_up(
         vocab_size=sizes.vocab_size,
         context=sizes.context,
         truncated=config.truncates,
-        options=chat_options(config),
+        options=chat_options(config, resumed=resume),
         gold_column=config.gold_column,
     )
     if config.num_train_epochs:

@@ -30,6 +30,21 @@ def reply_ids(
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         _check_spelled(tokenizer, text, ids)
         return ids
+    behind = _behind_answer(tokenizer, messages, kwargs)
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    if last == turn_end(tokenizer) and last in ids:
+        ids = ids[ids.index(last) + 1 :]
+    return ids
+
+
+def check_template(tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raises Refusal for a chat template by which no reply could be found."""
+    if tokenizer.chat_template is not None:
+        _behind_answer(tokenizer, [{"role": "user", "content": SENTINEL}], kwargs)
+
+
+def _behind_answer(tokenizer: Any, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
+    """What the chat template writes from the end of an assistant's text on."""
     turns = [{"role": "user", "content": SENTINEL}, {"role": "assistant", "content": ANSWER}]
     try:
         whole = apply_template(tokenizer, [*turns, *messages], add_generation_prompt=True, **kwargs)
@@ -38,11 +53,12 @@ def reply_ids(
             "environment: expected messages that the model's chat template takes after an "
             f"assistant's, got {', '.join(m['role'] for m in messages)}: {error.__cause__}"
         ) from error
-    _, _, behind = whole.partition(ANSWER)
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    if last == turn_end(tokenizer) and last in ids:
-        ids = ids[ids.index(last) + 1 :]
-    return ids
+    if whole.count(ANSWER) != 1:
+        raise Refusal(
+            "environment: expected a chat template that writes an assistant's message as it is, "
+            f"once, got {whole[:160]!r} for {ANSWER!r}; give one that does, as chat_template=FILE"
+        )
+    return whole.partition(ANSWER)[2]
 
 
 def _check_spelled(tokenizer: Any, text: str, ids: Sequence[int]) -> None:

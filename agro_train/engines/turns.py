@@ -12,6 +12,7 @@ from typing import Protocol, Unpack
 from agro_train.config import TrainConfig
 from agro_train.data import kept_ids
 from agro_train.data.chat import Renderer
+from agro_train.data.prompts import regrouped
 from agro_train.data.replies import reply_ids
 from agro_train.engines.engine import Ask
 from agro_train.environments.environment import Message
@@ -41,15 +42,14 @@ class _Growing:
     episode: Episode
     ids: tuple[int, ...] = ()
     turns: list[Turn] = field(default_factory=list)
-    sampled: list[Rollout] = field(
-        default_factory=list
-    )  # the model's turns, as its engine has them
+    # As the engine has them.
+    model_turns: list[Rollout] = field(default_factory=list)
     cut_off: bool = False
     failed: Failed | None = None
     done: bool = False  # by the environment's word
 
     def add(self, turn: Rollout) -> None:
-        self.sampled.append(turn)
+        self.model_turns.append(turn)
         self.cut_off = turn.finish == "length"
         self.ids += turn.completion_ids
         said: Turn = {
@@ -169,7 +169,12 @@ class Dialogue:
                 f"gave a prompt of {len(found.ids)} tokens, more than the {self.longest_prompt} "
                 "that max_prompt_length and the model's context leave",
             )
-        return replace(prompt, text=found.text, ids=found.ids)
+        group = prompt.group
+        if found.ids != prompt.ids:
+            # A reset may draw another prompt for the same row in a later step. Rows that are no
+            # group stay apart where their environments say the same.
+            group = regrouped(found.group, prompt.group)
+        return replace(prompt, group=group, text=found.text, ids=found.ids)
 
     def _after_turn(self, live: Sequence[_Growing], turn: int) -> list[_Growing]:
         """Those rollouts that have another turn, once their environments have answered this one.
@@ -230,9 +235,9 @@ class Dialogue:
             )
 
     def _rollout(self, one: _Growing) -> Rollout:
-        last = one.sampled[-1]
-        kept = [turn.kept_ids for turn in one.sampled if turn.kept_ids is not None]
-        logprobs = [turn.sampling_logprobs for turn in one.sampled]
+        last = one.model_turns[-1]
+        kept = [turn.kept_ids for turn in one.model_turns if turn.kept_ids is not None]
+        logprobs = [turn.sampling_logprobs for turn in one.model_turns]
         return replace(
             last,
             prompt=one.prompt.text,

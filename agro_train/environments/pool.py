@@ -2,14 +2,15 @@
 
 It is one process a rank, as for a reward function of the user's own. A call that takes too long
 costs its rollout alone: the process is killed, another one is started, and the other rollouts'
-environments are brought to where they were by the same calls with the same seeds.
+environments are brought to where they were by the same calls with the same seeds, each of which may
+take as long as any other.
 """
 
 import base64
 import itertools
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agro_train.config import TrainConfig
@@ -32,6 +33,14 @@ class Failed:
     failure: Failure
     why: str  # continues a sentence that begins with the environment's name
     trace: str = ""  # of the error that it raised
+    again: bool = False  # in a call that had been made before, by a process that was killed
+
+
+@dataclass(frozen=True)
+class Behind:
+    """The process has not made all calls that come before the one that it was asked for."""
+
+    made: int  # calls of the rollout
 
 
 @dataclass
@@ -79,7 +88,8 @@ class Environments:
 
     def ask(self, episodes: Sequence[Episode]) -> Iterator[Said | Failed]:
         """What each environment says to its rollout's newest turn, or to its reset. After
-        LATE_CALLS calls that took too long the others are not made."""
+        LATE_CALLS calls that took too long the others are not made. A call that is made again, for
+        a process that was killed, is none of those: it was killed for another rollout."""
         late = 0
         for episode in episodes:
             if late < LATE_CALLS:
@@ -87,7 +97,7 @@ class Environments:
             else:
                 found = Failed("timeout", "was not called")
             if isinstance(found, Failed):
-                late += found.failure == "timeout"
+                late += found.failure == "timeout" and not found.again
             else:
                 episode.said.append(found)
             yield found
@@ -99,18 +109,38 @@ class Environments:
         return found if isinstance(found, Failed) else None
 
     def _call(self, episode: Episode) -> Said | Failed:
-        return self._job(
-            {
-                "key": episode.key,
-                # A pickle, because columns may hold what JSON has no word for.
-                "columns": base64.b64encode(pickle.dumps(dict(episode.columns))).decode(),
-                "texts": episode.texts,
-                "seeds": episode.seeds(),
-                "said": [[said.messages, said.reward] for said in episode.said],
-            }
-        )
+        """The newest call of a rollout, after those before it where the process is a new one."""
+        newest = len(episode.texts)
+        found = self._nth(episode, newest)
+        if not isinstance(found, Behind):
+            return found
+        # Of a process that ends between two calls, and so is behind once more.
+        ended = Failed("error", "ended its process after it had answered")
+        for number in range(found.made, newest):
+            again = self._nth(episode, number)
+            if isinstance(again, Failed):
+                return replace(again, again=True)
+            if isinstance(again, Behind):
+                return ended
+            if again != episode.said[number]:
+                return Failed(
+                    "error",
+                    "did not give the same answers to the same turns when a new process took up a "
+                    f"rollout: {str(again)[:60]!r}, and before {str(episode.said[number])[:60]!r}",
+                )
+        found = self._nth(episode, newest)
+        return ended if isinstance(found, Behind) else found
 
-    def _job(self, job: dict[str, Any]) -> Said | Failed:
+    def _nth(self, episode: Episode, number: int) -> Said | Failed | Behind:
+        job: dict[str, Any] = {"key": episode.key, "number": number}
+        job["seed"] = episode.seeds()[number]
+        if number:
+            job["text"] = episode.texts[number - 1]
+        else:  # a pickle, because columns may hold what JSON has no word for
+            job["columns"] = base64.b64encode(pickle.dumps(dict(episode.columns))).decode()
+        return self._job(job)
+
+    def _job(self, job: dict[str, Any]) -> Said | Failed | Behind:
         try:
             (answer,) = self.workers.map([job])
         except CannotStart as error:  # it could at the start of the run, which should not end here
@@ -121,4 +151,6 @@ class Environments:
             return Failed("error", "ended its process")
         if "error" in answer:
             return Failed("error", f"failed: {answer['error']}", answer["traceback"])
+        if "made" in answer:
+            return Behind(answer["made"])
         return Said(answer["messages"], answer["reward"])

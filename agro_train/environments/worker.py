@@ -1,7 +1,7 @@
 """The program of the process that environments live in, `python -m THIS_MODULE TIMEOUT_S SPEC`.
 
-A job is one call: of `reset`, or of `step` with a rollout's newest turn. It carries all that came
-before, so that a new process, after one that was killed, can bring a rollout to where it was.
+A job is one call: of `reset`, or of `step` with a turn of a rollout's. A process that has not made
+the calls before it, because it was started after another one was killed, says which come first.
 """
 
 import base64
@@ -43,7 +43,9 @@ def start(spec: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 def work(kind: Callable[[], Any], live: dict[int, _Live], job: dict[str, Any]) -> dict[str, Any]:
     """{"messages": messages or None, "reward": number or None}, or {"error": text, "traceback":
-    text}. A job of `over` alone has the environments of those rollouts closed.
+    text}, or {"made": number} where that many of the rollout's calls have been made here, and not
+    all that come before the job's. A job of `over` alone has the environments of those rollouts
+    closed.
 
     Args:
         live: the environments of rollouts that are not over, by the rollout's key.
@@ -53,9 +55,12 @@ def work(kind: Callable[[], Any], live: dict[int, _Live], job: dict[str, Any]) -
             for key in live.keys() & set(job["over"]):
                 close(live.pop(key).environment)
             return {"messages": None, "reward": None}
-        messages, reward = call(kind, live, **job)
+        found = call(kind, live, **job)
     except (Exception, SystemExit) as error:  # the user's code; SystemExit would end the worker
         return {"error": _reason(error), "traceback": traceback.format_exc()}
+    if isinstance(found, int):
+        return {"made": found}
+    messages, reward = found
     return {"messages": messages, "reward": reward}
 
 
@@ -67,43 +72,34 @@ def call(
     kind: Callable[[], Any],
     live: dict[int, _Live],
     key: int,
-    columns: str,
-    texts: list[str],
-    seeds: list[int],
-    said: list[Any],
-) -> Said:
-    """What the newest call of a rollout says.
+    number: int,
+    seed: int,
+    columns: str | None = None,
+    text: str = "",
+) -> Said | int:
+    """What a call of a rollout says; where others come first, how many of them have been made.
 
     Args:
-        columns: of the dataset's row, a pickle in base64.
-        texts: the model's turns so far; the first call, of `reset`, has none.
-        seeds: of each call, for `random` and `numpy.random`.
-        said: what the calls before this one said.
+        number: of the call in the rollout; 0 is that of `reset`.
+        seed: for `random` and `numpy.random`.
+        columns: of the dataset's row, for `reset`: a pickle in base64.
+        text: the model's turn, for `step`.
     """
     one = live.get(key)
-    if one is None or one.calls != len(texts):
+    if one is None or one.calls > number:
         one = live[key] = _Live(kind(), calls=0)
-    while True:
-        found = _next(one, columns, texts, seeds[one.calls])
-        one.calls += 1
-        if one.calls > len(texts):
-            return found
-        if list(found) != said[one.calls - 1]:
-            raise Refusal(
-                "environment: expected the same answers to the same turns, when a new process "
-                f"took up a rollout, got {str(found)[:60]!r} and before "
-                f"{str(said[one.calls - 1])[:60]!r}"
-            )
-
-
-def _next(one: _Live, columns: str, texts: list[str], seed: int) -> Said:
+    if one.calls < number:
+        return one.calls
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
-    if one.calls == 0:
+    if columns is not None:
         row = pickle.loads(base64.b64decode(columns))
-        return messages_of("reset", settled(one.environment.reset(**row))), None
-    return step_of(settled(one.environment.step(texts[one.calls - 1])))
+        found: Said = messages_of("reset", settled(one.environment.reset(**row))), None
+    else:
+        found = step_of(settled(one.environment.step(text)))
+    one.calls += 1
+    return found
 
 
 def close(environment: Any) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from agro_train.data.replies import reply_ids
+from agro_train.data.replies import check_template, reply_ids
 from agro_train.policy import tiny
 from agro_train.refusal import Refusal
 from tests.train.models import llama3_tokenizer
@@ -45,3 +45,17 @@ def test_what_cannot_be_written_is_one_sentence() -> None:
     )
     with pytest.raises(Refusal, match="takes after an assistant's, got tool: no tools"):
         reply_ids(tokenizer, [{"role": "tool", "content": "5"}], 1, {})
+
+
+@pytest.mark.parametrize("written", ["m.content | upper", "m.content * 2", "m.role"])
+def test_template_that_alters_what_the_model_said_is_refused(written: str) -> None:
+    check_template(tiny.build_tokenizer(), {})
+    tokenizer = llama3_tokenizer()
+    check_template(tokenizer, {})
+    text = "{{ " + written + " }}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{text}<|eot_id|>{{% endfor %}}"
+    message = "expected a chat template that writes an assistant's message as it is"
+    with pytest.raises(Refusal, match=f"environment: {message}, once, got .*chat_template=FILE"):
+        check_template(tokenizer, {})
+    with pytest.raises(Refusal, match=message):
+        reply_ids(tokenizer, SAID, 1, {})

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.chat import Renderer
 from agro_train.data.prompts import render
+from agro_train.data.recorded import load_recorded, write_rollouts
 from agro_train.engines.engine import cut
 from agro_train.engines.transformers_engine import TransformersEngine
 from agro_train.engines.turns import Dialogue
@@ -139,6 +141,26 @@ def test_an_environments_own_prompt_is_its_groups() -> None:
         assert text.startswith("3+") and text.endswith("=") and list(ids) == ids_of(text)
     assert found[0].columns["prompt"] == "1+2=" and found[0].environment_reward == 0.5
     assert [p.text for p in says.asked[0][0]] == [found[0].prompt, found[2].prompt]
+
+
+def test_another_prompt_for_the_same_row_is_another_group(tmp_path: Path) -> None:
+    """A log of several steps, whose resets draw other prompts for the same rows, is read."""
+    drawing = dialogue("Asks", max_turns=2)
+    logged: list[Rollout] = []
+    for seeds in ([3, 4], [5, 6]):
+        groups = dict(drawing.sample(Says("1"), PROMPTS, **{**ASK, "seeds": seeds}))
+        logged += [replace(r, reward=float(i)) for i in (0, 1) for r in groups[i]]
+    prompts = {r.prompt_ids for r in logged}
+    assert len(prompts) > 2 and {r.columns["prompt"] for r in logged} == {"1+2=", "45+678="}
+    asked = {(r.prompt_ids, r.columns["prompt"]) for r in logged}
+    assert len({r.group for r in logged}) == len(asked)
+    write_rollouts(tmp_path / "log.jsonl", logged)
+    log = [str(tmp_path / "log.jsonl")]
+    read = load_recorded(log, TOKENIZER, "{prompt}", vocab_size=len(TOKENIZER), context=None)
+    assert sum(map(len, read.groups)) == len(logged)
+    # A reset that says what the row does leaves the row's group.
+    plain = dict(dialogue("Counts").sample(Says("1"), PROMPTS, **ASK))
+    assert plain[0][0].group == PROMPTS[0].group
 
 
 @pytest.mark.parametrize(

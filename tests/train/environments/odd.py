@@ -53,6 +53,14 @@ class Hangs(Counts):
         return super().step(completion)
 
 
+class Slow(Hangs):
+    """In each turn, but not too slow."""
+
+    def step(self, completion: str) -> Any:
+        time.sleep(0.7)
+        return super().step(completion)
+
+
 class Fickle(Hangs):
     """Answers the same turn in another way each time."""
 

@@ -1,11 +1,13 @@
 """Environments in a process that may be killed: a failure costs its own rollout."""
 
 import random
+from typing import Any
 
 import pytest
 
 from agro_train.environments.pool import Environments, Episode, Failed, Said
 from agro_train.refusal import Refusal
+from agro_train.rewards.workers import NoResult
 
 ODD = "tests.train.environments.odd"
 
@@ -62,6 +64,34 @@ def test_an_environment_that_does_not_repeat_itself_is_told_so() -> None:
     say(environments, episodes, "a", "a")
     _, found = say(environments, episodes, "die", "a")
     assert isinstance(found, Failed) and "the same answers to the same turns" in found.why
+
+
+def test_calls_that_are_made_again_have_the_time_of_a_call_each() -> None:
+    environments = pool("Slow", timeout_s=1.8)
+    dies, lives = begun(environments, 2)
+    for _ in range(2):
+        say(environments, [lives], "a")
+    found = say(environments, [dies, lives], "die", "a")  # three turns of 0.7 s in a new process
+    assert numbers(found[:1]) == ["error"] and found[1] == Said(None, 3.0)
+
+
+def test_only_newest_calls_that_are_late_end_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = pool("Counts")
+    episodes = begun(environments, 5)
+    say(environments, episodes, *"aaaaa")
+
+    def answers(jobs: list[dict[str, Any]]) -> list[Any]:
+        ((kind, number),) = ((job["key"], job["number"]) for job in jobs)
+        if kind < 4:  # a new process, in which the first turn hangs
+            return [{"made": 1} if number == 2 else NoResult.TIMED_OUT]
+        return [{"messages": None, "reward": 1.0}]
+
+    monkeypatch.setattr(environments.workers, "map", answers)
+    found = say(environments, episodes, *"aaaaa")
+    assert numbers(found[:4]) == ["timeout"] * 4 and found[4] == Said(None, 1.0)
+    monkeypatch.setattr(environments.workers, "map", lambda _: [NoResult.TIMED_OUT])
+    whys = [one.why for one in environments.ask(episodes) if isinstance(one, Failed)]
+    assert whys == ["took longer than 60 s"] * 3 + ["was not called"] * 2
 
 
 def test_random_numbers_are_functions_of_seed_rollout_and_turn() -> None:
