@@ -44,6 +44,9 @@ UNASKED: dict[str, str | None] = {
 }
 
 _TOKENS = 8  # of the run that asks
+_RUNS_ANYWHERE = (None, "eager", "sdpa")  # attention that takes any device and dtype
+# Rows of 16-bit numbers begin at multiples of 16 bytes, as TMA needs it, if they are of so many.
+_ROW_MULTIPLE = 8
 # The same steps in the same dtype differ by nothing; a cap or a scale in fp32 by their roundings.
 _ROUNDINGS = 2
 _OUTSIDE = "compute its hidden states yourself and call linear_logprobs"
@@ -53,9 +56,10 @@ class HeadTerms(NamedTuple):
     """What the head ops are given: hidden @ weight.T + bias are the logits of a head's module."""
 
     hidden: Tensor
-    """(..., D) or, with an adapter of rank r on the head, (..., D + r)."""
+    """(..., D) or, with an adapter of rank r on the head, (..., D + r) and zeros up to a multiple
+    of 8."""
     weight: Tensor
-    """(V, D) or (V, D + r)."""
+    """(V, D) or (V, D + r) and zeros."""
     bias: Tensor | None
     """(V,)"""
 
@@ -76,9 +80,11 @@ class ModelHead(NamedTuple):
     def of(model: Any) -> "ModelHead":
         """Ask a causal LM; it is left as it was.
 
-        Costs three passes of eight tokens at most, without a gradient, on the model's device and
-        in its dtype. Dropout is off meanwhile, no cache is kept, random states and training modes
-        are put back. Hooks of the model's modules see these passes.
+        Costs two passes of eight tokens and, where they leave a doubt, up to three more; without
+        a gradient, on the model's device and in its dtype. Attention other than sdpa is computed
+        eagerly meanwhile, for flash-attn refuses a CPU and fp32. Dropout is off, no cache is kept;
+        random states, training modes and the configuration are put back. Hooks of the model's
+        modules see these passes.
 
         Raises ValueError for a model whose logits are something else, that cannot be run on token
         ids alone, or whose weights are sharded; and for one without weights (on the meta device,
@@ -221,6 +227,9 @@ def head_terms(head: nn.Module, hidden: Tensor) -> HeadTerms:
         if b.bias is not None and not layer.disable_adapters:
             more = (b.bias * layer.scaling[name]).to(weight.dtype)
             bias = more if bias is None else bias + more
+    missing = -sum(part.shape[-1] for part in rows) % _ROW_MULTIPLE
+    columns.append(x.new_zeros((*x.shape[:-1], missing)))
+    rows.append(weight.new_zeros((len(weight), missing)))
     return HeadTerms(torch.cat(columns, -1), torch.cat(rows, -1), bias)
 
 
@@ -333,13 +342,50 @@ def _undisturbed(model: nn.Module, devices: list[torch.device]) -> Iterator[None
             backend.set_rng_state(state, device)
 
 
+@contextmanager
+def _attending_anywhere(model: nn.Module) -> Iterator[None]:
+    """Inside, "eager" is the attention of what does not run on every device and in every dtype.
+
+    flash-attn refuses a model that is still on the CPU, or in fp32 outside autocast. For the head
+    it does not matter which attention made the hidden states.
+    """
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        for config in _with_sub_configs(getattr(module, "config", None)):
+            found[id(config)] = config
+    # Parents first: what is set in a configuration is set in those below it, too.
+    before = [
+        (config, config._attn_implementation)
+        for config in found.values()
+        if hasattr(config, "_attn_implementation")
+    ]
+    if all(name in _RUNS_ANYWHERE for _, name in before):
+        yield
+        return
+    try:
+        for config, name in before:
+            config._attn_implementation = name if name in _RUNS_ANYWHERE else "eager"
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+def _with_sub_configs(config: Any) -> Iterator[Any]:
+    if config is None:
+        return
+    yield config
+    for name in getattr(config, "sub_configs", ()):
+        yield from _with_sub_configs(getattr(config, name, None))
+
+
 @torch.no_grad()
 def _asked(model: Any) -> ModelHead:
     devices = {p.device for p in model.parameters()} - {torch.device("cpu")}
     embeddings = model.get_input_embeddings().weight
     ids = (torch.arange(_TOKENS, device=embeddings.device)[None] + 10) % embeddings.shape[0]
     head = model.get_output_embeddings()
-    with _undisturbed(model, sorted(devices, key=str)):
+    with _undisturbed(model, sorted(devices, key=str)), _attending_anywhere(model):
         try:
             own = _own_logits(model, ids)
             hidden = _hidden(model, ids)
@@ -361,11 +407,22 @@ def _asked(model: Any) -> ModelHead:
                 f"model: expected logits of the shape {tuple(plain.shape)} that the lm_head gives, "
                 f"got {tuple(own.shape)} from {type(model).__name__}.forward; {_OUTSIDE}"
             )
-        declared = _declared(model)
-        found = _fitting(declared, head, hidden, own, noise=0.0)
+        declared, noise = _declared(model), 0.0
+        found = _fitting(declared, head, hidden, own, noise)
         if not found.fits:  # a device that sums in any order: two runs differ
             noise = 2 * _largest(head(_hidden(model, ids)) - plain)
             found = _fitting(declared, head, hidden, own, noise)
+        if len(found.fits) > 1 and _largest(plain - head(torch.zeros_like(hidden))) == 0.0:
+            raise ValueError(
+                "model: expected logits that show how they are scaled and capped, got zeros; load "
+                "the weights before patch_model"
+            )
+        if len({fit.before for fit in found.fits}) > 1:
+            # A bias of zeros does not show whether it is scaled, until it is trained.
+            bias = torch.linspace(-1.0, 1.0, plain.shape[-1]) * _largest(plain)
+            with _added_bias(head, bias.to(plain)):
+                shown = _fitting(declared, head, hidden, _own_logits(model, ids), noise)
+            found = shown._replace(fits=[fit for fit in shown.fits if fit in found.fits])
         if not found.fits:
             raise ValueError(
                 f"model: expected logits that are lm_head(last hidden state), scaled and capped as "
@@ -376,9 +433,19 @@ def _asked(model: Any) -> ModelHead:
         return _one_of(found.fits, model, ids, own)._replace(declared=declared)
 
 
+@contextmanager
+def _added_bias(head: nn.Module, bias: Tensor) -> Iterator[None]:
+    """Inside, a head adds bias (V,) to its logits."""
+    handle = head.register_forward_hook(lambda module, args, logits: logits + bias)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class _Fitting(NamedTuple):
     fits: list[ModelHead]
-    """The meanings that give the model's logits, those with a cap first."""
+    """The meanings that give the model's logits: the nearest scale first, and with it a cap."""
     difference: float
     """The largest one of the meaning that comes nearest."""
     allowed: float
@@ -394,22 +461,31 @@ def _fitting(
 ) -> _Fitting:
     """Each meaning that the declared numbers may have, compared with the model's own logits."""
     caps = sorted({number for name, number in declared if name in CAPS})
-    numbers = {number for name, number in declared if name not in CAPS} - {1.0}
-    scales = sorted({*numbers, *(1 / number for number in numbers)})
-    meanings = [ModelHead(scale=scale) for scale in (1.0, *scales)]
+    numbers = sorted({number for name, number in declared if name not in CAPS} - {1.0})
+    scales = tuple(dict.fromkeys((*numbers, *(1 / number for number in numbers))))
+    meanings = [ModelHead(scale=scale) for scale in (*scales, 1.0)]
     if head_terms(head, hidden).bias is not None:  # else before and after the head are the same
         meanings += [ModelHead(before=scale) for scale in scales]
     fits, nearest = [], (math.inf, 0.0)
+    distances: dict[tuple[float, float], float] = {}
     for meaning in meanings:
         scaled = head(meaning.scaled(hidden)) * meaning.scale
         for softcap in (*caps, None):
             logits = scaled if softcap is None else softcap * (scaled / softcap).tanh()
             eps = max(torch.finfo(dtype).eps for dtype in (logits.dtype, own.dtype))
             allowed = _ROUNDINGS * eps * _largest(logits) + noise
-            difference = _largest(logits.to(own.dtype) - own)
+            apart = logits.to(own.dtype) - own
+            difference = _largest(apart)
             nearest = min(nearest, (difference, allowed))
             if difference <= allowed:
                 fits.append(meaning._replace(softcap=softcap))
+                scale, mean = meaning[:2], float(apart.float().abs().mean())
+                distances[scale] = min(distances.get(scale, mean), mean)
+    # 16 bits round a scale near 1.0 away in single logits, hardly in the mean of all. Where they
+    # do, a declared number comes before its inverse, and both before 1.0.
+    order = [meaning[:2] for meaning in meanings]
+    order.sort(key=lambda scale: (distances.get(scale, math.inf), scale == (1.0, 1.0)))
+    fits.sort(key=lambda fit: order.index(fit[:2]))
     return _Fitting(fits, *nearest)
 
 
@@ -418,18 +494,13 @@ def _largest(values: Tensor) -> float:
 
 
 def _one_of(fits: list[ModelHead], model: Any, ids: Tensor, own: Tensor) -> ModelHead:
-    """The meaning of those that fit: several do where the logits are too small to show a cap."""
+    """The meaning of those that fit, with a cap if it has one: small logits do not show it."""
+    fits = [fit for fit in fits if fit[:2] == fits[0][:2]]
     if len(fits) == 1:
         return fits[0]
-    largest = _largest(own)
-    if largest == 0.0:
-        raise ValueError(
-            "model: expected logits that show how they are scaled and capped, got zeros; load the "
-            "weights before patch_model"
-        )
-    caps = [fit.softcap for fit in fits if fit.softcap is not None and fit[:2] == fits[0][:2]]
+    caps = [fit.softcap for fit in fits if fit.softcap is not None]
     # Hidden states so large that without a cap the logits would be four times the largest one.
-    factor = 4 * max(caps, default=1.0) / largest
+    factor = 4 * max(caps) / _largest(own)
 
     def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
         if hasattr(output, "last_hidden_state"):

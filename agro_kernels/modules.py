@@ -185,7 +185,7 @@ def patch_model(model: M, head_dtype: str | torch.dtype | None = None) -> M:
     LogprobHead says.
 
     Any model is served whose logits are its lm_head's of the last hidden state, scaled and capped
-    as its configuration says: each is run once on eight tokens here, without a gradient, and asked
+    as its configuration says: each is run on eight tokens here, without a gradient, and asked
     (`ModelHead.of`). LoRA and modules_to_save of peft may be on the lm_head, too.
 
     Patch before DDP, FSDP, accelerate and torch.compile; before or after peft. A copy of a patched
@@ -200,7 +200,7 @@ def patch_model(model: M, head_dtype: str | torch.dtype | None = None) -> M:
         inner = inner.get_base_model()
     dtype = checked_head_dtype(head_dtype)
     replaced = vars(inner).get("forward")
-    if replaced is not None and getattr(replaced, "func", None) is not _forward:
+    if replaced is not None and not _is_ours(replaced, _forward):
         raise ValueError(
             f"model: expected {type(inner).__name__}'s own forward, got one that something else "
             "has replaced; call patch_model first, before accelerate or TRL"
@@ -209,7 +209,7 @@ def patch_model(model: M, head_dtype: str | torch.dtype | None = None) -> M:
     _take_targets(inner, dtype)
     # A partial of a function of this module, because a bound method is pickled by its name alone,
     # which is the unpatched forward's. For signatures' sake it looks like the original.
-    forward = functools.partial(_forward, inner, _keywords(inner), form)
+    forward = functools.partial(_forward, inner, _keywords(inner), _form=form)
     inner.forward = functools.update_wrapper(forward, types.MethodType(type(inner).forward, inner))
     return model
 
@@ -289,16 +289,21 @@ def _keywords(inner: Any) -> tuple[tuple[str, ...], frozenset[str]]:
 def _forward(
     model: Any,
     names: tuple[tuple[str, ...], frozenset[str]],
-    form: ModelHead,
     /,
     *args: Any,
     targets: Tensor | None = None,
+    _form: ModelHead | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The forward of a patched model; `names` are `_keywords` of it, `form` its `ModelHead`."""
+    """The forward of a patched model; `names` are `_keywords` of it, `_form` its `ModelHead`.
+
+    Models that were pickled before there was a `ModelHead` have none: they are asked now.
+    """
     if targets is None:
         _refuse_without_targets(kwargs)
         return type(model).forward(model, *args, **kwargs)
+    if _form is None:
+        return patch_model(model).forward(*args, targets=targets, **kwargs)
     positional, known = names
     for name, value in zip(positional, args, strict=False):
         if name in kwargs:
@@ -318,7 +323,7 @@ def _forward(
                 f"{name}: expected an argument of {type(backbone(model)).__name__} or one of "
                 f"{', '.join(_TAKEN)} together with targets, got an unknown one; check its spelling"
             )
-    form.check_unchanged(model)
+    _form.check_unchanged(model)
     head = model.get_output_embeddings()
     if not _takes_targets(head):
         if not is_lora(head) and not is_saved_copy(head):
@@ -331,9 +336,9 @@ def _forward(
     kwargs |= {"use_cache": False, "return_dict": True}
     hidden = backbone(model)(**kwargs).last_hidden_state
     temperature = options.get("temperature")
-    options |= form.options(1.0 if temperature is None else temperature, targets)
+    options |= _form.options(1.0 if temperature is None else temperature, targets)
     # By keyword: a pre-hook that puts another `hidden` in the arguments' place keeps the rest.
-    results = head(form.scaled(hidden), targets=targets, **options)
+    results = head(_form.scaled(hidden), targets=targets, **options)
     if not isinstance(results, LogprobStats):
         raise ValueError(
             f"lm_head: expected LogprobStats, got {type(results).__name__} from one of its "

@@ -611,7 +611,8 @@ def place_on_devices(
     """
     modules = [Policy(trained, first_without)]
     if not config.use_peft:
-        modules.append(Policy(base, first_without).requires_grad_(False))
+        reference = Policy(base, first_without, modules[0].form)
+        modules.append(reference.requires_grad_(False))
     if config.fsdp:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for module in modules:  # moved to the device layer by layer, each cut at once

@@ -24,12 +24,21 @@ class Policy(nn.Module):
     The head runs inside `forward`, so wrappers that gather weights around it (DDP, FSDP2) see it.
     """
 
-    def __init__(self, model: PreTrainedModel, barred: Collection[int] = ()) -> None:
-        """barred: ids that cannot be drawn where a micro-batch is `early`. Raises Refusal for a
-        model whose logits are not its head's of the last hidden state, scaled or capped."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        barred: Collection[int] = (),
+        form: ModelHead | None = None,
+    ) -> None:
+        """barred: ids that cannot be drawn where a micro-batch is `early`. form: that of a model of
+        the same class and configuration, if there is one; else the model is asked, in two passes
+        or more. Raises Refusal for a model whose logits are not its head's of the last hidden
+        state, scaled or capped."""
         super().__init__()
         try:
-            self.form = ModelHead.of(model)
+            if form is not None:
+                form.check_unchanged(model)
+            self.form = ModelHead.of(model) if form is None else form
         except ValueError as error:
             raise Refusal(str(error)) from error
         if barred and self.form.softcap is not None:

@@ -157,7 +157,7 @@ def visit(family: str) -> Row:
         patch_model(model)
     except ValueError as error:
         return Row(family, name, "refused", first_line(error))
-    form = model.forward.args[2]  # type: ignore[union-attr]
+    form = model.forward.keywords["_form"]  # type: ignore[union-attr]
     try:
         check_same(model, untouched)
     except Exception as error:  # the walk goes on, and fails at its end

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agro_kernels import LogprobHead, LogprobStats, ModelHead, next_tokens, patch_model
+from agro_kernels.model_head import head_terms
 from tests.kernels import architectures
 from tests.kernels.small_models import build, token_batch
 from tests.numerics import assert_close_to_truth
@@ -123,6 +125,10 @@ def wild(bias: bool = False, **numbers: Any) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
+def form_of(patched: Any) -> ModelHead:
+    return patched.forward.keywords["_form"]  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("numbers", "before", "scale", "softcap"),
@@ -139,9 +145,10 @@ def test_scale_then_cap_then_temperature(
     model = wild(bias, **numbers)
     untouched = copy.deepcopy(model)
     patch_model(model)
-    form: ModelHead = model.forward.args[2]  # type: ignore[union-attr]
     # Without a bias before and after the head are the same.
-    assert form[:3] == ((before, scale, softcap) if bias else (1.0, before * scale, softcap))
+    assert form_of(model)[:3] == (
+        (before, scale, softcap) if bias else (1.0, before * scale, softcap)
+    )
     assert_as_unpatched(model, untouched)
 
 
@@ -152,6 +159,62 @@ def test_a_cap_that_small_logits_do_not_show_is_found(off: bool) -> None:
     model.lm_head.weight.data *= 0.01
     model.to(torch.bfloat16)
     assert ModelHead.of(model).softcap == (None if off else 30.0)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "before", "scale"),
+    [({"logits_scaling": 4.0}, 0.25, 1.0), ({"logit_scale": 0.3}, 1.0, 0.3)],
+)
+def test_a_bias_of_zeros_is_served_as_it_will_be_trained(
+    numbers: dict[str, float], before: float, scale: float
+) -> None:
+    model = wild(bias=True, **numbers)
+    bias = model.lm_head.bias
+    bias.data.zero_()
+    patch_model(model)
+    assert form_of(model)[:3] == (before, scale, None)
+    assert not model.lm_head._forward_hooks
+    bias.data.copy_(torch.linspace(-2.0, 2.0, 71))
+    untouched = wild(bias=True, **numbers)
+    assert_as_unpatched(model, untouched)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "scale"),
+    [
+        ("granite", "logits_scaling", 1 / 1.01),
+        ("hyperclovax", "logits_scaling", 1.01),
+        ("cohere", "logit_scale", 1.01),
+        ("llama", "logit_scale", 1.0),  # which has no such thing
+    ],
+)
+def test_a_scale_near_one_in_16_bits(family: str, name: str, scale: float) -> None:
+    model: Any = build(family, tied=True) if family == "llama" else architectures.build(family)
+    owner = model if hasattr(model, name) else model.config  # Cohere's model has a copy
+    setattr(owner, name, 1.01)
+    assert ModelHead.of(model.to(torch.bfloat16)).scale == scale
+
+
+def refusing(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_attention_that_does_not_run_here_yet(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As flash-attn, of a model that is still on the CPU and in fp32."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "refusing", refusing)
+    model = build(family, tied=True)
+    config = model.config
+    wanted = {"": "refusing"}
+    if family == "gemma3":
+        wanted |= {"text_config": "refusing", "vision_config": "sdpa"}
+    config._attn_implementation = wanted
+    patch_model(model)
+    configs = [config if name == "" else getattr(config, name) for name in wanted]
+    assert [each._attn_implementation for each in configs] == list(wanted.values())
+    ids, _ = token_batch()
+    with pytest.raises(RuntimeError, match="FlashAttention only"):
+        model(input_ids=ids)
 
 
 def test_logits_of_zeros_show_no_scale() -> None:
@@ -220,6 +283,24 @@ def test_lora_on_the_head_is_part_of_it(bias: bool) -> None:
             off = patched(input_ids=ids, targets=targets, temperature=TEMPERATURE)
             expected = plain(untouched, ids, targets)
         torch.testing.assert_close(off.logprobs, expected[0])
+
+
+@peft_warns
+@pytest.mark.parametrize("rank", [2, 8, 11])
+def test_rows_with_an_adapter_begin_at_multiples_of_16_bytes(rank: int) -> None:
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["lm_head"], "init_lora_weights": False}
+    model = build("llama", tied=False).to(torch.bfloat16)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=rank, **options), autocast_adapter_dtype=False
+    )
+    head = adapted.get_output_embeddings()
+    hidden = torch.randn(5, 32, dtype=torch.bfloat16)
+    terms = head_terms(head, hidden)
+    assert terms.weight.shape == (71, 40 if rank < 9 else 48)
+    assert terms.hidden.shape == (5, terms.weight.shape[1])
+    product = terms.hidden.float() @ terms.weight.float().T
+    torch.testing.assert_close(product, head(hidden).float(), rtol=2e-2, atol=2e-2)
 
 
 @peft_warns

@@ -1,6 +1,7 @@
 """LogprobHead, patch_model and LinearAgroLoss: what the unpatched model gives, wherever it runs."""
 
 import copy
+import functools
 import inspect
 import io
 import os
@@ -307,6 +308,19 @@ def test_a_patched_model_survives_being_copied(way: Callable[[nn.Module], nn.Mod
         assert torch.equal(copied(input_ids=ids).logits, logits)
         assert copied.lm_head is head
     assert inspect.signature(other.forward) == inspect.signature(type(other)(other.config).forward)
+
+
+def test_a_model_that_was_pickled_before_it_was_asked_is_asked_now() -> None:
+    model = build("gemma2", tied=True)
+    ids, mask = token_batch()
+    targets = next_tokens(ids, mask)
+    expected = patch_model(model)(ids, targets=targets)
+    asked: Any = model.forward
+    model.forward = functools.partial(asked.func, *asked.args)
+    old: Any = pickled(model)
+    for result, same in zip(old(ids, targets=targets), expected, strict=True):
+        assert torch.equal(result, same)
+    assert old.forward.keywords == asked.keywords
 
 
 def test_every_option_of_the_op_is_taken_or_refused_by_name() -> None:

@@ -197,6 +197,16 @@ def test_head_in_float32_multiplies_in_it_under_autocast() -> None:
     assert hidden.dtype == weight.dtype == torch.bfloat16 and generated.dtype == torch.float32
 
 
+def test_a_reference_takes_the_form_of_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5)
+    policy, base = Policy(Gemma2ForCausalLM(config)), Gemma2ForCausalLM(config)
+    monkeypatch.setattr(base, "forward", None)  # it is not run
+    assert Policy(base, (), policy.form).form == policy.form
+    base.config.final_logit_softcapping = 0.7
+    with pytest.raises(Refusal, match="model: expected a configuration with"):
+        Policy(base, (), policy.form)
+
+
 def test_logits_that_are_no_heads_are_refused() -> None:
     model = BertLMHeadModel(BertConfig(**SMALL, is_decoder=True)).eval()
     with pytest.raises(Refusal, match="model: expected logits that are lm_head.*differ.* up to"):
