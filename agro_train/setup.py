@@ -365,7 +365,7 @@ def warn_of_memory(
         say(f"memory was not planned: {error}")
         return
     except Exception as error:  # of any model's own code: a prediction must not end a run
-        say(f"memory was not planned: {type(error).__name__}: {error}")
+        say(f"memory was not planned: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         return
     if not fits(planned, machine):
         say(

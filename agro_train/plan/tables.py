@@ -68,8 +68,7 @@ class Prediction:
         )
         if config.use_vllm and config.vllm_mode == "server":
             sampled += (
-                f"; vLLM's servers hold {_gb(in_products)} GB of weights each, over "
-                "the GPUs of one"
+                f"; vLLM's servers hold {_gb(in_products)} GB of weights each, over the GPUs of one"
             )
         elif config.use_vllm:
             share = config.vllm_gpu_memory_utilization * self.machine.bytes
