@@ -210,7 +210,7 @@ def test_a_plan_of_any_model_never_ends_a_run(
     gpt2.save_pretrained(tmp_path)
     config = TrainConfig(model=str(tmp_path), max_prompt_length=8, max_completion_length=9)
     said: list[str] = []
-    warn_of_memory(config, 1, 2.001e9, said.append)
+    warn_of_memory(config, 1, 2.0001e9, said.append)
     assert said[0].startswith("memory: 0.")
 
     def fail(*_: object) -> None:

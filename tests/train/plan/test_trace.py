@@ -31,7 +31,7 @@ CASES = {
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 15}
 IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 FAMILIES = {
-    "gpt2": GPT2Config(n_positions=64, **SIZES, **IDS),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=15, n_positions=64, **IDS),
     "opt": OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **SIZES, **IDS),
     "phi3": Phi3Config(intermediate_size=48, **SIZES, **IDS),
     "llama": LlamaConfig(intermediate_size=48, **SIZES),
