@@ -32,7 +32,7 @@ from agro_train.environments.pool import Environments
 from agro_train.fresh import Ahead, FreshGroups, Group, InStep, Questioner, groups_of_json
 from agro_train.interrupt import Interrupts
 from agro_train.lock import FolderLock
-from agro_train.plan.advice import first_change, fits
+from agro_train.plan.advice import fits
 from agro_train.plan.architecture import find_architecture
 from agro_train.plan.machine import Machine
 from agro_train.plan.memory import plan as plan_memory
@@ -358,22 +358,22 @@ def warn_of_memory(
     config: TrainConfig, world: int, memory: float, say: Callable[[str], None]
 ) -> None:
     """Tells `say` where the plan of the run is larger than a GPU's `memory` (bytes). The run goes
-    on: a plan is a prediction, and completions may be shorter than they may be."""
+    on: a plan is a prediction, and completions may be shorter than they may be. What would save
+    memory is not looked for, because the other ranks wait."""
     machine = Machine(gpus=world, memory=memory / 1e9, gpus_per_node=world)
     try:
-        architecture = find_architecture(config.model)
-        planned = plan_memory(config, machine, architecture)
-        if fits(planned, machine):
-            return
-        change = first_change(config, machine, architecture, planned)
+        planned = plan_memory(config, machine, find_architecture(config.model))
     except Refusal as error:
         say(f"memory was not planned: {error}")
         return
-    advice = f"; {change.settings} would save {change.saves / 1e9:.1f} GB" if change else ""
-    say(
-        f"memory: {planned.peak / 1e9:.1f} of a GPU's {memory / 1e9:.1f} GB are predicted for the "
-        f"stage {planned.worst.name}{advice}; the run goes on (agro plan says more)"
-    )
+    except Exception as error:  # of any model's own code: a prediction must not end a run
+        say(f"memory was not planned: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return
+    if not fits(planned, machine):
+        say(
+            f"memory: {planned.peak / 1e9:.1f} of a GPU's {memory / 1e9:.1f} GB are predicted for "
+            f"the stage {planned.worst.name}; the run goes on, see agro plan for what saves memory"
+        )
 
 
 def base_source(config: TrainConfig, start: Start) -> str:

@@ -30,14 +30,17 @@ class Policy(nn.Module):
         barred: Collection[int] = (),
         form: ModelHead | None = None,
     ) -> None:
-        """barred: ids that cannot be drawn where a micro-batch is `early`. form: that of a model of
-        the same class and configuration, if there is one; else the model is asked, in two passes
-        or more. Raises Refusal for a model whose logits are not its head's of the last hidden
-        state, scaled or capped."""
+        """Raises Refusal for a model whose logits are not its head's of the last hidden state,
+        scaled or capped.
+
+        Args:
+            barred: ids that cannot be drawn where a micro-batch is `early`.
+            form: what lies between the last hidden state and the logits, as another policy of the
+                same class and configuration has it; None: the model is asked, in two passes or
+                more, which weights without contents cannot be.
+        """
         super().__init__()
         try:
-            if form is not None:
-                form.check_unchanged(model)
             self.form = ModelHead.of(model) if form is None else form
         except ValueError as error:
             raise Refusal(str(error)) from error
@@ -167,6 +170,24 @@ def head_gradient(policy: nn.Module) -> Tensor | None:
     return gradient
 
 
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """A model's layers, whatever its family calls them (`layers`, `h`, `decoder.layers`).
+
+    Raises Refusal for a model that has no list of as many modules as its configuration has layers.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
+    as_long = [each for each in lists if len(each) == count]
+    if not as_long:
+        raise Refusal(
+            f"model: expected one with a list of its {count} layers, got {type(model).__name__}, "
+            f"whose lists have {sorted({len(each) for each in lists})} modules; take a model of "
+            "another family"
+        )
+    # A layer may have a list of as many experts; it is inside, so it is smaller.
+    return max(as_long, key=lambda each: sum(p.numel() for p in each.parameters()))
+
+
 def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
     """Shards weights, gradients and with them the optimiser over the ranks, layer by layer (FSDP2).
 
@@ -176,7 +197,7 @@ def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
     param_dtype = torch.bfloat16 if mixed_precision == "bf16" else None
     reduce_dtype = torch.promote_types(policy.model.dtype, torch.float32)
     policy_of_layers = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    for layer in policy.model.base_model.layers:
+    for layer in layers_of(policy.model):
         fully_shard(layer, mesh=mesh, mp_policy=policy_of_layers)
     root = replace(policy_of_layers, cast_forward_inputs=False)
     fully_shard(policy, mesh=mesh, mp_policy=root)

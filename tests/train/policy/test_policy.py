@@ -15,6 +15,10 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -25,7 +29,7 @@ from agro_train.data.batch import pack
 from agro_train.data.rows import read_jsonl
 from agro_train.policy import load
 from agro_train.policy.load import fingerprint, identity, set_matmul_precision
-from agro_train.policy.policy import Policy
+from agro_train.policy.policy import Policy, layers_of
 from agro_train.refusal import Refusal
 from agro_train.types import Rollout
 from tests.train.models import ragged_rollouts, tiny_policy
@@ -254,3 +258,23 @@ def test_smollm2_trains_on_math_from_its_gguf_file(tmp_path: Path) -> None:
     assert 0.5 < row["entropy"] < 5  # nats: a language model that knows what it says
     texts = [r["completion"] for r in read_jsonl(tmp_path / "run/rollouts/step-000001.jsonl")]
     assert all(text.isprintable() or "\n" in text for text in texts) and any(texts)
+
+
+def test_layers_are_found_whatever_they_are_called() -> None:
+    with torch.device("meta"):
+        gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99))
+        opt = OPTForCausalLM(
+            OPTConfig(
+                hidden_size=32,
+                word_embed_proj_dim=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                vocab_size=99,
+            )
+        )
+    assert layers_of(gpt2) is gpt2.transformer.h
+    assert layers_of(opt) is opt.model.decoder.layers
+    gpt2.config.num_hidden_layers = 3
+    with pytest.raises(Refusal, match=r"expected one with a list of its 3 layers, got GPT2LMHead"):
+        layers_of(gpt2)
