@@ -22,7 +22,7 @@ test: lint  ## lint, and the whole test suite
 
 # The tests that need TRL and Lightning, and those of the modules beside TRL's versions.
 test-trl: $(VENV)-trl/installed  ## the integrations with TRL and Lightning, in an environment of their own
-	$(VENV)-trl/bin/python -m pytest -m 'not vllm and not verl and not openrlhf' tests/train/integrations tests/kernels/test_modules.py
+	$(VENV)-trl/bin/python -m pytest -m 'not vllm and not verl and not openrlhf' tests/train/integrations tests/kernels/test_modules.py tests/train/test_examples.py
 
 # The tests of the adapters on recorded tensors, with verl's and OpenRLHF's own functions.
 test-verl: $(VENV)-verl/installed  ## the same with verl
