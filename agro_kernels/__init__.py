@@ -15,6 +15,7 @@ from agro_kernels.linear_logprobs import (
     linear_logprobs_with_entropy,
     linear_logprobs_with_stats,
 )
+from agro_kernels.model_head import ModelHead
 from agro_kernels.modules import LinearAgroLoss, LogprobHead, next_tokens, patch_model
 from agro_kernels.packing import pack_sequences
 from agro_kernels.policy_gradient import (
@@ -34,6 +35,7 @@ __all__ = [
     "LogprobHead",
     "LogprobStats",
     "LogprobsWithEntropy",
+    "ModelHead",
     "agro_coefficients",
     "agro_loss",
     "linear_agro_loss",

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from agro_train.config import TrainConfig
-from agro_train.data.chat import ChatOptions
+from agro_train.data.chat import ChatOptions, Renderer
 from agro_train.data.prompts import load_prompts
 from agro_train.data.rows import check_file
 from agro_train.data.sources import check_sources
+from agro_train.engines.turns import Dialogue
+from agro_train.environments.pool import Environments
 from agro_train.policy import tiny
 from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
@@ -58,6 +60,37 @@ def check_files(config: TrainConfig, *, recorded: bool) -> None:
 def chat_options(config: TrainConfig) -> ChatOptions:
     """How the configuration has prompts rendered, recorded ones, too."""
     return ChatOptions(config.system_prompt, config.chat_template_kwargs)
+
+
+def start_dialogue(
+    config: TrainConfig,
+    environments: Environments | None,
+    tokenizer: Any,
+    context: int | None,
+    questions: Questions,
+) -> Dialogue | None:
+    """Puts the environment to a first prompt. None where there is no environment. Raises Refusal
+    where it does not take the prompt.
+
+    Args:
+        context: tokens that the model can read; None: unknown.
+    """
+    if environments is None:
+        return None
+    longest = config.max_prompt_length
+    if context is not None:
+        longest = min(longest, context - config.max_completion_length)
+    renderer = Renderer(tokenizer, config.prompt_template, chat_options(config))
+    dialogue = Dialogue(environments, renderer, config, longest)
+    prompts = [*questions.prompts, *questions.held_out]
+    if any("turns" in prompt.columns for prompt in prompts):
+        raise Refusal(
+            "environment: expected no column turns in the dataset, got one; reward functions get "
+            "the rollout's turns under that name: rename it"
+        )
+    if prompts:
+        dialogue.check(prompts[0])
+    return dialogue
 
 
 def load_questions(

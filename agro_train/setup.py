@@ -27,6 +27,8 @@ from agro_train.data.recorded import Recorded, load_recorded, read_rollouts
 from agro_train.engines.engine import Engine
 from agro_train.engines.process_engine import ProcessEngine
 from agro_train.engines.transformers_engine import TransformersEngine
+from agro_train.engines.turns import Dialogue
+from agro_train.environments.pool import Environments
 from agro_train.fresh import Ahead, FreshGroups, Group, InStep, Questioner, groups_of_json
 from agro_train.interrupt import Interrupts
 from agro_train.lock import FolderLock
@@ -51,7 +53,13 @@ from agro_train.policy.load import (
 )
 from agro_train.policy.policy import Policy, shard, with_gathered_model
 from agro_train.policy.reference_cache import check_cache_folder, with_ref_logprobs
-from agro_train.questions import Questions, chat_options, check_files, load_questions
+from agro_train.questions import (
+    Questions,
+    chat_options,
+    check_files,
+    load_questions,
+    start_dialogue,
+)
 from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards
@@ -115,6 +123,7 @@ def _set_up(
         ranks.from_main(folder.check_unused)
     try_algorithm(config)
     rewards = load_rewards(config)
+    environments = Environments.of(config)
     callbacks = load_callbacks(config.callbacks, ranks)
     changed = changes(folder, config) if resume else {}
     start = Start()
@@ -133,6 +142,7 @@ def _set_up(
     source = base_source(config, start)
     tokenizer, sizes = load_tokenizer(source, config.chat_template), load_sizes(source)
     questions = load_questions(config, tokenizer, sizes.context, ranks, gold_needed=True)
+    dialogue = start_dialogue(config, environments, tokenizer, sizes.context, questions)
     recorded = load_recorded(
         config.recorded,
         tokenizer,
@@ -163,7 +173,7 @@ def _set_up(
     check_first_tokens(config, recorded, demonstrations.values(), models.end_tokens)
     optimizer, scheduler = make_optimizer(config, models.policy, start)
     ask = Questioner(config, questions.prompts, mix, ranks, rewards, demonstrations)
-    engine, fresh = start_engine(config, models, questions, accelerator, ask, start)
+    engine, fresh = start_engine(config, models, questions, accelerator, ask, start, dialogue)
     recorded = with_known_references(config, recorded, models, accelerator)
     open_folder(
         config, folder, start, tokenizer, warm_start, accelerator, resume=resume, changed=changed
@@ -211,8 +221,8 @@ def check_first_tokens(
     so its probability is 0."""
     rows = [r for group in recorded.groups for r in group] if not config.truncates else []
     for rollout in (*rows, *demonstrations):
-        first = rollout.completion_ids[: config.min_new_tokens]
-        if not ends.isdisjoint(first):
+        firsts = (places[: config.min_new_tokens] for places in rollout.sampled)
+        if any(rollout.completion_ids[i] in ends for places in firsts for i in places):
             raise Refusal(
                 f"min_new_tokens: expected no end token among the first {config.min_new_tokens} of "
                 f"a {rollout.source} completion, got one in that of {rollout.prompt[:40]!r}, whose "
@@ -451,6 +461,7 @@ def start_engine(
     accelerator: Accelerator,
     ask: Questioner,
     start: Start,
+    dialogue: Dialogue | None = None,
 ) -> tuple[Engine, FreshGroups]:
     """What samples completions, vLLM or transformers, and who has it sample the fresh groups."""
     policy, tokenizer, ends = models.policy, models.tokenizer, models.end_tokens
@@ -458,14 +469,14 @@ def start_engine(
     if config.use_vllm:
         from agro_train.engines import vllm_engine  # without vLLM there is nothing to import
 
-        longest = questions.longest
-        vllm = vllm_engine.start(config, policy, accelerator, tokenizer, ends, longest)
+        longest = max(questions.longest, dialogue.longest_prompt if dialogue else 0)
+        vllm = vllm_engine.start(config, policy, accelerator, tokenizer, ends, longest, dialogue)
     if config.max_staleness:
-        beside = vllm or ProcessEngine(policy, accelerator, tokenizer, ends, config)
+        beside = vllm or ProcessEngine(policy, accelerator, tokenizer, ends, config, dialogue)
         ahead = Ahead(ask, beside, start.step, groups_in_flight(start, ask))
         return ahead, ahead
     engine: Engine = vllm or TransformersEngine(
-        partial(with_gathered_model, policy, accelerator), tokenizer, ends, config
+        partial(with_gathered_model, policy, accelerator), tokenizer, ends, config, dialogue
     )
     return engine, InStep(ask, engine)
 

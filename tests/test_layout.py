@@ -27,7 +27,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "agro_kernels": [
         {"reference", "tiles", "packing"},
         {"head"},
-        {"agro_options", "counted_rows"},
+        {"agro_options", "counted_rows", "kept_logits", "model_head"},
         {"_torch", "_triton"},
         {"_cpu"},
         {"ops"},
@@ -42,6 +42,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"config"},
         {"data"},
         {"policy", "rewards", "watch"},
+        {"environments"},
         {"engines", "plan"},
         {"algorithm", "callbacks", "completion", "evaluate", "fresh", "questions"},
         {"metrics", "run"},

@@ -14,6 +14,7 @@ from torch import Tensor
 from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
 from agro_kernels.head import Head, Upstream, check_target_values
+from agro_kernels.kept_logits import KeptLogits
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # agro_head.dtype
 
@@ -59,6 +60,14 @@ class _Struct:
         return ctypes.pointer(self._struct)
 
 
+def _kept_struct(kept_logits: KeptLogits | None) -> "ctypes._Pointer[native.Kept] | None":
+    """The memory of the kept logits as the library takes it; what lies where is its own affair."""
+    if kept_logits is None:
+        return None
+    logits, maxima = kept_logits
+    return ctypes.pointer(native.Kept(logits.data_ptr(), maxima.data_ptr(), kept_logits.columns))
+
+
 def _with_contiguous_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
@@ -77,11 +86,16 @@ def _wanted(tensor: Tensor) -> int | None:
     return tensor.data_ptr() if tensor.numel() > 0 else None
 
 
-def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy."""
+def linear_logprobs_fwd(
+    head: Head, with_entropy: bool, kept_logits: KeptLogits | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy.
+
+    kept_logits: the memory that is filled for the backward pass; None: nothing is kept.
+    """
     library = _library(head)
     if library is None:
-        return blocked.linear_logprobs_fwd(head, with_entropy)
+        return blocked.linear_logprobs_fwd(head, with_entropy, kept_logits)
     head.check_values()
     n = head.hidden.shape[0]
     logprobs = head.hidden.new_empty(n, dtype=torch.float32)
@@ -89,14 +103,22 @@ def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor,
     entropy = logprobs.new_empty(n if with_entropy else 0)
     struct = _Struct(head)
     status = library.agro_linear_logprobs_fwd(
-        struct.pointer, logprobs.data_ptr(), lse.data_ptr(), _wanted(entropy)
+        struct.pointer,
+        logprobs.data_ptr(),
+        lse.data_ptr(),
+        _wanted(entropy),
+        _kept_struct(kept_logits),
     )
     native.check_status(status, "linear_logprobs")
     return logprobs, lse, entropy
 
 
 def linear_logprobs_bwd(
-    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
+    upstream: Upstream,
+    head: Head,
+    output_mask: list[bool],
+    weight_grad: Tensor | None = None,
+    kept_logits: KeptLogits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 
@@ -104,7 +126,7 @@ def linear_logprobs_bwd(
     """
     library = _library(head)
     if library is None:
-        return blocked.linear_logprobs_bwd(upstream, head, output_mask, weight_grad)
+        return blocked.linear_logprobs_bwd(upstream, head, output_mask, weight_grad, kept_logits)
     # The targets may have been changed since the forward pass checked them.
     check_target_values(head.targets, head.weight.shape[0], head.ignore_index)
     upstream = upstream.each(_floats)
@@ -118,6 +140,7 @@ def linear_logprobs_bwd(
         _pointer(upstream.lse),
         _pointer(upstream.entropy),
         *gradients.pointers,
+        _kept_struct(kept_logits),
     )
     native.check_status(status, "linear_logprobs, backward")
     return gradients.results()

@@ -8,7 +8,8 @@ import agro_kernels
 PUBLIC = set(
     """
     IGNORE_INDEX POLICY_GRADIENT_FORMS AgroCoefficients AgroStats LinearAgroLoss LogprobHead
-    LogprobStats LogprobsWithEntropy agro_coefficients agro_loss linear_agro_loss linear_logprobs
+    LogprobStats LogprobsWithEntropy ModelHead agro_coefficients agro_loss linear_agro_loss
+    linear_logprobs
     linear_logprobs_with_entropy linear_logprobs_with_stats next_tokens pack_sequences patch_model
     policy_gradient_coefficients reward_to_go_coefficients selective_logprobs weighted_logprob_sum
     """.split()

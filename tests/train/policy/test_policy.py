@@ -8,16 +8,25 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agro_train.cli import main
+from agro_train.config import TrainConfig
 from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.rows import read_jsonl
 from agro_train.policy import load
 from agro_train.policy.load import fingerprint, identity, set_matmul_precision
 from agro_train.policy.policy import Policy
+from agro_train.refusal import Refusal
 from agro_train.types import Rollout
 from tests.train.models import ragged_rollouts, tiny_policy
 
@@ -154,9 +163,43 @@ def test_flash_attention_is_told_where_sequences_begin(monkeypatch: pytest.Monke
     assert len(calls) == policy.model.config.num_hidden_layers and len(calls[0]) == 9
 
 
-def test_scaled_logits_are_refused() -> None:
-    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.1))
-    with pytest.raises(ValueError, match="model: expected a head without logit scaling, got logit"):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scaled_head_gives_the_models_own_distribution_and_gradients(temperature: float) -> None:
+    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.1)).eval()
+    (micro,) = pack(ragged_rollouts()[:1], token_budget=100, share_prompts=False)
+    policy = Policy(model)
+    ours = policy(micro, temperature)
+    logits = model(input_ids=micro.input_ids[None]).logits[0] / temperature
+    logprobs = logits.log_softmax(-1)[micro.predictors].gather(-1, micro.targets[:, None])[:, 0]
+    torch.testing.assert_close(ours.logprobs, logprobs)
+    torch.testing.assert_close(ours.lse, logits.logsumexp(-1)[micro.predictors])
+    total = policy(micro, temperature, torch.ones_like(logprobs), ours.lse.detach())
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(total, parameters)
+    for a, b in zip(found, torch.autograd.grad(logprobs.sum(), parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_head_in_float32_multiplies_in_it_under_autocast() -> None:
+    config = TrainConfig(head_dtype="float32")
+    policy = tiny_policy(dtype=torch.float32)
+    load.prepare(policy.model, config)
+    policy.model.to(torch.bfloat16)
+    (micro,) = pack(ragged_rollouts(), token_budget=1000, share_prompts=True)
+    weight = policy.model.get_output_embeddings().weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = policy.hidden_states(micro)[micro.predictors]
+        ours = policy(micro)
+        generated = policy.model(input_ids=micro.input_ids[None]).logits
+    logits = hidden.float() @ weight.float().T
+    expected = logits.log_softmax(-1).gather(-1, micro.targets[:, None])[:, 0]
+    torch.testing.assert_close(ours.logprobs, expected, rtol=1e-5, atol=1e-5)
+    assert hidden.dtype == weight.dtype == torch.bfloat16 and generated.dtype == torch.float32
+
+
+def test_logits_that_are_no_heads_are_refused() -> None:
+    model = BertLMHeadModel(BertConfig(**SMALL, is_decoder=True)).eval()
+    with pytest.raises(Refusal, match="model: expected logits that are lm_head.*differ.* up to"):
         Policy(model)
 
 
