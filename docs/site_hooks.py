@@ -17,7 +17,7 @@ MOUNTED = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "internals/contributing.md",
     "README.md": "index.md",  # the site has a start of its own: only links go there
-    "benchmarks/README.md": "benchmarks.md",
+    "benchmarks/README.md": "running-benchmarks.md",
     "csrc/README.md": "internals/csrc.md",
     "examples/README.md": "examples.md",
 }

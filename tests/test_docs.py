@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +142,11 @@ RUN_BY = {
     "watching.md": {"class MyClass": "tests/test_docs.py"},
 }
 SHELL = ("", "sh", "bash")
+# Besides `agro`: tests/benchmarks/test_readme.py looks for the modules of benchmarks, other tests run
+# the self-check and the completion, and what is installed is there before any test.
+READ_COMMANDS = (
+    r"agro |python -m (agro_kernels|benchmarks)\b|eval \$\(agro --print-completion |pip install "
+)
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
 
@@ -155,8 +161,7 @@ def read_below(block: Block) -> bool:
     if block.language in ("yaml", "json"):
         return True
     return block.language in SHELL and all(
-        words[0] == "agro" or words[:3] == ["python", "-m", "agro_kernels"]
-        for words in commands(block)
+        re.match(READ_COMMANDS, " ".join(words)) for words in commands(block)
     )
 
 
@@ -200,6 +205,13 @@ def test_commands_of_agro_are_taken(
             config.from_arguments(options.settings)
         elif words[0] in ("rollout", "eval"):
             config.read_overrides([word for word in words if re.match(r"\w+=", word)])
+
+
+@texts
+def test_extras_that_are_installed_exist(text: Path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extras in re.findall(r"\bpip install '?\.\[([\w,-]+)\]", text.read_text()):
+        assert set(extras.split(",")) <= project["optional-dependencies"].keys()
 
 
 def joined(page: Path) -> str:

@@ -3,8 +3,8 @@
     make regression
 
 The first run has nothing to compare with; its numbers are kept in .benchmarks. Numbers of two
-machines do not compare: pytest-benchmark
-keeps them apart. What is compared is the minimum; a slowdown below a tenth is noise.
+machines do not compare: pytest-benchmark keeps them apart. What is compared is the minimum; a
+slowdown below a tenth is noise. These are no tests, so `make test` leaves them out.
 """
 
 from collections.abc import Callable

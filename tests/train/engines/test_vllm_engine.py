@@ -627,6 +627,8 @@ def test_server_is_started_for_this_machine_only_and_ready_for_weights() -> None
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--max-logprobs") + 1] == "2048"
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    # Where seeded requests may not be read in parts; the user's own options come last, and count.
+    assert ("--no-enable-chunked-prefill" in command) is not torch.cuda.is_available()
 
 
 # --- Ahead of the updates, and several servers ----------------------------------------------------
