@@ -142,8 +142,8 @@ RUN_BY = {
     "watching.md": {"class MyClass": "tests/test_docs.py"},
 }
 SHELL = ("", "sh", "bash")
-# Besides `agro`: tests/benchmarks/test_readme.py looks for the modules of benchmarks, other tests run
-# the self-check and the completion, and what is installed is there before any test.
+# Besides `agro`: tests/benchmarks/test_readme.py looks for the modules of benchmarks, other tests
+# run the self-check and the completion, and what is installed is there before any test.
 READ_COMMANDS = (
     r"agro |python -m (agro_kernels|benchmarks)\b|eval \$\(agro --print-completion |pip install "
 )

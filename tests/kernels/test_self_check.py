@@ -52,6 +52,17 @@ def test_path_that_serves_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.endswith("blocked torch path, for AGRO_CPU_ISA is none")
 
 
+def test_path_that_serves_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "triton_import_error", lambda: None)
+    head, rest = self_check.served_by("cuda")
+    assert head.endswith(": Triton; blocked torch path for float64")
+    assert rest.endswith(": Triton")
+    monkeypatch.setattr(self_check, "triton_import_error", lambda: ImportError("none here"))
+    head, rest = self_check.served_by("cuda")
+    assert head.endswith(": blocked torch path, for triton: none here")
+    assert rest.endswith(": blocked torch path")
+
+
 def test_wrong_numbers_are_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
