@@ -132,7 +132,7 @@ def test_frozen_head_computes_no_weight_gradient() -> None:
     policy = lora_policy()
     with Calls("linear_logprobs_bwd") as calls:
         gradient_of(policy, AdapterOff(policy), ragged_batch(token_budget=1000), LORA)
-    asked = [arguments[-1] for arguments in calls.arguments]
+    asked = [arguments[-3] for arguments in calls.arguments]  # before the kept logits
     assert asked == [[True, False, False]]  # of hidden states, weight, bias
 
 
