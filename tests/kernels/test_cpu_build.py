@@ -13,6 +13,7 @@ from tests.kernels import sanitize
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = "agro_kernels/_cpu/_native.so"
+DATA = {".yaml", ".css", ".j2", ".typed"}  # what is in the package beside the modules
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
@@ -79,6 +80,9 @@ def test_wheel_made_from_the_source_archive_holds_the_library(
         held = names.namelist()
         names.extract(LIBRARY, tmp_path)
     assert LIBRARY in held
+    data = [path for path in (ROOT / "agro_train").rglob("*") if path.suffix in DATA]
+    assert {path.suffix for path in data} == DATA
+    assert {path.relative_to(ROOT).as_posix() for path in data} <= set(held)
     assert not [name for name in held if name.startswith(("csrc", "tests"))]
     if sys.platform == "linux" and shutil.which("nm"):
         symbols = run(["nm", "-D", "--defined-only", tmp_path / LIBRARY], tmp_path)

@@ -1,0 +1,61 @@
+"""Distillation from a teacher's top-k: its k most likely ids and their probabilities are enough.
+
+That is what an inference server sends, too. The student learns the teacher's distribution over
+those ids, renormalised. It prints the KL divergence from it to the student's distribution, in nats
+a token, which falls towards 0.
+"""
+
+import argparse
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from agro_kernels import linear_logprobs_with_stats, weighted_logprob_sum
+
+VOCABULARY, TOP_K = 512, 8
+
+
+def llama(hidden_size: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            initializer_range=0.1,
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60)
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    teacher, student = llama(128), llama(64)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    ids = torch.randint(VOCABULARY, (8, 16))
+    with torch.no_grad():
+        top = teacher(input_ids=ids).logits.topk(TOP_K)  # values and indices, (8, 16, k)
+    probabilities = top.values.softmax(-1)
+    entropy = -(probabilities * probabilities.log()).sum(-1).mean()
+    for step in range(1, options.steps + 1):
+        hidden = student.model(input_ids=ids).last_hidden_state
+        weight = student.lm_head.weight
+        with torch.no_grad():  # the log of the softmax's denominator, for all k sums
+            lse = linear_logprobs_with_stats(hidden, weight, ids).lse
+        loss = -entropy
+        for k in range(TOP_K):  # the coefficients are known: three products a sum, no logits
+            coefficients = -probabilities[..., k] / ids.numel()
+            targets = top.indices[..., k]
+            loss = loss + weighted_logprob_sum(hidden, weight, targets, coefficients, lse=lse)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step}: KL {loss.item():.3f}")
+
+
+if __name__ == "__main__":
+    main()
