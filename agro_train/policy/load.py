@@ -37,7 +37,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from agro_train.config import TrainConfig
 from agro_train.data.chat import turn_end
-from agro_train.policy import tiny
+from agro_train.policy import shards, tiny
 from agro_train.policy.activations import recompute_mlp_products
 from agro_train.policy.adapter import base_of, keeps_base, with_adapter_merged
 from agro_train.policy.shards import Weights, why_not
@@ -109,6 +109,12 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
         plain = load_model(base, replace(config, load_in_4bit=False))  # to add to, exactly
         with _loading(source):
             return with_adapter_merged(plain, Path(source))
+    if (Path(source) / shards.FOLDER).is_dir():
+        model, weights = load_unread(source, config, print)
+        assert weights is not None, "a checkpoint in shards is refused or read"
+        shards.allocate(model, torch.device("cpu"))
+        shards.fill(model, weights)
+        return model
     name, gguf = _resolve(source)
     with _loading(source):
         model = AutoModelForCausalLM.from_pretrained(
@@ -147,6 +153,11 @@ def load_unread(source: str, config: TrainConfig, say: Callable[[str], None]) ->
         model = _without_weights(source, config)
         weights = _stored_weights(source)
         reason = _why_not_unread(model, weights)
+    if reason is not None and (Path(source) / shards.FOLDER).is_dir():
+        raise Refusal(
+            f"model: expected the shards of a {type(model).__name__} in {source!r}, got others: "
+            f"{reason}; take another checkpoint, or put a copy of this one back"
+        )
     if reason is not None or weights is None:
         say(f"model: every process loads {source} whole before it is sharded: {reason}")
         return Loaded(load_model(source, config))
@@ -172,6 +183,8 @@ def _without_weights(source: str, config: TrainConfig) -> PreTrainedModel:
 
 def _stored_weights(source: str) -> Weights | None:
     """The weights of a folder or hub id; None where they are in no safetensors files."""
+    if (Path(source) / shards.FOLDER).is_dir():
+        return shards.stored(Path(source) / shards.FOLDER)
     if (file := _file_of(source, SAFE_WEIGHTS_NAME)) is not None:
         return Weights([Path(file)])
     if (index := _file_of(source, SAFE_WEIGHTS_INDEX_NAME)) is None:

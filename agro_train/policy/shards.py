@@ -6,17 +6,23 @@ wrote, each its own rows (torch.distributed.checkpoint's HuggingFaceStorageWrite
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+FOLDER = "weights"  # of a sharded run's checkpoint: a file or more of each rank
+FILE_BYTES = 1 << 30  # about; what a rank writes at once is in its memory twice
 SHARDING = "DCP_SHARDING_INFO"  # in a file's metadata: where each of its tensors begins
 
 
@@ -34,6 +40,7 @@ class Stored:
 
     pieces: list[Piece]  # in the order of their rows
     row: tuple[int, ...] | None  # shape of a row; None: a single number
+    dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -57,8 +64,9 @@ class Weights:
                     shape = tuple(opened.get_slice(name).get_shape())
                     first = offsets[name]["saved_offsets"][0] if shape and name in offsets else 0
                     piece = Piece(file, first, first + (shape[0] if shape else 1))
-                    stored = self.tensors.setdefault(name, Stored([], shape[1:] if shape else None))
-                    stored.pieces.append(piece)
+                    row, none = (shape[1:], opened.get_slice(name)[:0]) if shape else (None, None)
+                    dtype = (opened.get_tensor(name) if none is None else none).dtype
+                    self.tensors.setdefault(name, Stored([], row, dtype)).pieces.append(piece)
         for stored in self.tensors.values():
             stored.pieces.sort(key=lambda piece: piece.first)
 
@@ -105,9 +113,9 @@ def why_not(model: nn.Module, weights: Weights) -> str | None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for name, parameter in model.named_parameters():
-        stored = [known for known in names[id(parameter)] if known in weights.tensors]
-        if stored != [name]:
-            found = " and ".join(stored) or "no such weight"
+        known = [each for each in names[id(parameter)] if each in weights.tensors]
+        if known != [name]:
+            found = " and ".join(known) or "no such weight"
             return f"expected {name} in its files, got {found}"
         if (shape := weights.tensors[name].shape) != (wanted := tuple(parameter.shape)):
             found = "one with rows missing" if shape is None else str(shape)
@@ -137,14 +145,47 @@ def allocate(module: nn.Module, device: torch.device) -> None:
             setattr(owner, name, getattr(first, its_name))
 
 
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, tied ones once, and the buffers that are saved with a model, by name."""
+    found: dict[str, Tensor] = {n: p.detach() for n, p in model.named_parameters()}
+    for at, owner in model.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                found[f"{at}.{name}".lstrip(".")] = buffer
+    return found
+
+
 def fill(model: nn.Module, weights: Weights) -> None:
     """Reads every parameter, and of the buffers those that are saved with a model and were."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            weights.read(name, parameter)
-        for at, owner in model.named_modules():
-            for name, buffer in owner._buffers.items():
-                stored = f"{at}.{name}".lstrip(".")
-                saved = buffer is not None and name not in owner._non_persistent_buffers_set
-                if saved and stored in weights.tensors:
-                    weights.read(stored, buffer)
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, tensor in saved_tensors(model).items():
+        if name in parameters or name in weights.tensors:
+            weights.read(name, tensor)
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
+    """Every rank of a process group writes its rows of DTensors; of other tensors one does.
+
+    Every rank must call it. What goes wrong on one of them is raised on all.
+    """
+    # The same on all ranks, whose rows differ by one.
+    world, size, numbers = dist.get_world_size(group), 0, {}
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + size // FILE_BYTES
+        size += tensor.numel() * tensor.element_size() // world
+    writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
+    try:
+        save(dict(tensors), storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise RuntimeError(f"a rank could not write its shards: {error}") from cause
+
+
+def written_by(folder: Path, rank: int) -> list[Path]:
+    """The files that a rank has written in a folder."""
+    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+
+
+def stored(folder: Path) -> Weights:
+    """What all ranks have written in a folder."""
+    return Weights(sorted(folder.glob("*.safetensors")))
