@@ -147,7 +147,7 @@ def load_unread(source: str, config: TrainConfig, say: Callable[[str], None]) ->
     """The model of `load_model`, to be sharded: on the meta device, with its weights still in their
     files. Those that transformers cannot simply copy from a file are loaded, and `say` is told.
     """
-    if keeps_base(source):  # made from a .gguf file, or the sum of weights and an adapter
+    if _resolve(source)[1] or base_of(Path(source)) is not None:  # GGUF; weights and an adapter
         return Loaded(load_model(source, config))
     with _loading(source):
         model = _without_weights(source, config)

@@ -120,10 +120,10 @@ class Saver:
         """Waits until the checkpoint that was begun has its name. Returns the steps of one that was
         begun since the last call; raises what kept it from being written."""
         self._join(None)
+        begun, self._begun = self._begun, None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        begun, self._begun = self._begun, None
         return begun
 
     def close(self) -> None:

@@ -320,6 +320,10 @@ def test_sharded_run_goes_on_with_other_ranks_and_is_exported(
     how: dict[str, Any] = {"ranks": 2, "kill_at": at_step_4, "victims": [0, 1]}
     assert server.run(begun, *settings, **how) == KILLED, said(begun)
     assert list(RunFolder(begun).checkpoints()) == [2]
+    size = next((begun / "checkpoint-2" / "moments").iterdir()).stat().st_size
+    fails(server, begun, size - 1, f"go on with --resume {begun}", ranks=2)
+    assert checkpoint.damage(begun / "checkpoint-2") is None
+    assert not list(begun.rglob(".partial-*")) and len(RunFolder(begun).checkpoints()) == 1
     start, expected = (load_file(whole / name / "model.safetensors") for name in MODELS)
     moved = distance(start, expected)
     for ranks, again in ((3, []), (1, ["fsdp=false"])):
@@ -527,8 +531,9 @@ def test_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(
     assert_same(folder, whole[0])
 
 
-def fails(server: Server, folder: Path, file_size: int, advice: str) -> None:
-    assert server.run(folder, *SETTINGS, file_size=file_size) == 2, said(folder)
+def fails(server: Server, folder: Path, file_size: int, advice: str, ranks: int = 1) -> None:
+    how: dict[str, Any] = {"ranks": ranks, "file_size": file_size, "grace": 5.0 * (ranks > 1)}
+    assert server.run(folder, *SETTINGS, **how) == 2, said(folder)
     last = said(folder).splitlines()[-1]
     assert last.startswith("agro: output_dir: expected room to write to ")
     assert os.strerror(errno.EFBIG) in last and last.endswith(advice)

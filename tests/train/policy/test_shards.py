@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from agro_train.config import TrainConfig
 from agro_train.policy import tiny
 from agro_train.policy.load import Loaded, fingerprint, identity, load_model, load_unread
+from agro_train.policy.policy import Policy, shard
 from agro_train.policy.shards import Weights, allocate, fill, local_rows, why_not
 from tests.train.models import save_llama3_miniature
 
@@ -47,6 +49,25 @@ def test_model_that_is_filled_from_its_files_is_the_one_that_transformers_loads(
     tied = [m.get_input_embeddings().weight is m.lm_head.weight for m in (model, whole)]
     assert tied == [save is save_tied] * 2
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_tied_weights_stay_one_in_shards(tmp_path: Path) -> None:
+    folder = save_tied(tmp_path / "model")
+    model, weights = unread(folder)
+    assert weights is not None
+    policy = Policy(model)
+    shard(policy, "no", init_device_mesh("cpu", (1,)))
+    allocate(policy, CPU)
+    fill(policy.model, weights)
+    whole, ids = load_model(str(folder), TrainConfig()), torch.arange(3, 13)[None]
+    ours = policy(lambda inner: inner(ids).logits)
+    assert torch.equal(ours, whole(ids).logits)
+    ours.square().sum().backward()
+    whole(ids).logits.square().sum().backward()
+    tied = policy.model.lm_head.weight
+    assert tied is policy.model.get_input_embeddings().weight
+    torch.testing.assert_close(tied.grad.full_tensor(), whole.lm_head.weight.grad)
 
 
 def test_files_in_another_precision_are_rounded_as_transformers_does(tmp_path: Path) -> None:
