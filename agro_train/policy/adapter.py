@@ -94,7 +94,7 @@ def keeps_base(model: str) -> bool:
     because transformers has no name for them: they are made on the spot, read from a .gguf file or
     from shards, or the sum of weights and another adapter."""
     made = model in ("tiny", "smollm2") or model.endswith(".gguf")
-    in_shards = (Path(model) / shards.FOLDER).is_dir()
+    in_shards = shards.are_in(Path(model))
     return made or in_shards or (Path(model) / CONFIG).is_file()
 
 

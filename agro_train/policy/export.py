@@ -33,7 +33,7 @@ def export(source: Path, folder: Path, config: TrainConfig) -> None:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name not in OURS:
                 shutil.copyfile(path, partial / path.name)
-        if (source / shards.FOLDER).is_dir():
+        if shards.are_in(source):
             _put_together(shards.stored(source / shards.FOLDER), partial)
 
 

@@ -109,7 +109,7 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
         plain = load_model(base, replace(config, load_in_4bit=False))  # to add to, exactly
         with _loading(source):
             return with_adapter_merged(plain, Path(source))
-    if (Path(source) / shards.FOLDER).is_dir():
+    if shards.are_in(Path(source)):
         model, weights = load_unread(source, config, print)
         assert weights is not None, "a checkpoint in shards is refused or read"
         shards.allocate(model, torch.device("cpu"))
@@ -153,7 +153,7 @@ def load_unread(source: str, config: TrainConfig, say: Callable[[str], None]) ->
         model = _without_weights(source, config)
         weights = _stored_weights(source)
         reason = _why_not_unread(model, weights)
-    if reason is not None and (Path(source) / shards.FOLDER).is_dir():
+    if reason is not None and shards.are_in(Path(source)):
         raise Refusal(
             f"model: expected the shards of a {type(model).__name__} in {source!r}, got others: "
             f"{reason}; take another checkpoint, or put a copy of this one back"
@@ -183,7 +183,7 @@ def _without_weights(source: str, config: TrainConfig) -> PreTrainedModel:
 
 def _stored_weights(source: str) -> Weights | None:
     """The weights of a folder or hub id; None where they are in no safetensors files."""
-    if (Path(source) / shards.FOLDER).is_dir():
+    if shards.are_in(Path(source)):
         return shards.stored(Path(source) / shards.FOLDER)
     if (file := _file_of(source, SAFE_WEIGHTS_NAME)) is not None:
         return Weights([Path(file)])

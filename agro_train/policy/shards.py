@@ -181,6 +181,11 @@ def write(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> Non
         raise RuntimeError(f"a rank could not write its shards: {error}") from cause
 
 
+def are_in(folder: Path) -> bool:
+    """Whether a folder is a checkpoint whose weights are in shards."""
+    return any((folder / FOLDER).glob("shard-*.safetensors"))
+
+
 def written_by(folder: Path, rank: int) -> list[Path]:
     """The files that a rank has written in a folder."""
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))

@@ -250,13 +250,14 @@ def record(folder: Path) -> dict[str, Any]:
             last / name
             for name in ("model.safetensors", "config.json", "adapter_model.safetensors")
         ),
-        *last.glob("weights/*"),
-        *last.glob("moments/*"),
         folder / "base_model" / "model.safetensors",
         folder / "model" / "model.safetensors",
     ]
     assert checkpoint.damage(last) is None
+    shards = [*last.glob("weights/*"), *last.glob("moments/*")]
     return {
+        # Not their bytes: safetensors writes the entries of its header in any order.
+        **{str(path.relative_to(folder)): plain(load_file(path)) for path in shards},
         "optimizer and schedule": plain(torch.load(last / "optimizer.pt", weights_only=True)),
         "metrics": [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows],
         **{str(path.relative_to(folder)): path.read_bytes() for path in files if path.exists()},

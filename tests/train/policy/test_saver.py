@@ -139,6 +139,15 @@ def test_another_process_has_the_same_weights_moments_and_rates(
     assert other.scheduler.get_last_lr() == training.scheduler.get_last_lr()
 
 
+def test_run_that_has_taken_no_step_has_no_moments(tmp_path: Path) -> None:
+    """As one whose first steps were all skipped."""
+    training = Training(tmp_path)
+    path = training.save(1)
+    assert training.saver.complete() == 1 and checkpoint.damage(path) is None
+    checkpoint.load_optimizer(path, training.policy, training.optimizer, training.scheduler)
+    assert not training.optimizer.state
+
+
 def test_run_that_is_not_sharded_keeps_its_format(tmp_path: Path) -> None:
     training = Training(tmp_path, sharded=False)
     training.step()
