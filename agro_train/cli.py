@@ -32,6 +32,7 @@ COMMANDS = {
     "rollout": Command("record completions of a model, a dataset for recorded=", "record"),
     "score": Command("write rewards into a copy of a rollouts file", "score"),
     "eval": Command("evaluate a run, a checkpoint or a model", "evaluate"),
+    "export": Command("write a run's model as transformers loads it", "export"),
     "plot": Command("draw and compare runs", "plot"),
     "report": Command("write a run's page: curves, configuration, completions", "report"),
     "serve": Command("start a vLLM server that a run samples from", "serve", passes_on=True),

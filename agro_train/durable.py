@@ -41,12 +41,17 @@ def writing(path: Path, *, shared: bool = False, errors: str = "surrogatepass") 
     sync(path.parent)
 
 
+def partial_of(path: Path) -> Path:
+    """The name of a folder until it is complete."""
+    return path.with_name(f"{PARTIAL}{path.name}")
+
+
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
     """An empty folder that takes the name `path`, which is free, when the block ends, and is
     deleted where the block raises.
     """
-    partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial = partial_of(path)
     try:
         partial.mkdir()
         yield partial

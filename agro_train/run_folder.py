@@ -22,6 +22,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"  # a row a step and a row an evaluation
         self.plots = path / "plots"
         self.page = path / "report.html"  # the last file that a run writes
+        self.model = path / "model"  # what a sharded run ends with, as transformers loads it
         self.base_model = path / "base_model"  # the tiny model's weights before the first step
         self.lock = path / ".lock"  # while a run writes here
         self.latest_checkpoint = path / "latest_checkpoint"  # holds the newest one's name

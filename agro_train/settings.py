@@ -78,7 +78,11 @@ class TrainConfig:
         "sdpa", "attention, by transformers' name"
     )
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
-    fsdp: bool = key(False, "shard weights, gradients and optimiser over the ranks (FSDP2)")
+    fsdp: bool = key(
+        False,
+        "shard weights, gradients and optimiser over the ranks (FSDP2)",
+        resumable=True,
+    )
     use_peft: bool = key(False, "train a LoRA adapter; the frozen model itself is the reference")
     lora_r: int = key(16, "rank of the adapter", least=1)
     lora_alpha: int = key(32, "the adapter is multiplied by lora_alpha / lora_r", least=1)

@@ -49,10 +49,12 @@ from agro_train.policy.load import (
     load_model,
     load_sizes,
     load_tokenizer,
+    load_unread,
     set_matmul_precision,
 )
 from agro_train.policy.policy import Policy, shard, with_gathered_model
 from agro_train.policy.reference_cache import check_cache_folder, with_ref_logprobs
+from agro_train.policy.shards import Weights, allocate, fill
 from agro_train.questions import (
     Questions,
     chat_options,
@@ -387,9 +389,16 @@ def base_source(config: TrainConfig, start: Start) -> str:
 def load_models(
     config: TrainConfig, source: str, tokenizer: Any, start: Start, accelerator: Accelerator
 ) -> tuple[Models, WarmStart | None]:
-    """Policy and reference, loaded, given an adapter where one is trained, and on their devices."""
-    base, warm_loss = load_base(source, config, tokenizer)
-    base_model = fingerprint(base)
+    """Policy and reference, loaded, given an adapter where one is trained, and on their devices.
+
+    To be sharded, a model stays in its files, where it can, until each rank reads its shards.
+    """
+    sharded, warm_loss = config.fsdp and not config.use_peft, None
+    if sharded and source != "tiny":
+        base, base_unread = load_unread(source, config, accelerator.print)
+    else:
+        (base, warm_loss), base_unread = load_base(source, config, tokenizer), None
+    base_model = fingerprint(base, base_unread)
     if start.base_model not in (None, base_model):
         raise Refusal(
             f"--resume: expected a checkpoint of model={config.model}, got {start.checkpoint}, "
@@ -399,19 +408,24 @@ def load_models(
     # Copied now, before an adapter or sharding changes it; any other model can be loaded again.
     warm_start = None if warm_loss is None else WarmStart(copy.deepcopy(base), warm_loss)
     reads_cache = config.recorded and accelerator.is_main_process
-    reference_id = identity(base) if reads_cache else ""
+    reference_id = identity(base, base_unread) if reads_cache else ""
     first_without = barred(config, ends)
     if first_without:  # the reference is then another distribution
         reference_id += f"; first {config.min_new_tokens} tokens without {sorted(first_without)}"
+    trained_unread = base_unread
     if config.use_peft:
         trained = base
         add_adapter(trained, config, start.checkpoint)
     elif start.checkpoint is None:
         trained = copy.deepcopy(base)
+    elif sharded:
+        trained, trained_unread = load_unread(str(start.checkpoint), config, accelerator.print)
     else:
         trained = load_model(str(start.checkpoint), config)
     num_weights = sum(parameter.numel() for parameter in trained.parameters())
-    policy, reference = place_on_devices(trained, base, config, accelerator, first_without)
+    policy, reference = place_on_devices(
+        trained, base, config, accelerator, first_without, (trained_unread, base_unread)
+    )
     models = Models(
         policy=policy,
         reference=reference,
@@ -604,10 +618,14 @@ def place_on_devices(
     config: TrainConfig,
     accelerator: Accelerator,
     first_without: Collection[int] = (),
+    unread: tuple[Weights | None, Weights | None] = (None, None),
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Policy and frozen reference on their devices: sharded, replicated, or just there.
 
     With an adapter they are the same weights.
+
+    Args:
+        unread: of each, where the weights are; None: in the model.
     """
     modules = [Policy(trained, first_without)]
     if not config.use_peft:
@@ -615,8 +633,13 @@ def place_on_devices(
         modules.append(reference.requires_grad_(False))
     if config.fsdp:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        for module in modules:  # moved to the device layer by layer, each cut at once
+        for module, weights in zip(modules, unread, strict=False):  # an adapter's run has one
+            if weights is None:
+                module.to(accelerator.device)
             shard(module, config.mixed_precision, mesh)
+            if weights is not None:
+                allocate(module, accelerator.device)
+                fill(module.model, weights)
     else:  # what has no gradients has none to average
         modules = [
             accelerator.prepare_model(

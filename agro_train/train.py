@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from agro_train import durable
 from agro_train.callbacks import BrokenCallback
 from agro_train.data.batch import build_batch
 from agro_train.data.mix import in_recorded_order, replayed_groups
@@ -17,6 +18,8 @@ from agro_train.fresh import groups_to_json
 from agro_train.interrupt import Interrupted
 from agro_train.metrics import describe, peak_memory_gb
 from agro_train.policy import checkpoint
+from agro_train.policy.export import export
+from agro_train.policy.saver import Saver, in_shards
 from agro_train.rewards.functions import refuse_broken, refuse_unasked
 from agro_train.run import Run
 from agro_train.step import update
@@ -61,6 +64,7 @@ def _take_steps(run: Run) -> None:
     ) as display:
         display.say(run.summary)
         taken = saved = start
+        saver = Saver(run.folder.path, run.ranks, keep=config.save_total_limit)
         evaluation = None
         try:
             run.callbacks.tell("on_train_begin", config, run.folder.path)
@@ -83,7 +87,7 @@ def _take_steps(run: Run) -> None:
                     run.fresh.advance(taken)
                 if last or due(config.save_every, taken):
                     saved = taken
-                    save(run, taken)
+                    save(run, saver, taken, last=last)
                 if last and taken < config.steps:
                     display.say(f"A callback ended the run after {taken} steps")
                     break
@@ -92,11 +96,15 @@ def _take_steps(run: Run) -> None:
                 display.say(f"{error.name}: step {taken} is being saved; once more ends it at once")
             if taken > saved:  # what was learned is not lost with what broke
                 saved = taken
-                save(run, taken)
+                save(run, saver, taken, last=True)
+            saved_whole(run, saver)
             raise
         finally:
+            saver.close()
             run.fresh.close()
         if run.main:
+            if in_shards(run.models.policy):
+                export_last(run)
             plot_run(run.folder.path)
             write_report(run.folder.path)
             if evaluation is not None:
@@ -235,17 +243,32 @@ def run_evaluation(run: Run, step: int, display: Display) -> tuple[Evaluation | 
     return result, run.callbacks.tell("on_evaluate", step, metrics, told)
 
 
-def save(run: Run, step: int) -> None:
-    checkpoint.save(
-        run.folder.path,
+def save(run: Run, saver: Saver, step: int, *, last: bool) -> None:
+    """Saves the run after a step. Shards are then written beside the next steps, unless it is the
+    `last` time."""
+    saved_whole(run, saver)
+    saver.save(
         checkpoint.TrainerState(step=step, base_model=run.models.base_model),
         run.models.policy,
         run.models.tokenizer,
         run.optimizer,
         run.scheduler,
         ahead=groups_to_json(run.ranks.gather(run.fresh.in_flight(step))),
-        keep=run.config.save_total_limit,
-        main=run.main,
     )
-    run.accelerator.wait_for_everyone()  # while the main rank writes, the others stay
-    run.callbacks.tell("on_save", step, run.folder.checkpoint(step))
+    if last or not saver.busy:
+        saved_whole(run, saver)
+
+
+def export_last(run: Run) -> None:
+    """Writes the newest checkpoint as transformers loads it, in the place of an earlier end's."""
+    if run.folder.model.exists():
+        durable.delete_folder(run.folder.model)
+    newest = max(run.folder.checkpoints())
+    export(run.folder.checkpoint(newest), run.folder.model, run.config)
+
+
+def saved_whole(run: Run, saver: Saver) -> None:
+    """Waits for a checkpoint that was begun, and tells of it."""
+    if (step := saver.complete()) is not None:
+        run.accelerator.wait_for_everyone()  # while the main rank writes, the others stay
+        run.callbacks.tell("on_save", step, run.folder.checkpoint(step))

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from agro_train.config import TrainConfig
+from agro_train.policy import shards
 from agro_train.refusal import Refusal
 from agro_train.run_folder import RunFolder
 from agro_train.seeds import derive_seed
@@ -95,10 +96,11 @@ def base_name(config: TrainConfig, *, new: bool) -> str:
 
 def keeps_base(model: str) -> bool:
     """Whether a run on `model` with an adapter keeps its base model's weights in its own folder,
-    because transformers has no name for them: they are made on the spot, read from a .gguf file, or
-    the sum of weights and another adapter."""
+    because transformers has no name for them: they are made on the spot, read from a .gguf file or
+    from shards, or the sum of weights and another adapter."""
     made = model in ("tiny", "smollm2") or model.endswith(".gguf")
-    return made or (Path(model) / CONFIG).is_file()
+    in_shards = shards.are_in(Path(model))
+    return made or in_shards or (Path(model) / CONFIG).is_file()
 
 
 def base_of(folder: Path) -> str | None:

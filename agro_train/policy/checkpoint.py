@@ -1,4 +1,5 @@
 """Checkpoints: a folder transformers can load, with the optimiser and the step beside the weights.
+Those of a sharded run have the weights and moments in shards, see `saver.py`.
 
 All randomness of a run is a function of its seed and the step, so there is no other state. A
 checkpoint is written under another name, with the size and the checksum of each of its files, and
@@ -9,13 +10,13 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from agro_train import durable
-from agro_train.policy import adapter
+from agro_train.policy import adapter, shards
 from agro_train.policy.policy import unwrap
 from agro_train.refusal import Refusal
 from agro_train.run_folder import RunFolder
@@ -34,6 +35,8 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_p
 ONTO_DEVICES = replace(WHOLE, cpu_offload=False)
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
+MOMENTS = "moments"  # folder of the optimiser's, where the weights are in shards, too
+KINDS = ("exp_avg", "exp_avg_sq")  # of AdamW's moments
 AHEAD = "ahead.jsonl"  # groups that earlier policies have sampled for steps to come
 
 
@@ -69,8 +72,7 @@ def save(
         return
     run = RunFolder(folder)
     final = run.checkpoint(state.step)
-    for stale in folder.glob(f"{durable.PARTIAL}checkpoint-*"):  # of a save that was killed
-        shutil.rmtree(stale)
+    drop_unfinished(folder)
     model = unwrap(policy).model
     weights: dict[str, Any] = {
         name.removeprefix("model."): weight for name, weight in state_dict.items()
@@ -86,14 +88,29 @@ def save(
             torch.save({"optimizer": moments, "scheduler": scheduler.state_dict()}, file)
         if ahead:
             (partial / AHEAD).write_text(ahead)
-        files = {
-            str(path.relative_to(partial)): (path.stat().st_size, checksum(path))
-            for path in sorted(partial.rglob("*"))
-            if path.is_file()
-        }
-        state = replace(state, files=files)
-        (partial / STATE).write_text(json.dumps(vars(state), indent=2) + "\n")
-    durable.replace(run.latest_checkpoint, f"{final.name}\n")
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+        write_state(partial, state, described(partial, files))
+    keep_newest(run, final, keep)
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Deletes what saves that were killed have left."""
+    for stale in folder.glob(f"{durable.PARTIAL}checkpoint-*"):
+        shutil.rmtree(stale)
+
+
+def described(folder: Path, files: Sequence[Path]) -> dict[str, tuple[int, int]]:
+    """The (bytes, crc32) of files in a folder, by their names in it."""
+    return {str(path.relative_to(folder)): (path.stat().st_size, checksum(path)) for path in files}
+
+
+def write_state(folder: Path, state: TrainerState, files: dict[str, tuple[int, int]]) -> None:
+    (folder / STATE).write_text(json.dumps(vars(replace(state, files=files)), indent=2) + "\n")
+
+
+def keep_newest(run: RunFolder, newest: Path, keep: int) -> None:
+    """Names the newest checkpoint, and then deletes the oldest beyond `keep`."""
+    durable.replace(run.latest_checkpoint, f"{newest.name}\n")
     for old in list(run.checkpoints().values())[:-keep]:
         durable.delete_folder(old)
 
@@ -140,12 +157,20 @@ def find_model(name: str, say: Callable[[str], None]) -> tuple[str, int | None]:
     if not (path / STATE).is_file():
         return name, None
     try:
-        return str(path), read_state(path).step
+        state = read_state(path)
     except (ValueError, TypeError) as error:
         raise Refusal(
             f"model: expected a checkpoint as it was written, got {str(path)!r}, whose "
             f"{STATE} cannot be read ({error}); give another one"
         ) from error
+    # Of the rest of a folder people may have kept the weights alone.
+    lacking = missing(path, [name for name in state.files if Path(name).parts[0] == shards.FOLDER])
+    if lacking is not None:
+        raise Refusal(
+            f"model: expected a checkpoint as it was written, got {str(path)!r}, where {lacking}; "
+            "give another one, or put a copy of that file back"
+        )
+    return str(path), state.step
 
 
 def damage(path: Path) -> str | None:
@@ -156,15 +181,24 @@ def damage(path: Path) -> str | None:
         return f"{STATE} cannot be read ({error})"
     if path != RunFolder(path.parent).checkpoint(state.step) or not state.files:
         return f"{STATE} is not this checkpoint's"
-    for name, (size, _) in state.files.items():  # quick, so first
-        file = path / name
+    if (lacking := missing(path, list(state.files))) is not None:  # quick, so first
+        return lacking
+    for name, (_, crc) in state.files.items():
+        if checksum(path / name) != crc:
+            return f"{name} has other bytes than were written"
+    return None
+
+
+def missing(path: Path, names: Sequence[str]) -> str | None:
+    """Which of a checkpoint's files is not there as long as it was written, in words; None: all
+    are."""
+    files = read_state(path).files
+    for name in names:
+        file, (size, _) = path / name, files[name]
         if not file.is_file():
             return f"{name} is missing"
         if (got := file.stat().st_size) != size:
             return f"{name} has {got} bytes of {size}"
-    for name, (_, crc) in state.files.items():
-        if checksum(path / name) != crc:
-            return f"{name} has other bytes than were written"
     return None
 
 
@@ -200,14 +234,52 @@ def load_optimizer(
     The file is mapped: the ranks of a machine share its pages and none holds it whole.
     """
     saved = torch.load(path / OPTIMIZER, weights_only=True, mmap=True)
-    set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=ONTO_DEVICES)
-    for moments in optimizer.state.values():
-        for name, moment in moments.items():
-            if moment.device.type == "cpu":  # still the file's pages, and the file will be deleted
-                moments[name] = moment.clone()
+    if "steps" in saved:
+        _load_moments(path / MOMENTS, policy, optimizer, saved)
+    else:
+        set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=ONTO_DEVICES)
+        for moments in optimizer.state.values():
+            for name, moment in moments.items():
+                if moment.device.type == "cpu":  # still the file's pages, which will be deleted
+                    moments[name] = moment.clone()
     scheduler.load_state_dict(saved["scheduler"])
     # The optimiser's rate is that of the schedule it was saved with; more steps may make another.
     for group, rate, factor in zip(
         optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = rate * factor(scheduler.last_epoch)
+
+
+def moments_of(
+    policy: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The moments in this rank's shards, by KIND/NAME, and what else `load_optimizer` wants of a
+    sharded run's optimiser."""
+    moments: dict[str, Tensor] = {}
+    steps: dict[str, float] = {}
+    for name, parameter in unwrap(policy).model.named_parameters():
+        if (kept := optimizer.state.get(parameter)) is not None:
+            steps[name] = float(kept["step"])
+            moments |= {f"{kind}/{name}": kept[kind] for kind in KINDS}
+    groups = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+    return moments, {"steps": steps, "groups": groups}
+
+
+def _load_moments(
+    folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> None:
+    """Each rank reads what belongs to its own shards, or all where it has whole weights."""
+    stored = shards.stored(folder)
+    parameters = dict(unwrap(policy).model.named_parameters())
+    for name, step in saved["steps"].items():
+        parameter = parameters[name]
+        state = {"step": torch.tensor(step, dtype=torch.float32, device=parameter.device)}
+        for kind in KINDS:
+            state[kind] = torch.zeros_like(parameter.detach())
+            stored.read(f"{kind}/{name}", state[kind])
+        optimizer.state[parameter] = state
+    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+        group.update(values)

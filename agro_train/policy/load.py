@@ -3,18 +3,20 @@ identifies a model, and the precision of its products."""
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,13 +25,24 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.initialization import no_init_weights
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from agro_kernels import LogprobHead
+from agro_kernels.model_head import UNASKED
 from agro_train.config import TrainConfig
 from agro_train.data.chat import turn_end
-from agro_train.policy import tiny
+from agro_train.policy import shards, tiny
 from agro_train.policy.activations import recompute_mlp_products
 from agro_train.policy.adapter import base_of, keeps_base, with_adapter_merged
+from agro_train.policy.shards import Weights, why_not
 from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed
 
@@ -106,6 +119,12 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
         plain = load_model(base, replace(config, load_in_4bit=False))  # to add to, exactly
         with _loading(source):
             return with_adapter_merged(plain, Path(source))
+    if shards.are_in(Path(source)):
+        model, weights = load_unread(source, config, print)
+        assert weights is not None, "a checkpoint in shards is refused or read"
+        shards.allocate(model, torch.device("cpu"))
+        shards.fill(model, weights)
+        return model
     name, gguf = _resolve(source)
     with _loading(source):
         model = AutoModelForCausalLM.from_pretrained(
@@ -125,6 +144,82 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+class Loaded(NamedTuple):
+    """A model, and where its weights are still to be read from; None: they are in it."""
+
+    model: PreTrainedModel
+    unread: Weights | None = None
+
+
+def load_unread(source: str, config: TrainConfig, say: Callable[[str], None]) -> Loaded:
+    """The model of `load_model`, to be sharded: on the meta device, with its weights still in their
+    files. Those that transformers cannot simply copy from a file are loaded, and `say` is told.
+    """
+    if _resolve(source)[1] or base_of(Path(source)) is not None:  # GGUF; weights and an adapter
+        return Loaded(load_model(source, config))
+    with _loading(source):
+        model = _without_weights(source, config)
+        weights = _stored_weights(source)
+        reason = _why_not_unread(model, weights)
+    if reason is not None and shards.are_in(Path(source)):
+        raise Refusal(
+            f"model: expected the shards of a {type(model).__name__} in {source!r}, got others: "
+            f"{reason}; take another checkpoint, or put a copy of this one back"
+        )
+    if reason is not None or weights is None:
+        say(f"model: every process loads {source} whole before it is sharded: {reason}")
+        return Loaded(load_model(source, config))
+    prepare(model, config)
+    return Loaded(model, weights)
+
+
+def _without_weights(source: str, config: TrainConfig) -> PreTrainedModel:
+    """The model with its parameters on the meta device, and its buffers computed."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(source),
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+        )
+    model.tie_weights()
+    model.config.name_or_path = source
+    if _file_of(source, GENERATION_CONFIG_NAME) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    assert isinstance(model, PreTrainedModel), f"expected a model, got {type(model)}"
+    return model
+
+
+def _stored_weights(source: str) -> Weights | None:
+    """The weights of a folder or hub id; None where they are in no safetensors files."""
+    if shards.are_in(Path(source)):
+        return shards.stored(Path(source) / shards.FOLDER)
+    if (file := _file_of(source, SAFE_WEIGHTS_NAME)) is not None:
+        return Weights([Path(file)])
+    if (index := _file_of(source, SAFE_WEIGHTS_INDEX_NAME)) is None:
+        return None
+    files, _ = get_checkpoint_shard_files(source, index)
+    return Weights([Path(file) for file in files])
+
+
+def _file_of(source: str, name: str) -> str | None:
+    """A file of a folder or hub id; None where there is none."""
+    found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return found
+
+
+def _why_not_unread(model: PreTrainedModel, weights: Weights | None) -> str | None:
+    """Why a model has to be loaded by transformers; None: reading its files will do."""
+    if weights is None:
+        return f"expected {SAFE_WEIGHTS_NAME}, got none"
+    if getattr(model.config, "quantization_config", None) is not None:
+        return "its weights are quantised"
+    if model.config.model_type not in UNASKED:
+        return f"how the logits of {type(model).__name__} are made is asked of its weights"
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return f"transformers converts the weights of {type(model).__name__} while it loads them"
+    return why_not(model, weights)
 
 
 def _in_4bit(config: TrainConfig) -> dict[str, Any]:
@@ -287,29 +382,44 @@ def barred(config: TrainConfig, ends: set[int]) -> set[int]:
     return ends if config.min_new_tokens and not config.truncates else set()
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Identifies the weights a run started from: names, shapes and a sample of every tensor."""
+def fingerprint(model: PreTrainedModel, unread: Weights | None = None) -> str:
+    """Identifies the weights a run started from: names, shapes and a sample of every tensor.
+
+    Args:
+        unread: where the weights are, as in `Loaded`.
+    """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    for name, weight, dtype in _named_weights(model, unread):
+        sample = weight.flatten()[:: max(1, weight.numel() // 64)].to(dtype).float().cpu()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def identity(model: PreTrainedModel) -> str:
+def identity(model: PreTrainedModel, unread: Weights | None = None) -> str:
     """Identifies what the model computes: its configuration and every weight and buffer, whole.
 
-    Slower than `fingerprint`, by about a second a gigabyte of weights.
+    Slower than `fingerprint`, by about a second a gigabyte of weights. `unread`: as there.
     """
     config = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    buffers = ((name, buffer, buffer.dtype) for name, buffer in model.named_buffers())
+    for name, tensor, dtype in itertools.chain(_named_weights(model, unread), buffers):
+        digest.update(f"{name}{tuple(tensor.shape)}{dtype}".encode())
+        flat = tensor.detach().to("cpu", dtype).contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _named_weights(
+    model: PreTrainedModel, unread: Weights | None
+) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+    """(name, weight, the model's dtype of it), one at a time; those in files are not rounded."""
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach() if unread is None else unread.whole(name)
+        yield name, weight, parameter.dtype
 
 
 def set_matmul_precision(choice: str) -> str:

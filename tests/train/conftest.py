@@ -5,6 +5,7 @@ another one, or a user, has left in the cache.
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 
@@ -20,3 +21,11 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group in which this process is alone: enough for models in shards."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

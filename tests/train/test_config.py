@@ -317,6 +317,7 @@ def test_what_may_change_when_a_run_is_resumed() -> None:
         "num_train_epochs",
         "learning_rate",
         "callbacks",
+        "fsdp",
         "eval_every",
         "eval_prompts",
         "eval_generations",

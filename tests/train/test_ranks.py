@@ -61,8 +61,11 @@ def assert_same_steps(two: Path, alone: Path, model: Path) -> None:
         for mine, one in zip(ours, theirs, strict=True):
             assert mine[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
     assert ours[1]["kl"] != 0.0
+    # Of a sharded run the last checkpoint is in shards, and written as one file at its end.
+    whole = two / "model" if (two / "model").is_dir() else two / "checkpoint-2"
+    assert (two / "model").is_dir() == (two / "checkpoint-2" / "weights").is_dir()
     weights, expected = (
-        load_file(folder / "checkpoint-2" / "model.safetensors") for folder in (two, alone)
+        load_file(folder / "model.safetensors") for folder in (whole, alone / "checkpoint-2")
     )
     assert weights.keys() == expected.keys()
     # As a whole, not element by element: where a gradient is nothing but rounding noise, Adam moves

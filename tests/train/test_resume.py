@@ -17,6 +17,7 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from agro_train.cli import main as main_of_agro
 from agro_train.data.rows import read_jsonl
 from agro_train.policy import checkpoint
 from agro_train.run_folder import RunFolder
@@ -63,7 +67,10 @@ SETTINGS = [
     "save_total_limit=1",
 ]
 
+MODELS = ("base_model", "model")  # before and after
+
 PEFT = ["use_peft=true", "lora_r=4"]
+FSDP = ["fsdp=true"]
 
 # Moments of a run, each a kind of write and the end of the name that it is about to reach.
 MOMENTS = [
@@ -104,6 +111,7 @@ class Server:
         ranks: int = 1,
         kill_after: float | None = None,
         victims: Sequence[int] = (0,),
+        again: Sequence[str] = (),
         **job: Any,
     ) -> int:
         """The exit status of `agro train`, new in the folder or going on there: KILLED where any
@@ -112,6 +120,7 @@ class Server:
         Args:
             kill_after: seconds until the victims are killed.
             victims: the ranks that kill_after and kill_at mean.
+            again: settings that a run that goes on is given.
             job: draw: whether it draws its curves, which takes longer than all the rest. kill_at: a
                 number n or a moment; the victims are killed at the n-th write to the folder, or at
                 that one. signal: what they are sent instead of being killed. file_size: bytes that
@@ -119,7 +128,8 @@ class Server:
                 has failed, before they are ended, too.
         """
         resumed = (folder / "config.yaml").is_file()
-        arguments = ["--resume", str(folder)] if resumed else [f"output_dir={folder}", *settings]
+        there = ["--resume", str(folder), *again]
+        arguments = there if resumed else [f"output_dir={folder}", *settings]
         job |= {"arguments": ["train", *arguments], "folder": str(folder)}
         job |= {"ranks": ranks, "victims": victims}
         assert self.process.stdin and self.process.stdout, "both are pipes"
@@ -241,9 +251,13 @@ def record(folder: Path) -> dict[str, Any]:
             for name in ("model.safetensors", "config.json", "adapter_model.safetensors")
         ),
         folder / "base_model" / "model.safetensors",
+        folder / "model" / "model.safetensors",
     ]
     assert checkpoint.damage(last) is None
+    shards = [*last.glob("weights/*"), *last.glob("moments/*")]
     return {
+        # Not their bytes: safetensors writes the entries of its header in any order.
+        **{str(path.relative_to(folder)): plain(load_file(path)) for path in shards},
         "optimizer and schedule": plain(torch.load(last / "optimizer.pt", weights_only=True)),
         "metrics": [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows],
         **{str(path.relative_to(folder)): path.read_bytes() for path in files if path.exists()},
@@ -270,8 +284,8 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "settings"),
-    [(2, []), (1, PEFT), (1, ["max_staleness=2"]), (2, ["max_staleness=1"])],
-    ids=["two-ranks", "adapter", "two-steps-ahead", "two-ranks-ahead"],
+    [(2, []), (2, FSDP), (1, PEFT), (1, ["max_staleness=2"]), (2, ["max_staleness=1"])],
+    ids=["two-ranks", "two-ranks-sharded", "adapter", "two-steps-ahead", "two-ranks-ahead"],
 )
 def test_run_of_this_kind_that_is_killed_ends_the_same(
     ranks: int, settings: list[str], server: Server, tmp_path: Path
@@ -294,6 +308,76 @@ def test_run_of_this_kind_that_is_killed_ends_the_same(
     assert checkpoint.damage(folder / "checkpoint-3") is None
     assert server.run(folder, *SETTINGS, *settings, ranks=ranks) == 0, said(folder)
     assert_same(folder, alone)
+
+
+def test_sharded_run_goes_on_with_other_ranks_and_is_exported(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three ranks have uneven shards; one has whole weights. All learn what two would have."""
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+    settings = [*SETTINGS, "replay_fraction=0.25", *FSDP]
+    assert server.run(whole, *settings, ranks=2) == 0, said(whole)
+    at_step_4 = ("open", "/rollouts/.partial-step-000004.jsonl")
+    how: dict[str, Any] = {"ranks": 2, "kill_at": at_step_4, "victims": [0, 1]}
+    assert server.run(begun, *settings, **how) == KILLED, said(begun)
+    assert list(RunFolder(begun).checkpoints()) == [2]
+    size = next((begun / "checkpoint-2" / "moments").iterdir()).stat().st_size
+    fails(server, begun, size - 1, f"go on with --resume {begun}", ranks=2)
+    assert checkpoint.damage(begun / "checkpoint-2") is None
+    assert not list(begun.rglob(".partial-*")) and len(RunFolder(begun).checkpoints()) == 1
+    start, expected = (load_file(whole / name / "model.safetensors") for name in MODELS)
+    moved = distance(start, expected)
+    for ranks, again in ((3, []), (1, ["fsdp=false"])):
+        folder = tmp_path / f"on-{ranks}"
+        shutil.copytree(begun, folder)
+        assert server.run(folder, ranks=ranks, again=again) == 0, said(folder)
+        out = tmp_path / f"exported-{ranks}"
+        assert main_of_agro(["export", str(folder), str(out)]) == 0
+        found = load_file(out / "model.safetensors")
+        assert found.keys() == expected.keys()
+        assert distance(found, expected) < 1e-3 * moved and moved > 0.1
+        if ranks == 3:
+            assert len(list(folder.glob("checkpoint-5/weights/shard-0000?-*"))) == 3
+            at_the_end = load_file(folder / "model" / "model.safetensors")
+            assert all(torch.equal(at_the_end[name], found[name]) for name in found)
+        loaded = AutoModelForCausalLM.from_pretrained(out)
+        assert all(torch.equal(p, found[name]) for name, p in loaded.named_parameters())
+    refused(server, tmp_path / "on-3", capsys)
+
+
+def refused(server: Server, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is wrong with a checkpoint in shards, or with where it is to go, is one sentence."""
+    taken, checkpoint_5 = folder.with_name("taken"), folder / "checkpoint-5"
+    taken.mkdir()
+    broken = folder.with_name("broken")
+    shutil.copytree(checkpoint_5, broken)
+    *_, last = (broken / "weights").iterdir()
+    last.unlink()
+    other = folder.with_name("other")
+    shutil.copytree(checkpoint_5, other)
+    shape = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(shape | {"intermediate_size": 128}))
+    capsys.readouterr()
+    for arguments, message in (
+        (["export", str(folder), str(taken)], f"FOLDER: expected a new name, got {str(taken)!r}"),
+        (["export", str(taken), str(folder / "out")], "export: expected a run or one of its"),
+        (["eval", str(broken)], f"model: expected a checkpoint as it was written, got {broken!s}"),
+        (["export", str(broken), str(folder / "out")], "model: expected a checkpoint as it was"),
+        (["eval", str(other)], "model: expected the shards of a LlamaForCausalLM in"),
+    ):
+        assert main_of_agro(arguments) == 2
+        sentence = capsys.readouterr().err.splitlines()[-1].replace("'", "")
+        assert sentence.startswith(f"agro: {message}".replace("'", "")), sentence
+    assert list(taken.iterdir()) == [] and not (folder / "out").exists()
+    (checkpoint_5 / "weights" / last.name).unlink()  # and the one before it is gone: limit 1
+    assert server.run(folder, ranks=2, again=["steps=6"]) == 2
+    assert f"got only damaged ones: checkpoint-5, where weights/{last.name} is missing" in (
+        " ".join(said(folder).split())
+    )
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    return sum(float((ours[n] - theirs[n]).square().sum()) for n in theirs) ** 0.5
 
 
 def sentence(folder: Path, name: str, saved: int) -> str:
@@ -448,8 +532,9 @@ def test_full_disk_ends_a_run_with_a_sentence_and_loses_nothing(
     assert_same(folder, whole[0])
 
 
-def fails(server: Server, folder: Path, file_size: int, advice: str) -> None:
-    assert server.run(folder, *SETTINGS, file_size=file_size) == 2, said(folder)
+def fails(server: Server, folder: Path, file_size: int, advice: str, ranks: int = 1) -> None:
+    how: dict[str, Any] = {"ranks": ranks, "file_size": file_size, "grace": 5.0 * (ranks > 1)}
+    assert server.run(folder, *SETTINGS, **how) == 2, said(folder)
     last = said(folder).splitlines()[-1]
     assert last.startswith("agro: output_dir: expected room to write to ")
     assert os.strerror(errno.EFBIG) in last and last.endswith(advice)
@@ -468,7 +553,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         return serve()
-    settings = [*PEFT * options.peft, *["fsdp=true"] * options.fsdp]
+    settings = [*PEFT * options.peft, *FSDP * options.fsdp]
     settings.append(f"max_staleness={options.ahead}")
     server, rng = Server(), random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
