@@ -102,6 +102,11 @@ class ModelHead(NamedTuple):
             return _unasked(model)
         return _asked(model)
 
+    @staticmethod
+    def is_told_by(config: Any) -> bool:
+        """Whether a transformers configuration says it, so that no weights have to be asked."""
+        return getattr(config, "model_type", None) in UNASKED
+
     def check_unchanged(self, model: Any) -> None:
         """Raises ValueError where the numbers in a model's configuration are others by now."""
         declared = _declared(model)

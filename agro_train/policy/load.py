@@ -35,8 +35,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from agro_kernels import LogprobHead
-from agro_kernels.model_head import UNASKED
+from agro_kernels import LogprobHead, ModelHead
 from agro_train.config import TrainConfig
 from agro_train.data.chat import turn_end
 from agro_train.policy import shards, tiny
@@ -215,7 +214,7 @@ def _why_not_unread(model: PreTrainedModel, weights: Weights | None) -> str | No
         return f"expected {SAFE_WEIGHTS_NAME}, got none"
     if getattr(model.config, "quantization_config", None) is not None:
         return "its weights are quantised"
-    if model.config.model_type not in UNASKED:
+    if not ModelHead.is_told_by(model.config):
         return f"how the logits of {type(model).__name__} are made is asked of its weights"
     if get_model_conversion_mapping(model, add_legacy=False):
         return f"transformers converts the weights of {type(model).__name__} while it loads them"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.fsdp import FSDPModule
 
-from agro_kernels.model_head import UNASKED
+from agro_kernels import ModelHead
 from agro_train import durable
 from agro_train.policy import adapter, checkpoint, shards
 from agro_train.policy.checkpoint import TrainerState
@@ -37,7 +37,7 @@ def in_shards(policy: nn.Module) -> bool:
     if not isinstance(policy, FSDPModule):
         return False
     model = unwrap(policy).model
-    return model.config.model_type in UNASKED and not adapter.has_adapter(model)
+    return ModelHead.is_told_by(model.config) and not adapter.has_adapter(model)
 
 
 class Saver:
