@@ -19,6 +19,7 @@ from agro_kernels.reference import ROUNDED_LOGITS
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 IGNORE_INDEX = -100
+AUTO = -1  # keep_logits_bytes="auto", as the ops take it
 # What a temperature or a softcap may be: logits of any model divided by it stay numbers. Tensors of
 # temperatures are read in fp32.
 SMALLEST, LARGEST = 1e-30, 1e30
@@ -31,7 +32,12 @@ class Shards(Protocol):
     def check_shard(self, weight: Tensor, targets: Tensor, ignore_index: int) -> None: ...
     def kept_bits(self, ids: Tensor) -> Tensor: ...
     def results(
-        self, head: "Head", with_entropy: bool, lse: Tensor | None, weight_grad: Tensor | None
+        self,
+        head: "Head",
+        with_entropy: bool,
+        lse: Tensor | None,
+        weight_grad: Tensor | None,
+        keep_logits_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -45,6 +51,7 @@ class HeadOptions(TypedDict, total=False):
     round_logits: str | None
     kept_ids: Tensor | None
     weight_grad: Tensor | None
+    keep_logits_bytes: int | str
     shards: Shards | None
 
 
@@ -82,8 +89,8 @@ class Head(NamedTuple):
     ) -> "Head":
         """The record of public arguments (..., D), (V, D), (...) and options, after their checks.
 
-        Casts as F.linear does under torch.autocast. weight_grad and shards are checked and not
-        kept: they are not arguments of an op. With shards, kept is of this rank's rows.
+        Casts as F.linear does under torch.autocast. weight_grad, keep_logits_bytes and shards are
+        checked and not kept: not every op has them. With shards, kept is of this rank's rows.
         """
         bias, softcap = options.get("bias"), options.get("softcap")
         shards, weight_grad = options.get("shards"), options.get("weight_grad")
@@ -103,6 +110,7 @@ class Head(NamedTuple):
         check_kept_ids(kept_ids, targets)
         check_round_logits(round_logits)
         check_weight_grad(weight_grad, weight)
+        checked_keep_logits_bytes(options.get("keep_logits_bytes", 0))
         if shards is not None:
             shards.check_shard(weight, targets, ignore_index)
         kept = None
@@ -131,6 +139,11 @@ class Head(NamedTuple):
     def counted(self) -> Tensor:
         """(N,) bool: which targets are not ignore_index."""
         return self.targets != self.ignore_index
+
+    def requires_grad(self) -> bool:
+        """Whether a backward pass may ask for any gradient."""
+        leaves = (self.hidden, self.weight, self.bias)
+        return any(tensor is not None and tensor.requires_grad for tensor in leaves)
 
     def part(self, rows: slice) -> "Head":
         """Some of the N tokens, without a copy."""
@@ -481,6 +494,18 @@ def check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
             "allocate it with torch.zeros(weight.shape)"
         )
     check_device("weight_grad", weight_grad, "weight", weight)
+
+
+def checked_keep_logits_bytes(keep_logits_bytes: int | str) -> int:
+    """The number; AUTO of "auto"."""
+    if isinstance(keep_logits_bytes, str) and keep_logits_bytes == "auto":
+        return AUTO
+    expected, next_step = 'expected an int >= 0 or "auto"', "0 keeps none"
+    if isinstance(keep_logits_bytes, bool) or not isinstance(keep_logits_bytes, numbers.Integral):
+        raise TypeError(f"keep_logits_bytes: {expected}, got {keep_logits_bytes!r}; {next_step}")
+    if not 0 <= keep_logits_bytes < 2**63:
+        raise ValueError(f"keep_logits_bytes: {expected}, got {keep_logits_bytes}; {next_step}")
+    return int(keep_logits_bytes)
 
 
 def check_constant(name: str, value: Tensor, targets: Tensor) -> None:

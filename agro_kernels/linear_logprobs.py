@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.head import IGNORE_INDEX, Head, HeadOptions, Shards, check_names
+from agro_kernels.head import (
+    IGNORE_INDEX,
+    Head,
+    HeadOptions,
+    Shards,
+    check_names,
+    checked_keep_logits_bytes,
+)
 from agro_kernels.ops.derivatives import refuse_forward_mode
 from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
@@ -41,6 +48,7 @@ def linear_logprobs(
     round_logits: str | None = None,
     kept_ids: Tensor | None = None,
     weight_grad: Tensor | None = None,
+    keep_logits_bytes: int | str = 0,
     shards: Shards | None = None,
 ) -> Tensor:
     """Log-probability of each target token under softmax(hidden @ weight.T / temperature).
@@ -77,6 +85,17 @@ def linear_logprobs(
             backward pass, the sum never rounded below fp32, and weight.grad is left alone:
             Megatron's main_grad. (Of bf16 and fp16 inputs the gradient of each logit is rounded to
             their dtype before the products.) Not inside torch.compile.
+        keep_logits_bytes: how much memory the forward pass may fill with logits for the backward
+            pass, which makes the others again: of four products of 2 N D V one is saved, as far as
+            the bytes reach. N V numbers are all there is to keep, of 2 bytes for bf16 and fp16
+            inputs, of 4 for fp32, and 2 to 3 % more. 0, the default, keeps none. "auto" is
+            4 D min(V, 32768) bytes on a GPU, which is what the backward pass takes for bf16 less
+            than before it could keep any, and at most 1 GiB on a CPU. The results are bitwise the
+            same, the gradients as exact. Nothing is kept where no gradient is asked for, of float64
+            inputs, and with round_logits or kept_ids; on a GPU also not of fp32 inputs, with a
+            softcap and of less than 256 entries, on a Hopper of hidden sizes below 2048 and of
+            vocabularies that 256 does not divide, and on a Blackwell: those kernels would spill
+            registers. With shards, the bytes are those of each rank.
         shards: where the rows of weight are spread over ranks (tensor parallelism):
             VocabularyShards.of(weight, group), and weight, bias and weight_grad are this rank's
             part. All ranks call together; `agro_kernels.parallel` says the rest.
@@ -100,6 +119,7 @@ def linear_logprobs(
         round_logits=round_logits,
         kept_ids=kept_ids,
         weight_grad=weight_grad,
+        keep_logits_bytes=keep_logits_bytes,
         shards=shards,
     )
     return logprobs
@@ -155,13 +175,16 @@ def flat_results(
     """
     weight_grad, shards = options.get("weight_grad"), options.get("shards")
     refuse_forward_mode("linear_logprobs", hidden=head.hidden, weight=head.weight, bias=head.bias)
+    keep = 0
+    if torch.is_grad_enabled() and head.requires_grad():
+        keep = checked_keep_logits_bytes(options.get("keep_logits_bytes", 0))
     if shards is not None:
-        return shards.results(head, with_entropy, lse, weight_grad)
+        return shards.results(head, with_entropy, lse, weight_grad, keep)
     if weight_grad is not None:
         refuse_under_compile()
-        results = AccumulatingLogprobs.apply(weight_grad, with_entropy, lse, *head)
+        results = AccumulatingLogprobs.apply(weight_grad, with_entropy, lse, keep, *head)
     elif lse is None:
-        results = torch.ops.agro.linear_logprobs_fwd(*head, with_entropy)
+        results = torch.ops.agro.linear_logprobs_fwd(*head, with_entropy, keep)[:3]
     else:
         logprobs = torch.ops.agro.target_logprobs(*head, lse)
         results = logprobs, lse, logprobs.new_empty(0)

@@ -160,7 +160,12 @@ class VocabularyShards:
         check_target_values(targets, self.vocabulary, ignore_index)
 
     def results(
-        self, head: Head, with_entropy: bool, lse: Tensor | None, weight_grad: Tensor | None
+        self,
+        head: Head,
+        with_entropy: bool,
+        lse: Tensor | None,
+        weight_grad: Tensor | None,
+        keep_logits_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(logprobs, lse, entropy) over the whole vocabulary, (N,) each; entropy may be (0,).
 
@@ -168,7 +173,7 @@ class VocabularyShards:
         (0,) unless with_entropy. lse (N,): from an earlier pass; then entropy is (0,).
         """
         results: tuple[Tensor, Tensor, Tensor] = _ShardedLogprobs.apply(
-            self, with_entropy, lse, weight_grad, *head
+            self, with_entropy, lse, weight_grad, keep_logits_bytes, *head
         )
         return results
 
@@ -194,12 +199,17 @@ class _ShardedLogprobs(torch.autograd.Function):
         with_entropy: bool,
         lse: Tensor | None,
         weight_grad: Tensor | None,
+        keep_logits_bytes: int,
         *fields: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = Head(*fields)
+        kept: tuple[Tensor, ...] = ()
         if lse is None:
             # Where another rank holds the target, row 0 stands for it; _merge drops its logprob.
-            local = torch.ops.agro.linear_logprobs_fwd(*_local(head, shards, 0), with_entropy)
+            *local, kept_logits, kept_maxima = torch.ops.agro.linear_logprobs_fwd(
+                *_local(head, shards, 0), with_entropy, keep_logits_bytes
+            )
+            kept = kept_logits, kept_maxima
             logprobs, lse, entropy = _merge(head, shards, local, with_entropy)
         else:
             with_entropy = False
@@ -208,7 +218,7 @@ class _ShardedLogprobs(torch.autograd.Function):
             # Autograd marks the results as differentiable; the caller's own tensor must stay as is.
             lse = lse.clone()
             entropy = lse.new_empty(0)
-        save_head(ctx, head, lse, entropy, with_entropy)
+        save_head(ctx, head, lse, entropy, with_entropy, *kept)
         ctx.shards, ctx.weight_grad = shards, weight_grad
         return logprobs, lse, entropy
 
@@ -217,7 +227,7 @@ class _ShardedLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        head, lse, entropy = saved_head(ctx)
+        head, lse, entropy, *kept = saved_head(ctx)
         shards: VocabularyShards = ctx.shards
         dentropy = of_entropy(ctx, dentropy)
         if dlogprobs is not None:
@@ -229,9 +239,10 @@ class _ShardedLogprobs(torch.autograd.Function):
             in_vocabulary = (head.targets >= 0) & (head.targets < shards.vocabulary)
             dlse = dlse.where(in_vocabulary | ~head.counted(), torch.nan)
             dlogprobs = dlogprobs.where(held, 0.0)
-        _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+        _, _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         asked = [need_hidden, need_weight, need_bias]
-        arguments = (dlogprobs, dlse, dentropy, *_local(head, shards, 0), lse, entropy, asked)
+        of_rank = _local(head, shards, 0)
+        arguments = (dlogprobs, dlse, dentropy, *of_rank, lse, entropy, asked, *kept)
         if ctx.weight_grad is None:
             gradients = torch.ops.agro.linear_logprobs_bwd(*arguments)
         else:
@@ -242,7 +253,7 @@ class _ShardedLogprobs(torch.autograd.Function):
             dist.all_reduce(total, group=shards.group)
             dhidden = total.to(dhidden.dtype)
         returned = [need_hidden, need_weight and ctx.weight_grad is None, need_bias]
-        return *[None] * 4, *input_gradients(returned, dhidden, dweight, dbias)
+        return *[None] * 5, *input_gradients(returned, dhidden, dweight, dbias)
 
 
 def _local(head: Head, shards: VocabularyShards, elsewhere: int) -> Head:

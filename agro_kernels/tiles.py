@@ -2,19 +2,23 @@
 
 Provenance. Triton 3.8 compiled every row for its architecture, and `python -m
 benchmarks.predict.compile_report` inspected the code (benchmarks/results/compile_report.csv): no
-combination of options spills a register. Tiles of sm90 were timed on an H200 for bf16, D 2048 and
-4,096 or 16,384 tokens (tune_linear_logprobs_*_sm90_bf16.csv there). The backward row was the
-fastest. Forward, several tiles of 128 x 256 were equally fast within 3 %; the row is the one that
-larger D have too. The rows of D 4096 ran in a benchmark there (bench_linear_logprobs.csv). No other
-row has been timed.
+combination of options spills a register but one: the flattened forward pass with the entropy, 16
+bytes a thread. What flattening gains has not been timed. Tiles of sm90 were timed on an H200 for
+bf16, D 2048 and 4,096 or 16,384 tokens (tune_linear_logprobs_*_sm90_bf16.csv there). The backward
+row was the fastest. Forward, several tiles of 128 x 256 were equally fast within 3 %; the row is
+the one that larger D have too. The rows of D 4096 ran in a benchmark there
+(bench_linear_logprobs.csv). No other row has been timed.
 
 A row decides the order in which a logit and a sum over the vocabulary are added up (block_v,
 block_d, max_splits). The row of a call depends on the architecture, the dtype, the hidden size, the
-layout of the weight and on whether there is a softcap, never on the number of tokens. So the result
-of a token does not depend on the batch it is in.
+layout of the weight and on whether there is a softcap or a rounding, never on the number of tokens
+nor on what is kept of the logits. So the result of a token does not depend on the batch it is in.
 """
 
+import sys
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class TileConfig:
 
     descriptors: the operands are fetched through tensor descriptors (TMA), which takes hidden
     states and a weight whose rows begin at multiples of 16 bytes.
+
+    flatten: the forward pass runs over a split's tiles and over D in one loop, so that a tile's
+    first operands are fetched during the softmax of the tile before.
     """
 
     block_n: int
@@ -37,6 +44,7 @@ class TileConfig:
     group_n: int = 16
     max_splits: int = 16
     descriptors: bool = False
+    flatten: bool = False
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory, in bytes, of the operands in flight, of itemsize bytes an element."""
@@ -51,12 +59,14 @@ class Row:
     smallest_d: int = 1  # hidden sizes from here on
     aligned: bool = False  # True: only for operands whose rows begin at multiples of 16 bytes
     with_softcap: bool = True  # False: not for calls with a softcap
+    with_rounding: bool = True  # False: not for calls that round their logits
 
-    def serves(self, hidden_size: int, *, aligned: bool, softcap: bool) -> bool:
+    def serves(self, hidden_size: int, *, aligned: bool, softcap: bool, rounds: bool) -> bool:
         return (
             hidden_size >= self.smallest_d
             and (aligned or not (self.aligned or self.tile.descriptors))
             and (self.with_softcap or not softcap)
+            and (self.with_rounding or not rounds)
         )
 
 
@@ -98,7 +108,10 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
         },
         "sm90": {
             2: (
-                Row(TileConfig(128, 256, 64, 8, 4, descriptors=True), smallest_d=WIDE_FWD),
+                Row(
+                    TileConfig(128, 256, 64, 8, 4, descriptors=True, flatten=True),
+                    smallest_d=WIDE_FWD,
+                ),
                 Row(
                     TileConfig(128, 128, 64, 4, 3, max_splits=32, descriptors=True),
                     with_softcap=False,
@@ -130,10 +143,12 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
         "sm80": {2: (Row(TileConfig(128, 128, 64, 8, 3)),), 4: FP32},
         "sm90": {
             2: (
+                # Where it rounds, Triton 3.6's ptxas serialises this one's products.
                 Row(
                     TileConfig(128, 256, 64, 8, 4, descriptors=True),
                     smallest_d=WIDE_BWD,
                     with_softcap=False,
+                    with_rounding=False,
                 ),
                 Row(TileConfig(128, 128, 64, 4, 3, descriptors=True), with_softcap=False),
                 Row(TileConfig(128, 128, 64, 8, 3, descriptors=True)),
@@ -161,6 +176,31 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
 }
 
 
+# Hidden sizes from which on the forward kernel can keep logits, where it cannot of all: with four
+# warps there are too few registers to store a tile, too.
+KEEPS_FROM = {"sm90": WIDE_FWD, "sm100": sys.maxsize}
+# What it also needs the vocabulary to be a multiple of: a last tile's mask takes registers.
+KEEPS_WHOLE = {"sm90": 256}
+
+
+def keeps_logits(architecture: str, hidden_size: int, vocabulary: int, *, softcap: bool) -> bool:
+    """Whether the forward kernel for a GPU may be asked to keep logits of 16-bit inputs."""
+    large = hidden_size >= KEEPS_FROM.get(architecture, 1)
+    return large and vocabulary % KEEPS_WHOLE.get(architecture, 1) == 0 and not softcap
+
+
+def architecture(device: torch.device) -> str:
+    """The device's name in these tables; CPU tensors are for Triton's interpreter."""
+    if device.type == "cpu":
+        return "interpreter"
+    if not torch.cuda.is_available():  # of tensors that have a shape only
+        return "other"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
 def select(
     kernel: str,
     architecture: str,
@@ -169,16 +209,19 @@ def select(
     *,
     aligned: bool = True,
     softcap: bool = False,
+    rounds: bool = False,
 ) -> TileConfig:
     """The tile of a kernel; an architecture without rows of its own gets those of "other".
 
     kernel: a key of TILES. architecture: "sm90", "gfx942", ... or "interpreter". itemsize: bytes of
     an operand's element, 2 or 4. aligned: rows of hidden states and weight begin at multiples of 16
-    bytes. softcap: the call has one.
+    bytes. softcap: the call has one. rounds: it rounds its logits.
     """
     rows = TILES[kernel].get(architecture, TILES[kernel]["other"])[itemsize]
     return next(
-        row.tile for row in rows if row.serves(hidden_size, aligned=aligned, softcap=softcap)
+        row.tile
+        for row in rows
+        if row.serves(hidden_size, aligned=aligned, softcap=softcap, rounds=rounds)
     )
 
 

@@ -40,6 +40,8 @@ def weighted_logprob_sum(
             the neighbouring number of that dtype.)
         round_logits, kept_ids: as linear_logprobs.
         weight_grad, shards: as linear_logprobs.
+        keep_logits_bytes: as linear_logprobs. With lse nothing is kept: no pass makes logits before
+            the backward pass does.
 
     Returns:
         0-d fp32 (float64 for float64). 0.0, with zero gradients, of no tokens.

@@ -14,6 +14,7 @@ from torch import Tensor
 from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
 from agro_kernels.head import Head, Upstream, check_target_values
+from agro_kernels.kept_logits import KeptLogits
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # agro_head.dtype
 
@@ -77,11 +78,16 @@ def _wanted(tensor: Tensor) -> int | None:
     return tensor.data_ptr() if tensor.numel() > 0 else None
 
 
-def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy."""
+def linear_logprobs_fwd(
+    head: Head, with_entropy: bool, kept_logits: KeptLogits | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy.
+
+    The library does not write `kept_logits` yet, nor does it read them.
+    """
     library = _library(head)
     if library is None:
-        return blocked.linear_logprobs_fwd(head, with_entropy)
+        return blocked.linear_logprobs_fwd(head, with_entropy, kept_logits)
     head.check_values()
     n = head.hidden.shape[0]
     logprobs = head.hidden.new_empty(n, dtype=torch.float32)
@@ -96,7 +102,11 @@ def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor,
 
 
 def linear_logprobs_bwd(
-    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
+    upstream: Upstream,
+    head: Head,
+    output_mask: list[bool],
+    weight_grad: Tensor | None = None,
+    kept_logits: KeptLogits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 
@@ -104,7 +114,7 @@ def linear_logprobs_bwd(
     """
     library = _library(head)
     if library is None:
-        return blocked.linear_logprobs_bwd(upstream, head, output_mask, weight_grad)
+        return blocked.linear_logprobs_bwd(upstream, head, output_mask, weight_grad, kept_logits)
     # The targets may have been changed since the forward pass checked them.
     check_target_values(head.targets, head.weight.shape[0], head.ignore_index)
     upstream = upstream.each(_floats)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agro_kernels.counted_rows import counted_rows
+from agro_kernels.counted_rows import CountedRows, counted_rows
 from agro_kernels.head import Head, Upstream
+from agro_kernels.kept_logits import LOWEST, KeptLogits
 
 # A tile of 2048 x 4096 fp32 logits is 32 MB. Below 1024 columns a GEMM on a CPU loses its speed.
 TOKEN_CHUNK = 2048
@@ -40,35 +41,99 @@ class _Tile:
     excluded: Tensor | None  # (rows, columns) bool: not kept by the sampler; z still has a value
 
 
-def _tiles(head: Head) -> Iterator[_Tile]:
-    """All tiles of the logits of a head as `_upcast` makes it."""
+@dataclass(frozen=True)
+class _Kept:
+    """The kept logits, written and read by the numbers of the counted rows."""
+
+    of_tokens: KeptLogits
+    index: Tensor | None  # (M,) int64: which of the N tokens are counted; None: all of them
+
+    @property
+    def columns(self) -> int:
+        return self.of_tokens.columns
+
+    def write(self, rows: slice, entries: slice, below: Tensor, m: Tensor) -> None:
+        """below (rows, columns): z - m, m (rows,): what is within the kept columns of them."""
+        entries = slice(entries.start, min(entries.stop, self.columns))
+        if entries.start >= entries.stop:
+            return
+        logits, maxima = self._of(entries)
+        below = below[:, : entries.stop - entries.start].clamp(min=LOWEST).to(logits.dtype)
+        m = m.unsqueeze(1).expand(-1, maxima.shape[1])
+        if self.index is None:
+            logits[rows], maxima[rows] = below, m
+        else:
+            logits.index_copy_(0, self.index[rows], below)
+            maxima.index_copy_(0, self.index[rows], m)
+
+    def read(self, rows: slice, entries: slice, z: Tensor) -> None:
+        """Into z (rows, columns): the logits after softcap and temperature."""
+        logits, maxima = self._of(entries)
+        taken = rows if self.index is None else self.index[rows]
+        z.copy_(logits[taken])
+        maxima, tile = maxima[taken].to(z.dtype).unsqueeze(2), self.of_tokens.tile
+        whole = z.shape[1] // tile  # all tiles, or all but the vocabulary's last
+        z[:, : whole * tile].unflatten(1, (whole, tile)).add_(maxima[:, :whole])
+        if whole < maxima.shape[1]:
+            z[:, whole * tile :].add_(maxima[:, whole])
+
+    def _of(self, entries: slice) -> tuple[Tensor, Tensor]:
+        """The kept columns `entries`, which begin with a tile, and their tiles' maxima."""
+        tile = self.of_tokens.tile
+        tiles = slice(entries.start // tile, -(-entries.stop // tile))
+        return self.of_tokens.logits[:, entries], self.of_tokens.maxima[:, tiles]
+
+
+def _kept(kept_logits: KeptLogits | None, rows: CountedRows) -> _Kept | None:
+    return None if kept_logits is None else _Kept(kept_logits, rows.index)
+
+
+def _blocks(vocabulary: int, kept_columns: int) -> Iterator[slice]:
+    """Entries at a time: first the kept ones."""
+    for start, stop in ((0, kept_columns), (kept_columns, vocabulary)):
+        for v0 in range(start, stop, VOCAB_BLOCK):
+            yield slice(v0, min(v0 + VOCAB_BLOCK, stop))
+
+
+def _tiles(head: Head, kept: _Kept | None = None) -> Iterator[_Tile]:
+    """All tiles of the logits of a head as `_upcast` makes it; those in `kept` are read there."""
     (m, _), v, dtype = head.hidden.shape, head.weight.shape[0], head.hidden.dtype
     buffer = head.hidden.new_empty(min(m, TOKEN_CHUNK) * min(v, VOCAB_BLOCK))
-    for v0 in range(0, v, VOCAB_BLOCK):
-        entries = slice(v0, min(v0 + VOCAB_BLOCK, v))
-        columns = entries.stop - v0
+    kept_columns = 0 if kept is None else kept.columns
+    for entries in _blocks(v, kept_columns):
+        v0, columns = entries.start, entries.stop - entries.start
         weight = head.weight[entries].to(dtype)
         bias = None if head.bias is None else head.bias[entries].to(dtype)
         for n0 in range(0, m, TOKEN_CHUNK):
             rows = slice(n0, min(n0 + TOKEN_CHUNK, m))
             logits = buffer[: (rows.stop - n0) * columns].view(-1, columns)
-            if bias is None:
-                torch.mm(head.hidden[rows], weight.T, out=logits)
+            if kept is not None and v0 < kept_columns:
+                kept.read(rows, entries, logits)
             else:
-                torch.addmm(bias, head.hidden[rows], weight.T, out=logits)
-            if head.round_logits is not None:
-                logits.copy_(logits.to(head.round_logits))
-            if head.softcap > 0.0:
-                logits.div_(head.softcap).tanh_().mul_(head.softcap)
-            if head.token_temperature is not None:
-                logits.div_(head.token_temperature[rows].unsqueeze(1))
-            elif head.temperature != 1.0:
-                logits.div_(head.temperature)
+                _make_logits(head, rows, weight, bias, logits)
             column = head.targets[rows].long() - v0
             in_block = (column >= 0) & (column < columns)
             column = column.where(in_block, 0).unsqueeze(1)
             excluded = None if head.kept is None else _excluded(head.kept[rows], entries)
             yield _Tile(rows, entries, weight, logits, in_block, column, excluded)
+
+
+def _make_logits(
+    head: Head, rows: slice, weight: Tensor, bias: Tensor | None, logits: Tensor
+) -> None:
+    """Into logits (rows, columns), of some rows of the weight and their bias."""
+    if bias is None:
+        torch.mm(head.hidden[rows], weight.T, out=logits)
+    else:
+        torch.addmm(bias, head.hidden[rows], weight.T, out=logits)
+    if head.round_logits is not None:
+        logits.copy_(logits.to(head.round_logits))
+    if head.softcap > 0.0:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    if head.token_temperature is not None:
+        logits.div_(head.token_temperature[rows].unsqueeze(1))
+    elif head.temperature != 1.0:
+        logits.div_(head.temperature)
 
 
 def _excluded(kept: Tensor, entries: slice) -> Tensor:
@@ -93,17 +158,25 @@ def _upcast(head: Head) -> Head:
 # --- Forward --------------------------------------------------------------------------------------
 
 
-def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy."""
+def linear_logprobs_fwd(
+    head: Head, with_entropy: bool, kept_logits: KeptLogits | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy.
+
+    Writes the counted rows of kept_logits.
+    """
     head.check_values()
     rows = counted_rows(head, head.counted())
-    logprobs, lse, entropy = _statistics(_upcast(rows.head), with_entropy)
+    kept = _kept(kept_logits, rows)
+    logprobs, lse, entropy = _statistics(_upcast(rows.head), with_entropy, kept)
     if with_entropy:
         entropy = rows.put_back(entropy)
     return rows.put_back(logprobs), rows.put_back(lse), entropy
 
 
-def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(
+    head: Head, with_entropy: bool, kept: _Kept | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy) of the counted rows, online over the vocabulary.
 
     With m the largest logit so far, s = sum exp(z - m) and e = sum exp(z - m) (z - m):
@@ -126,6 +199,8 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
         shift = m[rows] - m_new
         rescale = shift.exp()
         z.sub_(m_new.unsqueeze(1))
+        if kept is not None:
+            kept.write(rows, tile.entries, z, m_new)
         if with_entropy:
             z.clamp_(min=NOTHING)
             p = z.exp()
@@ -142,26 +217,35 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
 
 
 def linear_logprobs_bwd(
-    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
+    upstream: Upstream,
+    head: Head,
+    output_mask: list[bool],
+    weight_grad: Tensor | None = None,
+    kept_logits: KeptLogits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 
     With weight_grad (V, D), fp32 or float64, the weight's gradient is added to it instead and
-    dweight is (0,).
+    dweight is (0,). kept_logits: what the forward pass wrote.
     """
     rows = counted_rows(head, head.counted())
     counted = _upcast(rows.head)
     upstream = upstream.each(lambda values: rows.take(values).to(counted.hidden.dtype))
-    dhidden, dweight, dbias = _gradients(upstream, counted, output_mask, weight_grad)
+    kept = _kept(kept_logits, rows)
+    dhidden, dweight, dbias = _gradients(upstream, counted, output_mask, weight_grad, kept)
     # The only rounding: the sums above are fp32.
     dhidden = dhidden.to(head.hidden.dtype)
     return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias
 
 
 def _gradients(
-    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None
+    upstream: Upstream,
+    head: Head,
+    output_mask: list[bool],
+    weight_grad: Tensor | None,
+    kept: _Kept | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden fp32, dweight, dbias) of M rows that all count, from logits computed again.
+    """(dhidden fp32, dweight, dbias) of M rows that all count, from logits kept or made again.
 
     With l_v = z_v - lse and p_v = exp(l_v):
     dz_v = dlogprob (1[v=y] - p_v) - dentropy p_v (l_v + entropy) + dlse p_v, times dz/dx for the
@@ -184,7 +268,7 @@ def _gradients(
     at_target = zeros if dlogprobs is None else dlogprobs * inverse
     of_p = (zeros if dlse is None else dlse * inverse) - at_target
     of_entropy = None if dentropy is None else dentropy * inverse
-    for tile in _tiles(head):
+    for tile in _tiles(head, kept):
         rows, z = tile.rows, tile.logits
         slope = None
         if head.softcap > 0.0:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2

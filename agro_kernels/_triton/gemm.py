@@ -1,4 +1,4 @@
-"""torch's matrix product, added to an fp32 matrix without a rounding in between."""
+"""torch's matrix product, rounded once or, added to an fp32 matrix, not at all."""
 
 import functools
 from collections.abc import Callable
@@ -16,6 +16,27 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
         torch.addmm(total, a, b, beta=int(keep), out=total)
     else:
         _add_product_of(a.dtype, a.device)(total, a, b, keep)
+
+
+def rounded_product(result: Tensor, a: Tensor, b: Tensor) -> None:
+    """result = a @ b, summed in fp32 and rounded once; all three of one dtype.
+
+    torch lets cuBLAS round partial sums of long products to 16 bits unless told not to.
+    """
+    backend = torch.backends.cuda.matmul
+    allowed = (
+        backend.allow_bf16_reduced_precision_reduction,
+        backend.allow_fp16_reduced_precision_reduction,
+    )
+    backend.allow_bf16_reduced_precision_reduction = False
+    backend.allow_fp16_reduced_precision_reduction = False
+    try:
+        torch.mm(a, b, out=result)
+    finally:
+        (
+            backend.allow_bf16_reduced_precision_reduction,
+            backend.allow_fp16_reduced_precision_reduction,
+        ) = allowed
 
 
 @functools.cache

@@ -3,8 +3,12 @@
 The logits are cut into chunks of columns (vocabulary entries), and for many tokens each of these
 into chunks of rows. For each chunk one kernel recomputes the logits and writes their gradient. Two
 GEMMs of cuBLAS or hipBLAS then add its part of dhidden and of dweight, both summed in fp32. dweight
-is rounded once, after its last chunk of rows.
+is rounded once, after its last chunk of rows. Of logits that the forward pass kept there is nothing
+to recompute: the same kernel reads them.
 """
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -12,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from agro_kernels import tiles as configs
-from agro_kernels._triton.gemm import add_product
-from agro_kernels._triton.launch import gemm_arguments, select_config
+from agro_kernels._triton.gemm import add_product, rounded_product
+from agro_kernels._triton.launch import gemm_arguments, kept_arguments, select_config
 from agro_kernels._triton.primitives import (
     BANNED,
     LOG2E,
@@ -23,6 +27,7 @@ from agro_kernels._triton.primitives import (
     rounded,
 )
 from agro_kernels.head import Head, Upstream
+from agro_kernels.kept_logits import KeptLogits
 
 # Largest size in bytes of a chunk of the logits' gradient, which has at least one tile of columns.
 # Larger is faster: each chunk of columns reads and writes the fp32 dhidden.
@@ -40,6 +45,9 @@ COLUMN_CHUNK = 32768
 # and the largest fp16 number is 65504.
 FP16_GRADIENT_PEAK = 256.0
 
+# Tokens of a program that makes the gradient of kept logits: no product, so few registers.
+KEPT_BLOCK_N = 32
+
 
 @triton.jit(do_not_specialize=["N", "start_chunk", "num_columns"])
 def linear_logprobs_bwd_kernel(
@@ -55,6 +63,9 @@ def linear_logprobs_bwd_kernel(
     dlogprobs_ptr,
     dlse_ptr,
     dentropy_ptr,
+    kept_logits_ptr,
+    kept_maxima_ptr,
+    kept_rows_ptr,
     # outputs
     dlogits_ptr,
     # sizes and strides
@@ -63,6 +74,8 @@ def linear_logprobs_bwd_kernel(
     D,
     start_chunk,
     num_columns,
+    stride_kept_logits_n,
+    stride_kept_maxima_n,
     stride_hidden_n,
     stride_hidden_d,
     stride_weight_v,
@@ -82,10 +95,12 @@ def linear_logprobs_bwd_kernel(
     ROUND_LOGITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    KEPT_TILE: tl.constexpr,
 ):
     """One (BLOCK_N, BLOCK_V) tile of the gradient of hidden @ weight.T + bias.
 
-    With the recomputed logits z, p = exp(z - lse) and H the entropy:
+    With the logits z, made again or, given kept_logits_ptr, those that the forward pass kept,
+    p = exp(z - lse) and H the entropy:
 
         dz_v = dlogprob (1[v = y] - p_v) - dentropy p_v (z_v - lse + H) + dlse p_v
 
@@ -100,41 +115,54 @@ def linear_logprobs_bwd_kernel(
     offs_v = tl.arange(0, BLOCK_V)
     mask_n = offs_n < N - start_n
     rows = tl.minimum(offs_n, (N - 1 - start_n).to(tl.int32))  # rows past the end load the last one
-    logits = logits_tile(
-        hidden=hidden,
-        weight=weight,
-        bias_ptr=bias_ptr,
-        start_n=start_n,
-        start_v=start_v,
-        N=N,
-        V=V,
-        D=D,
-        stride_hidden_n=stride_hidden_n,
-        stride_hidden_d=stride_hidden_d,
-        stride_weight_v=stride_weight_v,
-        stride_weight_d=stride_weight_d,
-        softcap=softcap,
-        BLOCK_N=BLOCK_N,
-        BLOCK_V=BLOCK_V,
-        BLOCK_D=BLOCK_D,
-        EVEN_V=EVEN_V,
-        EVEN_D=EVEN_D,
-        DESCRIPTORS=DESCRIPTORS,
-        ROUND_LOGITS=ROUND_LOGITS,
-        INPUT_PRECISION=INPUT_PRECISION,
-        INTERPRETED=INTERPRETED,
-    )
+    inverse_temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
+    if token_temperature_ptr is not None:
+        inverse_temperature /= tl.load(token_temperature_ptr + start_n + rows)
+    else:
+        inverse_temperature /= temperature
+    if kept_logits_ptr is not None:
+        kept_rows = start_n + rows
+        if kept_rows_ptr is not None:
+            kept_rows = tl.load(kept_rows_ptr + start_n + rows)
+        kept_rows_start = kept_logits_ptr + kept_rows * stride_kept_logits_n + start_v
+        logits = tl.load(kept_rows_start[:, None] + offs_v[None, :]).to(tl.float32)
+        maxima_start = kept_maxima_ptr + kept_rows * stride_kept_maxima_n
+        for i_tile in tl.static_range(BLOCK_V // KEPT_TILE):
+            maxima = tl.load(maxima_start + (start_v // KEPT_TILE + i_tile))
+            of_tile = offs_v // KEPT_TILE == i_tile
+            logits += tl.where(of_tile[None, :], maxima[:, None], 0.0)
+        logits /= inverse_temperature[:, None]
+    else:
+        logits = logits_tile(
+            hidden=hidden,
+            weight=weight,
+            bias_ptr=bias_ptr,
+            start_n=start_n,
+            start_v=start_v,
+            N=N,
+            V=V,
+            D=D,
+            stride_hidden_n=stride_hidden_n,
+            stride_hidden_d=stride_hidden_d,
+            stride_weight_v=stride_weight_v,
+            stride_weight_d=stride_weight_d,
+            softcap=softcap,
+            BLOCK_N=BLOCK_N,
+            BLOCK_V=BLOCK_V,
+            BLOCK_D=BLOCK_D,
+            EVEN_V=EVEN_V,
+            EVEN_D=EVEN_D,
+            DESCRIPTORS=DESCRIPTORS,
+            ROUND_LOGITS=ROUND_LOGITS,
+            INPUT_PRECISION=INPUT_PRECISION,
+            INTERPRETED=INTERPRETED,
+        )
     allowed = logits
     if kept_ptr is not None:
         kept = kept_tile(kept_ptr, start_n, start_v, N, V, BLOCK_N, BLOCK_V)
         allowed = tl.where(kept, logits, BANNED)  # the softcap's slope is computed from `logits`
     targets = tl.load(targets_ptr + start_n + rows)
     lse = tl.load(lse_ptr + start_n + rows)
-    inverse_temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
-    if token_temperature_ptr is not None:
-        inverse_temperature /= tl.load(token_temperature_ptr + start_n + rows)
-    else:
-        inverse_temperature /= temperature
     log_p = allowed * inverse_temperature[:, None] - lse[:, None]
     # 32 bits: comparing every column with a 64-bit target would take twice the registers.
     in_tile = (targets >= start_v) & (targets < min(start_v + BLOCK_V, V))
@@ -175,9 +203,17 @@ def linear_logprobs_bwd_kernel(
 
 
 def head_gradients(
-    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
+    upstream: Upstream,
+    head: Head,
+    output_mask: list[bool],
+    weight_grad: Tensor | None = None,
+    kept_logits: KeptLogits | None = None,
+    kept_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_logprobs_bwd of rows that all count; what upstream holds is contiguous."""
+    """linear_logprobs_bwd of rows that all count; what upstream holds is contiguous.
+
+    kept_rows (N,): their rows in kept_logits; None: all of them in order.
+    """
     hidden, weight = head.hidden, head.weight
     (N, D), V = hidden.shape, weight.shape[0]
     need_hidden, need_weight, need_bias = output_mask
@@ -195,14 +231,26 @@ def head_gradients(
     config = select_config("linear_logprobs_bwd", head)
     rows_per_chunk, columns_per_chunk = chunk_shape(N, V, hidden.element_size(), config)
     row_chunks = _row_chunks(upstream, head, config, rows_per_chunk)
+    kept_columns = 0 if kept_logits is None else kept_logits.columns
     dlogits_buffer = hidden.new_empty(rows_per_chunk, columns_per_chunk)
-    weight_sum = _WeightSum(weight, weight_grad, scale, columns_per_chunk, needed=need_weight)
+    weight_sum = _WeightSum(
+        weight,
+        weight_grad,
+        scale,
+        columns_per_chunk,
+        needed=need_weight,
+        one_sum=rows_per_chunk >= N,
+    )
     with torch.cuda.device_of(hidden):
-        for start_v in range(0, V, columns_per_chunk):
-            entries = slice(start_v, min(start_v + columns_per_chunk, V))
+        for entries in _column_chunks(V, kept_columns, columns_per_chunk):
+            start_v = entries.start
             for rows, arguments in row_chunks:
                 dlogits = dlogits_buffer[: rows.stop - rows.start, : entries.stop - start_v]
-                _write_dlogits(dlogits, start_v, arguments, config)
+                if start_v < kept_columns:
+                    kept = _kept_arguments(kept_logits, kept_rows, rows)
+                    _write_dlogits(dlogits, start_v, arguments | kept, _of_kept(config))
+                else:
+                    _write_dlogits(dlogits, start_v, arguments, config)
                 if need_hidden:
                     add_product(dhidden[rows], dlogits, weight[entries], keep=start_v > 0)
                 if need_weight:
@@ -225,11 +273,42 @@ def _row_chunks(
     for start in range(0, head.hidden.shape[0], size):
         rows = slice(start, min(start + size, head.hidden.shape[0]))
         arguments = gemm_arguments(config, head.part(rows))
+        arguments |= kept_arguments(None, None)
         arguments["ignore_index"] = head.ignore_index
         for name, values in upstream._asdict().items():
             arguments[f"{name}_ptr"] = None if values is None else values[rows]
         chunks.append((rows, arguments))
     return chunks
+
+
+def _column_chunks(vocabulary: int, kept_columns: int, size: int) -> Iterator[slice]:
+    """At most `size` columns at a time: first the kept ones."""
+    for start, stop in ((0, kept_columns), (kept_columns, vocabulary)):
+        for start_v in range(start, stop, size):
+            yield slice(start_v, min(start_v + size, stop))
+
+
+def _of_kept(config: configs.TileConfig) -> configs.TileConfig:
+    """The tile of the same kernel where it makes no product: nothing but loads and stores."""
+    return replace(config, block_n=KEPT_BLOCK_N, num_warps=4, num_stages=1)
+
+
+def _kept_arguments(
+    kept_logits: KeptLogits | None, kept_rows: Tensor | None, rows: slice
+) -> dict[str, object]:
+    """The kernel's arguments for some rows whose logits were kept: no product, no operands."""
+    if kept_logits is not None and kept_rows is None:
+        kept_logits = KeptLogits(*(tensor[rows] for tensor in kept_logits))
+    of_rows = None if kept_rows is None else kept_rows[rows]
+    return kept_arguments(kept_logits, of_rows) | {
+        "hidden": None,
+        "weight": None,
+        "bias_ptr": None,
+        "DESCRIPTORS": False,
+        "BLOCK_N": KEPT_BLOCK_N,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
 
 
 def _write_dlogits(
@@ -250,8 +329,9 @@ def _write_dlogits(
 class _WeightSum:
     """The gradient of the weight, summed in fp32 over chunks of tokens.
 
-    Where it is fp32 already and not scaled it is summed in place; otherwise in a buffer for one
-    chunk of columns, from which it is rounded once.
+    Where it is fp32 already and not scaled it is summed in place. Where a single chunk has all
+    tokens each of its rows is one sum, which the product itself rounds. Otherwise it is summed in a
+    buffer for one chunk of columns, from which it is rounded once.
     """
 
     def __init__(
@@ -262,23 +342,29 @@ class _WeightSum:
         columns_per_chunk: int,
         *,
         needed: bool,
+        one_sum: bool,
     ) -> None:
         (V, D), self.scale = weight.shape, scale
         self.dweight = weight.new_empty((V, D) if needed and weight_grad is None else 0)
         self.adds = weight_grad is not None
         self.total = self.dweight if weight_grad is None else weight_grad
         self.in_place = self.total.dtype == torch.float32 and scale is None
-        buffer_rows = columns_per_chunk if needed and not self.in_place else 0
+        self.at_once = one_sum and not (self.in_place or self.adds) and scale is None
+        buffered = needed and not (self.in_place or self.at_once)
+        buffer_rows = columns_per_chunk if buffered else 0
         self.buffer = weight.new_empty(buffer_rows, D, dtype=torch.float32)
 
     def add(self, entries: slice, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
         """dlogits.T @ hidden, of the first chunk of tokens or a later one."""
+        if self.at_once:
+            rounded_product(self.total[entries], dlogits.T, hidden)
+            return
         keep = not first or (self.in_place and self.adds)
         add_product(self._chunk(entries), dlogits.T, hidden, keep=keep)
 
     def finish(self, entries: slice) -> None:
         """After the last chunk of tokens."""
-        if self.in_place:
+        if self.in_place or self.at_once:
             return
         chunk = self._chunk(entries)
         if self.scale is not None:

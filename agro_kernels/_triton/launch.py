@@ -8,18 +8,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from agro_kernels import tiles as configs
 from agro_kernels.counted_rows import CountedRows, counted_rows
 from agro_kernels.head import Head
+from agro_kernels.kept_logits import KeptLogits
+from agro_kernels.tiles import architecture
 
 ROUNDED = {None: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def architecture(device: torch.device) -> str:
-    """The device's name in the tables of tiles.py; CPU tensors are for Triton's interpreter."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
 
 
 def gather_counted(head: Head, counted: Tensor) -> CountedRows:
@@ -46,6 +38,7 @@ def select_config(kernel: str, head: Head) -> configs.TileConfig:
         hidden.shape[1],
         aligned=takes_aligned_rows(head),
         softcap=head.softcap > 0,
+        rounds=head.round_logits is not None,
     )
 
 
@@ -111,3 +104,22 @@ def gemm_arguments(config: configs.TileConfig, head: Head) -> dict[str, object]:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def kept_arguments(kept_logits: KeptLogits | None, kept_rows: Tensor | None) -> dict[str, object]:
+    """What both kernels are told of the kept logits; kept_rows (N,): where a token's are.
+
+    None is all of them in order.
+    """
+    if kept_logits is None:
+        nothing = ("kept_logits_ptr", "kept_maxima_ptr", "kept_rows_ptr", "KEPT_TILE")
+        numbers = ("stride_kept_logits_n", "stride_kept_maxima_n")
+        return dict.fromkeys(nothing) | dict.fromkeys(numbers, 0)
+    return {
+        "kept_logits_ptr": kept_logits.logits,
+        "kept_maxima_ptr": kept_logits.maxima,
+        "kept_rows_ptr": kept_rows,
+        "stride_kept_logits_n": kept_logits.logits.stride(0),
+        "stride_kept_maxima_n": kept_logits.maxima.stride(0),
+        "KEPT_TILE": kept_logits.tile,
+    }

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from agro_kernels import tiles as configs
 from agro_kernels._triton.head_gradients import head_gradients
-from agro_kernels._triton.launch import gather_counted, gemm_arguments, select_config
+from agro_kernels._triton.launch import (
+    gather_counted,
+    gemm_arguments,
+    kept_arguments,
+    select_config,
+)
 from agro_kernels._triton.primitives import (
     BANNED,
     LN2,
@@ -24,6 +29,7 @@ from agro_kernels._triton.primitives import (
     logits_tile,
 )
 from agro_kernels.head import Head, Upstream
+from agro_kernels.kept_logits import LOWEST, KeptLogits
 
 MERGE_BLOCK_N = 128  # rows of one program that merges splits; results do not depend on it
 
@@ -37,17 +43,23 @@ def linear_logprobs_fwd_kernel(
     targets_ptr,
     token_temperature_ptr,
     kept_ptr,
+    kept_rows_ptr,
     # outputs
     max_ptr,
     sum_ptr,
     moment_ptr,
     target_logit_ptr,
+    kept_logits_ptr,
+    kept_maxima_ptr,
     # sizes and strides
     N,
     V,
     D,
     tiles_per_split,
     num_splits,
+    kept_columns,
+    stride_kept_logits_n,
+    stride_kept_maxima_n,
     stride_hidden_n,
     stride_hidden_d,
     stride_weight_v,
@@ -65,6 +77,9 @@ def linear_logprobs_fwd_kernel(
     ROUND_LOGITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    KEPT_TILE: tl.constexpr,
+    LOWEST_KEPT: tl.constexpr,
 ):
     """Softmax statistics of BLOCK_N rows over one split of the vocabulary.
 
@@ -75,7 +90,10 @@ def linear_logprobs_fwd_kernel(
     and when a tile raises m by c / k:  e <- (e - c s) 2^-c,  s <- s 2^-c. The subtraction comes
     before the scaling, so a common offset of the logits costs no accuracy.
     Writes m, s, e as (num_splits, N) fp32 (moment_ptr None: no e), and the target's logit (N,),
-    before the temperature, by the one program that meets it.
+    before the temperature, by the one program that meets it. With kept_logits_ptr also
+    max(d_v ln 2, LOWEST_KEPT) of the columns below kept_columns, (tokens, kept_columns) fp16, and
+    m / temperature for each KEPT_TILE columns, in the rows kept_rows_ptr (N,) of both. Blocks are
+    whole tiles, and kept_columns whole blocks.
     """
     i_n, i_split = grouped_blocks(tl.cdiv(N, BLOCK_N), num_splits, GROUP_N)
     start_n = i_n.to(tl.int64) * BLOCK_N
@@ -92,8 +110,17 @@ def linear_logprobs_fwd_kernel(
     m = tl.full((BLOCK_N,), BANNED, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     e = tl.zeros((BLOCK_N,), tl.float32)
+    if kept_logits_ptr is not None:
+        kept_rows = start_n + rows
+        if kept_rows_ptr is not None:
+            kept_rows = tl.load(kept_rows_ptr + start_n + rows)
+        kept_rows_start = kept_logits_ptr + kept_rows * stride_kept_logits_n
+        kept_maxima_start = kept_maxima_ptr + kept_rows * stride_kept_maxima_n
     start_split = i_split * tiles_per_split * BLOCK_V
-    for start_v in range(start_split, min(start_split + tiles_per_split * BLOCK_V, V), BLOCK_V):
+    end_split = min(start_split + tiles_per_split * BLOCK_V, V)
+    # Flattened, this loop and that over D are one: the next tile's operands are on their way during
+    # the softmax.
+    for start_v in tl.range(start_split, end_split, BLOCK_V, flatten=FLATTEN):
         offs_v = tl.arange(0, BLOCK_V)
         logits = logits_tile(
             hidden=hidden,
@@ -126,7 +153,8 @@ def linear_logprobs_fwd_kernel(
             kept = kept_tile(kept_ptr, start_n, start_v, N, V, BLOCK_N, BLOCK_V)
             logits = tl.where(kept, logits, BANNED)
         in_tile = (targets >= start_v) & (targets < min(start_v + BLOCK_V, V)) & mask_n
-        if tl.max(in_tile.to(tl.int32), axis=0) > 0:
+        # A branch in a flattened loop would make ptxas 12.8 wait for each wgmma.
+        if FLATTEN or tl.max(in_tile.to(tl.int32), axis=0) > 0:
             target_column = tl.where(in_tile, targets - start_v, -1).to(tl.int32)
             is_target = offs_v[None, :] == target_column[:, None]
             target_logit = tl.sum(tl.where(is_target, logits, 0.0), axis=1)
@@ -134,6 +162,19 @@ def linear_logprobs_fwd_kernel(
 
         m_new = tl.maximum(m, tl.max(logits, axis=1))
         d = (logits - m_new[:, None]) * k[:, None]
+        if kept_logits_ptr is not None:
+            within = mask_n & (start_v < kept_columns)
+            tl.store(
+                (kept_rows_start + start_v)[:, None] + offs_v[None, :],
+                tl.maximum(d * LN2, LOWEST_KEPT).to(tl.float16),
+                mask=within[:, None],
+            )
+            for i_tile in tl.static_range(BLOCK_V // KEPT_TILE):
+                tl.store(
+                    kept_maxima_start + (start_v // KEPT_TILE + i_tile),
+                    m_new * k * LN2,
+                    mask=within,
+                )
         p = tl.exp2(d)
         change = (m - m_new) * k
         if moment_ptr is not None:
@@ -211,21 +252,28 @@ def linear_logprobs_fwd_merge_kernel(
         tl.store(entropy_ptr + offs_n, tl.where(counted, entropy, 0.0), mask=mask_n)
 
 
-def linear_logprobs_fwd(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprobs_fwd(
+    head: Head, with_entropy: bool, kept_logits: KeptLogits | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,) fp32 in nats; entropy is (0,) unless asked for.
 
     bf16, fp16 or fp32. A target outside [0, V) that is not ignore_index gives a logprob of NaN:
-    looking at it here would stall the device.
+    looking at it here would stall the device. Writes the counted rows of kept_logits.
     """
     rows = gather_counted(head, head.counted())
-    logprobs, lse, entropy = _statistics(rows.head, with_entropy)
+    logprobs, lse, entropy = _statistics(rows.head, with_entropy, kept_logits, rows.index)
     if with_entropy:
         entropy = rows.put_back(entropy)
     return rows.put_back(logprobs), rows.put_back(lse), entropy
 
 
-def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_logprobs_fwd of rows that all count."""
+def _statistics(
+    head: Head,
+    with_entropy: bool,
+    kept_logits: KeptLogits | None = None,
+    kept_rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """linear_logprobs_fwd of rows that all count; kept_rows (N,): their rows in kept_logits."""
     hidden = head.hidden
     N, V = hidden.shape[0], head.weight.shape[0]
     logprobs = hidden.new_empty(N, dtype=torch.float32)
@@ -248,6 +296,10 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
             **statistics,
             tiles_per_split=tiles_per_split,
             num_splits=num_splits,
+            kept_columns=0 if kept_logits is None else kept_logits.columns,
+            **kept_arguments(kept_logits, kept_rows),
+            LOWEST_KEPT=LOWEST,
+            FLATTEN=config.flatten,
             **gemm_arguments(config, head),
         )
         linear_logprobs_fwd_merge_kernel[(triton.cdiv(N, MERGE_BLOCK_N),)](
@@ -268,17 +320,22 @@ def _statistics(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]
 
 
 def linear_logprobs_bwd(
-    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
+    upstream: Upstream,
+    head: Head,
+    output_mask: list[bool],
+    weight_grad: Tensor | None = None,
+    kept_logits: KeptLogits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden (N, D), dweight (V, D), dbias (V,)); (0,) for each that output_mask leaves out.
 
     With weight_grad (V, D) fp32 the gradient of weight is added to it and dweight is (0,).
+    kept_logits: what the forward pass wrote.
     """
     live = torch.zeros_like(head.targets, dtype=torch.bool)
     for gradient in upstream.gradients():
         live |= gradient != 0
     rows = gather_counted(head, live & head.counted())
     dhidden, dweight, dbias = head_gradients(
-        upstream.each(rows.take), rows.head, output_mask, weight_grad
+        upstream.each(rows.take), rows.head, output_mask, weight_grad, kept_logits, rows.index
     )
     return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias

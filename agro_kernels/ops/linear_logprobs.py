@@ -15,6 +15,7 @@ from agro_kernels._cpu import linear_logprobs as cpu_linear_logprobs
 from agro_kernels._torch import kept_ids as torch_kept_ids
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
 from agro_kernels.head import HEAD_SCHEMA, Head, Upstream
+from agro_kernels.kept_logits import KeptLogits, empty_kept_logits
 from agro_kernels.ops.buffer_locks import in_turn
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
@@ -27,12 +28,12 @@ from agro_kernels.ops.dispatch import (
 )
 
 library.define(
-    f"linear_logprobs_fwd({HEAD_SCHEMA}, bool with_entropy) "
-    "-> (Tensor logprobs, Tensor lse, Tensor entropy)"
+    f"linear_logprobs_fwd({HEAD_SCHEMA}, bool with_entropy, int keep_logits_bytes=0) -> "
+    "(Tensor logprobs, Tensor lse, Tensor entropy, Tensor kept_logits, Tensor kept_maxima)"
 )
 _BACKWARD_ARGUMENTS = (
     f"Tensor? dlogprobs, Tensor? dlse, Tensor? dentropy, {HEAD_SCHEMA}, Tensor lse, "
-    "Tensor entropy, bool[] output_mask"
+    "Tensor entropy, bool[] output_mask, Tensor? kept_logits, Tensor? kept_maxima"
 )
 library.define(
     f"linear_logprobs_bwd({_BACKWARD_ARGUMENTS}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
@@ -44,25 +45,43 @@ library.define(
 )
 
 
+def with_kept(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel(head, with_entropy, kept_logits)`, given room for the logits that it is to keep."""
+
+    @functools.wraps(kernel)
+    def call(head: Head, with_entropy: bool, keep_logits_bytes: int = 0) -> tuple[Tensor, ...]:
+        kept = empty_kept_logits(head, keep_logits_bytes)
+        results = kernel(head, with_entropy, kept if kept.columns > 0 else None)
+        return *results, *kept
+
+    return call
+
+
 def with_upstream(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel(upstream, head, output_mask, ...)` with the arguments of the schemas above."""
+    """`kernel(upstream, head, output_mask, weight_grad, kept_logits)`, called as a schema above."""
     stop = len(Head._fields)
 
     @functools.wraps(kernel)
     def call(
         dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None, *flat: Any
     ) -> Any:
-        lse, entropy, *others = flat[stop:]
+        lse, entropy, output_mask, logits, maxima, *others = flat[stop:]
         if dentropy is None:
             entropy = None
         upstream = Upstream(dlogprobs, dlse, dentropy, lse, entropy)
-        return kernel(upstream, Head(*flat[:stop]), *others)
+        kept = None if logits is None or maxima is None else KeptLogits(logits, maxima)
+        (weight_grad,) = others or (None,)
+        return kernel(upstream, Head(*flat[:stop]), output_mask, weight_grad, kept)
 
     return call
 
 
+def _flat_forward(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    return with_head(with_kept(kernel))
+
+
 for _name, _function, _flat in (
-    ("linear_logprobs_fwd", "linear_logprobs_fwd", with_head),
+    ("linear_logprobs_fwd", "linear_logprobs_fwd", _flat_forward),
     ("linear_logprobs_bwd", "linear_logprobs_bwd", with_upstream),
     ("linear_logprobs_bwd_accumulate", "linear_logprobs_bwd", with_upstream),
 ):
@@ -77,17 +96,24 @@ for _name, _function, _flat in (
         library.impl(_name, _kernel, _key)
 
 
-def _linear_logprobs_fwd_fake(head: Head, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_logprobs_fwd_fake(
+    head: Head, with_entropy: bool, keep_logits_bytes: int = 0
+) -> tuple[Tensor, ...]:
     n, dtype = head.hidden.shape[0], results_dtype(head.hidden)
     return (
         head.hidden.new_empty(n, dtype=dtype),
         head.hidden.new_empty(n, dtype=dtype),
         head.hidden.new_empty(n if with_entropy else 0, dtype=dtype),
+        *empty_kept_logits(head, keep_logits_bytes),
     )
 
 
 def _linear_logprobs_bwd_fake(
-    upstream: Upstream, head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
+    upstream: Upstream,
+    head: Head,
+    output_mask: list[bool],
+    weight_grad: Tensor | None,
+    kept_logits: KeptLogits | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, unwritten; those not asked for have shape (0,)."""
     need_hidden, need_weight, need_bias = output_mask
@@ -99,7 +125,15 @@ def _linear_logprobs_bwd_fake(
     )
 
 
-def save_head(ctx: Any, head: Head, lse: Tensor, entropy: Tensor, with_entropy: bool) -> None:
+def save_head(
+    ctx: Any,
+    head: Head,
+    lse: Tensor,
+    entropy: Tensor,
+    with_entropy: bool,
+    kept_logits: Tensor | None = None,
+    kept_maxima: Tensor | None = None,
+) -> None:
     """Keeps what `saved_head` gives back, and whether entropy is (N,) or the empty tensor.
 
     Its shape would not tell: in a graph the number of tokens may be unknown.
@@ -113,21 +147,24 @@ def save_head(ctx: Any, head: Head, lse: Tensor, entropy: Tensor, with_entropy: 
         head.kept,
         lse,
         entropy,
+        kept_logits,
+        kept_maxima,
     )
     ctx.options = head.temperature, head.softcap, head.ignore_index, head.round_logits
     ctx.with_entropy = with_entropy
     ctx.set_materialize_grads(False)
 
 
-def saved_head(ctx: Any) -> tuple[Head, Tensor, Tensor]:
-    """(head, lse, entropy) after `save_head`."""
-    hidden, weight, targets, bias, token_temperature, kept, lse, entropy = ctx.saved_tensors
+def saved_head(ctx: Any) -> tuple[Head, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(head, lse, entropy, kept_logits, kept_maxima) after `save_head`."""
+    hidden, weight, targets, bias, token_temperature, kept, *others = ctx.saved_tensors
+    lse, entropy, kept_logits, kept_maxima = others
     temperature, softcap, ignore_index, round_logits = ctx.options
     head = Head(
         hidden, weight, targets, bias, temperature, token_temperature, softcap, ignore_index,
         round_logits, kept,
     )  # fmt: skip
-    return head, lse, entropy
+    return head, lse, entropy, kept_logits, kept_maxima
 
 
 def input_gradients(
@@ -145,9 +182,12 @@ def input_gradients(
 
 
 def _linear_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *head, with_entropy = inputs
-    _, lse, entropy = output
-    save_head(ctx, Head(*head), lse, entropy, with_entropy)
+    *head, with_entropy, keep_logits_bytes = inputs
+    _, lse, entropy, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    if keep_logits_bytes == 0:
+        kept = []
+    save_head(ctx, Head(*head), lse, entropy, with_entropy, *kept)
 
 
 def _target_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -161,15 +201,17 @@ def _logprobs_backward(
     dlogprobs: Tensor | None,
     dlse: Tensor | None = None,
     dentropy: Tensor | None = None,
+    *of_kept: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of both ops: a given lse is what the inputs make it, not a constant."""
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     asked = [need_hidden, need_weight, need_bias]
-    head, lse, entropy = saved_head(ctx)
+    head, lse, entropy, *kept = saved_head(ctx)
     gradients = torch.ops.agro.linear_logprobs_bwd(
-        dlogprobs, dlse, of_entropy(ctx, dentropy), *head, lse, entropy, asked
+        dlogprobs, dlse, of_entropy(ctx, dentropy), *head, lse, entropy, asked, *kept
     )
-    return *input_gradients(asked, *gradients), None
+    after_head = len(ctx.needs_input_grad) - len(Head._fields)
+    return *input_gradients(asked, *gradients), *[None] * after_head
 
 
 def of_entropy(ctx: Any, dentropy: Tensor | None) -> Tensor | None:

@@ -35,15 +35,23 @@ class AccumulatingLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight_grad: Tensor, with_entropy: bool, lse: Tensor | None, *fields: Any
+        ctx: Any,
+        weight_grad: Tensor,
+        with_entropy: bool,
+        lse: Tensor | None,
+        keep_logits_bytes: int,
+        *fields: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        kept: tuple[Tensor, ...] = ()
         if lse is None:
-            logprobs, lse, entropy = torch.ops.agro.linear_logprobs_fwd(*fields, with_entropy)
+            logprobs, lse, entropy, *kept = torch.ops.agro.linear_logprobs_fwd(
+                *fields, with_entropy, keep_logits_bytes
+            )
         else:
             with_entropy = False
             logprobs = torch.ops.agro.target_logprobs(*fields, lse)
             entropy = logprobs.new_empty(0)
-        save_head(ctx, Head(*fields), lse, entropy, with_entropy)
+        save_head(ctx, Head(*fields), lse, entropy, with_entropy, *kept)
         # Not with save_for_backward, which refuses tensors that have changed since: the backward
         # passes of other micro-batches add to this one.
         ctx.weight_grad = weight_grad
@@ -54,16 +62,14 @@ class AccumulatingLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+        _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         asked = [need_hidden, need_weight, need_bias]
-        head, lse, entropy = saved_head(ctx)
+        head, lse, entropy, *kept = saved_head(ctx)
         dentropy = of_entropy(ctx, dentropy)
         dhidden, dweight, dbias = torch.ops.agro.linear_logprobs_bwd_accumulate(
-            dlogprobs, dlse, dentropy, *head, lse, entropy, asked, ctx.weight_grad
+            dlogprobs, dlse, dentropy, *head, lse, entropy, asked, *kept, ctx.weight_grad
         )
         return (
-            None,
-            None,
-            None,
+            *[None] * 4,
             *input_gradients([need_hidden, False, need_bias], dhidden, dweight, dbias),
         )

@@ -38,11 +38,14 @@ for _name in ("_ChunkedLogProbFunction", "_use_triton"):
 
 
 @contextmanager
-def agro_logprobs() -> Iterator[None]:
+def agro_logprobs(*, keep_logits_bytes: int | str = 0) -> Iterator[None]:
     """Inside, every TRL trainer takes its log-probabilities from `linear_logprobs`.
 
         with agro_logprobs():
             trainer.train()
+
+    keep_logits_bytes: as `linear_logprobs`, for each micro-batch; "auto" or a number of bytes makes
+    the backward pass faster.
 
     Serves the trainers that call TRL's fused head: GRPO, RLOO, SFT, DPO and KTO. Same values and
     gradients, the logits kept in fp32. Token accuracy and mean logits, which SFT, DPO and KTO log,
@@ -50,7 +53,7 @@ def agro_logprobs() -> Iterator[None]:
     """
     replaced = utils._ChunkedLogProbFunction, utils._use_triton
     # On a CPU TRL would score prompts and padding too; the name decides nothing else in `utils`.
-    utils._ChunkedLogProbFunction, utils._use_triton = _Head, _only_what_counts
+    utils._ChunkedLogProbFunction, utils._use_triton = _Head(keep_logits_bytes), _only_what_counts
     try:
         yield
     finally:
@@ -61,11 +64,19 @@ def _only_what_counts(device: torch.device) -> bool:
     return True
 
 
+@dataclass(frozen=True)
 class _Head:
     """Stands where TRL's fused head computes, with its arguments and results."""
 
-    @staticmethod
+    keep_logits_bytes: int | str = 0
+
+    def __post_init__(self) -> None:
+        nothing = torch.zeros(0, 1)  # the op checks its own option
+        options: dict[str, Any] = {"keep_logits_bytes": self.keep_logits_bytes}
+        linear_logprobs(nothing, torch.zeros(1, 1), nothing[:, 0].long(), **options)
+
     def apply(
+        self,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -89,6 +100,7 @@ class _Head:
             "bias": None if bias is None else bias.to(hidden.dtype),
             "temperature": temperature / logit_scale,
             "softcap": None if softcap is None else softcap / logit_scale,
+            "keep_logits_bytes": self.keep_logits_bytes,
         }
         arguments = hidden, weight.to(hidden.dtype), targets
         logprobs, entropy = (
@@ -136,6 +148,13 @@ class AGROConfig(RLOOConfig):  # type: ignore[misc]
             "min(1, policy / vLLM) to this power of what AGRO says. 0: AGRO as it stands."
         },
     )
+    keep_logits_bytes: int = field(
+        default=0,
+        metadata={
+            "help": "Memory in bytes for logits that the forward pass keeps for the backward pass, "
+            "a micro-batch, see agro_kernels.linear_logprobs. 0: none are kept."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,6 +174,7 @@ class AGROConfig(RLOOConfig):  # type: ignore[misc]
             )
         nothing = torch.zeros(2)  # the op checks its own options
         agro_coefficients(nothing, nothing, nothing, nothing.long(), **self.agro_options())
+        _Head(self.keep_logits_bytes)
         if self.taper > 0 and not self.use_vllm:
             raise ValueError(
                 f"taper: expected 0 without use_vllm, got {self.taper}; transformers' generate "
@@ -222,7 +242,7 @@ class AGROTrainer(RLOOTrainer):  # type: ignore[misc]
         engine.logprobs, engine.generate = 0, keeping
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        with agro_logprobs():
+        with agro_logprobs(keep_logits_bytes=self.args.keep_logits_bytes):
             results = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if not torch.is_grad_enabled():
             self._passes.append(results[0])

@@ -43,7 +43,7 @@ from pathlib import Path
 
 import torch
 
-from agro_kernels.tiles import TileConfig
+from agro_kernels.tiles import TileConfig, architecture
 from benchmarks.head.tune_kernel import KERNELS, describe
 from benchmarks.head.tune_search import REPETITIONS, SMOKE, Candidate, search
 from benchmarks.measure import timing
@@ -70,7 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if has_gpu and not options.smoke else "cpu"
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-    from agro_kernels._triton.launch import architecture
 
     heads = heads_of(options)
     tokens = options.tokens or (SMOKE_TOKENS if options.smoke else TOKENS)

@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from agro_kernels import kept_logits
 from agro_kernels._triton import (
     agro_loss,
     head_gradients,
@@ -44,6 +45,8 @@ from agro_kernels._triton import (
 )
 from agro_kernels.agro_options import AgroOptions
 from agro_kernels.head import Head, Upstream
+from agro_kernels.kept_logits import GPU_STEP, GPU_TILE, KeptLogits
+from agro_kernels.tiles import keeps_logits
 from benchmarks.measure.rows import column_names, texts
 
 TARGETS = {
@@ -85,6 +88,8 @@ FWD_CALLS = {
     "entropy ragged": frozenset({"entropy", "ragged"}),
     "softcap": frozenset({"entropy", "softcap"}),
     "kept": frozenset({"entropy", "kept"}),
+    "keep": frozenset({"entropy", "keep"}),
+    "keep ragged": frozenset({"entropy", "keep", "ragged"}),
 }
 BWD_CALLS = {
     "everything": EVERYTHING | {"dlogprobs", "dlse", "dentropy"},
@@ -97,9 +102,12 @@ BWD_CALLS = {
     "dlogprobs kept": frozenset({"dlogprobs", "kept"}),
     "dlogprobs, all but softcap": EXTRAS | {"dlogprobs"},
     "dlogprobs, everything": EVERYTHING | {"dlogprobs"},
+    "keep": frozenset({"dlogprobs", "dentropy", "keep"}),
+    "keep ragged": frozenset({"dlogprobs", "dlse", "dentropy", "token_temperature"})
+    | {"keep", "ragged"},
 }
 # What --quick compiles: the calls with most arguments, and what the trainer calls.
-QUICK_CALLS = {"all but softcap", "everything", "dlogprobs"}
+QUICK_CALLS = {"all but softcap", "everything", "dlogprobs", "keep"}
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,7 @@ class Row:
     exp2: int
     async_copies: int
     tma_copies: int
+    serialised: int  # matrix products that wait for one another, by ptxas' own warnings
 
 
 # --- What is launched -----------------------------------------------------------------------------
@@ -177,6 +186,8 @@ def recorded(target: str) -> Iterator[dict[str, Recorder]]:
         architecture = target.replace("_", "")
         stack.enter_context(mock.patch.object(launch, "architecture", return_value=architecture))
         stack.enter_context(mock.patch.object(head_gradients, "add_product", return_value=None))
+        stack.enter_context(mock.patch.object(head_gradients, "rounded_product", return_value=None))
+        stack.enter_context(mock.patch.object(kept_logits, "CPU_TILE", GPU_TILE))
         yield recorders
 
 
@@ -201,6 +212,16 @@ def head_of(call: frozenset[str], dtype: torch.dtype, hidden_size: int, aligned:
     )
 
 
+def kept_of(call: frozenset[str], head: Head) -> tuple[KeptLogits | None, Tensor | None]:
+    """Room for all logits, and the rows of the tokens in it."""
+    if "keep" not in call:
+        return None, None
+    n, columns = head.hidden.shape[0], head.weight.shape[0] // GPU_STEP * GPU_STEP
+    logits = torch.empty(n, columns, dtype=torch.float16, device="meta")
+    maxima = torch.empty(n, columns // GPU_TILE, device="meta")
+    return KeptLogits(logits, maxima), torch.empty(n, dtype=torch.int64, device="meta")
+
+
 def head_cases(target: str, quick: bool) -> list[Case]:
     """The kernels of linear_logprobs: every row of tiles.py, and every kind of call it is for."""
     cases: dict[tuple[object, ...], Case] = {}
@@ -208,7 +229,8 @@ def head_cases(target: str, quick: bool) -> list[Case]:
     def add(name: str, recorder: Recorder) -> None:
         for arguments in recorder.launches[:1]:  # later ones differ in numbers only
             case = case_of(name, recorder.kernel, arguments)
-            same = (case.kernel, case.tile, "dlogprobs" in name) if quick else case.identity
+            kind = "dlogprobs" in name, "keep" in name
+            same = (case.kernel, case.tile, *kind) if quick else case.identity
             cases.setdefault(same, case)
         recorder.launches.clear()
 
@@ -217,13 +239,14 @@ def head_cases(target: str, quick: bool) -> list[Case]:
         for dtype, d, aligned in itertools.product(dtypes, HIDDEN_SIZES, (True, False)):
             suffix = canonicalize_dtype(dtype) + ("" if aligned else " unaligned")
             for name, call in FWD_CALLS.items():
-                if unwanted(name, suffix, quick):
+                if unwanted(name, suffix, quick) or not possible(call, d, target):
                     continue
-                linear_logprobs._statistics(head_of(call, dtype, d, aligned), "entropy" in call)
+                head = head_of(call, dtype, d, aligned)
+                linear_logprobs._statistics(head, "entropy" in call, *kept_of(call, head))
                 add(f"linear_logprobs_fwd {name} {suffix}", kernels["linear_logprobs_fwd_kernel"])
                 add("linear_logprobs_fwd_merge", kernels["linear_logprobs_fwd_merge_kernel"])
             for name, call in BWD_CALLS.items():
-                if unwanted(name, suffix, quick):
+                if unwanted(name, suffix, quick) or not possible(call, d, target):
                     continue
                 head = head_of(call, dtype, d, aligned)
                 per_token = torch.empty(NUM_TOKENS, device="meta")
@@ -234,13 +257,28 @@ def head_cases(target: str, quick: bool) -> list[Case]:
                     lse=per_token,
                     entropy=per_token if "dentropy" in call else None,
                 )
-                head_gradients.head_gradients(upstream, head, [True, True, False])
-                add(f"linear_logprobs_bwd {name} {suffix}", kernels["linear_logprobs_bwd_kernel"])
+                head_gradients.head_gradients(
+                    upstream, head, [True, True, False], None, *kept_of(call, head)
+                )
+                # Of kept logits there is no product.
+                kernel = "dlogits_of_kept" if "keep" in call else "linear_logprobs_bwd"
+                add(f"{kernel} {name} {suffix}", kernels["linear_logprobs_bwd_kernel"])
     return list(cases.values())
 
 
+def possible(call: frozenset[str], hidden_size: int, target: str) -> bool:
+    """Whether the ops make such a call: they do not keep logits everywhere."""
+    if "keep" not in call:
+        return True
+    v = RAGGED_VOCABULARY if "ragged" in call else VOCABULARY
+    return keeps_logits(target.replace("_", ""), hidden_size, v, softcap="softcap" in call)
+
+
 def unwanted(call: str, suffix: str, quick: bool) -> bool:
-    """fp16 has the instructions of bf16, and fp32 one row: of both only the largest calls."""
+    """fp16 has the instructions of bf16, and fp32 one row: of both only the largest calls.
+
+    Of fp32 nothing is kept.
+    """
     if quick and (call not in QUICK_CALLS or suffix not in ("bf16", "fp32")):
         return True
     return not suffix.startswith("bf16") and "everything" not in call
@@ -359,7 +397,27 @@ def compile_case(case: Case, target: str) -> Row:
         exp2=code.count("ex2.approx") + code.count("v_exp_f32"),
         async_copies=len(re.findall(r"cp\.async\.c[ag]|_load_\w+ .*\blds\b", code)),
         tma_copies=code.count("cp.async.bulk.tensor"),
+        serialised=serialised_products(kernel) if target == "sm_90" else 0,
     )
+
+
+def serialised_products(kernel: Any) -> int:
+    """How often ptxas says of a kernel that its wgmma are serialised (C7515).
+
+    Each product then waits for the one before, and nothing else shows it: a kernel so compiled is
+    right, and slow.
+    """
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        said = subprocess.run(
+            [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return (said.stdout + said.stderr).count("C7515")
 
 
 def programs_at_once(target: str, registers: int, metadata: Any) -> int:
@@ -418,6 +476,9 @@ def main() -> None:
             print_line(texts(rows[-1]), widths)
     if arguments.csv is not None:
         write_csv(rows, arguments.csv)
+    slow = [f"{row.target} {row.case}" for row in rows if row.serialised > 0]
+    if slow:
+        parser.exit(1, f"serialised wgmma: {', '.join(slow)}\n")
 
 
 def print_line(cells: Sequence[str], widths: Sequence[int]) -> None:

@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agro_kernels._torch import linear_logprobs as blocked
 from agro_kernels.ops.dispatch import with_head
-from agro_kernels.ops.linear_logprobs import with_upstream
+from agro_kernels.ops.linear_logprobs import with_kept, with_upstream
 
 BLOCKED = {
-    "linear_logprobs_fwd": with_head(blocked.linear_logprobs_fwd),
+    "linear_logprobs_fwd": with_head(with_kept(blocked.linear_logprobs_fwd)),
     "linear_logprobs_bwd": with_upstream(blocked.linear_logprobs_bwd),
     "target_logprobs": with_head(blocked.target_logprobs),
 }

@@ -73,6 +73,16 @@ def test_no_register_is_spilled(report: Report) -> None:
         assert int(row["spilled_bytes"]) == 0, row
 
 
+def test_no_product_waits_for_the_one_before(report: Report) -> None:
+    for row in report:
+        assert int(row["serialised"]) == 0, row
+
+
+def test_kept_logits_are_compiled_where_they_are_kept(report: Report) -> None:
+    kept = {row["target"] for row in report if row["case"].startswith("dlogits_of_kept keep")}
+    assert kept == {"sm_80", "sm_90", "gfx942"}
+
+
 def test_shared_memory_fits(report: Report) -> None:
     for row in report:
         limit = configs.SHARED_BYTES[row["target"].replace("_", "")]

@@ -71,6 +71,15 @@ def engine_options(inputs: Inputs) -> Tensor:
     return (results.logprobs + 0.2 * results.lse).sum()
 
 
+def keeping(inputs: Inputs) -> Tensor:
+    """Logits kept for the backward pass, of up to 30 tokens. (None would be another graph.)"""
+    hidden, weight, bias = inputs.leaves
+    results = linear_logprobs_with_stats(
+        hidden, weight, inputs.targets, bias=bias, keep_logits_bytes=30 * (V * 4 + 2 * 4)
+    )
+    return (results.logprobs + 0.2 * results.entropy).sum()
+
+
 def weighted(inputs: Inputs) -> Tensor:
     hidden, weight, bias = inputs.leaves
     lse = linear_logprobs_with_stats(
@@ -120,6 +129,7 @@ PROGRAMS = [
     plain,
     with_entropy,
     engine_options,
+    keeping,
     weighted,
     from_logits,
     loss,

@@ -59,9 +59,9 @@ def linear_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         ("few", [False, True, False]),
     ):
         made = head(dtype, kind)
-        logprobs, lse, entropy = OPS.linear_logprobs_fwd(*made, True)
+        logprobs, lse, entropy, *kept = OPS.linear_logprobs_fwd(*made, True, 9 * 16 * 4)
         upstream = logprobs.sin(), None if mask[2] else lse.cos(), entropy.cos()
-        yield *upstream, *made, lse, entropy, mask
+        yield *upstream, *made, lse, entropy, mask, *kept
 
 
 def linear_logprobs_bwd_accumulate_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -162,8 +162,8 @@ def test_op_passes_opcheck(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_gradients_nobody_asked_for_are_empty(dtype: torch.dtype, mask: list[bool]) -> None:
     made = head(dtype)
-    logprobs, lse, entropy = OPS.linear_logprobs_fwd(*made, False)
-    gradients = OPS.linear_logprobs_bwd(logprobs, None, None, *made, lse, entropy, mask)
+    logprobs, lse, entropy, *kept = OPS.linear_logprobs_fwd(*made, False)
+    gradients = OPS.linear_logprobs_bwd(logprobs, None, None, *made, lse, entropy, mask, *kept)
     for gradient, asked, shape in zip(gradients, mask, [(9, 8), (33, 8), (33,)], strict=True):
         assert gradient.shape == (shape if asked else (0,))
         assert gradient.dtype == dtype
@@ -212,11 +212,11 @@ def test_schemas_are_those_that_compiled_graphs_hold() -> None:
     """The order and the names of the head's arguments, which callers of the ops rely on."""
     fields = list(Head._fields)
     expected = {
-        "linear_logprobs_fwd": [*fields, "with_entropy"],
+        "linear_logprobs_fwd": [*fields, "with_entropy", "keep_logits_bytes"],
         "linear_logprobs_bwd": [
             *("dlogprobs", "dlse", "dentropy"),
             *fields,
-            *("lse", "entropy", "output_mask"),
+            *("lse", "entropy", "output_mask", "kept_logits", "kept_maxima"),
         ],
         "target_logprobs": [*fields, "lse"],
     }

@@ -140,6 +140,7 @@ def compare(
     """The parallel op against the truth, and the same bits on every rank."""
     frozen = options.pop("frozen", ())
     ours = spread(rank, inputs, dtype, parts, frozen, **options)
+    options.pop("keep_logits_bytes", None)
     low = dtype in (torch.bfloat16, torch.float16)
     truth = whole(inputs, torch.float64, parts, **options)
     near = whole(inputs, dtype, parts, plain=low, **options)
@@ -201,6 +202,17 @@ def all_options_at_once(rank: Rank) -> None:
         out = inputs.targets == -100
         for name in ("logprobs", "entropy", "lse", "dhidden"):
             assert not ours[name][out].any(), name  # type: ignore[index]
+
+
+@check
+def kept_logits(rank: Rank) -> None:
+    """Each rank keeps those of its own rows."""
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = head_inputs(N, D, V, dtype=dtype, bias=True, ignored=True)
+        kept = compare(rank, inputs, dtype, softcap=5.0, keep_logits_bytes="auto")
+        again = compare(rank, inputs, dtype, softcap=5.0)
+        for name in NAMES[:3]:
+            assert torch.equal(kept[name], again[name]), name  # type: ignore[arg-type]
 
 
 @check

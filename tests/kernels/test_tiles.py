@@ -29,7 +29,7 @@ def test_row_is_possible(architecture: str, itemsize: int, tile: configs.TileCon
 
 
 def needs_alignment(row: configs.Row) -> bool:
-    return not row.serves(1 << 20, aligned=False, softcap=False)
+    return not row.serves(1 << 20, aligned=False, softcap=False, rounds=False)
 
 
 @pytest.mark.parametrize("kernel", configs.TILES)
@@ -38,7 +38,7 @@ def test_every_architecture_serves_every_call(kernel: str) -> None:
     for dtypes in configs.TILES[kernel].values():
         assert set(dtypes) == {2, 4}
         for rows in dtypes.values():
-            assert rows[-1].serves(1, aligned=False, softcap=True)
+            assert rows[-1].serves(1, aligned=False, softcap=True, rounds=True)
             for earlier, later in itertools.combinations(rows, 2):  # no row is out of reach
                 assert (
                     earlier.smallest_d > later.smallest_d
@@ -55,6 +55,7 @@ def test_select_follows_the_hidden_size_the_layout_and_the_softcap() -> None:
     assert wide.descriptors and small.descriptors
     assert not configs.select(forward, "sm90", 2, 4096, aligned=False).descriptors
     assert configs.select(backward, "sm90", 2, 4096).block_v == 256
+    assert configs.select(backward, "sm90", 2, 4096, rounds=True).block_v == 128
     at_2048 = [configs.select(kernel, "sm90", 2, 2048).block_v for kernel in (forward, backward)]
     assert at_2048 == [256, 128]
     assert configs.select(backward, "sm90", 2, 4096, softcap=True).block_v == 128

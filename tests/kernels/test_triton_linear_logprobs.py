@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 import agro_kernels  # noqa: F401  (registers pack_kept_ids)
-from agro_kernels import reference
+from agro_kernels import kept_logits, reference
 from agro_kernels import tiles as configs
 from agro_kernels._triton import gemm, head_gradients, launch
 from agro_kernels._triton import linear_logprobs as kernels
 from agro_kernels.head import Head, Upstream
+from agro_kernels.kept_logits import KeptLogits
 from tests.conftest import SetSizes
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
@@ -652,3 +653,106 @@ def test_entropy_is_empty_unless_asked_for() -> None:
     assert torch.equal(logprobs, forward(inputs, {})[0]) and torch.equal(
         lse, forward(inputs, {})[1]
     )
+
+
+# --- Kept logits ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_kept_tiles(set_sizes: SetSizes) -> None:
+    """Half a tile of the interpreter's kernels each."""
+    set_sizes(kept_logits, CPU_TILE=16, CPU_STEP=32, GPU_TILE=16, GPU_STEP=32)
+
+
+def kept_room(inputs: HeadInputs, columns: int) -> KeptLogits:
+    """Room for so many columns, a multiple of 32."""
+    n, tiles = inputs.hidden.shape[0], -(-columns // 16)
+    nan = float("nan")
+    return KeptLogits(
+        torch.full((n, columns), nan, dtype=torch.float16, device=DEVICE),
+        torch.full((n, tiles), nan, device=DEVICE),
+    )
+
+
+def exact_gradients(
+    inputs: HeadInputs, upstream: tuple[Tensor | None, ...], options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """(dhidden, dweight, dbias) in float64."""
+    return autograd_backward(truth_forward, inputs.in_dtype(torch.float64), upstream, options)
+
+
+def check_kept(
+    inputs: HeadInputs,
+    upstream: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+    gradients: tuple[Tensor, ...],
+) -> None:
+    truth = exact_gradients(inputs, upstream, options)
+    plain = autograd_backward(plain_forward, inputs, upstream, options)
+    for ours, true, other in zip(gradients, truth, plain, strict=False):
+        assert ours.isfinite().all()
+        assert_close_to_truth(ours, true, other)
+
+
+@pytest.mark.usefixtures("small_kept_tiles")
+@pytest.mark.parametrize("columns", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("options", ["plain", "temperature", "token_temperature", "softcap"])
+def test_gradients_of_kept_logits(options: str, dtype: torch.dtype, columns: int) -> None:
+    """By the law, with rows ignored in one pass or in both; of bf16 as exact as without."""
+    inputs, keywords = case(options, ODD, dtype)
+    targets = inputs.targets.clone()
+    targets[5:9] = -100
+    inputs = replace(inputs, targets=targets)
+    room = kept_room(inputs, columns)
+    results = kernels.linear_logprobs_fwd(inputs.head(**keywords), True, room)
+    for ours, without in zip(results, forward(inputs, keywords), strict=True):
+        assert torch.equal(ours, without)
+    counted = targets != -100
+    assert room.logits[counted].isfinite().all() and room.maxima[counted].isfinite().all()
+    assert (room.logits[counted] <= 0).all()
+    assert room.logits[~counted].isnan().all()  # nobody's business
+
+    later = targets.clone()
+    later[10:14] = -100
+    inputs = replace(inputs, targets=later)
+    c = inputs.coefficients
+    upstream = c, c.cos(), 0.3 * c.flip(0)
+    arguments = Upstream(*upstream, *results[1:]), inputs.head(**keywords), ALL
+    kept = kernels.linear_logprobs_bwd(*arguments, None, room)
+    again = kernels.linear_logprobs_bwd(*arguments)
+    check_kept(inputs, upstream, keywords, kept)
+    if dtype == torch.bfloat16:  # in fp16 logits made again are better than what is kept of them
+        truth = exact_gradients(inputs, upstream, keywords)
+        for ours, theirs, true in zip(kept[:2], again[:2], truth[:2], strict=True):
+            assert (ours.double() - true).norm() <= 1.05 * (theirs.double() - true).norm()
+    assert (kept[0][later == -100] == 0).all()
+
+
+@pytest.mark.usefixtures("small_kept_tiles")
+def test_kept_banned_tokens() -> None:
+    """-inf below the maximum would make the entropy's gradient NaN."""
+    inputs = head_inputs(*ODD, dtype=torch.bfloat16, device=DEVICE, bias=True)
+    assert inputs.bias is not None
+    inputs.bias[:40] = -torch.inf
+    inputs.bias[50::2] = -torch.inf
+    inputs = replace(inputs, targets=torch.full_like(inputs.targets, 45))
+    room = kept_room(inputs, 64)
+    _, lse, entropy = kernels.linear_logprobs_fwd(inputs.head(), True, room)
+    c = inputs.coefficients
+    arguments = Upstream(c, None, c, lse, entropy), inputs.head(), ALL
+    check_kept(inputs, (c, None, c), {}, kernels.linear_logprobs_bwd(*arguments, None, room))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_dweight_of_one_chunk_of_tokens_has_the_bits_of_an_fp32_sum(
+    dtype: torch.dtype, set_sizes: SetSizes
+) -> None:
+    """Of bf16 the product rounds it; of fp16, whose gradients are scaled, a buffer is between."""
+    set_sizes(head_gradients, TOKEN_CHUNK=512)
+    inputs = head_inputs(*ODD, dtype=dtype, device=DEVICE)
+    upstream = inputs.coefficients, None, None
+    _, dweight, _ = backward(inputs, upstream, {})
+    total = torch.zeros(75, 40, device=DEVICE)
+    backward(inputs, upstream, {}, weight_grad=total)
+    assert torch.equal(dweight, total.to(dtype))

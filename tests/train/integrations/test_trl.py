@@ -392,17 +392,17 @@ def test_stock_trainers_do_the_same_step_with_our_head(
     calls: list[int] = []
     apply = _Head.apply
 
-    def counting(hidden: Tensor, *others: Any) -> Any:
+    def counting(head: _Head, hidden: Tensor, *others: Any) -> Any:
         calls.append(len(hidden))
-        return apply(hidden, *others)
+        return apply(head, hidden, *others)
 
-    monkeypatch.setattr(_Head, "apply", staticmethod(counting))
+    monkeypatch.setattr(_Head, "apply", counting)
     logs, recorders = [], (Recorder(), Recorder())
     for recorder in recorders:
         trainer = trainer_of(kind, folder, tmp_path, recorder)
         if recorder is recorders[1]:
             assert not calls
-            with agro_logprobs():
+            with agro_logprobs(keep_logits_bytes="auto"):
                 trainer.train()
         else:
             trainer.train()
@@ -503,10 +503,15 @@ def documented_losses() -> dict[str, Any]:
     return names
 
 
+def test_context_refuses_a_budget_that_is_none() -> None:
+    with pytest.raises(ValueError, match='keep_logits_bytes: expected an int >= 0 or "auto"'):
+        agro_logprobs(keep_logits_bytes=-1).__enter__()
+
+
 def test_context_puts_trls_head_back() -> None:
     before = utils._ChunkedLogProbFunction, utils._use_triton
     with pytest.raises(RuntimeError, match="inside"), agro_logprobs():
-        assert utils._ChunkedLogProbFunction is _Head
+        assert utils._ChunkedLogProbFunction == _Head()
         raise RuntimeError("inside")
     assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
 
@@ -518,7 +523,7 @@ def test_head_gives_what_trls_gives(softcap: float | None) -> None:
     assert made.bias is not None
     every = ("log_probs", "entropy", "mean_logits", "is_top1")
     found = []
-    for head in (_Head, ChunkedLogProbFunction):
+    for head in (_Head(keep_logits_bytes="auto"), ChunkedLogProbFunction):
         leaves = [
             tensor.clone().requires_grad_() for tensor in (made.hidden, made.weight, made.bias)
         ]
