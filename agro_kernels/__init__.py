@@ -14,6 +14,7 @@ from agro_kernels.linear_logprobs import (
     linear_logprobs,
     linear_logprobs_with_entropy,
     linear_logprobs_with_stats,
+    tail_probability,
 )
 from agro_kernels.modules import LinearAgroLoss, LogprobHead, next_tokens, patch_model
 from agro_kernels.packing import pack_sequences
@@ -46,5 +47,6 @@ __all__ = [
     "policy_gradient_coefficients",
     "reward_to_go_coefficients",
     "selective_logprobs",
+    "tail_probability",
     "weighted_logprob_sum",
 ]

@@ -379,10 +379,7 @@ def check_logits(
 def check_targets(targets: Tensor, like_name: str, like: Tensor) -> None:
     """targets (...) against hidden (..., D) or logits (..., V)."""
     check_tensor("targets", targets)
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"targets: expected int32 or int64 token ids, got {targets.dtype}; cast with .long()"
-        )
+    check_target_dtype(targets)
     if targets.shape != like.shape[:-1]:
         raise ValueError(
             f"targets: expected shape {tuple(like.shape[:-1])} to match {like_name} "
@@ -390,6 +387,35 @@ def check_targets(targets: Tensor, like_name: str, like: Tensor) -> None:
             f"shift so that {like_name}[i] predicts targets[i] before calling"
         )
     check_device("targets", targets, like_name, like)
+
+
+def has_many_targets(hidden: Tensor, targets: Tensor) -> bool:
+    """Whether targets are (..., K) beside hidden (..., D), and not (...), after their checks."""
+    if not isinstance(hidden, Tensor) or not isinstance(targets, Tensor):
+        return False
+    if hidden.dim() == 0 or targets.dim() != hidden.dim():
+        return False
+    check_target_dtype(targets)
+    if targets.shape[:-1] != hidden.shape[:-1]:
+        of_tokens = tuple(hidden.shape[:-1])
+        raise ValueError(
+            f"targets: expected shape {of_tokens}, or (..., K) with (...) = {of_tokens}, to match "
+            f"hidden {tuple(hidden.shape)}, got {tuple(targets.shape)}; shift so that hidden[i] "
+            "predicts targets[i] before calling"
+        )
+    if targets.shape[-1] == 0:
+        raise ValueError(
+            f"targets: expected at least one id a token, got shape {tuple(targets.shape)}; pass "
+            "ignore_index where none counts"
+        )
+    return True
+
+
+def check_target_dtype(targets: Tensor) -> None:
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"targets: expected int32 or int64 token ids, got {targets.dtype}; cast with .long()"
+        )
 
 
 def checked_temperature(temperature: float | Tensor, targets: Tensor) -> float | Tensor:

@@ -15,6 +15,7 @@ from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
 from agro_kernels.head import Head, Upstream, check_target_values
 from agro_kernels.kept_logits import KeptLogits
+from agro_kernels.many_targets import Entries
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # agro_head.dtype
 
@@ -107,14 +108,18 @@ def linear_logprobs_bwd(
     output_mask: list[bool],
     weight_grad: Tensor | None = None,
     kept_logits: KeptLogits | None = None,
+    entries: Entries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 
     With weight_grad (V, D) fp32 the weight's gradient is added to it instead and dweight is (0,).
+    With entries, of many targets a token, the blocked torch path serves.
     """
     library = _library(head)
-    if library is None:
-        return blocked.linear_logprobs_bwd(upstream, head, output_mask, weight_grad, kept_logits)
+    if library is None or entries is not None:
+        return blocked.linear_logprobs_bwd(
+            upstream, head, output_mask, weight_grad, kept_logits, entries
+        )
     # The targets may have been changed since the forward pass checked them.
     check_target_values(head.targets, head.weight.shape[0], head.ignore_index)
     upstream = upstream.each(_floats)

@@ -17,13 +17,11 @@ from torch import Tensor
 from agro_kernels.counted_rows import CountedRows, counted_rows
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import LOWEST, KeptLogits
+from agro_kernels.many_targets import NOTHING, Entries
 
 # A tile of 2048 x 4096 fp32 logits is 32 MB. Below 1024 columns a GEMM on a CPU loses its speed.
 TOKEN_CHUNK = 2048
 VOCAB_BLOCK = 4096
-# exp(-1000) is 0 in fp32 and in float64. Where a log-probability is multiplied by its probability,
-# that of a banned token (-inf) is raised to -1000 first: 0 * -1000 is 0, but 0 * -inf is NaN.
-NOTHING = -1000.0
 # The maximum of no logits. Finite, because -inf - -inf is NaN.
 LOWEST_MAX = -1e30
 
@@ -222,17 +220,22 @@ def linear_logprobs_bwd(
     output_mask: list[bool],
     weight_grad: Tensor | None = None,
     kept_logits: KeptLogits | None = None,
+    entries: Entries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 
     With weight_grad (V, D), fp32 or float64, the weight's gradient is added to it instead and
-    dweight is (0,). kept_logits: what the forward pass wrote.
+    dweight is (0,). kept_logits: what the forward pass wrote. entries: written over those of the
+    logits' gradient.
     """
     rows = counted_rows(head, head.counted())
     counted = _upcast(rows.head)
     upstream = upstream.each(lambda values: rows.take(values).to(counted.hidden.dtype))
     kept = _kept(kept_logits, rows)
-    dhidden, dweight, dbias = _gradients(upstream, counted, output_mask, weight_grad, kept)
+    entries = None if entries is None else entries.each(rows.take)
+    dhidden, dweight, dbias = _gradients(
+        upstream, counted, output_mask, weight_grad, kept, entries
+    )
     # The only rounding: the sums above are fp32.
     dhidden = dhidden.to(head.hidden.dtype)
     return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias
@@ -244,6 +247,7 @@ def _gradients(
     output_mask: list[bool],
     weight_grad: Tensor | None,
     kept: _Kept | None,
+    entries: Entries | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden fp32, dweight, dbias) of M rows that all count, from logits kept or made again.
 
@@ -294,6 +298,8 @@ def _gradients(
         dz.scatter_(1, tile.column, dz_y.unsqueeze(1))
         if slope is not None:
             dz.mul_(slope)
+        if entries is not None:
+            _overwrite(dz, tile, entries)
         if need_hidden:
             dhidden[rows].addmm_(dz, tile.weight, beta=0 if tile.entries.start == 0 else 1)
         if need_weight and weight_grad is not None:
@@ -310,30 +316,53 @@ def _gradients(
     return dhidden, dweight, dbias.to(weight.dtype)
 
 
+def _overwrite(dz: Tensor, tile: _Tile, entries: Entries) -> None:
+    """The entries that are in the tile, over those of dz (rows, columns)."""
+    ids, values = entries.each(lambda of_rows: of_rows[tile.rows])
+    inside = (ids >= tile.entries.start) & (ids < tile.entries.stop)
+    row, place = inside.nonzero(as_tuple=True)
+    dz[row, ids[row, place] - tile.entries.start] = values[row, place]
+
+
 # --- Log-probs where lse is known -----------------------------------------------------------------
 
 
 def target_logprobs(head: Head, lse: Tensor) -> Tensor:
     """(N,) target logit - lse: N D operations, for callers that have lse (N,) from before."""
     head.check_values()
-    dtype, v = lse.dtype, head.weight.shape[0]
-    inside = (head.targets >= 0) & (head.targets < v)
-    ids = head.targets.where(inside, 0).long()
-    logits = lse.new_empty(lse.shape)
-    for n0 in range(0, head.hidden.shape[0], TOKEN_CHUNK):
-        rows = slice(n0, n0 + TOKEN_CHUNK)
-        of_targets = head.weight.index_select(0, ids[rows]).to(dtype)
-        torch.sum(head.hidden[rows].to(dtype) * of_targets, 1, out=logits[rows])
+    _, logprobs = many_target_logprobs(head, head.targets.unsqueeze(1), lse)
+    return logprobs.squeeze(1)
+
+
+def many_target_logprobs(head: Head, targets: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits, logits - lse) of targets (N, K), (N, K) each: N K D operations.
+
+    The head's own targets are not looked at. Logits are those after softcap and temperature; of an
+    id that the sampler did not keep the second is -inf, of one outside the vocabulary NaN, and of
+    an ignored one 0.
+    """
+    dtype, v, (n, k) = lse.dtype, head.weight.shape[0], targets.shape
+    inside = (targets >= 0) & (targets < v)
+    ids = targets.where(inside, 0).long()
+    logits = lse.new_empty(n, k)
+    size = max(1, TOKEN_CHUNK // k)
+    for n0 in range(0, n, size):
+        rows = slice(n0, n0 + size)
+        of_targets = head.weight.index_select(0, ids[rows].reshape(-1)).to(dtype).unflatten(0, (-1, k))
+        torch.sum(head.hidden[rows].to(dtype).unsqueeze(1) * of_targets, 2, out=logits[rows])
     if head.bias is not None:
-        logits += head.bias.index_select(0, ids).to(dtype)
+        logits += head.bias[ids].to(dtype)
     if head.round_logits is not None:
         logits = logits.to(head.round_logits).to(dtype)
     if head.softcap > 0.0:
         logits = head.softcap * (logits / head.softcap).tanh()
     temperatures = head.token_temperature
-    logits = logits / (head.temperature if temperatures is None else temperatures.to(dtype))
+    logits = logits / (
+        head.temperature if temperatures is None else temperatures.to(dtype).unsqueeze(1)
+    )
+    allowed = logits
     if head.kept is not None:
-        word = head.kept.gather(1, (ids // 32).unsqueeze(1)).squeeze(1)
-        logits = logits.where((word >> (ids % 32)) & 1 != 0, -torch.inf)
-    logprobs = (logits - lse).where(inside, torch.nan)
-    return logprobs.where(head.counted(), 0.0)
+        words = head.kept.gather(1, ids // 32)
+        allowed = logits.where((words >> (ids % 32)) & 1 != 0, -torch.inf)
+    logprobs = (allowed - lse.unsqueeze(1)).where(inside, torch.nan)
+    return logits, logprobs.where(targets != head.ignore_index, 0.0)
