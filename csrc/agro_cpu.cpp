@@ -73,16 +73,25 @@ bool is_valid(const agro_head* head) {
          (head->n == 0 || head->d == 0 || (head->hidden != nullptr && head->weight != nullptr));
 }
 
+bool is_valid(const agro_kept& kept, const agro_head& head) {
+  return kept.columns >= 0 && kept.columns <= head.v &&
+         (kept.columns % AGRO_KEPT_TILE == 0 || kept.columns == head.v) &&
+         (head.n == 0 || kept.columns == 0 || (kept.logits != nullptr && kept.maxima != nullptr));
+}
+
+constexpr agro_kept nothing_kept = {nullptr, nullptr, 0};
+
 }  // namespace
 
 }  // namespace agro
 
 int32_t agro_linear_logprobs_fwd(const agro_head* head, float* logprobs, float* lse,
-                                 float* entropy) {
-  if (!agro::is_valid(head)) return AGRO_BAD_ARGUMENT;
+                                 float* entropy, const agro_kept* kept) {
+  if (kept == nullptr) kept = &agro::nothing_kept;
+  if (!agro::is_valid(head) || !agro::is_valid(*kept, *head)) return AGRO_BAD_ARGUMENT;
   if (head->n > 0 && (logprobs == nullptr || lse == nullptr)) return AGRO_BAD_ARGUMENT;
   try {
-    agro::linear_logprobs_fwd(agro::in_use(), *head, logprobs, lse, entropy);
+    agro::linear_logprobs_fwd(agro::in_use(), *head, logprobs, lse, entropy, *kept);
   } catch (const std::bad_alloc&) {
     return AGRO_OUT_OF_MEMORY;
   }
@@ -91,15 +100,17 @@ int32_t agro_linear_logprobs_fwd(const agro_head* head, float* logprobs, float* 
 
 int32_t agro_linear_logprobs_bwd(const float* dlogprobs, const float* dlse, const float* dentropy,
                                  const agro_head* head, const float* lse, const float* entropy,
-                                 void* dhidden, void* dweight, void* dbias, float* weight_grad) {
-  if (!agro::is_valid(head)) return AGRO_BAD_ARGUMENT;
+                                 void* dhidden, void* dweight, void* dbias, float* weight_grad,
+                                 const agro_kept* kept) {
+  if (kept == nullptr) kept = &agro::nothing_kept;
+  if (!agro::is_valid(head) || !agro::is_valid(*kept, *head)) return AGRO_BAD_ARGUMENT;
   if (head->n > 0 && (lse == nullptr || (dentropy != nullptr && entropy == nullptr))) {
     return AGRO_BAD_ARGUMENT;
   }
   if (dweight != nullptr && weight_grad != nullptr) return AGRO_BAD_ARGUMENT;
   try {
     agro::linear_logprobs_bwd(agro::in_use(), dlogprobs, dlse, dentropy, *head, lse, entropy,
-                              dhidden, dweight, dbias, weight_grad);
+                              dhidden, dweight, dbias, weight_grad, *kept);
   } catch (const std::bad_alloc&) {
     return AGRO_OUT_OF_MEMORY;
   }

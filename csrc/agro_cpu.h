@@ -17,7 +17,8 @@
  * Threads: any function may be called from any thread, several at a time. A call starts
  * num_threads - 1 threads and joins them before it returns; nothing outlives a call, so a fork
  * between calls is safe. Forward results are bitwise the same for every num_threads and for every
- * set of other rows. Gradients repeat bitwise for a given num_threads.
+ * set of other rows. Gradients repeat bitwise for a given num_threads, and are the same for any
+ * num_threads from 4 on.
  * No call reads or writes memory beyond what its arguments describe; buffers must not overlap.
  */
 #ifndef AGRO_CPU_H
@@ -36,12 +37,15 @@ extern "C" {
 #endif
 
 /* Raised with every change of a signature, a struct or a meaning in this file. */
-#define AGRO_INTERFACE_VERSION 2
+#define AGRO_INTERFACE_VERSION 3
 
 /* Values of agro_head.dtype. */
 #define AGRO_FLOAT32 0
 #define AGRO_BFLOAT16 1
 #define AGRO_FLOAT16 2
+
+/* Columns of the vocabulary that are kept together; see agro_kept. */
+#define AGRO_KEPT_TILE 192
 
 /* Values that functions return. */
 #define AGRO_OK 0
@@ -66,14 +70,27 @@ typedef struct agro_head {
   int32_t num_threads;            /* >= 1 */
 } agro_head;
 
+/* Logits that the forward pass keeps, so that the backward pass need not compute them again: those
+ * of the first `columns` entries of the vocabulary, of every row that counts. Kept is
+ * max(z - m, -65504), m the largest z of the row in the tile. README.md says where each number
+ * lies; a backward pass finds it if N, V, dtype and columns are those of the forward pass, whichever
+ * instruction set either uses, and whichever rows it leaves out.
+ */
+typedef struct agro_kept {
+  void* logits;    /* room for N * columns fp16 numbers, fp32 ones if dtype is AGRO_FLOAT32 */
+  float* maxima;   /* room for N * ceil(columns / AGRO_KEPT_TILE) numbers */
+  int64_t columns; /* a multiple of AGRO_KEPT_TILE, or V; 0: nothing is kept */
+} agro_kept;
+
 /* Log-probabilities of the targets.
  *
  * logprobs: (N,); lse: (N,); entropy: (N,), or NULL if not wanted.
+ * kept: where logits are kept, written; NULL: nowhere. The results are bitwise the same.
  */
 AGRO_API int32_t agro_linear_logprobs_fwd(const agro_head* head, float* logprobs, float* lse,
-                                          float* entropy);
+                                          float* entropy, const agro_kept* kept);
 
-/* Gradients, from logits computed again:
+/* Gradients, from logits that were kept or are computed again:
  *
  *     dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy) + dlse p_v
  *
@@ -83,11 +100,14 @@ AGRO_API int32_t agro_linear_logprobs_fwd(const agro_head* head, float* logprobs
  * dhidden: (N, D) dtype; dbias: (V,) dtype; each NULL if not wanted, and then costs nothing.
  * dweight: (V, D) dtype, written; weight_grad: (V, D) fp32, added to. At most one of the two is
  * not NULL; with both NULL the gradient of weight is not computed.
+ *
+ * kept: what the forward pass wrote, left as it is; NULL: nothing.
  */
 AGRO_API int32_t agro_linear_logprobs_bwd(const float* dlogprobs, const float* dlse,
                                           const float* dentropy, const agro_head* head,
                                           const float* lse, const float* entropy, void* dhidden,
-                                          void* dweight, void* dbias, float* weight_grad);
+                                          void* dweight, void* dbias, float* weight_grad,
+                                          const agro_kept* kept);
 
 /* AGRO_INTERFACE_VERSION of the built library. */
 AGRO_API int32_t agro_interface_version(void);

@@ -16,8 +16,9 @@ inline void widen_bias(const agro_head& head, Block block, float* out) {
   }
 }
 
-// One panel's statistics over a block, merged into those of the span.
-template <bool CAP, bool ENTROPY>
+// One panel's statistics over a block, merged into those of the span. Its logits are kept if the
+// block's are.
+template <class In, bool CAP, bool ENTROPY>
 void finish_statistics(const Forward& job, const Scratch& scratch, Block block, Statistics span,
                        bool first, int64_t panel) {
   const int64_t token = panel * kLanes, live = job.tokens - token;
@@ -27,6 +28,9 @@ void finish_statistics(const Forward& job, const Scratch& scratch, Block block, 
   const Statistics b = first ? a : Statistics{of_block[0], of_block[1], of_block[2]};
   panel_statistics<CAP, ENTROPY>(z, block.rows, scratch.bias, job.head->softcap,
                                  job.inverse_temperature + token, live, b);
+  if (block.v0 < job.kept_blocks * kBlock) {
+    keep_panel<typename Kept<In>::Type>(job, block, token, z, b.m);
+  }
   if (!first) merge_panel<ENTROPY>(a, b, live);
   for (int64_t lane = 0; lane < min_of(live, kLanes); ++lane) {
     const int64_t v = job.targets[token + lane] - block.v0;
@@ -42,8 +46,10 @@ void forward_span(const Forward& job, const Scratch& scratch, int64_t span) {
   const Statistics of_span = {m, m + padded, m + 2 * padded};
   const auto finish =
       job.head->softcap > 0.0f
-          ? (job.with_entropy ? finish_statistics<true, true> : finish_statistics<true, false>)
-          : (job.with_entropy ? finish_statistics<false, true> : finish_statistics<false, false>);
+          ? (job.with_entropy ? finish_statistics<In, true, true>
+                              : finish_statistics<In, true, false>)
+          : (job.with_entropy ? finish_statistics<In, false, true>
+                              : finish_statistics<In, false, false>);
   for (int64_t index = span * kSpan; index < min_of((span + 1) * kSpan, blocks); ++index) {
     const Block block = block_of(job, index);
     const bool first = index == span * kSpan;
@@ -98,15 +104,22 @@ struct Rounded<Pairs> {
 };
 #endif
 
-// Turns the logits of panel `panel0 + i` into their gradients, in the form the products need.
-template <class Sum, bool CAP, bool ENTROPY>
+// The gradients of the logits of panel `panel0 + i`, in the form the products need.
+template <class In, class Sum, bool CAP, bool ENTROPY>
 void finish_gradient(const Backward& job, const Scratch& scratch, Block block, int64_t panel0,
                      int64_t i) {
   const int64_t token = (panel0 + i) * kLanes;
   float* x = scratch.logits + i * kBlock * kLanes;
-  panel_gradient<CAP, ENTROPY>(x, block.rows, scratch.bias, job.head->softcap,
-                               upstream_of(job, token), job.tokens - token, job.targets + token,
-                               block.v0);
+  const auto into_x = [&](const auto& logits) {
+    panel_gradient<CAP, ENTROPY>(logits, x, block.rows, upstream_of(job, token),
+                                 job.tokens - token, job.targets + token, block.v0);
+  };
+  if (block.v0 < job.kept_blocks * kBlock) {
+    // weight_rows is free: there is no product of them.
+    into_x(kept_panel<typename Kept<In>::Type>(job, block, token, scratch.weight_rows));
+  } else {
+    into_x(MadeAgain{x, scratch.bias, job.head->softcap});
+  }
   if (job.dbias != nullptr) {
     for (int64_t at = 0; at < block.rows * kLanes; at += kWidth) {
       store(scratch.dbias_lanes + at, add(load(scratch.dbias_lanes + at), load(x + at)));
@@ -127,26 +140,35 @@ inline void write_dbias(const Backward& job, const Scratch& scratch, Block block
   narrow<In>(sums, block.rows, static_cast<typename In::Element*>(job.dbias) + block.v0, false);
 }
 
-// One block's share of every gradient. dhidden_panels: the thread's own sum, written if `first`.
+// One block's share of every gradient.
 template <class In, class Sum>
 void backward_block(const Backward& job, const Scratch& scratch, int64_t index, int64_t next_index,
-                    float* dhidden_panels, bool first) {
+                    const DhiddenSum& sum) {
   const Block block = block_of(job, index);
   widen_bias<In>(*job.head, block, scratch.bias);
   const auto finish = job.head->softcap > 0.0f
-                          ? (job.with_entropy ? finish_gradient<Sum, true, true>
-                                              : finish_gradient<Sum, true, false>)
-                          : (job.with_entropy ? finish_gradient<Sum, false, true>
-                                              : finish_gradient<Sum, false, false>);
+                          ? (job.with_entropy ? finish_gradient<In, Sum, true, true>
+                                              : finish_gradient<In, Sum, true, false>)
+                          : (job.with_entropy ? finish_gradient<In, Sum, false, true>
+                                              : finish_gradient<In, Sum, false, false>);
+  const bool kept = index < job.kept_blocks;
   if (job.dbias != nullptr) memset(scratch.dbias_lanes, 0, kBlock * kLanes * sizeof(float));
-  for (int64_t panel0 = 0; panel0 < job.panels; panel0 += kPanelsOfChunk) {
-    const int64_t panels = min_of(kPanelsOfChunk, job.panels - panel0);
+  for (int64_t panel0 = 0; panel0 < job.panels; panel0 += job.chunk_panels) {
+    const int64_t panels = min_of(job.chunk_panels, job.panels - panel0);
     const bool last = panel0 + panels == job.panels;
     const int64_t next = last && next_index >= 0 ? next_index * kBlock : -1;
-    block_products<In, Sum>(job, scratch, block, next, panel0, panels,
-                            [&](int64_t i) { finish(job, scratch, block, panel0, i); });
-    if (dhidden_panels != nullptr) {
-      dhidden_product<In, Sum>(job, scratch, block, panel0, panels, dhidden_panels, first);
+    const bool unread = kept && panel0 == 0 && sum.panels != nullptr;
+    if (kept) {
+      for (int64_t i = 0; i < panels; ++i) {
+        if (unread) prefetch_weight_columns<In>(*job.head, block, 0, i, panels);
+        finish(job, scratch, block, panel0, i);
+      }
+    } else {
+      block_products<In, Sum>(job, scratch, block, next, panel0, panels,
+                              [&](int64_t i) { finish(job, scratch, block, panel0, i); });
+    }
+    if (sum.panels != nullptr) {
+      dhidden_product<In, Sum>(job, scratch, block, panel0, panels, sum, unread);
     }
     if (job.hidden_columns != nullptr) {
       dweight_product<In, Sum>(job, scratch, block, panel0, panels);
@@ -156,7 +178,7 @@ void backward_block(const Backward& job, const Scratch& scratch, int64_t index, 
   stream_end();
 }
 
-// dhidden of some panels' tokens: the threads' sums added up, turned into rows and rounded.
+// dhidden of some panels' tokens: the sums added up, turned into rows and rounded.
 template <class In>
 void dhidden_result(const Backward& job, int64_t panel_begin, int64_t panel_end) {
   const agro_head& head = *job.head;

@@ -90,6 +90,83 @@ inline void merge_panel(Statistics a, Statistics b, int64_t live) {
   }
 }
 
+// --- Kept logits ---------------------------------------------------------------------------------
+
+// fp16's lowest number, in place of what is lower: its probability is 0 all the same, and 0 times it
+// is 0.
+constexpr float kLowestKept = -65504.0f;
+
+// The vocabulary entries of a block.
+struct Block {
+  int64_t v0, rows;
+};
+
+// Where a token's kept logits of a block lie: that of row v is `first + v * stride`.
+struct KeptPlace {
+  int64_t first, stride;
+};
+
+inline KeptPlace kept_place(const Problem& problem, Block block, int64_t token) {
+  const int64_t row = problem.rows[token], n = problem.head->n;
+  const int64_t group = row / kKeptRows * kKeptRows;
+  return {block.v0 * n + group * block.rows + row - group, min_of(kKeptRows, n - group)};
+}
+
+static_assert(kKeptRows % kLanes == 0, "the rows of a whole panel lie side by side");
+
+// Whether the lanes of a panel lie side by side, as they do if no row was left out before it or
+// multiples of the lanes were. Rows ascend.
+inline bool is_whole(const Problem& problem, int64_t token) {
+  const int64_t* rows = problem.rows + token;
+  return problem.tokens - token >= kLanes && rows[0] % kLanes == 0 &&
+         rows[kLanes - 1] == rows[0] + kLanes - 1;
+}
+
+// Keeps the logits z of a panel, [rows][kLanes], and their largest.
+template <class Type>
+inline void keep_panel(const Problem& problem, Block block, int64_t token, const float* z,
+                       const float* m) {
+  typedef typename Type::Element Element;
+  const int64_t live = min_of(problem.tokens - token, kLanes), n = problem.head->n;
+  Element* logits = static_cast<Element*>(problem.kept_logits);
+  for (int64_t lane = 0; lane < live; ++lane) {
+    // Where no logit is a number there is no largest, and the sum gives back -inf.
+    problem.kept_maxima[block.v0 / kBlock * n + problem.rows[token + lane]] =
+        m[lane] > kLowestMax ? m[lane] : -INFINITY;
+  }
+  const auto shifted = [&](int64_t v, int64_t j) {
+    return larger(broadcast(kLowestKept), sub(load(z + v * kLanes + j), load(m + j)));
+  };
+  if (is_whole(problem, token)) {
+    const KeptPlace place = kept_place(problem, block, token);
+    Element* out = logits + place.first;
+    constexpr int64_t kVecBytes = kWidth * sizeof(Element);
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % kVecBytes == 0 &&
+                         place.stride * sizeof(Element) % kVecBytes == 0;
+    for (int64_t v = 0; v < block.rows; ++v, out += place.stride) {
+      for (int64_t j = 0; j < kLanes; j += kWidth) {
+        if (aligned) {
+          Type::stream_vec(out + j, shifted(v, j));
+        } else {
+          Type::store_vec(out + j, shifted(v, j));
+        }
+      }
+    }
+    return;
+  }
+  KeptPlace places[kLanes];
+  for (int64_t lane = 0; lane < live; ++lane) {
+    places[lane] = kept_place(problem, block, token + lane);
+  }
+  for (int64_t v = 0; v < block.rows; ++v) {
+    Element row[kLanes];
+    for (int64_t j = 0; j < live; j += kWidth) Type::store_vec(row + j, shifted(v, j));
+    for (int64_t lane = 0; lane < live; ++lane) {
+      logits[places[lane].first + v * places[lane].stride] = row[lane];
+    }
+  }
+}
+
 // --- Backward ------------------------------------------------------------------------------------
 
 // The coefficients of a panel's lanes; see Backward.
@@ -103,44 +180,123 @@ inline Upstream upstream_of(const Backward& job, int64_t token) {
           job.of_entropy + token};
 }
 
+// A vector of logits as the gradient needs them: log p, and t = tanh(x / softcap) of the product x.
+struct Terms {
+  Vec t, log_p;
+};
+
+// The logits of a panel that were made again: products x, [rows][kLanes], which the gradients may
+// overwrite one by one.
+struct MadeAgain {
+  const float *x, *bias;
+  float softcap;
+
+  struct Lanes {
+    Vec factor, lse;
+  };
+  template <bool CAP>
+  Lanes lanes(const Upstream& up, int64_t j) const {
+    const Vec slope = load(up.inverse_temperature + j);
+    return {CAP ? mul(slope, broadcast(softcap)) : slope, load(up.lse + j)};
+  }
+  template <bool CAP>
+  Terms terms(const Lanes& lanes, int64_t v, int64_t j) const {
+    const Vec t = capped<CAP>(add(load(x + v * kLanes + j), broadcast(bias[v])), softcap);
+    return {t, sub(mul(t, lanes.factor), lanes.lse)};
+  }
+};
+
+// Those that the forward pass kept: row v of them lies at `logits + v * stride`.
+template <class Type>
+struct KeptPanel {
+  const typename Type::Element* logits;
+  int64_t stride;
+  float softcap;
+  float m[kLanes];
+
+  struct Lanes {
+    Vec m, m_minus_lse, factor;
+  };
+  template <bool CAP>
+  Lanes lanes(const Upstream& up, int64_t j) const {
+    const Vec slope = load(up.inverse_temperature + j), largest = load(m + j);
+    return {largest, sub(largest, load(up.lse + j)),
+            CAP ? mul(slope, broadcast(softcap)) : slope};
+  }
+  template <bool CAP>
+  Terms terms(const Lanes& lanes, int64_t v, int64_t j) const {
+    const Vec below = Type::load_vec(logits + v * stride + j);
+    return {CAP ? div(add(below, lanes.m), lanes.factor) : below, add(below, lanes.m_minus_lse)};
+  }
+};
+
+// A panel's kept logits of a block. `copy` holds them if they do not lie side by side.
+template <class Type>
+inline KeptPanel<Type> kept_panel(const Problem& problem, Block block, int64_t token, float* copy) {
+  typedef typename Type::Element Element;
+  const int64_t live = min_of(problem.tokens - token, kLanes), n = problem.head->n;
+  const Element* logits = static_cast<const Element*>(problem.kept_logits);
+  KeptPanel<Type> panel = {};
+  panel.softcap = problem.head->softcap;
+  for (int64_t lane = 0; lane < live; ++lane) {
+    panel.m[lane] = problem.kept_maxima[block.v0 / kBlock * n + problem.rows[token + lane]];
+  }
+  if (is_whole(problem, token)) {
+    const KeptPlace place = kept_place(problem, block, token);
+    panel.logits = logits + place.first;
+    panel.stride = place.stride;
+    return panel;
+  }
+  Element* out = reinterpret_cast<Element*>(copy);
+  memset(out, 0, block.rows * kLanes * sizeof(Element));
+  for (int64_t lane = 0; lane < live; ++lane) {
+    const KeptPlace place = kept_place(problem, block, token + lane);
+    for (int64_t v = 0; v < block.rows; ++v) {
+      out[v * kLanes + lane] = logits[place.first + v * place.stride];
+    }
+  }
+  panel.logits = out;
+  panel.stride = kLanes;
+  return panel;
+}
+
 // The gradient of one product x = hidden @ weight.T whose token is the row's target.
 // 1 - p comes from expm1: subtracting a p near 1 would lose its digits.
 template <bool CAP, bool ENTROPY>
-inline float target_gradient(float x, float softcap, Upstream up, int64_t lane) {
-  float t[kWidth];
-  store(t, capped<CAP>(broadcast(x), softcap));
-  const float factor = up.inverse_temperature[lane] * (CAP ? softcap : 1.0f);
-  const float log_p = t[0] * factor - up.lse[lane];
+inline float target_gradient(float t, float log_p, Upstream up, int64_t lane) {
   const float p = expf(log_p);
   float gradient = up.at_target[lane] * -expm1f(log_p) + up.of_lse[lane] * p;
   if (ENTROPY) {
     const float bounded = log_p < kNothing ? kNothing : log_p;
     gradient -= up.of_entropy[lane] * (bounded + up.entropy[lane]) * p;
   }
-  return CAP ? gradient * (1.0f - t[0] * t[0]) : gradient;
+  return CAP ? gradient * (1.0f - t * t) : gradient;
 }
 
-// Turns the products x of a panel, [rows][kLanes], into their gradients, in fp32.
+// Writes the gradients of the products of a panel into x, [rows][kLanes], in fp32. Logits: MadeAgain
+// of the same x, or KeptPanel.
 // targets belong to the panel's lanes; v0 is the vocabulary entry of row 0.
-template <bool CAP, bool ENTROPY>
-inline void panel_gradient(float* x, int64_t rows, const float* bias, float softcap, Upstream up,
-                           int64_t live, const int64_t* targets, int64_t v0) {
+template <bool CAP, bool ENTROPY, class Logits>
+inline void panel_gradient(const Logits& logits, float* x, int64_t rows, Upstream up, int64_t live,
+                           const int64_t* targets, int64_t v0) {
   float at_target[kLanes];
   for (int64_t lane = 0; lane < min_of(live, kLanes); ++lane) {
-    const int64_t v = targets[lane] - v0;
+    const int64_t v = targets[lane] - v0, j = lane / kWidth * kWidth;
     if (v < 0 || v >= rows) continue;
-    at_target[lane] =
-        target_gradient<CAP, ENTROPY>(x[v * kLanes + lane] + bias[v], softcap, up, lane);
+    const Terms terms = logits.template terms<CAP>(logits.template lanes<CAP>(up, j), v, j);
+    float t[kWidth], log_p[kWidth];
+    store(t, terms.t);
+    store(log_p, terms.log_p);
+    at_target[lane] = target_gradient<CAP, ENTROPY>(t[lane - j], log_p[lane - j], up, lane);
   }
   for (int64_t j = 0; j < live_vectors(live) * kWidth; j += kWidth) {
-    const Vec slope = load(up.inverse_temperature + j);
-    const Vec factor = CAP ? mul(slope, broadcast(softcap)) : slope;
-    const Vec lse = load(up.lse + j), of_p = load(up.of_p + j);
+    const typename Logits::Lanes lanes = logits.template lanes<CAP>(up, j);
+    const Vec of_p = load(up.of_p + j);
     const Vec entropy = load(up.entropy + j), of_entropy = load(up.of_entropy + j);
     for (int64_t v = 0; v < rows; ++v) {
-      const Vec t = capped<CAP>(add(load(x + v * kLanes + j), broadcast(bias[v])), softcap);
-      Vec log_p = sub(mul(t, factor), lse);
-      if (ENTROPY) log_p = larger(broadcast(kNothing), log_p);
+      const Terms terms = logits.template terms<CAP>(lanes, v, j);
+      const Vec t = terms.t;
+      const Vec log_p = ENTROPY ? larger(broadcast(kNothing), terms.log_p) : terms.log_p;
       const Vec p = vector_exp(log_p);
       Vec gradient = of_p;
       if (ENTROPY) gradient = sub(of_p, mul(of_entropy, add(log_p, entropy)));

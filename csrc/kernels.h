@@ -11,14 +11,16 @@
 namespace agro {
 
 // Sizes of the tiles; README.md says where each lives in the caches.
-constexpr int64_t kBlock = 192;    // vocabulary rows of a block; a multiple of every tile's rows
+constexpr int64_t kBlock = AGRO_KEPT_TILE;  // vocabulary rows of a block; a multiple of every tile's rows
 constexpr int64_t kSpan = 4;       // blocks whose statistics are merged before they are stored
 constexpr int64_t kDepth = 256;    // units of a sum over D that are added up in registers
 constexpr int64_t kColumns = 288;  // columns of weight in one piece of the dhidden product
 constexpr int64_t kPad = 16;       // floats after a copied row: rows 2^n apart share a cache set
 constexpr int64_t kSlice = 256;    // tokens of a sum over tokens that are added up in registers;
                                    // also the columns of one piece of the dweight product
-constexpr int64_t kChunk = 2048;   // tokens whose logits of a block exist at the same time
+constexpr int64_t kChunk = 2048;   // tokens whose logits of a block exist at the same time, at most
+constexpr int64_t kKeptRows = 32;  // rows whose kept logits lie side by side; a multiple of the lanes
+constexpr int32_t kSums = 4;       // sums of dhidden that threads add to, at most
 
 // The tokens that count, in panels of `lanes`; the last panel is padded with zeros.
 // A unit is 4 bytes of an operand: one fp32 number or a pair of bf16 numbers.
@@ -31,6 +33,10 @@ struct Problem {
   const float* inverse_temperature;  // (panels * lanes,), 1 in the padding
   float* hidden_panels;              // [panels][units of D][lanes]
   float* hidden_columns;             // [columns / lanes][units of tokens][lanes]; NULL: no dweight
+  // Logits that the forward pass keeps: of the first kept_blocks blocks.
+  int64_t kept_blocks;
+  void* kept_logits;   // [blocks][rows of hidden / kKeptRows][kBlock][kKeptRows]; see kept_place
+  float* kept_maxima;  // [blocks][rows of hidden]
 };
 
 struct Forward : Problem {
@@ -56,9 +62,21 @@ struct Backward : Problem {
   void* dweight;
   void* dbias;
   float* weight_grad;
-  float* const* dhidden_panels;  // one per thread: [panels][columns][lanes]
-  int32_t dhidden_parts;         // how many of them hold something
+  float* const* dhidden_panels;  // (dhidden_parts,): sums, each [panels][columns][lanes]
+  int32_t dhidden_parts;
+  int64_t chunk_panels;  // panels whose logits of a block exist at the same time: whole slices
 };
+
+// The sum of dhidden that a block is added to. Where several threads share it, a block waits at
+// each piece until those before it have been added there: the order of a sum is that of its blocks.
+struct DhiddenSum {
+  float* panels;   // [panels][columns][lanes]; NULL: dhidden is not wanted
+  int32_t before;  // blocks that are added to it before this one
+  int32_t* added;  // [panels][pieces of D]: blocks that have been added; NULL: one thread's own sum
+};
+
+// Returns when *count, which another thread raises, is at_least. In team.cpp.
+void wait_for(const int32_t* count, int32_t at_least);
 
 // What one thread works in.
 struct Scratch {
@@ -77,7 +95,7 @@ struct DtypeKernels {
   void (*pack_hidden)(const Problem&, int64_t panel_begin, int64_t panel_end);
   void (*forward_span)(const Forward&, const Scratch&, int64_t span);
   void (*backward_block)(const Backward&, const Scratch&, int64_t block, int64_t next_block,
-                         float* dhidden_panels, bool first);
+                         const DhiddenSum&);
   void (*dhidden_result)(const Backward&, int64_t panel_begin, int64_t panel_end);
 };
 

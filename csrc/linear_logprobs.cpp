@@ -51,6 +51,12 @@ int32_t useful_threads(const agro_head& head, int64_t tokens, int64_t units) {
       std::max<int64_t>(1, std::min({int64_t{head.num_threads}, units, worth})));
 }
 
+void describe_kept(Problem& problem, const agro_kept& kept) {
+  problem.kept_blocks = ceil_div(kept.columns, kBlock);
+  problem.kept_logits = kept.logits;
+  problem.kept_maxima = kept.maxima;
+}
+
 // The packed form of some of the counted rows, and the memory that holds it.
 struct Packed {
   Packed(const Kernels& kernels, const agro_head& head, const int64_t* rows, int64_t tokens,
@@ -130,14 +136,43 @@ struct Wanted {
   bool dhidden, dweight, dbias;
 };
 
+// Whether the gradients of the logits are rounded to units, in a buffer beside the logits.
+bool is_rounded(const Kernels& kernels, const agro_head& head, Wanted wanted) {
+  return unit_of(kernels, head) > 1 && (wanted.dhidden || wanted.dweight);
+}
+
+// Columns of the tiles in which a thread sums up the gradient of a block of weight: chunks of
+// tokens add to all of them, one chunk alone needs those of one piece.
+int64_t dweight_columns(const agro_head& head, bool one_chunk) {
+  return one_chunk ? std::min(kSlice, head.d) : head.d;
+}
+
+// Tokens whose logits of a block a thread of the backward pass holds at the same time. Few threads
+// hold kChunk. Of many it is as many as make the logits of all threads together a quarter of all
+// there are, in whole slices, which leave every sum as it is; unless the tiles of dweight, which
+// then are as wide as D, would take more than that saves.
+int64_t chunk_tokens(const Kernels& kernels, const agro_head& head, int64_t tokens, Wanted wanted,
+                     int64_t blocks, int32_t threads) {
+  if (threads <= kSums) return kChunk;
+  const int64_t share = tokens * blocks / (4 * threads) / kSlice * kSlice;
+  const int64_t chunk = std::max(kSlice, std::min(share, kChunk));
+  const auto columns = [&](int64_t length) {  // of kBlock floats
+    const int64_t held = std::min(length, tokens), unit = unit_of(kernels, head);
+    return held + (is_rounded(kernels, head, wanted) ? held / unit : 0) +
+           (wanted.dweight ? dweight_columns(head, tokens <= length) : 0);
+  };
+  return columns(chunk) < columns(kChunk) ? chunk : kChunk;
+}
+
 // What one thread works in, in one piece: huge pages are for large buffers only.
 struct Workspace {
-  Workspace(const Kernels& kernels, const agro_head& head, const Problem& problem, Wanted wanted) {
+  // chunk_panels: how many of the panels exist at the same time.
+  Workspace(const Kernels& kernels, const agro_head& head, const Problem& problem, Wanted wanted,
+            int64_t chunk_panels) {
     const int64_t unit = unit_of(kernels, head), lanes = kernels.lanes;
-    const int64_t chunk = std::min(problem.panels, kChunk / lanes) * kBlock * lanes;
-    const bool rounded = unit > 1 && (wanted.dhidden || wanted.dweight);
-    const bool one_chunk = problem.panels <= kChunk / lanes;
-    const int64_t columns = one_chunk ? std::min(kSlice, head.d) : head.d;
+    const int64_t chunk = std::min(problem.panels, chunk_panels) * kBlock * lanes;
+    const bool rounded = is_rounded(kernels, head, wanted);
+    const int64_t columns = dweight_columns(head, problem.panels <= chunk_panels);
     const int64_t column_tile = kBlock * kernels.tile_rows + kPad;
     int64_t size = 0;
     const auto place = [&size](bool needed, int64_t count) {
@@ -177,13 +212,15 @@ void pack(const Kernels& kernels, const Problem& problem, int32_t threads) {
 
 // The forward of at most kChunk counted rows.
 void forward_chunk(const Kernels& kernels, const agro_head& head, const int64_t* rows,
-                   int64_t tokens, float* logprobs, float* lse, float* entropy) {
+                   int64_t tokens, float* logprobs, float* lse, float* entropy,
+                   const agro_kept& kept) {
   const Packed packed(kernels, head, rows, tokens, false);
   const int64_t spans = ceil_div(head.v, kBlock * kSpan);
   const Buffer statistics(spans * 3 * packed.padded);
   std::vector<float> target_logits(packed.padded, kNotFound);
   Forward job;
   packed.describe(job, head, rows, tokens);
+  describe_kept(job, kept);
   job.with_entropy = entropy != nullptr;
   job.statistics = statistics.floats();
   job.target_logits = target_logits.data();
@@ -193,7 +230,9 @@ void forward_chunk(const Kernels& kernels, const agro_head& head, const int64_t*
 
   const int32_t threads = useful_threads(head, tokens, spans);
   std::vector<Workspace> workspaces;
-  for (int32_t i = 0; i < threads; ++i) workspaces.emplace_back(kernels, head, job, Wanted{});
+  for (int32_t i = 0; i < threads; ++i) {
+    workspaces.emplace_back(kernels, head, job, Wanted{}, packed.panels);
+  }
   pack(kernels, job, threads);
   // Spans go to whoever is free: each has its own place in `statistics`, so the result is the same.
   int64_t next_span = 0;
@@ -212,22 +251,23 @@ void forward_chunk(const Kernels& kernels, const agro_head& head, const int64_t*
 }  // namespace
 
 void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* logprobs, float* lse,
-                         float* entropy) {
+                         float* entropy, const agro_kept& kept) {
   const std::vector<int64_t> rows = counted_rows(head);
   for (float* result : {logprobs, lse, entropy}) {
     if (result != nullptr) clear_other_rows(head, rows, result, sizeof(float));
   }
   const int64_t counted = static_cast<int64_t>(rows.size());
+  use_huge_pages(kept.logits, head.n * kept.columns * element_bytes(head));
   for (int64_t begin = 0; begin < counted; begin += kChunk) {
     forward_chunk(kernels, head, rows.data() + begin, std::min(kChunk, counted - begin), logprobs,
-                  lse, entropy);
+                  lse, entropy, kept);
   }
 }
 
 void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
                          const float* dentropy, const agro_head& head, const float* lse,
                          const float* entropy, void* dhidden, void* dweight, void* dbias,
-                         float* weight_grad) {
+                         float* weight_grad, const agro_kept& kept) {
   const std::vector<int64_t> rows = counted_rows(head);
   const int64_t tokens = static_cast<int64_t>(rows.size());
   if (dhidden != nullptr) {
@@ -247,6 +287,7 @@ void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const f
   const Coefficients coefficients(packed, rows, dlogprobs, dlse, dentropy, lse, entropy);
   Backward job;
   packed.describe(job, head, rows.data(), tokens);
+  describe_kept(job, kept);
   coefficients.describe(job);
   job.with_entropy = dentropy != nullptr;
   job.dhidden = dhidden;
@@ -257,25 +298,40 @@ void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const f
   const int64_t blocks = ceil_div(head.v, kBlock);
   const int32_t threads = useful_threads(head, tokens, blocks);
   const int64_t columns = ceil_div(head.d, kernels.tile_rows) * kernels.tile_rows;
+  job.chunk_panels =
+      chunk_tokens(kernels, head, tokens, wanted, blocks, threads) / kernels.lanes;
   std::vector<Workspace> workspaces;
+  for (int32_t i = 0; i < threads; ++i) {
+    workspaces.emplace_back(kernels, head, job, wanted, job.chunk_panels);
+  }
+  // Block b is added to sum b % parts, whoever computes it. Few threads have a sum each, and the
+  // blocks are dealt out; many take the next block, and share.
+  const int32_t parts = std::min(threads, kSums);
+  const bool shared = threads > parts && wanted.dhidden;
+  const int64_t places = packed.panels * ceil_div(head.d, kColumns);
   std::vector<Buffer> dhidden_buffers;
   std::vector<float*> dhidden_panels;
-  for (int32_t i = 0; i < threads; ++i) {
-    workspaces.emplace_back(kernels, head, job, wanted);
+  for (int32_t part = 0; part < parts; ++part) {
     dhidden_buffers.emplace_back(wanted.dhidden ? packed.padded * columns : 0);
     dhidden_panels.push_back(dhidden_buffers.back().floats());
   }
+  std::vector<int32_t> added(shared ? parts * places : 0, 0);
   job.dhidden_panels = dhidden_panels.data();
-  job.dhidden_parts = threads;
+  job.dhidden_parts = parts;
 
   pack(kernels, job, threads);
-  // Blocks are dealt out in a fixed way: a thread's dhidden is a sum over its own.
+  int64_t taken = 0;
   run_team(threads, [&](int32_t thread, int32_t team) {
-    const Scratch& scratch = workspaces[thread].scratch;
-    for (int64_t block = thread; block < blocks; block += team) {
-      kernels.of_dtype[head.dtype].backward_block(job, scratch, block,
-                                                  block + team < blocks ? block + team : -1,
-                                                  dhidden_panels[thread], block == thread);
+    const auto next = [&](int64_t dealt) {
+      return team > parts ? __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED) : dealt;
+    };
+    for (int64_t block = next(thread); block < blocks; block = next(block + team)) {
+      const int32_t part = static_cast<int32_t>(block % parts);
+      const DhiddenSum sum = {dhidden_panels[part], static_cast<int32_t>(block / parts),
+                              shared ? added.data() + part * places : nullptr};
+      const int64_t likely_next = block + team < blocks ? block + team : -1;
+      kernels.of_dtype[head.dtype].backward_block(job, workspaces[thread].scratch, block,
+                                                  likely_next, sum);
     }
   });
   if (wanted.dhidden) {

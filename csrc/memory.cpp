@@ -22,10 +22,17 @@ Buffer::Buffer(int64_t count) {
   const int64_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
   void* memory = nullptr;
   if (posix_memalign(&memory, alignment, bytes) != 0) throw std::bad_alloc();
-#if defined(__linux__)
-  if (alignment == kHugePage) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
+  use_huge_pages(memory, bytes);
   floats_ = static_cast<float*>(memory);
+}
+
+void use_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  const int64_t begin = reinterpret_cast<int64_t>(memory);
+  const int64_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const int64_t end = (begin + bytes) / kHugePage * kHugePage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 Buffer::~Buffer() { std::free(floats_); }

@@ -21,6 +21,9 @@ class Buffer {
   float* floats_ = nullptr;
 };
 
+// Asks the system for huge pages of memory that was allocated elsewhere and not written yet.
+void use_huge_pages(void* memory, int64_t bytes);
+
 }  // namespace agro
 
 #endif

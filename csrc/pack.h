@@ -26,6 +26,16 @@ struct Float16 {
   static void stream_vec(uint16_t* p, Vec x) { stream_fp16(p, x); }
 };
 
+// The type in which logits of an input type are kept.
+template <class In>
+struct Kept {
+  typedef Float16 Type;
+};
+template <>
+struct Kept<Float32> {
+  typedef Float32 Type;
+};
+
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

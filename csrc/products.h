@@ -6,16 +6,10 @@
 namespace agro {
 namespace {
 
-constexpr int64_t kPanelsOfChunk = kChunk / kLanes;
 constexpr int64_t kPanelsOfSlice = kSlice / kLanes;
 
 static_assert(kBlock % kTileRows == 0 && kColumns % kTileRows == 0, "blocks are whole tiles");
 static_assert(kChunk % kLanes == 0 && kSlice % kLanes == 0, "chunks are whole panels");
-
-// The vocabulary entries of a block.
-struct Block {
-  int64_t v0, rows;
-};
 
 inline Block block_of(const Problem& problem, int64_t index) {
   const int64_t v0 = index * kBlock;
@@ -87,13 +81,26 @@ inline void block_products(const Problem& problem, const Scratch& scratch, Block
   }
 }
 
-// dhidden_panels[panel][d][lane] (+)= sum over the block's rows.
+// Fetches one of `shares` shares of a piece of the block's weight ahead: the columns from d0.
+template <class In>
+inline void prefetch_weight_columns(const agro_head& head, Block block, int64_t d0, int64_t share,
+                                    int64_t shares) {
+  constexpr int64_t kBytes = sizeof(typename In::Element);
+  if (d0 >= head.d) return;
+  const int64_t columns = min_of(piece_of(head.d, kColumns, kTileRows), head.d - d0);
+  const auto* first = row_of<In>(head.weight, block.v0, head.weight_stride) + d0;
+  prefetch_rows(reinterpret_cast<const char*>(first), head.weight_stride * kBytes, block.rows,
+                columns * kBytes, share, shares);
+}
+
+// sum.panels[panel][d][lane] (+)= sum over the block's rows.
+// unread: no product has brought the block's weight into the caches yet, so it is fetched ahead.
 template <class In, class Sum>
 inline void dhidden_product(const Problem& problem, const Scratch& scratch, Block block,
-                            int64_t panel0, int64_t panels, float* dhidden_panels, bool first) {
+                            int64_t panel0, int64_t panels, const DhiddenSum& sum, bool unread) {
   const agro_head& head = *problem.head;
   const int64_t all_columns = round_up(head.d, kTileRows);
-  const int64_t piece = piece_of(head.d, kColumns, kTileRows);
+  const int64_t piece = piece_of(head.d, kColumns, kTileRows), pieces = ceil_div(head.d, piece);
   const int64_t k = ceil_div(block.rows, Sum::kUnit);
   for (int64_t d0 = 0; d0 < head.d; d0 += piece) {
     const int64_t columns = min_of(piece, head.d - d0), tiles = ceil_div(columns, kTileRows);
@@ -101,14 +108,18 @@ inline void dhidden_product(const Problem& problem, const Scratch& scratch, Bloc
     for (int64_t i = 0; i < panels; ++i) {
       const int64_t panel = panel0 + i;
       const float* b = scratch.logits + i * kBlock * kLanes;
-      float* c = dhidden_panels + (panel * all_columns + d0) * kLanes;
+      float* c = sum.panels + (panel * all_columns + d0) * kLanes;
+      int32_t* added = sum.added == nullptr ? nullptr : sum.added + panel * pieces + d0 / piece;
+      if (unread) prefetch_weight_columns<In>(head, block, d0 + piece, i, panels);
+      if (added != nullptr) wait_for(added, sum.before);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const float* a = scratch.weight_columns + tile * kColumnTile;
         if (i + 1 < panels) prefetch_floats(b + kBlock * kLanes, k * kLanes, tile, tiles);
         panel_tile<Sum, 1, kTileRows>(problem.tokens - panel * kLanes,
                                       reinterpret_cast<const char*>(a), 0, b, k,
-                                      c + tile * kTileRows * kLanes, !first);
+                                      c + tile * kTileRows * kLanes, sum.before > 0);
       }
+      if (added != nullptr) __atomic_store_n(added, sum.before + 1, __ATOMIC_RELEASE);
     }
   }
 }
@@ -127,7 +138,7 @@ inline void dweight_product(const Backward& job, const Scratch& scratch, Block b
     const int64_t tiles = ceil_div(min_of(kSlice, head.d - d0), kLanes);
     // One chunk of tokens needs the tiles of one piece of the columns only.
     float* c =
-        scratch.dweight_tiles + (job.panels <= kPanelsOfChunk ? 0 : d0 / kLanes * kBlock * kLanes);
+        scratch.dweight_tiles + (job.panels <= job.chunk_panels ? 0 : d0 / kLanes * kBlock * kLanes);
     for (int64_t i0 = 0; i0 < panels; i0 += kPanelsOfSlice) {
       const int64_t slice_units = min_of(kPanelsOfSlice, panels - i0) * panel_units;
       for (int64_t tile = 0; tile < tiles; ++tile) {

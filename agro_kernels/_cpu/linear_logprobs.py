@@ -61,6 +61,14 @@ class _Struct:
         return ctypes.pointer(self._struct)
 
 
+def _kept_struct(kept_logits: KeptLogits | None) -> "ctypes._Pointer[native.Kept] | None":
+    """The memory of the kept logits as the library takes it; what lies where is its own affair."""
+    if kept_logits is None:
+        return None
+    logits, maxima = kept_logits
+    return ctypes.pointer(native.Kept(logits.data_ptr(), maxima.data_ptr(), kept_logits.columns))
+
+
 def _with_contiguous_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
@@ -84,7 +92,7 @@ def linear_logprobs_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), each (N,) fp32; entropy is (0,) unless with_entropy.
 
-    The library does not write `kept_logits` yet, nor does it read them.
+    kept_logits: the memory that is filled for the backward pass; None: nothing is kept.
     """
     library = _library(head)
     if library is None:
@@ -96,7 +104,11 @@ def linear_logprobs_fwd(
     entropy = logprobs.new_empty(n if with_entropy else 0)
     struct = _Struct(head)
     status = library.agro_linear_logprobs_fwd(
-        struct.pointer, logprobs.data_ptr(), lse.data_ptr(), _wanted(entropy)
+        struct.pointer,
+        logprobs.data_ptr(),
+        lse.data_ptr(),
+        _wanted(entropy),
+        _kept_struct(kept_logits),
     )
     native.check_status(status, "linear_logprobs")
     return logprobs, lse, entropy
@@ -133,6 +145,7 @@ def linear_logprobs_bwd(
         _pointer(upstream.lse),
         _pointer(upstream.entropy),
         *gradients.pointers,
+        _kept_struct(kept_logits),
     )
     native.check_status(status, "linear_logprobs, backward")
     return gradients.results()

@@ -13,7 +13,7 @@ from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 # The interface that this file describes: csrc/agro_cpu.h, AGRO_INTERFACE_VERSION.
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
 
 # What the functions return.
@@ -42,11 +42,17 @@ class Head(ctypes.Structure):
     ]
 
 
-_HEAD = ctypes.POINTER(Head)
+class Kept(ctypes.Structure):
+    """`agro_kept`: logits that the forward pass keeps for the backward pass."""
+
+    _fields_ = [("logits", c_void_p), ("maxima", c_void_p), ("columns", c_int64)]
+
+
+_HEAD, _KEPT = ctypes.POINTER(Head), ctypes.POINTER(Kept)
 # name: (type of the result, types of the arguments)
 _SIGNATURES = {
-    "agro_linear_logprobs_fwd": (c_int32, [_HEAD, *[c_void_p] * 3]),
-    "agro_linear_logprobs_bwd": (c_int32, [*[c_void_p] * 3, _HEAD, *[c_void_p] * 6]),
+    "agro_linear_logprobs_fwd": (c_int32, [_HEAD, *[c_void_p] * 3, _KEPT]),
+    "agro_linear_logprobs_bwd": (c_int32, [*[c_void_p] * 3, _HEAD, *[c_void_p] * 6, _KEPT]),
     "agro_available_isas": (c_char_p, []),
     "agro_isa": (c_char_p, []),
     "agro_set_isa": (c_int32, [c_char_p]),

@@ -1,7 +1,8 @@
 """Time and memory of log-probabilities from hidden states on a CPU: ours, the peers, the floor.
 
     python -m benchmarks.head.cpu [--shapes A B C] [--dtypes bf16 fp32] [--forms forward ...]
-        [--entropy no yes] [--providers torch ...] [--budget-minutes 25] [--smoke]
+        [--entropy no yes] [--providers torch ...] [--keeping ours_keeping_all ...]
+        [--budget-minutes 25] [--smoke]
 
 Question: how long does each form take, and how much memory does it need beyond its results, next to
 the matmul lower bound: the matrix products that it cannot do without (the "floor")?
@@ -14,6 +15,8 @@ memory allocated beforehand. With --freed-memory returned the process returns la
 system, as glibc does by default.
 First each peer runs alone; then ours, the fastest peer and the floor take turns (A B C A B C).
 On the shapes after A the peer that was the fastest on A goes straight into its turns.
+With --keeping, ours with room for a share of the logits (keep_logits_bytes) takes its turns with
+these, and so does floor_kept, the products that are left where all logits are kept.
 fp32 products are measured under both settings of torch.set_float32_matmul_precision, "highest"
 (torch's default) and "medium" (name@medium); --precisions leaves one out. With --finalists, on the
 shapes after A, where A was measured, only so many peers run, the fastest of A, and the fastest that
@@ -52,8 +55,9 @@ from benchmarks.head.cpu_plan import (
 )
 from benchmarks.head.cpu_plots import plot_cpu
 from benchmarks.head.cpu_rows import Case, Row, Table, case_of, relate, row_of
-from benchmarks.head.job import FLOOR, Job, Measured, find_errors, in_turn
+from benchmarks.head.job import FLOORS, Job, Measured, find_errors, in_turn
 from benchmarks.head.providers.base import FORMS
+from benchmarks.head.providers.ours import KEEPING
 from benchmarks.head.providers.registry import PROVIDERS
 from benchmarks.measure import timing
 from benchmarks.measure.dtypes import DTYPES
@@ -96,6 +100,9 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORM_ORDER))
     parser.add_argument("--entropy", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument("--providers", nargs="*", choices=PEERS, default=PEERS, help="peers")
+    parser.add_argument(
+        "--keeping", nargs="*", choices=KEEPING, default=[], help="ours with room for logits"
+    )
     parser.add_argument("--finalists", type=int, help="peers after shape A, by default all")
     parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of fp32"
@@ -171,7 +178,7 @@ class Runner:
     def _find_errors(self, job: Job) -> None:
         """Once for each provider, precision, dtype and entropy: most forms share their code."""
         key = _error_key(job)
-        if job.provider == FLOOR or key in self.errors:
+        if job.provider in FLOORS or key in self.errors:
             return
         form = _error_form(job)
         with_entropy = job.with_entropy and form != "known_coefficients"

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.head.cpu_rows import Case, CaseKey, Row, median_s
-from benchmarks.head.job import FLOOR, Job
+from benchmarks.head.job import FLOOR, FLOOR_KEPT, Job
+from benchmarks.head.providers.base import gemms_of
+from benchmarks.head.providers.ours import KEEPING
 from benchmarks.head.providers.registry import PROVIDERS
 from benchmarks.measure.dtypes import DTYPES
 from benchmarks.measure.shapes import CPU_SHAPES, SMOKE_SHAPE
@@ -22,7 +24,9 @@ PRECISIONS = ("highest", "medium")  # torch.set_float32_matmul_precision
 FORM_ORDER = ("forward_backward", "forward", "known_coefficients", "frozen_weight")
 # In the order in which they run.
 PEERS = [
-    name for name, provider in PROVIDERS.items() if name != "ours" and "cpu" in provider.devices
+    name
+    for name, provider in PROVIDERS.items()
+    if name not in ("ours", *KEEPING) and "cpu" in provider.devices
 ]
 OUT_OF_TIME = "not run: time budget"  # the status of a process that --budget-minutes left out
 
@@ -36,6 +40,7 @@ class Options:
     forms: Sequence[str]
     entropy: Sequence[str]  # of "no", "yes"
     providers: Sequence[str]  # peers
+    keeping: Sequence[str]  # of KEEPING
     finalists: int | None
     precisions: Sequence[str]
     repetitions: int
@@ -120,9 +125,16 @@ class Plan:
             return []
         return [
             self._job("ours"),
+            *(self._job(name) for name in self.keeping()),
             *([] if peer is None else [peer]),
             self._job(FLOOR, self.floor_precision()),
+            *([self._job(FLOOR_KEPT, self.floor_precision())] if self.keeping() else []),
         ]
+
+    def keeping(self) -> Sequence[str]:
+        """Those that keep logits, where the form would make them twice."""
+        form = self.case.form
+        return self.options.keeping if gemms_of(form, kept=True) != gemms_of(form) else []
 
     # --- Peers ---
 

@@ -6,7 +6,7 @@ Columns:
     n                timed calls; median_s, min_s, p20_s, p80_s are theirs
     in_turn_with     the providers that this process took turns with; empty: it ran alone
     relative         median over that of the floor in the same turns; alone: over the case's fastest
-                     floor
+                     floor. The provider floor_kept is the form's products with the logits made once
     gflops           2 N D V times the products of the form (forward 1, forward_backward 4,
                      frozen_weight 3, known_coefficients 3) over the median, also where a provider
                      computes another number of products
@@ -136,7 +136,7 @@ def row_of(measured: Measured, others: Sequence[str] = (), errors: Errors | None
         setting=measured.setting,
         versions="" if provider is None or provider.missing() else provider.versions(),
         stores_logits=yes(provider is not None and provider.stores_logits),
-        instruction_set=measured.instruction_set if job.provider == "ours" else "",
+        instruction_set=measured.instruction_set if job.provider.startswith("ours") else "",
         in_turn_with=" ".join(others),
         status=measured.status,
         n=len(measured.times_s),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.head.providers.base import FORM_GEMMS, Inputs
+from benchmarks.head.providers.base import Inputs, gemms_of
 
 
 class GemmFloor:
@@ -17,24 +17,33 @@ class GemmFloor:
     Args:
         form: a key of FORM_GEMMS.
         inputs: what the form would be given; nothing is differentiated.
+        kept: the logits are made once, as where the backward pass finds them stored.
         blocks: the sizes that `tune` tries; the largest decides the memory, N times it.
     """
 
     name = "floor"
+    kept_name = "floor_kept"
     what = "the matmul lower bound"
 
-    def __init__(self, form: str, inputs: Inputs, blocks: Sequence[int] = (1024, 2048, 4096)):
-        self.form = form
+    def __init__(
+        self,
+        form: str,
+        inputs: Inputs,
+        blocks: Sequence[int] = (1024, 2048, 4096),
+        *,
+        kept: bool = False,
+    ):
+        self.gemms = gemms_of(form, kept=kept)
         self.hidden, self.weight = inputs.hidden.detach(), inputs.weight.detach()
         self.v = self.weight.shape[0]
         self.candidates = sorted({min(self.v, block) for block in blocks})
-        self.block = dict.fromkeys(FORM_GEMMS[form], self.candidates[-1])
+        self.block = dict.fromkeys(self.gemms, self.candidates[-1])
         n = self.hidden.shape[0]
         # Random numbers: on zeros a GPU would draw less power and run at a higher clock.
         self.tile = torch.randn(n * self.candidates[-1], device=self.hidden.device)
         self.tile = self.tile.to(self.hidden.dtype)
         self.dhidden = torch.empty_like(self.hidden)
-        self.dweight = torch.empty_like(self.weight) if "dweight" in FORM_GEMMS[form] else None
+        self.dweight = torch.empty_like(self.weight) if "dweight" in self.gemms else None
 
     def tune(self, seconds: Callable[[Callable[[], None]], float]) -> str:
         """Keeps the fastest block of each product; returns them, such as "logits 4096".
@@ -68,5 +77,5 @@ class GemmFloor:
                 torch.mm(tile.view(width, n), self.hidden, out=out)
 
     def __call__(self) -> None:
-        for which in FORM_GEMMS[self.form]:
+        for which in self.gemms:
             self.product(which, self.block[which], self.v)

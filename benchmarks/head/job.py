@@ -23,7 +23,8 @@ from benchmarks.measure.rows import error_text
 from benchmarks.measure.shapes import ACCURACY_SHAPE, SMOKE_SHAPE, Shape
 from benchmarks.measure.turns import Turn, rounds, tail
 
-FLOOR = GemmFloor.name
+FLOOR, FLOOR_KEPT = GemmFloor.name, GemmFloor.kept_name
+FLOORS = (FLOOR, FLOOR_KEPT)
 # A call that takes this many times the limit is not repeated on memory that the process keeps:
 # fresh pages are taken to be the smaller part of its time.
 VERY_SLOW = 10.0
@@ -33,7 +34,7 @@ VERY_SLOW = 10.0
 class Job:
     """What one process measures."""
 
-    provider: str  # a key of PROVIDERS, or FLOOR
+    provider: str  # a key of PROVIDERS, or one of FLOORS
     shape: Shape
     dtype: torch.dtype
     form: str
@@ -145,7 +146,7 @@ def prepare(measured: Measured, max_call_s: float) -> Callable[[], float] | None
     """
     job = measured.job
     inputs = make_inputs(job.shape, job.dtype)
-    if job.provider == FLOOR:
+    if job.provider in FLOORS:
         return _prepare_floor(measured, inputs, max_call_s)
     if job.form == "known_coefficients":
         inputs.lse = earlier_lse(inputs)
@@ -190,7 +191,7 @@ def prepare(measured: Measured, max_call_s: float) -> Callable[[], float] | None
 
 
 def _prepare_floor(measured: Measured, inputs: Inputs, max_call_s: float) -> Callable[[], float]:
-    floor = GemmFloor(measured.job.form, inputs)
+    floor = GemmFloor(measured.job.form, inputs, kept=measured.job.provider == FLOOR_KEPT)
     measured.setting = floor.tune(timing.time_call)
     measured.first_call_s = timing.time_call(floor)
     if measured.first_call_s > max_call_s:

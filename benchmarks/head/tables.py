@@ -2,25 +2,29 @@
 
     python -m benchmarks.head.tables [--csv benchmarks/results/bench_cpu.csv] [--entropy no]
         [--peers] [--precision highest]
+    python -m benchmarks.head.tables --keeping [--csv ...] [--entropy no]
     python -m benchmarks.head.tables --gpu [--csv benchmarks/results/bench_linear_logprobs.csv]
 
 A row a case: our time over the floor of the same turns (the matmul lower bound), the fastest peer's
 over ours of the same turns, and that of the fastest peer that never materialises the (N, V) logits.
 With --peers every peer's time over ours instead, each at the precision at which it is the fastest,
 or of fp32 at --precision alone. A ~ marks a peer that did not take turns with ours, a * one that
-was called once. With --gpu every peer's time over ours, of the same turns, and its memory beyond
-inputs and results.
+was called once. With --keeping, of a run with `benchmarks.head.cpu --keeping ...`: ours without and
+with kept logits, each its time, that over the products with the logits made once, and its memory
+beyond inputs and results. With --gpu every peer's time over ours, of the same turns, and its memory
+beyond inputs and results.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.head import gpu_rows
 from benchmarks.head.cpu_plan import FORM_ORDER, PEERS, PRECISIONS
 from benchmarks.head.cpu_rows import Row, median_s
-from benchmarks.head.job import FLOOR
+from benchmarks.head.job import FLOOR, FLOOR_KEPT
 from benchmarks.head.providers.base import FORM_TITLES
+from benchmarks.head.providers.ours import KEEPING
 from benchmarks.head.providers.registry import PROVIDERS
 from benchmarks.measure.rows import RESULTS, parsed, read_csv
 from benchmarks.measure.shapes import CPU_SHAPES
@@ -39,16 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", action="store_true", help="of the GPU benchmark")
     parser.add_argument("--entropy", choices=["no", "yes"], default="no")
     parser.add_argument("--peers", action="store_true", help="every peer's time over ours")
+    parser.add_argument("--keeping", action="store_true", help="ours with kept logits")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the peers' fp32")
     options = parser.parse_args(arguments)
-    if options.gpu and (options.peers or options.precision or options.entropy == "yes"):
+    of_cpu = options.peers or options.keeping or options.precision or options.entropy == "yes"
+    if options.gpu and of_cpu:
         parser.error("--gpu: expected no other choice, got one that is for the CPU benchmark")
     name = "bench_linear_logprobs.csv" if options.gpu else "bench_cpu.csv"
     columns = read_csv(options.csv or RESULTS / name)
     if options.gpu:
         lines = gpu_table([parsed(gpu_rows.Row, line) for line in columns])
     else:
-        shown = peers_table if options.peers else table
+        shown = keeping_table if options.keeping else peers_table if options.peers else table
         rows = [parsed(Row, line) for line in columns]
         if options.precision is not None:
             rows = [row for row in rows if _is_at(row, options.precision)]
@@ -77,6 +83,29 @@ def peers_table(rows: Sequence[Row], entropy: str) -> list[str]:
 
     headings = ["case", "ours", *(f"`{name}`" for name in peers)]
     return _markdown(headings, ([name, *cells(case)] for name, case in cases))
+
+
+def keeping_table(rows: Sequence[Row], entropy: str) -> list[str]:
+    """Lines of Markdown: a row a case, ours without and with kept logits beside the two floors."""
+
+    def cells(case: Mapping[str, Row]) -> Iterator[str]:
+        bound = median_s(case[FLOOR_KEPT])
+        yield f"{bound:.3g} s"
+        for name in ("ours", *KEEPING):
+            row = case.get(name)
+            if row is None or row.median_s is None:
+                yield ""
+            else:
+                yield f"{row.median_s:.3g} s, {row.median_s / bound:.2f}, {_megabytes(row)}"
+
+    lines: list[list[str]] = []
+    for shape, dtype, form, _ in dict.fromkeys(row.case() for row in rows):
+        key = (shape, dtype, form, entropy)
+        case = {row.provider: row for row in rows if row.case() == key and row.in_turn_with}
+        if FLOOR_KEPT in case and case[FLOOR_KEPT].median_s is not None:
+            lines.append([f"{FORM_TITLES[form]}, {dtype}, {shape}", *cells(case)])
+    headings = ["case", "the products without recomputing", "ours"]
+    return _markdown([*headings, *(f"`{name}`" for name in KEEPING)], iter(lines))
 
 
 def gpu_table(rows: Sequence[gpu_rows.Row]) -> list[str]:
@@ -127,7 +156,7 @@ def _cases(rows: Sequence[Row], entropy: str) -> Iterator[tuple[str, list[Row]]]
                     key = (shape, dtype, "forward_backward", entropy)
                     case += [row for row in rows if row.case() == key and row.provider != "ours"]
                 timed = [row for row in case if row.median_s is not None]
-                if {"ours"} < {row.provider for row in timed} - {FLOOR}:
+                if {"ours"} < {row.provider for row in timed} & {"ours", *PEERS}:
                     yield f"{FORM_TITLES[form]}, {dtype}, {shape}", timed
 
 

@@ -7,7 +7,11 @@ from matplotlib.axes import Axes
 # One colour a provider, the same in every chart; "@medium" and other variants take the provider's.
 COLOURS = {
     "ours": "#e4572e",
+    "ours_keeping_quarter": "#f2a48d",
+    "ours_keeping_half": "#ec7e62",
+    "ours_keeping_all": "#b8391a",
     "floor": "#222222",
+    "floor_kept": "#666666",
     "torch": "#9aa5b1",
     "torch_compile": "#4269d0",
     "checkpointed_loop": "#6cc5b0",

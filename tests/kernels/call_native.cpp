@@ -16,7 +16,7 @@
 namespace {
 
 struct Sizes {
-  int64_t n, d, v, ignore_index, dtype, num_threads, has_bias;
+  int64_t n, d, v, ignore_index, dtype, num_threads, has_bias, kept_columns;
   float temperature, softcap;
 };
 
@@ -65,10 +65,15 @@ int main(int count, char** arguments) {
                           static_cast<int32_t>(sizes.num_threads)};
   std::vector<float> logprobs(n), lse(n), entropy(n);
   std::vector<char> dhidden(n * d * bytes), dweight(v * d * bytes), dbias(v * bytes);
-  if (agro_linear_logprobs_fwd(&head, logprobs.data(), lse.data(), entropy.data()) != AGRO_OK ||
+  std::vector<char> kept_logits(n * sizes.kept_columns * bytes);
+  std::vector<float> kept_maxima(n * ((sizes.kept_columns + AGRO_KEPT_TILE - 1) / AGRO_KEPT_TILE));
+  const agro_kept kept = {kept_logits.data(), kept_maxima.data(), sizes.kept_columns};
+  if (agro_linear_logprobs_fwd(&head, logprobs.data(), lse.data(), entropy.data(), &kept) !=
+          AGRO_OK ||
       agro_linear_logprobs_bwd(dlogprobs.data(), dlse.data(), dentropy.data(), &head, lse.data(),
                                entropy.data(), dhidden.data(), dweight.data(),
-                               sizes.has_bias ? dbias.data() : nullptr, nullptr) != AGRO_OK) {
+                               sizes.has_bias ? dbias.data() : nullptr, nullptr,
+                               &kept) != AGRO_OK) {
     return 5;
   }
   write(logprobs);

@@ -23,6 +23,7 @@ from agro_kernels import reference, weighted_logprob_sum
 from agro_kernels._cpu import linear_logprobs as cpu
 from agro_kernels._cpu import native
 from agro_kernels.head import Head, Upstream
+from agro_kernels.kept_logits import empty_kept_logits
 from tests.numerics import assert_close_to_truth, plain_linear_logprobs
 
 LAYOUTS = ("contiguous", "padded", "offset", "every second", "transposed")
@@ -50,6 +51,7 @@ class Case:
     with_lse: bool
     output_mask: list[bool]
     weight_grad: Tensor | None  # (V, D) fp32
+    keep_logits_bytes: int
     summary: str
 
 
@@ -134,6 +136,7 @@ def random_case(number: int, isas: list[str]) -> Case:
         with_lse=chance(0.5),
         output_mask=[chance(0.8) for _ in range(3)],
         weight_grad=normal(v, d) if chance(0.2) else None,
+        keep_logits_bytes=integer(0, 2 * n * v * 4 + 1) if chance(0.5) else 0,
         summary=f"case {number}: N={n} D={d} V={v} {dtype} {isa} threads={threads} "
         f"layouts={layouts} spread={spread} shift={shift}",
     )
@@ -206,10 +209,11 @@ def by_native(case: Case) -> tuple[list[Tensor], list[Tensor], Tensor]:
         round_logits=None,
         kept=None,
     )
-    logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
+    kept = empty_kept_logits(head, case.keep_logits_bytes)
+    logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True, kept)
     weight_grad = None if case.weight_grad is None else case.weight_grad.clone()
     upstream = Upstream(*case.upstream, lse, entropy)
-    gradients = cpu.linear_logprobs_bwd(upstream, head, case.output_mask, weight_grad)
+    gradients = cpu.linear_logprobs_bwd(upstream, head, case.output_mask, weight_grad, kept)
     if weight_grad is not None and case.weight_grad is not None:
         assert gradients[1].shape == (0,)
         if case.output_mask[1]:

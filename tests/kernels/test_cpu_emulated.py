@@ -55,13 +55,14 @@ def by_emulator(
     threads: int = 1,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    kept_columns: int = 0,
 ) -> list[Tensor]:
     """logprobs, lse, entropy and the gradients by `upstream`."""
     hidden, weight, targets, bias = inputs.hidden, inputs.weight, inputs.targets, inputs.bias
     (n, d), v = hidden.shape, weight.shape[0]
     per_token = isinstance(temperature, Tensor)
     sizes = struct.pack(
-        "7q2f", n, d, v, -100, DTYPES[hidden.dtype], threads, bias is not None,
+        "8q2f", n, d, v, -100, DTYPES[hidden.dtype], threads, bias is not None, kept_columns,
         0.0 if per_token else temperature, softcap or 0.0,
     )  # fmt: skip
     temperatures = temperature if isinstance(temperature, Tensor) else torch.ones(n)
@@ -84,11 +85,12 @@ def by_emulator(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kept", [False, True], ids=["made again", "kept"])
 def test_every_dtype_and_shape(
-    program: list[str], shape: tuple[int, int, int], dtype: torch.dtype
+    program: list[str], shape: tuple[int, int, int], dtype: torch.dtype, kept: bool
 ) -> None:
     inputs = head_inputs(*shape, dtype=dtype, bias=True, ignored=True)
-    ours = by_emulator(program, inputs, threads=2)
+    ours = by_emulator(program, inputs, threads=2, kept_columns=shape[2] if kept else 0)
     truth = by_plain_torch(inputs, torch.float64)
     plain = by_plain_torch(inputs, dtype)
     for name, *results in zip(NAMES, ours, truth, plain, strict=True):

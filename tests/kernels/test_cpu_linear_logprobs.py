@@ -402,6 +402,18 @@ def test_gradients_repeat(isa: str, dtype: torch.dtype, num_threads: int, thread
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
+def test_gradients_are_the_same_for_four_threads_and_more(isa: str, threads: None) -> None:
+    # More than one slice of tokens, which many threads take one after the other, and more than one
+    # piece of D.
+    inputs = head_inputs(600, 300, 1500, bias=True)
+    torch.set_num_threads(4)
+    four = by_native(inputs)
+    for num_threads in (5, 8):
+        torch.set_num_threads(num_threads)
+        for name, a, b in zip(NAMES, by_native(inputs), four, strict=True):
+            assert torch.equal(a, b), name
+
+
 def test_concurrent_calls_give_the_same_bits(isa: str) -> None:
     inputs = head_inputs(70, 40, 900, bias=True)
     expected = by_native(inputs)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from agro_kernels import kept_logits
 from agro_kernels._cpu import linear_logprobs as cpu
 from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
@@ -68,14 +69,18 @@ def test_interface_is_the_one_of_the_header() -> None:
     assert int(version[1]) == native.INTERFACE_VERSION
     declared = set(re.findall(r"AGRO_API [\w *]+[ *](agro_\w+)\(", header))
     assert declared == {*native._SIGNATURES, "agro_interface_version"}
-    fields = re.search(r"typedef struct agro_head \{(.*?)\} agro_head;", header, flags=re.S)
-    assert fields is not None
-    names = [
-        name
-        for line in re.sub(r"/\*.*?\*/", "", fields[1], flags=re.S).split(";")
-        for name in re.findall(r"(\w+)\s*(?:,|$)", line.strip())
-    ]
-    assert names == [field[0] for field in native.Head._fields_]
+    for struct, ours in (("agro_head", native.Head), ("agro_kept", native.Kept)):
+        fields = re.search(rf"typedef struct {struct} \{{(.*?)\}} {struct};", header, flags=re.S)
+        assert fields is not None
+        names = [
+            name
+            for line in re.sub(r"/\*.*?\*/", "", fields[1], flags=re.S).split(";")
+            for name in re.findall(r"(\w+)\s*(?:,|$)", line.strip())
+        ]
+        assert names == [field[0] for field in ours._fields_]
+    tile = re.search(r"#define AGRO_KEPT_TILE (\d+)", header)
+    assert tile is not None
+    assert int(tile[1]) == kept_logits.CPU_STEP
 
 
 @pytest.mark.parametrize("why", ["missing", "older", "another", "text"])

@@ -40,6 +40,14 @@ FORM_GEMMS: dict[str, tuple[str, ...]] = {
     "known_coefficients": ("logits", "dhidden", "dweight"),
 }
 FORMS = tuple(FORM_GEMMS)
+
+
+def gemms_of(form: str, *, kept: bool = False) -> tuple[str, ...]:
+    """The products of a form; kept: of one whose backward pass finds all logits stored."""
+    gemms = FORM_GEMMS[form]
+    return gemms[1:] if kept and gemms.count("logits") > 1 else gemms
+
+
 FORM_TITLES = {  # in tables and charts
     "forward": "forward",
     "forward_backward": "forward and backward",

@@ -3,7 +3,12 @@
 from benchmarks.head.providers.base import Provider
 from benchmarks.head.providers.cce import CutCrossEntropy, CutCrossEntropyCompiled
 from benchmarks.head.providers.liger import LigerChunked
-from benchmarks.head.providers.ours import Ours
+from benchmarks.head.providers.ours import (
+    Ours,
+    OursKeepingAll,
+    OursKeepingHalf,
+    OursKeepingQuarter,
+)
 from benchmarks.head.providers.plain_torch import (
     CompiledCheckpoint,
     CompiledTorch,
@@ -17,6 +22,9 @@ PROVIDERS: dict[str, type[Provider]] = {
     provider.name: provider
     for provider in (
         Ours,
+        OursKeepingQuarter,
+        OursKeepingHalf,
+        OursKeepingAll,
         PlainTorch,
         CompiledTorch,
         CompiledCheckpoint,
