@@ -24,7 +24,6 @@ from agro_kernels.head import (
 from agro_kernels.ops.derivatives import refuse_forward_mode
 from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
-
 # The least that `tail_probability` gives: half the distance of fp32 numbers below 1.
 SMALLEST_TAIL = 2.0**-24
 
@@ -78,9 +77,8 @@ def linear_logprobs(
         targets: (...) int32 or int64 in [0, V), or ignore_index. Any other value is a ValueError on
             the CPU; on a GPU, where looking would stall the device, its logprob is NaN.
             Or (..., K), K ids a token from the same pass over the vocabulary: a teacher's top k.
-            They may repeat; where all K are ignore_index the token does not count. They cost N K D
-            operations and, in the backward pass, next to nothing on a GPU; on a CPU that pass is
-            the blocked torch path's. Not with shards and K > 1.
+            They may repeat; where all K are ignore_index the token does not count. They cost 2 N K D
+            operations beside the 2 N D V of one target. Not with shards and K > 1.
         bias: (V,) added to the logits, same dtype as hidden. -inf bans a token (with a softcap it
             makes its logit -softcap).
         temperature: float, or a tensor (...), one a token; > 0. It must be the sampler's,

@@ -5,8 +5,8 @@ With g_k the gradient of the log-probability of id k, one lse serves all K of a 
     dz_v = sum_k g_k 1[v = id_k] + (dlse - sum_k g_k) p_v + the entropy's share
 
 So the kernels are given dlse - sum_k g_k, and no target. The K entries of a row that are ids are
-`Entries`, made here in fp32, one number an id; a kernel writes them over its own numbers before it
-rounds anything.
+`KnownEntries`, made here in fp32, one number an id; a kernel writes them over its own numbers before
+it rounds anything.
 
 Letters: N tokens, K targets of each, D hidden size, V vocabulary.
 """
@@ -24,7 +24,7 @@ NO_ID = -1
 NOTHING = -1000.0
 
 
-class Entries(NamedTuple):
+class KnownEntries(NamedTuple):
     """Some entries of the gradient of hidden @ weight.T + bias."""
 
     ids: Tensor
@@ -32,9 +32,13 @@ class Entries(NamedTuple):
     values: Tensor
     """(N, K) fp32 (float64 of float64)."""
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Entries":
+    def each(self, function: Callable[[Tensor], Tensor]) -> "KnownEntries":
         """With a function of both tensors."""
-        return Entries(function(self.ids), function(self.values))
+        return KnownEntries(function(self.ids), function(self.values))
+
+    def of_rows(self, rows: slice) -> "KnownEntries":
+        """Some of the N tokens, without a copy."""
+        return KnownEntries(self.ids[rows], self.values[rows])
 
 
 class ManyTargets(NamedTuple):
@@ -71,7 +75,7 @@ def upstream_and_entries(
     many: ManyTargets,
     dlogprobs: Tensor | None,
     upstream: Upstream,
-) -> tuple[Upstream, Entries | None]:
+) -> tuple[Upstream, KnownEntries | None]:
     """The gradients that the kernels are given for dlogprobs (N, K), and the entries beside them.
 
     upstream: those of lse and entropy, and what both are. head: as the caller gave it.
@@ -96,7 +100,7 @@ def upstream_and_entries(
     if upstream.dentropy is not None and upstream.entropy is not None:
         of_p = of_p - upstream.dentropy.unsqueeze(1) * (log_p + upstream.entropy.unsqueeze(1))
     values = (values + of_p * log_p.exp()) * _slopes(head, logits)
-    return upstream, Entries(ids.where(first, NO_ID), values.where(first, 0.0))
+    return upstream, KnownEntries(ids.where(first, NO_ID), values.where(first, 0.0))
 
 
 def _sums_of_equals(ids: Tensor, values: Tensor) -> Tensor:

@@ -318,6 +318,26 @@ inline void panel_gradient(const Logits& logits, float* x, int64_t rows, Upstrea
   memset(x + rows * kLanes, 0, (round_up(rows, kTileRows) - rows) * kLanes * sizeof(float));
 }
 
+// Writes the entries that are known already over the gradients of a panel, [rows][kLanes], whose
+// first lane is `token`.
+inline void overwrite_entries(const Backward& job, int64_t block, int64_t token, float* x) {
+  if (job.entries_of_block == nullptr) return;
+  int64_t begin = job.entries_of_block[block], end = job.entries_of_block[block + 1];
+  const int64_t stop = end;
+  while (begin < end) {  // the first entry of this panel
+    const int64_t middle = begin + (end - begin) / 2;
+    if (job.entries[middle].token < token) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  for (; begin < stop && job.entries[begin].token < token + kLanes; ++begin) {
+    const Entry& entry = job.entries[begin];
+    x[entry.row * kLanes + entry.token - token] = entry.value;
+  }
+}
+
 #ifdef AGRO_HAVE_DOT
 // The gradients of a panel, rounded to bf16, in both orders the products need: pairs of rows
 // (first half of the panel itself) and pairs of tokens (`gradient_rows`, [rows][kLanes / 2]).

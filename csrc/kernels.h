@@ -48,6 +48,13 @@ struct Forward : Problem {
   float* entropy;
 };
 
+// An entry of the logits' gradient that is known already.
+struct Entry {
+  int32_t token;  // of the tokens that count
+  int32_t row;    // of its block
+  float value;
+};
+
 // The coefficients of one row's dz = of_p p - of_entropy p (log p + entropy) + at_target 1[target],
 // each already divided by the temperature. (panels * lanes,), zeros in the padding.
 struct Backward : Problem {
@@ -64,6 +71,8 @@ struct Backward : Problem {
   float* weight_grad;
   float* const* dhidden_panels;  // (dhidden_parts,): sums, each [panels][columns][lanes]
   int32_t dhidden_parts;
+  const Entry* entries;  // by block, and in a block by token
+  const int64_t* entries_of_block;  // (blocks + 1,): where a block's begin; NULL: there are none
   int64_t chunk_panels;  // panels whose logits of a block exist at the same time: whole slices
 };
 

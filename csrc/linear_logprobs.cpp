@@ -131,6 +131,37 @@ struct Coefficients {
   std::vector<float> lse, entropy, at_target, of_p, of_lse, of_entropy;
 };
 
+// The entries of the counted rows by block, and in a block by token.
+struct SortedEntries {
+  SortedEntries(const agro_head& head, const std::vector<int64_t>& rows, const agro_entries& given)
+      : begins(given.count > 0 ? ceil_div(head.v, kBlock) + 1 : 0, 0) {
+    if (given.count == 0) return;
+    const auto of_each = [&](const auto& use) {
+      for (size_t token = 0; token < rows.size(); ++token) {
+        for (int64_t k = 0; k < given.count; ++k) {
+          const int64_t at = rows[token] * given.count + k, id = given.ids[at];
+          if (id >= 0 && id < head.v) use(static_cast<int32_t>(token), id, given.values[at]);
+        }
+      }
+    };
+    of_each([&](int32_t, int64_t id, float) { ++begins[id / kBlock + 1]; });
+    for (size_t block = 1; block < begins.size(); ++block) begins[block] += begins[block - 1];
+    sorted.resize(begins.back());
+    std::vector<int64_t> next(begins.begin(), begins.end() - 1);
+    of_each([&](int32_t token, int64_t id, float value) {
+      sorted[next[id / kBlock]++] = {token, static_cast<int32_t>(id % kBlock), value};
+    });
+  }
+
+  void describe(Backward& job) const {
+    job.entries = sorted.data();
+    job.entries_of_block = begins.empty() ? nullptr : begins.data();
+  }
+
+  std::vector<int64_t> begins;
+  std::vector<Entry> sorted;
+};
+
 // Which gradients are wanted.
 struct Wanted {
   bool dhidden, dweight, dbias;
@@ -267,7 +298,7 @@ void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* l
 void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
                          const float* dentropy, const agro_head& head, const float* lse,
                          const float* entropy, void* dhidden, void* dweight, void* dbias,
-                         float* weight_grad, const agro_kept& kept) {
+                         float* weight_grad, const agro_kept& kept, const agro_entries& entries) {
   const std::vector<int64_t> rows = counted_rows(head);
   const int64_t tokens = static_cast<int64_t>(rows.size());
   if (dhidden != nullptr) {
@@ -289,6 +320,8 @@ void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const f
   packed.describe(job, head, rows.data(), tokens);
   describe_kept(job, kept);
   coefficients.describe(job);
+  const SortedEntries sorted(head, rows, entries);
+  sorted.describe(job);
   job.with_entropy = dentropy != nullptr;
   job.dhidden = dhidden;
   job.dweight = dweight;

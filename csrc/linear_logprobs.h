@@ -13,7 +13,7 @@ void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* l
 void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
                          const float* dentropy, const agro_head& head, const float* lse,
                          const float* entropy, void* dhidden, void* dweight, void* dbias,
-                         float* weight_grad, const agro_kept& kept);
+                         float* weight_grad, const agro_kept& kept, const agro_entries& entries);
 
 }  // namespace agro
 

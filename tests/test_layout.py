@@ -27,7 +27,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "agro_kernels": [
         {"reference", "tiles", "packing"},
         {"head"},
-        {"agro_options", "counted_rows", "kept_logits"},
+        {"agro_options", "counted_rows", "kept_logits", "many_targets"},
         {"_torch", "_triton"},
         {"_cpu"},
         {"ops"},

@@ -17,7 +17,7 @@ from torch import Tensor
 from agro_kernels.counted_rows import CountedRows, counted_rows
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import LOWEST, KeptLogits
-from agro_kernels.many_targets import NOTHING, Entries
+from agro_kernels.many_targets import NOTHING, KnownEntries
 
 # A tile of 2048 x 4096 fp32 logits is 32 MB. Below 1024 columns a GEMM on a CPU loses its speed.
 TOKEN_CHUNK = 2048
@@ -220,22 +220,20 @@ def linear_logprobs_bwd(
     output_mask: list[bool],
     weight_grad: Tensor | None = None,
     kept_logits: KeptLogits | None = None,
-    entries: Entries | None = None,
+    known: KnownEntries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 
     With weight_grad (V, D), fp32 or float64, the weight's gradient is added to it instead and
-    dweight is (0,). kept_logits: what the forward pass wrote. entries: written over those of the
+    dweight is (0,). kept_logits: what the forward pass wrote. known: written over those of the
     logits' gradient.
     """
     rows = counted_rows(head, head.counted())
     counted = _upcast(rows.head)
     upstream = upstream.each(lambda values: rows.take(values).to(counted.hidden.dtype))
     kept = _kept(kept_logits, rows)
-    entries = None if entries is None else entries.each(rows.take)
-    dhidden, dweight, dbias = _gradients(
-        upstream, counted, output_mask, weight_grad, kept, entries
-    )
+    known = None if known is None else known.each(rows.take)
+    dhidden, dweight, dbias = _gradients(upstream, counted, output_mask, weight_grad, kept, known)
     # The only rounding: the sums above are fp32.
     dhidden = dhidden.to(head.hidden.dtype)
     return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias
@@ -247,7 +245,7 @@ def _gradients(
     output_mask: list[bool],
     weight_grad: Tensor | None,
     kept: _Kept | None,
-    entries: Entries | None,
+    known: KnownEntries | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden fp32, dweight, dbias) of M rows that all count, from logits kept or made again.
 
@@ -298,8 +296,8 @@ def _gradients(
         dz.scatter_(1, tile.column, dz_y.unsqueeze(1))
         if slope is not None:
             dz.mul_(slope)
-        if entries is not None:
-            _overwrite(dz, tile, entries)
+        if known is not None:
+            _overwrite(dz, tile, known)
         if need_hidden:
             dhidden[rows].addmm_(dz, tile.weight, beta=0 if tile.entries.start == 0 else 1)
         if need_weight and weight_grad is not None:
@@ -316,9 +314,9 @@ def _gradients(
     return dhidden, dweight, dbias.to(weight.dtype)
 
 
-def _overwrite(dz: Tensor, tile: _Tile, entries: Entries) -> None:
+def _overwrite(dz: Tensor, tile: _Tile, known: KnownEntries) -> None:
     """The entries that are in the tile, over those of dz (rows, columns)."""
-    ids, values = entries.each(lambda of_rows: of_rows[tile.rows])
+    ids, values = known.of_rows(tile.rows)
     inside = (ids >= tile.entries.start) & (ids < tile.entries.stop)
     row, place = inside.nonzero(as_tuple=True)
     dz[row, ids[row, place] - tile.entries.start] = values[row, place]
@@ -348,7 +346,9 @@ def many_target_logprobs(head: Head, targets: Tensor, lse: Tensor) -> tuple[Tens
     size = max(1, TOKEN_CHUNK // k)
     for n0 in range(0, n, size):
         rows = slice(n0, n0 + size)
-        of_targets = head.weight.index_select(0, ids[rows].reshape(-1)).to(dtype).unflatten(0, (-1, k))
+        of_targets = (
+            head.weight.index_select(0, ids[rows].reshape(-1)).to(dtype).unflatten(0, (-1, k))
+        )
         torch.sum(head.hidden[rows].to(dtype).unsqueeze(1) * of_targets, 2, out=logits[rows])
     if head.bias is not None:
         logits += head.bias[ids].to(dtype)

@@ -29,7 +29,7 @@ from agro_kernels._triton.primitives import (
 )
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import KeptLogits
-from agro_kernels.many_targets import Entries
+from agro_kernels.many_targets import KnownEntries
 
 # Largest size in bytes of a chunk of the logits' gradient, which has at least one tile of columns.
 # Larger is faster: each chunk of columns reads and writes the fp32 dhidden.
@@ -48,7 +48,7 @@ COLUMN_CHUNK = 32768
 FP16_GRADIENT_PEAK = 256.0
 
 # Entries of a program that writes those of many targets a token.
-ENTRIES_BLOCK = 256
+KNOWN_BLOCK = 256
 
 # Tokens of a program that makes the gradient of kept logits: no product, so few registers.
 KEPT_BLOCK_N = 32
@@ -208,7 +208,7 @@ def linear_logprobs_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["num_entries", "start_chunk", "num_columns"])
-def write_entries_kernel(
+def write_known_entries_kernel(
     # inputs
     ids_ptr,
     values_ptr,
@@ -248,9 +248,9 @@ def head_gradients(
     weight_grad: Tensor | None = None,
     kept_logits: KeptLogits | None = None,
     kept_rows: Tensor | None = None,
-    entries: Entries | None = None,
+    known: KnownEntries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_logprobs_bwd of rows that all count; what upstream and entries hold is contiguous.
+    """linear_logprobs_bwd of rows that all count; what upstream and known hold is contiguous.
 
     kept_rows (N,): their rows in kept_logits; None: all of them in order.
     """
@@ -265,12 +265,12 @@ def head_gradients(
     dhidden = hidden.new_empty((N, D) if need_hidden else 0, dtype=torch.float32)
     scale = None
     if hidden.dtype == torch.float16:
-        scale = _fp16_scale(upstream.gradients(), head, entries)
+        scale = _fp16_scale(upstream.gradients(), head, known)
     if scale is not None:
         scaled = (None if gradient is None else gradient * scale for gradient in upstream[:3])
         upstream = Upstream(*scaled, upstream.lse, upstream.entropy)
-        if entries is not None:
-            entries = entries._replace(values=entries.values * scale)
+        if known is not None:
+            known = known._replace(values=known.values * scale)
 
     config = select_config("linear_logprobs_bwd", head)
     rows_per_chunk, columns_per_chunk = chunk_shape(N, V, hidden.element_size(), config)
@@ -295,8 +295,8 @@ def head_gradients(
                     _write_dlogits(dlogits, start_v, arguments | kept, _of_kept(config))
                 else:
                     _write_dlogits(dlogits, start_v, arguments, config)
-                if entries is not None:
-                    _write_entries(dlogits, start_v, entries.ids[rows], entries.values[rows])
+                if known is not None:
+                    _write_known(dlogits, start_v, known.of_rows(rows))
                 if need_hidden:
                     add_product(dhidden[rows], dlogits, weight[entries], keep=start_v > 0)
                 if need_weight:
@@ -372,10 +372,10 @@ def _write_dlogits(
     )
 
 
-def _write_entries(dlogits: Tensor, start_v: int, ids: Tensor, values: Tensor) -> None:
-    """Launches the kernel for the columns from start_v on; dlogits (rows, columns), rest (rows, K).
-    """
-    write_entries_kernel[(triton.cdiv(ids.numel(), ENTRIES_BLOCK),)](
+def _write_known(dlogits: Tensor, start_v: int, known: KnownEntries) -> None:
+    """Launches the kernel for the columns from start_v on; dlogits (rows, columns)."""
+    ids, values = known
+    write_known_entries_kernel[(triton.cdiv(ids.numel(), KNOWN_BLOCK),)](
         ids_ptr=ids,
         values_ptr=values,
         dlogits_ptr=dlogits,
@@ -384,7 +384,7 @@ def _write_entries(dlogits: Tensor, start_v: int, ids: Tensor, values: Tensor) -
         start_chunk=start_v,
         num_columns=dlogits.shape[1],
         stride_dlogits_n=dlogits.stride(0),
-        BLOCK=ENTRIES_BLOCK,
+        BLOCK=KNOWN_BLOCK,
         INTERPRETED=dlogits.device.type == "cpu",
         num_warps=4,
     )
@@ -454,7 +454,7 @@ def chunk_shape(
     return rows, min(columns, triton.cdiv(vocabulary, config.block_v) * config.block_v)
 
 
-def _fp16_scale(gradients: list[Tensor], head: Head, entries: Entries | None) -> Tensor:
+def _fp16_scale(gradients: list[Tensor], head: Head, known: KnownEntries | None) -> Tensor:
     """The power of two, 0-d fp32 on the device, that lifts the largest gradient to the fp16 peak.
 
     A coefficient divided by the number of tokens is below fp16's smallest number soon; scaling by a
@@ -463,8 +463,8 @@ def _fp16_scale(gradients: list[Tensor], head: Head, entries: Entries | None) ->
     largest = torch.stack([gradient.abs() for gradient in gradients]).amax(0)
     temperatures = head.token_temperature
     largest = largest / (head.temperature if temperatures is None else temperatures)
-    if entries is not None:
-        largest = torch.maximum(largest, entries.values.abs().amax(1))
+    if known is not None:
+        largest = torch.maximum(largest, known.values.abs().amax(1))
     counted = (head.targets != head.ignore_index) & largest.isfinite()
     largest = largest.where(counted, 0.0).amax().clamp_min(1e-30)
     ratio = FP16_GRADIENT_PEAK / largest

@@ -30,7 +30,7 @@ from agro_kernels._triton.primitives import (
 )
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import LOWEST, KeptLogits
-from agro_kernels.many_targets import Entries
+from agro_kernels.many_targets import KnownEntries
 
 MERGE_BLOCK_N = 128  # rows of one program that merges splits; results do not depend on it
 
@@ -326,18 +326,18 @@ def linear_logprobs_bwd(
     output_mask: list[bool],
     weight_grad: Tensor | None = None,
     kept_logits: KeptLogits | None = None,
-    entries: Entries | None = None,
+    known: KnownEntries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden (N, D), dweight (V, D), dbias (V,)); (0,) for each that output_mask leaves out.
 
     With weight_grad (V, D) fp32 the gradient of weight is added to it and dweight is (0,).
-    kept_logits: what the forward pass wrote. entries: written over those of the logits' gradient.
+    kept_logits: what the forward pass wrote. known: written over those of the logits' gradient.
     """
     live = torch.zeros_like(head.targets, dtype=torch.bool)
     for gradient in upstream.gradients():
         live |= gradient != 0
-    if entries is not None:
-        live |= (entries.values != 0).any(1)
+    if known is not None:
+        live |= (known.values != 0).any(1)
     rows = gather_counted(head, live & head.counted())
     dhidden, dweight, dbias = head_gradients(
         upstream.each(rows.take),
@@ -346,6 +346,6 @@ def linear_logprobs_bwd(
         weight_grad,
         kept_logits,
         rows.index,
-        None if entries is None else entries.each(rows.take),
+        None if known is None else known.each(rows.take),
     )
     return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias

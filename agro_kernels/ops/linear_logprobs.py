@@ -16,7 +16,7 @@ from agro_kernels._torch import kept_ids as torch_kept_ids
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
 from agro_kernels.head import HEAD_SCHEMA, Head, Upstream
 from agro_kernels.kept_logits import KeptLogits, empty_kept_logits
-from agro_kernels.many_targets import Entries, ManyTargets
+from agro_kernels.many_targets import KnownEntries, ManyTargets
 from agro_kernels.ops.buffer_locks import in_turn
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
@@ -64,10 +64,8 @@ def with_kept(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def with_upstream(
-    kernel: Callable[..., Any], *, accumulates: bool = False
-) -> Callable[..., Any]:
-    """`kernel(upstream, head, output_mask, weight_grad, kept_logits, entries)`, as a schema above.
+def with_upstream(kernel: Callable[..., Any], *, accumulates: bool = False) -> Callable[..., Any]:
+    """`kernel(upstream, head, output_mask, weight_grad, kept_logits, known)`, as a schema above.
 
     accumulates: as that with a weight_grad.
     """
@@ -84,8 +82,8 @@ def with_upstream(
         kept = None if logits is None or maxima is None else KeptLogits(logits, maxima)
         weight_grad = others.pop(0) if accumulates else None
         ids, values = others or (None, None)
-        entries = None if ids is None else Entries(ids, values)
-        return kernel(upstream, Head(*flat[:stop]), output_mask, weight_grad, kept, entries)
+        known = None if ids is None else KnownEntries(ids, values)
+        return kernel(upstream, Head(*flat[:stop]), output_mask, weight_grad, kept, known)
 
     return call
 
@@ -131,7 +129,7 @@ def _linear_logprobs_bwd_fake(
     output_mask: list[bool],
     weight_grad: Tensor | None,
     kept_logits: KeptLogits | None,
-    entries: Entries | None,
+    known: KnownEntries | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, unwritten; those not asked for have shape (0,)."""
     need_hidden, need_weight, need_bias = output_mask

@@ -59,7 +59,9 @@ def _many_logprobs_fwd_fake(
 
 
 library.impl(
-    "many_logprobs_fwd", without_autocast(with_head(_many_logprobs_fwd)), "CompositeExplicitAutograd"
+    "many_logprobs_fwd",
+    without_autocast(with_head(_many_logprobs_fwd)),
+    "CompositeExplicitAutograd",
 )
 torch.library.register_fake(
     "agro::many_logprobs_fwd", with_head(_many_logprobs_fwd_fake), lib=library
@@ -81,9 +83,9 @@ def backward_arguments(
     dentropy = of_entropy(ctx, dentropy)
     many = saved_many(ctx)
     upstream = Upstream(None, dlse, dentropy, lse, None if dentropy is None else entropy)
-    upstream, entries = upstream_and_entries(head, many, dlogprobs, upstream)
+    upstream, known = upstream_and_entries(head, many, dlogprobs, upstream)
     arguments = (*upstream[:3], *of_tokens(head, many.ids), lse, entropy, asked, *kept)
-    return arguments, (None, None) if entries is None else (entries.ids, entries.values)
+    return arguments, (None, None) if known is None else (known.ids, known.values)
 
 
 def _many_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -106,8 +108,8 @@ def _many_logprobs_backward(
 ) -> tuple[Tensor | None, ...]:
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     asked = [need_hidden, need_weight, need_bias]
-    arguments, entries = backward_arguments(ctx, asked, dlogprobs, dlse, dentropy)
-    gradients = torch.ops.agro.linear_logprobs_bwd(*arguments, *entries)
+    arguments, known = backward_arguments(ctx, asked, dlogprobs, dlse, dentropy)
+    gradients = torch.ops.agro.linear_logprobs_bwd(*arguments, *known)
     return *input_gradients(asked, *gradients), None, None, None
 
 

@@ -76,14 +76,14 @@ class AccumulatingLogprobs(torch.autograd.Function):
         _, _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         asked = [need_hidden, need_weight, need_bias]
         if ctx.many:
-            arguments, entries = backward_arguments(ctx, asked, dlogprobs, dlse, dentropy)
+            arguments, known = backward_arguments(ctx, asked, dlogprobs, dlse, dentropy)
         else:
             head, lse, entropy, *kept = saved_head(ctx)
             dentropy = of_entropy(ctx, dentropy)
             arguments = (dlogprobs, dlse, dentropy, *head, lse, entropy, asked, *kept)
-            entries = (None, None)
+            known = (None, None)
         dhidden, dweight, dbias = torch.ops.agro.linear_logprobs_bwd_accumulate(
-            *arguments, ctx.weight_grad, *entries
+            *arguments, ctx.weight_grad, *known
         )
         return (
             *[None] * 5,

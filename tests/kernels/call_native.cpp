@@ -73,7 +73,7 @@ int main(int count, char** arguments) {
       agro_linear_logprobs_bwd(dlogprobs.data(), dlse.data(), dentropy.data(), &head, lse.data(),
                                entropy.data(), dhidden.data(), dweight.data(),
                                sizes.has_bias ? dbias.data() : nullptr, nullptr,
-                               &kept) != AGRO_OK) {
+                               &kept, nullptr) != AGRO_OK) {
     return 5;
   }
   write(logprobs);

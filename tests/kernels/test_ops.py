@@ -62,11 +62,38 @@ def linear_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         logprobs, lse, entropy, *kept = OPS.linear_logprobs_fwd(*made, True, 9 * 16 * 4)
         upstream = logprobs.sin(), None if mask[2] else lse.cos(), entropy.cos()
         yield *upstream, *made, lse, entropy, mask, *kept
+    ids = torch.tensor([[3, -1, 7]] * 9)  # of many targets a token
+    yield (
+        None,
+        lse,
+        None,
+        *made,
+        lse,
+        entropy,
+        mask,
+        *kept,
+        ids,
+        torch.ones_like(lse)[:, None] * ids,
+    )
 
 
 def linear_logprobs_bwd_accumulate_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    fields = 3 + len(Head._fields) + 5
     for arguments in linear_logprobs_bwd_calls(dtype):
-        yield *arguments, torch.ones(33, 8, dtype=results_dtype(dtype))
+        buffer = torch.ones(33, 8, dtype=results_dtype(dtype))
+        yield *arguments[:fields], buffer, *arguments[fields:]
+
+
+def many_logprobs_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for kind, with_entropy, keep in (
+        ("few", True, 0),
+        ("all", True, 0),
+        ("few", False, 9 * 16 * 4),
+    ):
+        made = with_leaves(head(dtype, kind))
+        ids = torch.randint(0, 33, (9, 4))
+        ids[2, 1], ids[4] = -100, -100
+        yield *made, ids, with_entropy, keep
 
 
 def target_logprobs_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -132,13 +159,14 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "linear_logprobs_bwd": linear_logprobs_bwd_calls,
     "linear_logprobs_bwd_accumulate": linear_logprobs_bwd_accumulate_calls,
     "linear_logprobs_fwd": linear_logprobs_fwd_calls,
+    "many_logprobs_fwd": many_logprobs_fwd_calls,
     "pack_kept_ids": pack_kept_ids_calls,
     "selective_logprobs_bwd": selective_logprobs_bwd_calls,
     "selective_logprobs_fwd": selective_logprobs_fwd_calls,
     "target_logprobs": target_logprobs_calls,
 }
-# Pack bits and pick one logit a token: a handful of elementwise torch operations on any device.
-WITHOUT_A_CUDA_KERNEL = {"pack_kept_ids", "target_logprobs"}
+# Pack bits and pick some logits a token: a handful of elementwise torch operations on any device.
+WITHOUT_A_CUDA_KERNEL = {"many_logprobs_fwd", "pack_kept_ids", "target_logprobs"}
 
 
 def test_every_op_is_checked_here() -> None:
@@ -218,9 +246,12 @@ def test_schemas_are_those_that_compiled_graphs_hold() -> None:
             *fields,
             *("lse", "entropy", "output_mask", "kept_logits", "kept_maxima"),
         ],
+        "many_logprobs_fwd": [*fields, "ids", "with_entropy", "keep_logits_bytes"],
         "target_logprobs": [*fields, "lse"],
     }
     expected["linear_logprobs_bwd_accumulate"] = [*expected["linear_logprobs_bwd"], "weight_grad"]
+    for name in ("linear_logprobs_bwd", "linear_logprobs_bwd_accumulate"):
+        expected[name] += ["entry_ids", "entry_values"]
     for name, arguments in expected.items():
         schema = getattr(OPS, name).default._schema
         assert [argument.name for argument in schema.arguments] == arguments
@@ -247,9 +278,11 @@ def test_meta_tensors_give_shapes() -> None:
     stats = agro_kernels.linear_logprobs_with_stats(hidden, weight, targets, **options)
     assert all(result.shape == (3, 7) and result.is_meta for result in stats)
     buffer = torch.empty(9, 8, device="meta")
+    of_many = agro_kernels.linear_logprobs(hidden, weight, targets[..., None].expand(3, 7, 4))
+    assert of_many.shape == (3, 7, 4) and of_many.is_meta
     into_buffer = agro_kernels.linear_logprobs(hidden, weight, targets, weight_grad=buffer)
     rest = agro_kernels.weighted_logprob_sum(hidden, weight, targets, numbers, lse=numbers)
-    (stats.entropy.sum() + into_buffer.sum() + rest).backward()
+    (stats.entropy.sum() + of_many.sum() + into_buffer.sum() + rest).backward()
     assert hidden.grad is not None and hidden.grad.shape == (3, 7, 8)
     assert weight.grad is not None and weight.grad.shape == (9, 8) and weight.grad.is_meta
     logits = torch.empty(3, 7, 5, device="meta", requires_grad=True)
