@@ -16,6 +16,7 @@ from agro_kernels.linear_logprobs import (
     linear_logprobs_with_stats,
     tail_probability,
 )
+from agro_kernels.linear_topk import TopLogprobs, linear_topk
 from agro_kernels.modules import LinearAgroLoss, LogprobHead, next_tokens, patch_model
 from agro_kernels.packing import pack_sequences
 from agro_kernels.policy_gradient import (
@@ -35,12 +36,14 @@ __all__ = [
     "LogprobHead",
     "LogprobStats",
     "LogprobsWithEntropy",
+    "TopLogprobs",
     "agro_coefficients",
     "agro_loss",
     "linear_agro_loss",
     "linear_logprobs",
     "linear_logprobs_with_entropy",
     "linear_logprobs_with_stats",
+    "linear_topk",
     "next_tokens",
     "pack_sequences",
     "patch_model",

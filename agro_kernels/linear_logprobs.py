@@ -77,8 +77,8 @@ def linear_logprobs(
         targets: (...) int32 or int64 in [0, V), or ignore_index. Any other value is a ValueError on
             the CPU; on a GPU, where looking would stall the device, its logprob is NaN.
             Or (..., K), K ids a token from the same pass over the vocabulary: a teacher's top k.
-            They may repeat; where all K are ignore_index the token does not count. They cost 2 N K D
-            operations beside the 2 N D V of one target. Not with shards and K > 1.
+            They may repeat; where all K are ignore_index the token does not count. They cost
+            2 N K D operations beside the 2 N D V of one target. Not with shards and K > 1.
         bias: (V,) added to the logits, same dtype as hidden. -inf bans a token (with a softcap it
             makes its logit -softcap).
         temperature: float, or a tensor (...), one a token; > 0. It must be the sampler's,
@@ -198,7 +198,10 @@ def _results(
     with_entropy: bool,
     **options: Unpack[HeadOptions],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, lse, entropy) in the shape of targets, the others without its K; entropy if asked."""
+    """(logprobs, lse, entropy): the first of the shape of targets, the others one number a token.
+
+    Entropy if asked for.
+    """
     if not has_many_targets(hidden, targets):
         head = Head.of(hidden, weight, targets, **options)
         logprobs, lse, entropy = flat_results(head, options, with_entropy=with_entropy)

@@ -4,9 +4,9 @@ With g_k the gradient of the log-probability of id k, one lse serves all K of a 
 
     dz_v = sum_k g_k 1[v = id_k] + (dlse - sum_k g_k) p_v + the entropy's share
 
-So the kernels are given dlse - sum_k g_k, and no target. The K entries of a row that are ids are
-`KnownEntries`, made here in fp32, one number an id; a kernel writes them over its own numbers before
-it rounds anything.
+So the kernels are given dlse - sum_k g_k, and no target. The entries of a row whose v is one of its
+ids are `KnownEntries`, made here in fp32, one number an id; a kernel writes them over its own
+numbers before it rounds anything.
 
 Letters: N tokens, K targets of each, D hidden size, V vocabulary.
 """

@@ -93,8 +93,8 @@ def _blocks(vocabulary: int, kept_columns: int) -> Iterator[slice]:
             yield slice(v0, min(v0 + VOCAB_BLOCK, stop))
 
 
-def _tiles(head: Head, kept: _Kept | None = None) -> Iterator[_Tile]:
-    """All tiles of the logits of a head as `_upcast` makes it; those in `kept` are read there."""
+def tiles(head: Head, kept: _Kept | None = None) -> Iterator[_Tile]:
+    """All tiles of the logits of a head as `upcast` makes it; those in `kept` are read there."""
     (m, _), v, dtype = head.hidden.shape, head.weight.shape[0], head.hidden.dtype
     buffer = head.hidden.new_empty(min(m, TOKEN_CHUNK) * min(v, VOCAB_BLOCK))
     kept_columns = 0 if kept is None else kept.columns
@@ -143,7 +143,7 @@ def _excluded(kept: Tensor, entries: slice) -> Tensor:
     return ((bits & 1) == 0).flatten(1)[:, columns]
 
 
-def _upcast(head: Head) -> Head:
+def upcast(head: Head) -> Head:
     """With hidden and token_temperature in the dtype of the computation, fp32 or float64."""
     dtype = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
     temperatures = head.token_temperature
@@ -166,7 +166,7 @@ def linear_logprobs_fwd(
     head.check_values()
     rows = counted_rows(head, head.counted())
     kept = _kept(kept_logits, rows)
-    logprobs, lse, entropy = _statistics(_upcast(rows.head), with_entropy, kept)
+    logprobs, lse, entropy = _statistics(upcast(rows.head), with_entropy, kept)
     if with_entropy:
         entropy = rows.put_back(entropy)
     return rows.put_back(logprobs), rows.put_back(lse), entropy
@@ -186,7 +186,7 @@ def _statistics(
     s = torch.zeros_like(m)
     e = torch.zeros_like(m) if with_entropy else m.new_empty(0)
     target_logits = torch.full_like(m, torch.nan)  # stays NaN for a target outside the vocabulary
-    for tile in _tiles(head):
+    for tile in tiles(head):
         rows, z = tile.rows, tile.logits
         if tile.excluded is not None:
             z.masked_fill_(tile.excluded, -torch.inf)
@@ -229,7 +229,7 @@ def linear_logprobs_bwd(
     logits' gradient.
     """
     rows = counted_rows(head, head.counted())
-    counted = _upcast(rows.head)
+    counted = upcast(rows.head)
     upstream = upstream.each(lambda values: rows.take(values).to(counted.hidden.dtype))
     kept = _kept(kept_logits, rows)
     known = None if known is None else known.each(rows.take)
@@ -270,7 +270,7 @@ def _gradients(
     at_target = zeros if dlogprobs is None else dlogprobs * inverse
     of_p = (zeros if dlse is None else dlse * inverse) - at_target
     of_entropy = None if dentropy is None else dentropy * inverse
-    for tile in _tiles(head, kept):
+    for tile in tiles(head, kept):
         rows, z = tile.rows, tile.logits
         slope = None
         if head.softcap > 0.0:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2
@@ -346,10 +346,9 @@ def many_target_logprobs(head: Head, targets: Tensor, lse: Tensor) -> tuple[Tens
     size = max(1, TOKEN_CHUNK // k)
     for n0 in range(0, n, size):
         rows = slice(n0, n0 + size)
-        of_targets = (
-            head.weight.index_select(0, ids[rows].reshape(-1)).to(dtype).unflatten(0, (-1, k))
-        )
-        torch.sum(head.hidden[rows].to(dtype).unsqueeze(1) * of_targets, 2, out=logits[rows])
+        of_targets = head.weight.index_select(0, ids[rows].reshape(-1)).to(dtype)
+        products = head.hidden[rows].to(dtype).unsqueeze(1) * of_targets.unflatten(0, (-1, k))
+        torch.sum(products, 2, out=logits[rows])
     if head.bias is not None:
         logits += head.bias[ids].to(dtype)
     if head.round_logits is not None:

@@ -82,7 +82,7 @@ def with_upstream(kernel: Callable[..., Any], *, accumulates: bool = False) -> C
         kept = None if logits is None or maxima is None else KeptLogits(logits, maxima)
         weight_grad = others.pop(0) if accumulates else None
         ids, values = others or (None, None)
-        known = None if ids is None else KnownEntries(ids, values)
+        known = None if ids is None or values is None else KnownEntries(ids, values)
         return kernel(upstream, Head(*flat[:stop]), output_mask, weight_grad, kept, known)
 
     return call

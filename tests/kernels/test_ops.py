@@ -104,6 +104,11 @@ def target_logprobs_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield *made, lse
 
 
+def linear_topk_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    yield *head(dtype)._replace(hidden=torch.randn(9, 8).to(dtype)), 3
+    yield *head(dtype, "all"), 33
+
+
 def pack_kept_ids_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for ids in (torch.tensor([[1, 32, -1], [-1, -1, -1]]), torch.tensor([[31, 0, 31]]).int()):
         yield ids, 33
@@ -159,14 +164,15 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "linear_logprobs_bwd": linear_logprobs_bwd_calls,
     "linear_logprobs_bwd_accumulate": linear_logprobs_bwd_accumulate_calls,
     "linear_logprobs_fwd": linear_logprobs_fwd_calls,
+    "linear_topk": linear_topk_calls,
     "many_logprobs_fwd": many_logprobs_fwd_calls,
     "pack_kept_ids": pack_kept_ids_calls,
     "selective_logprobs_bwd": selective_logprobs_bwd_calls,
     "selective_logprobs_fwd": selective_logprobs_fwd_calls,
     "target_logprobs": target_logprobs_calls,
 }
-# Pack bits and pick some logits a token: a handful of elementwise torch operations on any device.
-WITHOUT_A_CUDA_KERNEL = {"many_logprobs_fwd", "pack_kept_ids", "target_logprobs"}
+# A handful of torch operations on any device.
+WITHOUT_A_CUDA_KERNEL = {"linear_topk", "many_logprobs_fwd", "pack_kept_ids", "target_logprobs"}
 
 
 def test_every_op_is_checked_here() -> None:
