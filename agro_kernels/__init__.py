@@ -7,6 +7,7 @@ from agro_kernels.agro_loss import (
     agro_loss,
     linear_agro_loss,
 )
+from agro_kernels.divergences import linear_jsd, linear_kl
 from agro_kernels.head import IGNORE_INDEX
 from agro_kernels.linear_logprobs import (
     LogprobStats,
@@ -40,6 +41,8 @@ __all__ = [
     "agro_coefficients",
     "agro_loss",
     "linear_agro_loss",
+    "linear_jsd",
+    "linear_kl",
     "linear_logprobs",
     "linear_logprobs_with_entropy",
     "linear_logprobs_with_stats",

@@ -98,6 +98,22 @@ def tail_probability(logprobs: Tensor, targets: Tensor, *, ignore_index: int = -
     return torch.stack(tails)
 
 
+def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """Of a student's log-probabilities (N, V) from a teacher's, (N,); kind: forward, reverse, jsd.
+
+    forward KL(q, p) = sum q (log q - log p), reverse KL(p, q); jsd beta KL(q, m) +
+    (1 - beta) KL(p, m), m = beta q + (1 - beta) p.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward":
+        return (q * (log_q - log_p)).sum(-1)
+    if kind == "reverse":
+        return (p * (log_p - log_q)).sum(-1)
+    log_m = (beta * q + (1 - beta) * p).log()
+    of_teacher, of_student = (q * (log_q - log_m)).sum(-1), (p * (log_p - log_m)).sum(-1)
+    return beta * of_teacher + (1 - beta) * of_student
+
+
 def weighted_logprob_sum(
     hidden: Tensor,
     weight: Tensor,

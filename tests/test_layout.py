@@ -31,7 +31,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"_torch", "_triton"},
         {"_cpu"},
         {"ops"},
-        {"linear_logprobs", "linear_topk"},
+        {"divergences", "linear_logprobs", "linear_topk"},
         {"weighted_logprobs", "selective_logprobs", "agro_loss", "policy_gradient"},
         {"parallel", "modules"},
     ],

@@ -27,7 +27,7 @@ LOWEST_MAX = -1e30
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """The logits z of some counted rows and some vocabulary entries; reused by the next tile."""
 
     rows: slice  # of the M counted rows
@@ -93,7 +93,7 @@ def _blocks(vocabulary: int, kept_columns: int) -> Iterator[slice]:
             yield slice(v0, min(v0 + VOCAB_BLOCK, stop))
 
 
-def tiles(head: Head, kept: _Kept | None = None) -> Iterator[_Tile]:
+def tiles(head: Head, kept: _Kept | None = None) -> Iterator[Tile]:
     """All tiles of the logits of a head as `upcast` makes it; those in `kept` are read there."""
     (m, _), v, dtype = head.hidden.shape, head.weight.shape[0], head.hidden.dtype
     buffer = head.hidden.new_empty(min(m, TOKEN_CHUNK) * min(v, VOCAB_BLOCK))
@@ -113,7 +113,7 @@ def tiles(head: Head, kept: _Kept | None = None) -> Iterator[_Tile]:
             in_block = (column >= 0) & (column < columns)
             column = column.where(in_block, 0).unsqueeze(1)
             excluded = None if head.kept is None else _excluded(head.kept[rows], entries)
-            yield _Tile(rows, entries, weight, logits, in_block, column, excluded)
+            yield Tile(rows, entries, weight, logits, in_block, column, excluded)
 
 
 def _make_logits(
@@ -214,6 +214,61 @@ def _statistics(
 # --- Backward -------------------------------------------------------------------------------------
 
 
+class GradientSums:
+    """dhidden, dweight and dbias of M rows that all count, summed over tiles in their order.
+
+    With weight_grad (V, D) the weight's gradient is added to it and dweight is (0,).
+    """
+
+    def __init__(self, head: Head, output_mask: list[bool], weight_grad: Tensor | None) -> None:
+        need_hidden, need_weight, need_bias = output_mask
+        weight, (m, d) = head.weight, head.hidden.shape
+        own = need_weight and weight_grad is None
+        self.hidden = head.hidden
+        self.dhidden = head.hidden.new_empty((m, d) if need_hidden else 0)
+        self.dweight = weight.new_empty(weight.shape if own else 0)
+        self.dbias = head.hidden.new_zeros(weight.shape[0] if need_bias else 0)
+        self.weight_grad = weight_grad if need_weight else None
+        self.need_hidden, self.need_weight, self.need_bias = need_hidden, own, need_bias
+        self.block_sums = self.dweight  # of the block of entries that is being summed
+        if m == 0:
+            self.dweight.zero_()  # there is no tile that would write it
+
+    def add(self, tile: Tile, dz: Tensor) -> None:
+        """dz (rows, columns): the gradient of hidden @ weight.T + bias."""
+        rows, (m, _) = tile.rows, self.hidden.shape
+        if self.need_hidden:
+            self.dhidden[rows].addmm_(dz, tile.weight, beta=0 if tile.entries.start == 0 else 1)
+        if self.weight_grad is not None:
+            self.weight_grad[tile.entries].addmm_(dz.T, self.hidden[rows])
+        elif self.need_weight:
+            block = self.dweight[tile.entries]
+            if rows.start == 0:
+                same = block.dtype == dz.dtype
+                self.block_sums = block if same else dz.new_empty(block.shape)
+            self.block_sums.addmm_(dz.T, self.hidden[rows], beta=0 if rows.start == 0 else 1)
+            if rows.stop == m and block.dtype != dz.dtype:
+                block.copy_(self.block_sums)
+        if self.need_bias:
+            self.dbias[tile.entries] += dz.sum(0)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dhidden fp32, dweight, dbias); (0,) for each that was not asked for."""
+        return self.dhidden, self.dweight, self.dbias.to(self.dweight.dtype)
+
+
+def softcap_slope(head: Head, tile: Tile) -> Tensor | None:
+    """dz/dx times the temperature, of a tile's logits as they are: 1 - tanh(x / softcap)^2.
+
+    None without a softcap: it is 1.
+    """
+    if head.softcap == 0.0:
+        return None
+    temperatures = head.token_temperature
+    t = head.temperature if temperatures is None else temperatures[tile.rows].unsqueeze(1)
+    return tile.logits.mul(t).div_(head.softcap).square_().neg_().add_(1.0)
+
+
 def linear_logprobs_bwd(
     upstream: Upstream,
     head: Head,
@@ -253,15 +308,9 @@ def _gradients(
     dz_v = dlogprob (1[v=y] - p_v) - dentropy p_v (l_v + entropy) + dlse p_v, times dz/dx for the
     product x = hidden @ weight.T + bias that z was made of.
     """
-    need_hidden, need_weight, need_bias = output_mask
-    weight, (m, d), dtype = head.weight, head.hidden.shape, head.hidden.dtype
-    dhidden = head.hidden.new_empty((m, d) if need_hidden else 0)
-    dweight = weight.new_empty(weight.shape if need_weight and weight_grad is None else 0)
-    dbias = head.hidden.new_zeros(weight.shape[0] if need_bias else 0)
-    if m == 0:
-        dweight.zero_()  # there is no tile that would write it
+    sums = GradientSums(head, output_mask, weight_grad)
     if not any(output_mask):
-        return dhidden, dweight, dbias
+        return sums.results()
     # Without a softcap dz/dx is 1 / temperature, one number a row: the upstream gradients take it.
     temperatures = head.token_temperature
     inverse = 1.0 / (head.temperature if temperatures is None else temperatures)
@@ -272,10 +321,7 @@ def _gradients(
     of_entropy = None if dentropy is None else dentropy * inverse
     for tile in tiles(head, kept):
         rows, z = tile.rows, tile.logits
-        slope = None
-        if head.softcap > 0.0:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2
-            t = head.temperature if temperatures is None else temperatures[rows].unsqueeze(1)
-            slope = z.mul(t).div_(head.softcap).square_().neg_().add_(1.0)
+        slope = softcap_slope(head, tile)
         if tile.excluded is not None:
             z.masked_fill_(tile.excluded, -torch.inf)
         log_p = z.sub_(lse[rows].unsqueeze(1))
@@ -298,23 +344,11 @@ def _gradients(
             dz.mul_(slope)
         if known is not None:
             _overwrite(dz, tile, known)
-        if need_hidden:
-            dhidden[rows].addmm_(dz, tile.weight, beta=0 if tile.entries.start == 0 else 1)
-        if need_weight and weight_grad is not None:
-            weight_grad[tile.entries].addmm_(dz.T, head.hidden[rows])
-        elif need_weight:
-            block = dweight[tile.entries]
-            if rows.start == 0:
-                sums = block if block.dtype == dtype else dz.new_empty(block.shape)
-            sums.addmm_(dz.T, head.hidden[rows], beta=0 if rows.start == 0 else 1)
-            if rows.stop == m and block.dtype != dtype:
-                block.copy_(sums)
-        if need_bias:
-            dbias[tile.entries] += dz.sum(0)
-    return dhidden, dweight, dbias.to(weight.dtype)
+        sums.add(tile, dz)
+    return sums.results()
 
 
-def _overwrite(dz: Tensor, tile: _Tile, known: KnownEntries) -> None:
+def _overwrite(dz: Tensor, tile: Tile, known: KnownEntries) -> None:
     """The entries that are in the tile, over those of dz (rows, columns)."""
     ids, values = known.of_rows(tile.rows)
     inside = (ids >= tile.entries.start) & (ids < tile.entries.stop)

@@ -5,10 +5,18 @@ Schemas, shapes and gradients are here; `dispatch.py` says who serves which devi
 
 from agro_kernels.ops import (
     agro_loss,
+    divergences,
     linear_logprobs,
     linear_topk,
     many_logprobs,
     selective_logprobs,
 )
 
-__all__ = ["agro_loss", "linear_logprobs", "linear_topk", "many_logprobs", "selective_logprobs"]
+__all__ = [
+    "agro_loss",
+    "divergences",
+    "linear_logprobs",
+    "linear_topk",
+    "many_logprobs",
+    "selective_logprobs",
+]

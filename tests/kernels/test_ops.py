@@ -11,6 +11,7 @@ import torch
 
 import agro_kernels
 from agro_kernels._torch import linear_logprobs as blocked
+from agro_kernels._torch.divergences import Kind
 from agro_kernels.head import Head
 from agro_kernels.ops import dispatch
 from tests.kernels.test_agro_loss import Batch
@@ -109,6 +110,22 @@ def linear_topk_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     yield *head(dtype, "all"), 33
 
 
+def divergence_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    student, teacher = with_leaves(head(dtype)), head(dtype)
+    teacher = teacher._replace(hidden=torch.randn(9, 8).to(dtype), bias=None)
+    with torch.no_grad():
+        lses = [OPS.linear_logprobs_fwd(*side, False)[1] for side in (student, teacher)]
+    for kind in Kind:
+        yield *student, *teacher, int(kind), 0.3, *lses
+
+
+def divergence_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for *arguments, lse, teacher_lse in divergence_fwd_calls(dtype):
+        constants = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        _, inner = OPS.divergence_fwd(*constants, lse, teacher_lse)
+        yield inner.cos(), *constants, inner, lse, teacher_lse, [True, False, True]
+
+
 def pack_kept_ids_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for ids in (torch.tensor([[1, 32, -1], [-1, -1, -1]]), torch.tensor([[31, 0, 31]]).int()):
         yield ids, 33
@@ -161,6 +178,8 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "agro_coefficients": agro_coefficients_calls,
     "agro_loss_bwd": agro_loss_bwd_calls,
     "agro_loss_fwd": agro_loss_fwd_calls,
+    "divergence_bwd": divergence_bwd_calls,
+    "divergence_fwd": divergence_fwd_calls,
     "linear_logprobs_bwd": linear_logprobs_bwd_calls,
     "linear_logprobs_bwd_accumulate": linear_logprobs_bwd_accumulate_calls,
     "linear_logprobs_fwd": linear_logprobs_fwd_calls,
@@ -172,7 +191,14 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "target_logprobs": target_logprobs_calls,
 }
 # A handful of torch operations on any device.
-WITHOUT_A_CUDA_KERNEL = {"linear_topk", "many_logprobs_fwd", "pack_kept_ids", "target_logprobs"}
+WITHOUT_A_CUDA_KERNEL = {
+    "divergence_bwd",
+    "divergence_fwd",
+    "linear_topk",
+    "many_logprobs_fwd",
+    "pack_kept_ids",
+    "target_logprobs",
+}
 
 
 def test_every_op_is_checked_here() -> None:
