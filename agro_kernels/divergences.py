@@ -153,8 +153,10 @@ def _divergence(
             torch.ops.agro.linear_logprobs_fwd(*side, False)[1].detach()
             for side in (_constant(head), teacher)
         )
-    divergence, _ = torch.ops.agro.divergence_fwd(*head, *teacher, kind, beta, lse, teacher_lse)
-    return divergence.view(tokens)
+    results: tuple[Tensor, Tensor] = torch.ops.agro.divergence_fwd(
+        *head, *teacher, kind, beta, lse, teacher_lse
+    )
+    return results[0].view(tokens)
 
 
 def _constant(head: Head) -> Head:
