@@ -7,6 +7,7 @@ from agro_kernels.agro_loss import (
     agro_loss,
     linear_agro_loss,
 )
+from agro_kernels.cross_entropy import linear_cross_entropy
 from agro_kernels.divergences import linear_jsd, linear_kl
 from agro_kernels.head import IGNORE_INDEX
 from agro_kernels.linear_logprobs import (
@@ -41,6 +42,7 @@ __all__ = [
     "agro_coefficients",
     "agro_loss",
     "linear_agro_loss",
+    "linear_cross_entropy",
     "linear_jsd",
     "linear_kl",
     "linear_logprobs",

@@ -179,18 +179,29 @@ class Upstream(NamedTuple):
     """The forward pass's."""
     entropy: Tensor | None
     """The forward pass's, for dentropy; None without it."""
+    dsum: Tensor | None = None
+    """The gradient of the sum of all V logits, after softcap and temperature: each one's share."""
 
     def gradients(self) -> list[Tensor]:
         """Those that there are."""
-        return [gradient for gradient in self[:3] if gradient is not None]
+        given = (self.dlogprobs, self.dlse, self.dentropy, self.dsum)
+        return [gradient for gradient in given if gradient is not None]
+
+    def times(self, scale: Tensor) -> "Upstream":
+        """With scaled gradients, of the same results."""
+        dlogprobs, dlse, dentropy, dsum = (
+            None if gradient is None else gradient * scale
+            for gradient in (self.dlogprobs, self.dlse, self.dentropy, self.dsum)
+        )
+        return Upstream(dlogprobs, dlse, dentropy, self.lse, self.entropy, dsum)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Upstream":
         """With a function of all tensors."""
-        dlogprobs, dlse, dentropy, entropy = (
-            None if value is None else function(value)
-            for value in (self.dlogprobs, self.dlse, self.dentropy, self.entropy)
+        dlogprobs, dlse, dentropy, lse, entropy, dsum = (
+            None if value is None else function(value) for value in self
         )
-        return Upstream(dlogprobs, dlse, dentropy, function(self.lse), entropy)
+        assert lse is not None
+        return Upstream(dlogprobs, dlse, dentropy, lse, entropy, dsum)
 
 
 def check_shards(shards: object) -> None:

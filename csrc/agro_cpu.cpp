@@ -105,9 +105,10 @@ int32_t agro_linear_logprobs_fwd(const agro_head* head, float* logprobs, float* 
 }
 
 int32_t agro_linear_logprobs_bwd(const float* dlogprobs, const float* dlse, const float* dentropy,
-                                 const agro_head* head, const float* lse, const float* entropy,
-                                 void* dhidden, void* dweight, void* dbias, float* weight_grad,
-                                 const agro_kept* kept, const agro_entries* entries) {
+                                 const float* dsum, const agro_head* head, const float* lse,
+                                 const float* entropy, void* dhidden, void* dweight, void* dbias,
+                                 float* weight_grad, const agro_kept* kept,
+                                 const agro_entries* entries) {
   if (kept == nullptr) kept = &agro::nothing_kept;
   if (entries == nullptr) entries = &agro::no_entries;
   if (!agro::is_valid(head) || !agro::is_valid(*kept, *head) ||
@@ -119,7 +120,7 @@ int32_t agro_linear_logprobs_bwd(const float* dlogprobs, const float* dlse, cons
   }
   if (dweight != nullptr && weight_grad != nullptr) return AGRO_BAD_ARGUMENT;
   try {
-    agro::linear_logprobs_bwd(agro::in_use(), dlogprobs, dlse, dentropy, *head, lse, entropy,
+    agro::linear_logprobs_bwd(agro::in_use(), dlogprobs, dlse, dentropy, dsum, *head, lse, entropy,
                               dhidden, dweight, dbias, weight_grad, *kept, *entries);
   } catch (const std::bad_alloc&) {
     return AGRO_OUT_OF_MEMORY;

@@ -99,9 +99,10 @@ AGRO_API int32_t agro_linear_logprobs_fwd(const agro_head* head, float* logprobs
 
 /* Gradients, from logits that were kept or are computed again:
  *
- *     dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy) + dlse p_v
+ *     dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy) + dlse p_v + dsum
  *
- * dlogprobs, dlse, dentropy: (N,) upstream gradients; each may be NULL (zero).
+ * dlogprobs, dlse, dentropy, dsum: (N,) upstream gradients, the last that of the sum of all z_v;
+ * each may be NULL (zero).
  * lse: (N,) from the forward; entropy: (N,) from the forward, may be NULL if dentropy is.
  *
  * dhidden: (N, D) dtype; dbias: (V,) dtype; each NULL if not wanted, and then costs nothing.
@@ -112,10 +113,11 @@ AGRO_API int32_t agro_linear_logprobs_fwd(const agro_head* head, float* logprobs
  * entries: written over the gradients of their products; NULL: none.
  */
 AGRO_API int32_t agro_linear_logprobs_bwd(const float* dlogprobs, const float* dlse,
-                                          const float* dentropy, const agro_head* head,
-                                          const float* lse, const float* entropy, void* dhidden,
-                                          void* dweight, void* dbias, float* weight_grad,
-                                          const agro_kept* kept, const agro_entries* entries);
+                                          const float* dentropy, const float* dsum,
+                                          const agro_head* head, const float* lse,
+                                          const float* entropy, void* dhidden, void* dweight,
+                                          void* dbias, float* weight_grad, const agro_kept* kept,
+                                          const agro_entries* entries);
 
 /* AGRO_INTERFACE_VERSION of the built library. */
 AGRO_API int32_t agro_interface_version(void);

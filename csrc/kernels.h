@@ -55,8 +55,8 @@ struct Entry {
   float value;
 };
 
-// The coefficients of one row's dz = of_p p - of_entropy p (log p + entropy) + at_target 1[target],
-// each already divided by the temperature. (panels * lanes,), zeros in the padding.
+// The coefficients of one row's
+// dz = of_p p - of_entropy p (log p + entropy) + at_target 1[target] + of_all, each already divided by the temperature. (panels * lanes,), zeros in the padding.
 struct Backward : Problem {
   bool with_entropy;
   const float* lse;
@@ -65,6 +65,7 @@ struct Backward : Problem {
   const float* of_p;        // dlse - dlogprob
   const float* of_lse;      // dlse
   const float* of_entropy;  // dentropy
+  const float* of_all;      // dsum
   void* dhidden;            // outputs
   void* dweight;
   void* dbias;

@@ -98,14 +98,15 @@ struct Packed {
 // The coefficients of each row's dz, as Backward lists them; zeros in the padding.
 struct Coefficients {
   Coefficients(const Packed& packed, const std::vector<int64_t>& rows, const float* dlogprobs,
-               const float* dlse, const float* dentropy, const float* lse_of_rows,
-               const float* entropy_of_rows)
+               const float* dlse, const float* dentropy, const float* dsum,
+               const float* lse_of_rows, const float* entropy_of_rows)
       : lse(packed.padded),
         entropy(packed.padded),
         at_target(packed.padded),
         of_p(packed.padded),
         of_lse(packed.padded),
-        of_entropy(packed.padded) {
+        of_entropy(packed.padded),
+        of_all(packed.padded) {
     for (size_t token = 0; token < rows.size(); ++token) {
       const int64_t row = rows[token];
       const float scale = packed.inverse_temperature[token];
@@ -113,6 +114,7 @@ struct Coefficients {
       at_target[token] = dlogprobs == nullptr ? 0.0f : dlogprobs[row] * scale;
       of_lse[token] = dlse == nullptr ? 0.0f : dlse[row] * scale;
       of_p[token] = of_lse[token] - at_target[token];
+      of_all[token] = dsum == nullptr ? 0.0f : dsum[row] * scale;
       if (dentropy == nullptr) continue;
       entropy[token] = entropy_of_rows[row];
       of_entropy[token] = dentropy[row] * scale;
@@ -126,9 +128,10 @@ struct Coefficients {
     job.of_p = of_p.data();
     job.of_lse = of_lse.data();
     job.of_entropy = of_entropy.data();
+    job.of_all = of_all.data();
   }
 
-  std::vector<float> lse, entropy, at_target, of_p, of_lse, of_entropy;
+  std::vector<float> lse, entropy, at_target, of_p, of_lse, of_entropy, of_all;
 };
 
 // The entries of the counted rows by block, and in a block by token.
@@ -296,8 +299,8 @@ void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* l
 }
 
 void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
-                         const float* dentropy, const agro_head& head, const float* lse,
-                         const float* entropy, void* dhidden, void* dweight, void* dbias,
+                         const float* dentropy, const float* dsum, const agro_head& head,
+                         const float* lse, const float* entropy, void* dhidden, void* dweight, void* dbias,
                          float* weight_grad, const agro_kept& kept, const agro_entries& entries) {
   const std::vector<int64_t> rows = counted_rows(head);
   const int64_t tokens = static_cast<int64_t>(rows.size());
@@ -315,7 +318,7 @@ void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const f
   if (!wanted.dhidden && !wanted.dweight && !wanted.dbias) return;
 
   const Packed packed(kernels, head, rows.data(), tokens, wanted.dweight);
-  const Coefficients coefficients(packed, rows, dlogprobs, dlse, dentropy, lse, entropy);
+  const Coefficients coefficients(packed, rows, dlogprobs, dlse, dentropy, dsum, lse, entropy);
   Backward job;
   packed.describe(job, head, rows.data(), tokens);
   describe_kept(job, kept);

@@ -32,7 +32,13 @@ FLOORS: dict[str, list[set[str]]] = {
         {"_cpu"},
         {"ops"},
         {"divergences", "linear_logprobs", "linear_topk"},
-        {"weighted_logprobs", "selective_logprobs", "agro_loss", "policy_gradient"},
+        {
+            "cross_entropy",
+            "weighted_logprobs",
+            "selective_logprobs",
+            "agro_loss",
+            "policy_gradient",
+        },
         {"parallel", "modules"},
     ],
     "agro_train": [

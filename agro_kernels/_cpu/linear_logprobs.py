@@ -151,6 +151,7 @@ def linear_logprobs_bwd(
         _pointer(upstream.dlogprobs),
         _pointer(upstream.dlse),
         _pointer(upstream.dentropy),
+        _pointer(upstream.dsum),
         struct.pointer,
         _pointer(upstream.lse),
         _pointer(upstream.entropy),

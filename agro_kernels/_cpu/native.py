@@ -60,7 +60,7 @@ _SIGNATURES = {
     "agro_linear_logprobs_fwd": (c_int32, [_HEAD, *[c_void_p] * 3, _KEPT]),
     "agro_linear_logprobs_bwd": (
         c_int32,
-        [*[c_void_p] * 3, _HEAD, *[c_void_p] * 6, _KEPT, _ENTRIES],
+        [*[c_void_p] * 4, _HEAD, *[c_void_p] * 6, _KEPT, _ENTRIES],
     ),
     "agro_available_isas": (c_char_p, []),
     "agro_isa": (c_char_p, []),

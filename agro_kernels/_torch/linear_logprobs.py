@@ -305,8 +305,8 @@ def _gradients(
     """(dhidden fp32, dweight, dbias) of M rows that all count, from logits kept or made again.
 
     With l_v = z_v - lse and p_v = exp(l_v):
-    dz_v = dlogprob (1[v=y] - p_v) - dentropy p_v (l_v + entropy) + dlse p_v, times dz/dx for the
-    product x = hidden @ weight.T + bias that z was made of.
+    dz_v = dlogprob (1[v=y] - p_v) - dentropy p_v (l_v + entropy) + dlse p_v + dsum, times dz/dx for
+    the product x = hidden @ weight.T + bias that z was made of.
     """
     sums = GradientSums(head, output_mask, weight_grad)
     if not any(output_mask):
@@ -314,11 +314,12 @@ def _gradients(
     # Without a softcap dz/dx is 1 / temperature, one number a row: the upstream gradients take it.
     temperatures = head.token_temperature
     inverse = 1.0 / (head.temperature if temperatures is None else temperatures)
-    dlogprobs, dlse, dentropy, lse, entropy = upstream
+    dlogprobs, dlse, dentropy, lse, entropy, dsum = upstream
     zeros = torch.zeros_like(lse)
     at_target = zeros if dlogprobs is None else dlogprobs * inverse
     of_p = (zeros if dlse is None else dlse * inverse) - at_target
     of_entropy = None if dentropy is None else dentropy * inverse
+    of_all = None if dsum is None else dsum * inverse
     for tile in tiles(head, kept):
         rows, z = tile.rows, tile.logits
         slope = softcap_slope(head, tile)
@@ -340,12 +341,35 @@ def _gradients(
         dz_y += p_y_factor * log_p_y.exp()
         dz_y = dz_y.where(tile.in_block, dz.gather(1, tile.column).squeeze(1))
         dz.scatter_(1, tile.column, dz_y.unsqueeze(1))
+        if of_all is not None:
+            dz.add_(of_all[rows].unsqueeze(1))
         if slope is not None:
             dz.mul_(slope)
         if known is not None:
             _overwrite(dz, tile, known)
         sums.add(tile, dz)
     return sums.results()
+
+
+def mean_logits(head: Head) -> Tensor:
+    """(N,): the mean over the vocabulary of each counted row's logits; 0 where ignored.
+
+    It is the logit of the mean row of the weight, 2 N D operations, unless something comes between
+    the product and the sum: a softcap or a rounding, with which it is another pass.
+    """
+    rows = counted_rows(head, head.counted())
+    counted = upcast(rows.head)
+    dtype, v = counted.hidden.dtype, head.weight.shape[0]
+    if head.softcap > 0.0 or head.round_logits is not None:
+        sums = counted.hidden.new_zeros(counted.targets.shape)
+        for tile in tiles(counted):
+            sums[tile.rows] += tile.logits.sum(1)
+        return rows.put_back(sums / v)
+    means = (counted.hidden * head.weight.mean(0, dtype=dtype)).sum(1)
+    if head.bias is not None:
+        means = means + head.bias.mean(dtype=dtype)
+    temperatures = counted.token_temperature
+    return rows.put_back(means / (head.temperature if temperatures is None else temperatures))
 
 
 def _overwrite(dz: Tensor, tile: Tile, known: KnownEntries) -> None:

@@ -68,6 +68,7 @@ def linear_logprobs_bwd_kernel(
     dlogprobs_ptr,
     dlse_ptr,
     dentropy_ptr,
+    dsum_ptr,
     kept_logits_ptr,
     kept_maxima_ptr,
     kept_rows_ptr,
@@ -107,7 +108,7 @@ def linear_logprobs_bwd_kernel(
     With the logits z, made again or, given kept_logits_ptr, those that the forward pass kept,
     p = exp(z - lse) and H the entropy:
 
-        dz_v = dlogprob (1[v = y] - p_v) - dentropy p_v (z_v - lse + H) + dlse p_v
+        dz_v = dlogprob (1[v = y] - p_v) - dentropy p_v (z_v - lse + H) + dlse p_v + dsum
 
     times 1 / temperature and the softcap's slope, all of it in fp32 and rounded once. Upstream
     gradients that are None cost nothing. Writes dlogits (N, num_columns) for the columns
@@ -191,6 +192,8 @@ def linear_logprobs_bwd_kernel(
         dlogits = tl.exp2(log_p * LOG2E) * of_p[:, None]
     if dlogprobs_ptr is not None:
         dlogits = tl.where(is_target, dlogits + at_target[:, None], dlogits)
+    if dsum_ptr is not None:
+        dlogits += (tl.load(dsum_ptr + start_n + rows) * row_scale)[:, None]
     if softcap is not None:
         capped = logits / softcap
         dlogits *= (1.0 - capped) * (1.0 + capped)  # the slope of tanh, 1 - tanh^2
@@ -267,8 +270,7 @@ def head_gradients(
     if hidden.dtype == torch.float16:
         scale = _fp16_scale(upstream.gradients(), head, known)
     if scale is not None:
-        scaled = (None if gradient is None else gradient * scale for gradient in upstream[:3])
-        upstream = Upstream(*scaled, upstream.lse, upstream.entropy)
+        upstream = upstream.times(scale)
         if known is not None:
             known = known._replace(values=known.values * scale)
 

@@ -10,6 +10,7 @@ from agro_kernels.ops import (
     linear_topk,
     many_logprobs,
     selective_logprobs,
+    smoothed_logprobs,
 )
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "linear_topk",
     "many_logprobs",
     "selective_logprobs",
+    "smoothed_logprobs",
 ]

@@ -36,14 +36,14 @@ _BACKWARD_ARGUMENTS = (
     f"Tensor? dlogprobs, Tensor? dlse, Tensor? dentropy, {HEAD_SCHEMA}, Tensor lse, "
     "Tensor entropy, bool[] output_mask, Tensor? kept_logits, Tensor? kept_maxima"
 )
-_ENTRIES = "Tensor? entry_ids=None, Tensor? entry_values=None"
+_LATER = "Tensor? entry_ids=None, Tensor? entry_values=None, Tensor? dsum=None"
 library.define(
-    f"linear_logprobs_bwd({_BACKWARD_ARGUMENTS}, {_ENTRIES}) "
+    f"linear_logprobs_bwd({_BACKWARD_ARGUMENTS}, {_LATER}) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 # An op of its own, so that compiled graphs without weight_grad contain no op that mutates.
 library.define(
-    f"linear_logprobs_bwd_accumulate({_BACKWARD_ARGUMENTS}, Tensor(a!) weight_grad, {_ENTRIES}) "
+    f"linear_logprobs_bwd_accumulate({_BACKWARD_ARGUMENTS}, Tensor(a!) weight_grad, {_LATER}) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 
@@ -78,10 +78,10 @@ def with_upstream(kernel: Callable[..., Any], *, accumulates: bool = False) -> C
         lse, entropy, output_mask, logits, maxima, *others = flat[stop:]
         if dentropy is None:
             entropy = None
-        upstream = Upstream(dlogprobs, dlse, dentropy, lse, entropy)
         kept = None if logits is None or maxima is None else KeptLogits(logits, maxima)
         weight_grad = others.pop(0) if accumulates else None
-        ids, values = others or (None, None)
+        ids, values, dsum = (*others, None, None, None)[:3]
+        upstream = Upstream(dlogprobs, dlse, dentropy, lse, entropy, dsum)
         known = None if ids is None or values is None else KnownEntries(ids, values)
         return kernel(upstream, Head(*flat[:stop]), output_mask, weight_grad, kept, known)
 

@@ -348,7 +348,7 @@ def agro_cases() -> list[Case]:
 
 
 def known_entries_cases() -> list[Case]:
-    """The kernel that writes the entries of many targets a token, of 16-bit and of fp32 gradients."""
+    """The kernel that writes the entries of many targets a token, for each dtype."""
     known = KnownEntries(
         torch.empty(NUM_TOKENS, 32, dtype=torch.int64, device="meta"),
         torch.empty(NUM_TOKENS, 32, device="meta"),

@@ -126,6 +126,11 @@ def divergence_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield inner.cos(), *constants, inner, lse, teacher_lse, [True, False, True]
 
 
+def smoothed_logprobs_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for kind, keep in (("few", 10**4), ("all", 0)):
+        yield *with_leaves(head(dtype, kind)), keep
+
+
 def pack_kept_ids_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for ids in (torch.tensor([[1, 32, -1], [-1, -1, -1]]), torch.tensor([[31, 0, 31]]).int()):
         yield ids, 33
@@ -188,6 +193,7 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "pack_kept_ids": pack_kept_ids_calls,
     "selective_logprobs_bwd": selective_logprobs_bwd_calls,
     "selective_logprobs_fwd": selective_logprobs_fwd_calls,
+    "smoothed_logprobs_fwd": smoothed_logprobs_fwd_calls,
     "target_logprobs": target_logprobs_calls,
 }
 # A handful of torch operations on any device.
@@ -197,6 +203,7 @@ WITHOUT_A_CUDA_KERNEL = {
     "linear_topk",
     "many_logprobs_fwd",
     "pack_kept_ids",
+    "smoothed_logprobs_fwd",
     "target_logprobs",
 }
 
@@ -283,7 +290,7 @@ def test_schemas_are_those_that_compiled_graphs_hold() -> None:
     }
     expected["linear_logprobs_bwd_accumulate"] = [*expected["linear_logprobs_bwd"], "weight_grad"]
     for name in ("linear_logprobs_bwd", "linear_logprobs_bwd_accumulate"):
-        expected[name] += ["entry_ids", "entry_values"]
+        expected[name] += ["entry_ids", "entry_values", "dsum"]
     for name, arguments in expected.items():
         schema = getattr(OPS, name).default._schema
         assert [argument.name for argument in schema.arguments] == arguments
