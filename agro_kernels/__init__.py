@@ -26,7 +26,7 @@ from agro_kernels.policy_gradient import (
     policy_gradient_coefficients,
     reward_to_go_coefficients,
 )
-from agro_kernels.selective_logprobs import selective_logprobs
+from agro_kernels.selective_logprobs import selective_logprobs, selective_logprobs_with_stats
 from agro_kernels.weighted_logprobs import weighted_logprob_sum
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "policy_gradient_coefficients",
     "reward_to_go_coefficients",
     "selective_logprobs",
+    "selective_logprobs_with_stats",
     "tail_probability",
     "weighted_logprob_sum",
 ]

@@ -143,6 +143,17 @@ def selective_logprobs_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]
     yield logits[:, 1:], targets[:, 1:], 0.7, None, -100
 
 
+def selective_stats_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for *arguments, ignore_index in selective_logprobs_fwd_calls(dtype):
+        yield *arguments, 3.0, ignore_index
+
+
+def selective_stats_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for logits, *rest in selective_stats_fwd_calls(dtype):
+        logprobs, lse, entropy = OPS.selective_stats_fwd(logits.detach(), *rest)
+        yield logprobs.cos(), None, entropy, logits.detach(), *rest, lse, entropy
+
+
 def selective_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for logits, *rest in selective_logprobs_fwd_calls(dtype):
         logprobs, lse = OPS.selective_logprobs_fwd(logits.detach(), *rest)
@@ -193,6 +204,8 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "pack_kept_ids": pack_kept_ids_calls,
     "selective_logprobs_bwd": selective_logprobs_bwd_calls,
     "selective_logprobs_fwd": selective_logprobs_fwd_calls,
+    "selective_stats_bwd": selective_stats_bwd_calls,
+    "selective_stats_fwd": selective_stats_fwd_calls,
     "smoothed_logprobs_fwd": smoothed_logprobs_fwd_calls,
     "target_logprobs": target_logprobs_calls,
 }
@@ -203,6 +216,8 @@ WITHOUT_A_CUDA_KERNEL = {
     "linear_topk",
     "many_logprobs_fwd",
     "pack_kept_ids",
+    "selective_stats_bwd",
+    "selective_stats_fwd",
     "smoothed_logprobs_fwd",
     "target_logprobs",
 }
