@@ -38,6 +38,7 @@ class Shards(Protocol):
         lse: Tensor | None,
         weight_grad: Tensor | None,
         keep_logits_bytes: int,
+        ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 

@@ -78,7 +78,7 @@ def linear_logprobs(
             the CPU; on a GPU, where looking would stall the device, its logprob is NaN.
             Or (..., K), K ids a token from the same pass over the vocabulary: a teacher's top k.
             They may repeat; where all K are ignore_index the token does not count. They cost
-            2 N K D operations beside the 2 N D V of one target. Not with shards and K > 1.
+            2 N K D operations beside the 2 N D V of one target.
         bias: (V,) added to the logits, same dtype as hidden. -inf bans a token (with a softcap it
             makes its logit -softcap).
         temperature: float, or a tensor (...), one a token; > 0. It must be the sampler's,
@@ -238,12 +238,7 @@ def flat_results(
     if torch.is_grad_enabled() and head.requires_grad():
         keep = checked_keep_logits_bytes(options.get("keep_logits_bytes", 0))
     if shards is not None:
-        if ids is not None:
-            raise ValueError(
-                f"shards: expected None with {ids.shape[1]} targets a token, got a value; gather "
-                "the weight's rows, or call once for each target"
-            )
-        return shards.results(head, with_entropy, lse, weight_grad, keep)
+        return shards.results(head, with_entropy, lse, weight_grad, keep, ids)
     if weight_grad is not None:
         refuse_under_compile()
         results = AccumulatingLogprobs.apply(weight_grad, with_entropy, lse, keep, ids, *head)

@@ -52,14 +52,14 @@ class ManyTargets(NamedTuple):
     """-inf of an id that is banned or not kept; NaN of one outside the vocabulary; 0.0 ignored."""
 
 
-def of_tokens(head: Head, ids: Tensor) -> Head:
+def of_tokens(head: Head, ids: Tensor, vocabulary: int | None = None) -> Head:
     """The head with one target a token: ignored where all K are, and an id of the vocabulary else.
 
     The target says which rows count and nothing more. Where an id is outside the vocabulary, so is
-    the target: a GPU's kernels make such a row NaN.
+    the target: a GPU's kernels make such a row NaN. vocabulary: where the head has a part of it.
     """
     counted = ids != head.ignore_index
-    v = head.weight.shape[0]
+    v = head.weight.shape[0] if vocabulary is None else vocabulary
     outside = (((ids < 0) | (ids >= v)) & counted).any(1)
     targets = outside.to(torch.int64) * v
     return head._replace(targets=targets.where(counted.any(1), NO_ID), ignore_index=NO_ID)
@@ -82,11 +82,23 @@ def upstream_and_entries(
     """
     if dlogprobs is None:
         return upstream, None
-    counted = many.ids != head.ignore_index
-    gradients = dlogprobs.where(counted, 0.0)
-    dlse = -gradients.sum(1) if upstream.dlse is None else upstream.dlse - gradients.sum(1)
-    upstream = upstream._replace(dlse=dlse)
-    within = counted & (many.ids >= 0) & (many.ids < head.weight.shape[0])
+    gradients = dlogprobs.where(many.ids != head.ignore_index, 0.0)
+    upstream = upstream._replace(dlse=dlse_of_many(gradients, upstream.dlse))
+    return upstream, known_entries(head, many, gradients, upstream)
+
+
+def dlse_of_many(gradients: Tensor, dlse: Tensor | None) -> Tensor:
+    """(N,): that of lse where each of K log-probabilities is a logit less lse."""
+    total = gradients.sum(1)
+    return -total if dlse is None else dlse - total
+
+
+def known_entries(
+    head: Head, many: ManyTargets, gradients: Tensor, upstream: Upstream
+) -> KnownEntries:
+    """Those of gradients (N, K), 0 where ignored, with the upstream that the kernels are given."""
+    within = (many.ids >= 0) & (many.ids < head.weight.shape[0])
+    within &= many.ids != head.ignore_index
     ids, order = many.ids.long().where(within, NO_ID).sort(1)
     gradients = _sums_of_equals(ids, gradients.gather(1, order))
     first = ids != NO_ID
@@ -95,12 +107,13 @@ def upstream_and_entries(
     # g (1 - p) - (the other ids' gradients) p, with 1 - p from expm1: subtracting a p near 1 would
     # lose its digits.
     values = gradients * -log_p.expm1()
-    of_p = dlse.unsqueeze(1) + gradients
+    assert upstream.dlse is not None
+    of_p = upstream.dlse.unsqueeze(1) + gradients
     log_p = log_p.clamp(min=NOTHING)
     if upstream.dentropy is not None and upstream.entropy is not None:
         of_p = of_p - upstream.dentropy.unsqueeze(1) * (log_p + upstream.entropy.unsqueeze(1))
     values = (values + of_p * log_p.exp()) * _slopes(head, logits)
-    return upstream, KnownEntries(ids.where(first, NO_ID), values.where(first, 0.0))
+    return KnownEntries(ids.where(first, NO_ID), values.where(first, 0.0))
 
 
 def _sums_of_equals(ids: Tensor, values: Tensor) -> Tensor:

@@ -37,13 +37,16 @@ def _many_logprobs_fwd(
     _, lse, entropy, *kept = torch.ops.agro.linear_logprobs_fwd(
         *of_tokens(head, ids), with_entropy, keep_logits_bytes
     )
+    logits, logprobs = target_logprobs_of(head.with_numbers(), ids, lse)
+    return logprobs, lse, entropy, logits, *kept
+
+
+def target_logprobs_of(head: Head, ids: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits, logprobs) of ids (N, K), (N, K) each, with lse (N,)."""
     counted = (ids != head.ignore_index).any(1)
     # What the others hold is never read: a NaN would stay one in a product with 0.
-    hidden = head.hidden.masked_fill(~counted.unsqueeze(1), 0.0)
-    logits, logprobs = torch_linear_logprobs.many_target_logprobs(
-        head.with_numbers()._replace(hidden=hidden), ids, lse
-    )
-    return logprobs, lse, entropy, logits, *kept
+    head = head._replace(hidden=head.hidden.masked_fill(~counted.unsqueeze(1), 0.0))
+    return torch_linear_logprobs.many_target_logprobs(head, ids, lse)
 
 
 def _many_logprobs_fwd_fake(
