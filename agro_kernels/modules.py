@@ -129,12 +129,13 @@ def patch_model(model: M) -> M:
 
     without storing them. targets[b, t] is the token that position t predicts (`next_tokens` makes
     them of input_ids); positions with -100 cost nothing and give exact zeros, so ask for the
-    completions only. ignore_index, round_logits, kept_ids, weight_grad and keep_logits_bytes are
-    taken too, and mean what they mean to `linear_logprobs`; a softcap is the configuration's, a
-    bias the head's. (Where the head is tied to the embeddings, weight_grad gets the head's share of
-    the gradient and weight.grad that of the embeddings.) Other arguments go to the backbone as
-    ever, and one that it does not know is a TypeError; the cache is off. Without `targets` the
-    model's own forward runs: generation and evaluation do not change by a bit.
+    completions only. Of targets (B, T, K), K ids a position, the logprobs are (B, T, K).
+    ignore_index, round_logits, kept_ids, weight_grad and keep_logits_bytes are taken too, and mean
+    what they mean to `linear_logprobs`; a softcap is the configuration's, a bias the head's. (Where
+    the head is tied to the embeddings, weight_grad gets the head's share of the gradient and
+    weight.grad that of the embeddings.) Other arguments go to the backbone as ever, and one that it
+    does not know is a TypeError; the cache is off. Without `targets` the model's own forward runs:
+    generation and evaluation do not change by a bit.
 
     Patch before DDP, FSDP, accelerate and torch.compile; before or after peft, whose adapters must
     leave the lm_head alone. A copy of a patched model, by deepcopy, pickle or torch.save, is
