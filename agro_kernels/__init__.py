@@ -19,6 +19,7 @@ from agro_kernels.linear_logprobs import (
     tail_probability,
 )
 from agro_kernels.linear_topk import TopLogprobs, linear_topk
+from agro_kernels.model_head import ModelHead
 from agro_kernels.modules import LinearAgroLoss, LogprobHead, next_tokens, patch_model
 from agro_kernels.packing import pack_sequences
 from agro_kernels.policy_gradient import (
@@ -38,6 +39,7 @@ __all__ = [
     "LogprobHead",
     "LogprobStats",
     "LogprobsWithEntropy",
+    "ModelHead",
     "TopLogprobs",
     "agro_coefficients",
     "agro_loss",

@@ -99,13 +99,18 @@ def linear_logprobs(
             pass, which makes the others again: of four products of 2 N D V one is saved, as far as
             the bytes reach. N V numbers are all there is to keep, of 2 bytes for bf16 and fp16
             inputs, of 4 for fp32, and 2 to 3 % more. 0, the default, keeps none. "auto" is
-            4 D min(V, 32768) bytes on a GPU, which is what the backward pass takes for bf16 less
-            than before it could keep any, and at most 1 GiB on a CPU. The results are bitwise the
-            same, the gradients as exact. Nothing is kept where no gradient is asked for, of float64
-            inputs, and with round_logits or kept_ids; on a GPU also not of fp32 inputs, with a
-            softcap and of less than 256 entries, on a Hopper of hidden sizes below 2048 and of
-            vocabularies that 256 does not divide, and on a Blackwell: those kernels would spill
-            registers. With shards, the bytes are those of each rank.
+            4 D min(V, 32768) bytes on a GPU, as many as an fp32 gradient of so many rows of the
+            weight, and at most 1 GiB on a CPU.
+            The results are bitwise the same, the gradients nearly: of bf16 and fp16 inputs z - m is
+            kept in fp16, z a logit and m the largest of its row so far. Between -16 and -8 it is
+            rounded by up to 0.004, so the probability is off by up to 0.4 %; closer to 0 by less.
+            Gradients in bf16 are rounded as much in any case. Those of fp16 inputs, and of bf16
+            inputs with an fp32 weight_grad, are more exact without.
+            Nothing is kept where no gradient is asked for, of float64 inputs, and with round_logits
+            or kept_ids; on a GPU also not of fp32 inputs, with a softcap and of less than 256
+            entries, on a Hopper (sm90) of hidden sizes below 2048 and of vocabularies that 256 does
+            not divide, and on a B200 (sm100): those kernels would spill registers. With shards, the
+            bytes are those of each rank.
         shards: where the rows of weight are spread over ranks (tensor parallelism):
             VocabularyShards.of(weight, group), and weight, bias and weight_grad are this rank's
             part. All ranks call together; `agro_kernels.parallel` says the rest.

@@ -24,15 +24,19 @@ from agro_kernels.agro_loss import linear_agro_loss
 from agro_kernels.agro_options import LinearAgroKeywords
 from agro_kernels.head import IGNORE_INDEX, HeadOptions, check_names, check_tensor
 from agro_kernels.linear_logprobs import LogprobStats, linear_logprobs_with_stats
+from agro_kernels.model_head import (
+    ModelHead,
+    backbone,
+    checked_head_dtype,
+    head_linears,
+    head_precision,
+    head_terms,
+    is_lora,
+    is_saved_copy,
+    qualified,
+)
 
 M = TypeVar("M", bound=nn.Module)
-
-# model_type of the transformers architectures whose logits are lm_head(last_hidden_state); in the
-# second group they are capped by final_logit_softcapping, if the configuration has it. Each is
-# compared with the unpatched model in tests/kernels/test_modules.py.
-PLAIN = ("gemma3", "llama", "mistral", "qwen2", "qwen3", "smollm3")
-CAPPED = ("gemma2", "gemma3_text")
-FAMILIES = (*PLAIN, *CAPPED)
 
 # The options of the head ops that are not a caller's to give, because the model has its own.
 OF_THE_HEAD = {"bias": "the lm_head's own bias is added"}
@@ -42,7 +46,7 @@ WHOLE_HEAD = {
 OF_THE_MODEL = {
     **OF_THE_HEAD,
     **WHOLE_HEAD,
-    "softcap": "the configuration's final_logit_softcapping is used",
+    "softcap": "the configuration's own is used",
 }
 _TAKEN = tuple(name for name in HeadOptions.__annotations__ if name not in OF_THE_MODEL)
 
@@ -52,10 +56,25 @@ class LogprobHead(nn.Linear):
 
     A plain nn.Linear to everything that looks at one: the same parameters by the same names, tied
     to the embeddings or not.
+
+    Args: those of nn.Linear, and
+        head_dtype: "float32", say, computes in it whatever the hidden states and the weight are in,
+            under autocast, too, and gives logits in it; gradients come back in the dtypes of the
+            two. None: in the weight's own.
     """
 
+    head_dtype: torch.dtype | None = None
+
+    def __init__(
+        self, *args: Any, head_dtype: str | torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.head_dtype = checked_head_dtype(head_dtype)
+
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> "LogprobHead":
+    def from_linear(
+        cls, linear: nn.Linear, head_dtype: str | torch.dtype | None = None
+    ) -> "LogprobHead":
         """A head over the very parameters of `linear`: no copy, ties stay tied, hooks stay on.
 
         Raises ValueError where `linear` has forward hooks or a forward that something else has
@@ -74,6 +93,7 @@ class LogprobHead(nn.Linear):
             )
         head = cls.__new__(cls)  # __init__ would make parameters, and another set of hooks
         vars(head).update(vars(linear))
+        head.head_dtype = checked_head_dtype(head_dtype)
         return head
 
     def forward(  # type: ignore[override]
@@ -85,19 +105,43 @@ class LogprobHead(nn.Linear):
         Bias and shards are not among the options: the head has its own bias, and is whole. Forward
         pre-hooks act on `hidden` either way; forward hooks get what is returned.
         """
+        if targets is not None:
+            return _logprobs(self, hidden, targets, **options)
         check_names("LogprobHead.forward", options)
         _refuse(options, {**OF_THE_HEAD, **WHOLE_HEAD})
-        if targets is None:
-            _refuse_without_targets(options)
+        _refuse_without_targets(options)
+        if self.head_dtype is None:
             return super().forward(hidden)
-        if hasattr(self.weight, "full_tensor"):
-            raise ValueError(
-                f"weight: expected a whole tensor, got a {type(self.weight).__name__} spread over "
-                "ranks; call the model that FSDP wraps, or linear_logprobs with shards= for a head "
-                "under tensor parallelism"
-            )
-        options["bias"] = self.bias
-        return linear_logprobs_with_stats(hidden, self.weight, targets, **options)
+        with head_precision(self, hidden):
+            return nn.functional.linear(*head_terms(self, hidden))
+
+    def extra_repr(self) -> str:
+        more = "" if self.head_dtype is None else f", head_dtype={self.head_dtype}"
+        return super().extra_repr() + more
+
+
+def _logprobs(
+    head: nn.Module, hidden: Tensor, targets: Tensor, **options: Unpack[HeadOptions]
+) -> LogprobStats:
+    """What a head's module gives with targets: a LogprobHead, or LoRA around one."""
+    check_names("LogprobHead.forward", options)
+    _refuse(options, {**OF_THE_HEAD, **WHOLE_HEAD})
+    if is_lora(head) and options.get("weight_grad") is not None:
+        raise ValueError(
+            "weight_grad: expected None for a head with an adapter, whose weight is frozen, got a "
+            "buffer; leave it out"
+        )
+    linear: Any = head.base_layer if is_lora(head) else head
+    if hasattr(linear.weight, "full_tensor"):
+        raise ValueError(
+            f"weight: expected a whole tensor, got a {type(linear.weight).__name__} spread over "
+            "ranks; call the model that FSDP wraps, or linear_logprobs with shards= for a head "
+            "under tensor parallelism"
+        )
+    with head_precision(head, hidden):
+        terms = head_terms(head, hidden)
+        options["bias"] = terms.bias
+        return linear_logprobs_with_stats(terms.hidden, terms.weight, targets, **options)
 
 
 def _refuse(given: Mapping[str, object], refused: Mapping[str, str]) -> None:
@@ -115,7 +159,7 @@ def _refuse_without_targets(given: Mapping[str, object]) -> None:
             )
 
 
-def patch_model(model: M) -> M:
+def patch_model(model: M, head_dtype: str | torch.dtype | None = None) -> M:
     """Teach a Hugging Face causal LM to give log-probabilities; in place, and returned.
 
     Afterwards
@@ -131,58 +175,87 @@ def patch_model(model: M) -> M:
     them of input_ids); positions with -100 cost nothing and give exact zeros, so ask for the
     completions only. Of targets (B, T, K), K ids a position, the logprobs are (B, T, K).
     ignore_index, round_logits, kept_ids, weight_grad and keep_logits_bytes are taken too, and mean
-    what they mean to `linear_logprobs`; a softcap is the configuration's, a bias the head's. (Where
+    what they mean to `linear_logprobs`; the scale and the cap of the logits are the configuration's
+    (scale, then cap, then temperature; round_logits before all three), a bias the head's. (Where
     the head is tied to the embeddings, weight_grad gets the head's share of the gradient and
     weight.grad that of the embeddings.) Other arguments go to the backbone as ever, and one that it
     does not know is a TypeError; the cache is off. Without `targets` the model's own forward runs:
     generation and evaluation do not change by a bit.
 
-    Patch before DDP, FSDP, accelerate and torch.compile; before or after peft, whose adapters must
-    leave the lm_head alone. A copy of a patched model, by deepcopy, pickle or torch.save, is
-    patched.
+    head_dtype="float32" computes the head in fp32, tied or not, with and without targets, as
+    LogprobHead says.
 
-    A forward that is not transformers' own is run once on eight tokens here, without a gradient.
+    Any model is served whose logits are its lm_head's of the last hidden state, scaled and capped
+    as its configuration says: each is run on eight tokens here, without a gradient, and asked
+    (`ModelHead.of`). LoRA and modules_to_save of peft may be on the lm_head, too.
 
-    Raises ValueError for architectures other than FAMILIES, for heads that are not nn.Linear or
-    have forward hooks already, and for a forward that gives other log-probabilities than the head
-    makes of the last hidden state.
+    Patch before DDP, FSDP, accelerate and torch.compile; before or after peft. A copy of a patched
+    model, by deepcopy, pickle or torch.save, is patched.
+
+    Raises ValueError for logits that are something else, for heads that are not nn.Linear or have
+    forward hooks already, for sharded weights, and for weights that are not there (the meta device,
+    ZeRO-3) except in a few architectures that are known without them.
     """
     inner: Any = model
     if hasattr(inner, "get_base_model"):  # a peft model
         inner = inner.get_base_model()
-    family = getattr(getattr(inner, "config", None), "model_type", None)
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if family not in FAMILIES or head is None:
-        raise ValueError(
-            f"model: expected a transformers causal LM with model_type among "
-            f"{', '.join(FAMILIES)}, got {type(inner).__name__} with {family}; compute its hidden "
-            "states yourself and call linear_logprobs with the weight of its head"
-        )
-    if type(head) not in (nn.Linear, LogprobHead):
-        raise ValueError(
-            f"model: expected an lm_head that is a torch.nn.Linear, got {_qualified(head)}; "
-            "leave the head out of quantisation and of the adapter's target modules"
-        )
+    dtype = checked_head_dtype(head_dtype)
     replaced = vars(inner).get("forward")
-    if replaced is not None and getattr(replaced, "func", None) is not _forward:
+    if replaced is not None and not _is_ours(replaced, _forward):
         raise ValueError(
             f"model: expected {type(inner).__name__}'s own forward, got one that something else "
             "has replaced; call patch_model first, before accelerate or TRL"
         )
-    if replaced is None and not type(inner).forward.__module__.startswith("transformers.models."):
-        _check_logits(inner, head)
-    if type(head) is nn.Linear:
-        inner.set_output_embeddings(LogprobHead.from_linear(head))
+    form = ModelHead.of(inner)
+    _take_targets(inner, dtype)
     # A partial of a function of this module, because a bound method is pickled by its name alone,
     # which is the unpatched forward's. For signatures' sake it looks like the original.
-    forward = functools.partial(_forward, inner, _keywords(inner))
+    forward = functools.partial(_forward, inner, _keywords(inner), _form=form)
     inner.forward = functools.update_wrapper(forward, types.MethodType(type(inner).forward, inner))
     return model
 
 
-def _qualified(value: object) -> str:
-    """The full name of a value's type: an adapter's Linear is called Linear, too."""
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def _take_targets(inner: Any, head_dtype: torch.dtype | None = None) -> None:
+    """Make a model's head one that takes targets, wherever peft has put it."""
+    head = inner.get_output_embeddings()
+    for holder, name, linear in list(head_linears(head)):
+        if isinstance(linear, LogprobHead):
+            linear.head_dtype = head_dtype or linear.head_dtype
+            continue
+        made = LogprobHead.from_linear(linear, head_dtype)
+        if holder is None:
+            inner.set_output_embeddings(made)
+        elif isinstance(holder, nn.ModuleDict):
+            holder[name] = made
+        else:
+            setattr(holder, name, made)
+    if is_lora(head) and not _is_ours(vars(head).get("forward"), _adapted):
+        if head._forward_hooks or "forward" in vars(head):
+            raise ValueError(
+                "lm_head: expected an adapter's own forward without hooks, got another; call "
+                "patch_model before what replaces it"
+            )
+        head.forward = functools.partial(_adapted, head)
+
+
+def _is_ours(forward: object, function: object) -> bool:
+    return getattr(forward, "func", None) is function
+
+
+def _takes_targets(head: nn.Module) -> bool:
+    if is_lora(head):
+        return _is_ours(vars(head).get("forward"), _adapted)
+    linears = [linear for _, _, linear in head_linears(head)]
+    return all(isinstance(linear, LogprobHead) for linear in linears)
+
+
+def _adapted(
+    layer: Any, hidden: Tensor, *args: Any, targets: Tensor | None = None, **options: Any
+) -> Any:
+    """The forward of LoRA around a LogprobHead."""
+    if targets is None:
+        return type(layer).forward(layer, hidden, *args, **options)
+    return _logprobs(layer, hidden, targets, **options)
 
 
 def _keywords(inner: Any) -> tuple[tuple[str, ...], frozenset[str]]:
@@ -197,55 +270,19 @@ def _keywords(inner: Any) -> tuple[tuple[str, ...], frozenset[str]]:
         if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     )
     known = {"return_dict"}  # taken by a decorator
-    for name, parameter in inspect.signature(type(inner.base_model).forward).parameters.items():
+    parameters = inspect.signature(type(backbone(inner)).forward).parameters
+    if {p.kind for p in list(parameters.values())[1:]} == {
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    }:  # Bart's wrapper of its decoder
+        return positional[1:], frozenset(known.union(positional))
+    for name, parameter in parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             for unpacked in typing.get_args(parameter.annotation):
                 known |= unpacked.__annotations__.keys()
         else:
             known.add(name)
     return positional[1:], frozenset(known)
-
-
-def _softcap(inner: Any) -> float | None:
-    """The cap of a model's logits."""
-    capped = inner.config.model_type in CAPPED
-    return inner.config.final_logit_softcapping if capped else None
-
-
-@torch.no_grad()
-def _check_logits(inner: Any, head: nn.Module) -> None:
-    """Raise where a forward gives other log-probs than head(last hidden state), as ours will be."""
-    name = f"{type(inner).__name__}.forward"
-    embeddings = inner.get_input_embeddings().weight
-    if embeddings.is_meta:
-        raise ValueError(
-            f"model: expected weights that {name}, which is not transformers' own, can be checked "
-            "with, got the meta device; load the weights before patch_model"
-        )
-    ids = torch.arange(8, device=embeddings.device)[None] % embeddings.shape[0]
-    training = [module for module in inner.modules() if module.training]
-    inner.eval()  # dropout would differ between the two passes
-    try:
-        own = inner(input_ids=ids)[0]
-        hidden = inner.base_model(input_ids=ids, return_dict=True).last_hidden_state
-        logits = head(hidden)
-    finally:
-        for module in training:
-            module.training = True
-    softcap = _softcap(inner)
-    if softcap is not None:
-        logits = softcap * (logits / softcap).tanh()
-    rounding = 2 * torch.finfo(logits.dtype).eps * float(logits.abs().max())
-    ours, theirs = (values.float().log_softmax(-1).flatten() for values in (logits, own))
-    worst = int((ours - theirs).abs().nan_to_num(torch.inf).argmax())
-    a, b = float(ours[worst]), float(theirs[worst])
-    if not abs(a - b) <= rounding:
-        raise ValueError(
-            f"model: expected logits that are lm_head(last hidden state), got {name}, which is not "
-            f"transformers' own and gives a token the log-probability {b:.6g} where the head gives "
-            f"{a:.6g}; patch the model without that forward, or compute its hidden states yourself "
-            "and call linear_logprobs"
-        )
 
 
 # The class is asked again on each call for its forward, and a copy of a patched model for its own:
@@ -256,12 +293,18 @@ def _forward(
     /,
     *args: Any,
     targets: Tensor | None = None,
+    _form: ModelHead | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The forward of a patched model; `names` are `_keywords` of it."""
+    """The forward of a patched model; `names` are `_keywords` of it, `_form` its `ModelHead`.
+
+    Models that were pickled before there was a `ModelHead` have none: they are asked now.
+    """
     if targets is None:
         _refuse_without_targets(kwargs)
         return type(model).forward(model, *args, **kwargs)
+    if _form is None:
+        return patch_model(model).forward(*args, targets=targets, **kwargs)
     positional, known = names
     for name, value in zip(positional, args, strict=False):
         if name in kwargs:
@@ -278,22 +321,25 @@ def _forward(
     for name in kwargs:
         if name not in known:
             raise TypeError(
-                f"{name}: expected an argument of {type(model.base_model).__name__} or one of "
+                f"{name}: expected an argument of {type(backbone(model)).__name__} or one of "
                 f"{', '.join(_TAKEN)} together with targets, got an unknown one; check its spelling"
             )
+    _form.check_unchanged(model)
     head = model.get_output_embeddings()
-    if not isinstance(head, LogprobHead):
-        raise ValueError(
-            f"model: expected the LogprobHead that patch_model put in, got {_qualified(head)}; "
-            "call patch_model after what replaces the lm_head, and keep adapters off it"
-        )
+    if not _takes_targets(head):
+        if not is_lora(head) and not is_saved_copy(head):
+            raise ValueError(
+                f"model: expected the LogprobHead that patch_model put in, got "
+                f"{qualified(type(head))}; call patch_model after what replaces the lm_head"
+            )
+        _take_targets(model)  # an adapter that has come since
     # A cache is of no use here, and with one transformers lets packed sequences see each other.
     kwargs |= {"use_cache": False, "return_dict": True}
-    hidden = model.base_model(**kwargs).last_hidden_state
-    if options.get("temperature") is None:
-        options["temperature"] = 1.0
+    hidden = backbone(model)(**kwargs).last_hidden_state
+    temperature = options.get("temperature")
+    options |= _form.options(1.0 if temperature is None else temperature, targets)
     # By keyword: a pre-hook that puts another `hidden` in the arguments' place keeps the rest.
-    results = head(hidden, targets=targets, **{**options, "softcap": _softcap(model)})
+    results = head(_form.scaled(hidden), targets=targets, **options)
     if not isinstance(results, LogprobStats):
         raise ValueError(
             f"lm_head: expected LogprobStats, got {type(results).__name__} from one of its "

@@ -71,7 +71,7 @@ def summarise(evaluation: Evaluation) -> dict[str, float]:
     greedy, sampled = evaluation.greedy, evaluation.sampled
     metrics = {
         "eval_accuracy": mean_reward(greedy),
-        "eval_length": sum(len(r.completion_ids) for r in greedy) / len(greedy),
+        "eval_length": sum(len(r.sampled_ids) for r in greedy) / len(greedy),
         "eval_truncated_rate": sum(r.finish == "length" for r in greedy) / len(greedy),
     }
     if sampled:

@@ -17,18 +17,20 @@ from agro_train.types import Rollout, Scores
 def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -> dict[str, float]:
     """The columns that need only the completions. Where TRL has a name, it is TRL's.
 
-    Rewards and lengths are of what some policy made: worked answers of the dataset do not count.
+    Rewards and lengths are of what some policy made: worked answers of the dataset do not count,
+    nor do an environment's tokens. How many these are in a completion, and how many turns the model
+    has, is `environment/*`.
 
     `sample/staleness_*`: optimiser steps between the policy that sampled a completion and the one
     that learns from it, over this run's own (fresh and replayed) completions; `effective` is the
     mean weighted by |coefficient|, each one's part of the gradient, in `weights`.
     """
-    tokens = sum(len(rollout.completion_ids) for rollout in rollouts)
+    tokens = sum(len(rollout.sampled_ids) for rollout in rollouts)
     demonstrated = proportion(rollouts, lambda r: r.demonstrated)
     made = [(r, w) for r, w in zip(rollouts, weights, strict=True) if not r.demonstrated]
     rollouts, weights = [r for r, _ in made], [w for _, w in made]
-    lengths = [len(rollout.completion_ids) for rollout in rollouts]
-    ended = [len(rollout.completion_ids) for rollout in rollouts if rollout.finish == "stop"]
+    lengths = [len(rollout.sampled_ids) for rollout in rollouts]
+    ended = [len(rollout.sampled_ids) for rollout in rollouts if rollout.finish == "stop"]
     ages = [None if r.source == "recorded" or r.step is None else step - r.step for r in rollouts]
     own = [age for age in ages if age is not None]
     moved = [(age, w) for age, w in zip(ages, weights, strict=True) if age is not None and w > 0]
@@ -54,6 +56,12 @@ def describe(rollouts: Sequence[Rollout], step: int, weights: Sequence[float]) -
             sum(age * w for age, w in moved) / sum(w for _, w in moved) if moved else math.nan
         ),
     }
+    several = [r for r in rollouts if r.turns is not None]
+    if several:
+        metrics["environment/turns"] = fmean(len(r.sampled) for r in several)
+        metrics["environment/tokens"] = fmean(
+            len(r.completion_ids) - len(r.sampled_ids) for r in several
+        )
     for name in sorted({name for rollout in rollouts for name in rollout.rewards}):
         values = [r.rewards.get(name) for r in rollouts]
         metrics[f"rewards/{name}/mean"] = mean_of(values)

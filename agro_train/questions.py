@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from agro_train.config import TrainConfig
-from agro_train.data.chat import ChatOptions
+from agro_train.data.chat import ChatOptions, Renderer
 from agro_train.data.prompts import load_prompts
+from agro_train.data.replies import check_template
 from agro_train.data.rows import check_file
 from agro_train.data.sources import check_sources
+from agro_train.engines.turns import Dialogue
+from agro_train.environments.pool import Environments
 from agro_train.policy import tiny
 from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
@@ -55,9 +58,42 @@ def check_files(config: TrainConfig, *, recorded: bool) -> None:
         )
 
 
-def chat_options(config: TrainConfig) -> ChatOptions:
+def chat_options(config: TrainConfig, *, resumed: bool = False) -> ChatOptions:
     """How the configuration has prompts rendered, recorded ones, too."""
-    return ChatOptions(config.system_prompt, config.chat_template_kwargs)
+    return ChatOptions(config.system_prompt, config.chat_template_kwargs, resumed)
+
+
+def start_dialogue(
+    config: TrainConfig,
+    environments: Environments | None,
+    tokenizer: Any,
+    context: int | None,
+    questions: Questions,
+) -> Dialogue | None:
+    """Puts the environment to a first prompt. None where there is no environment. Raises Refusal
+    where it does not take the prompt, or the chat template has no place for its replies.
+
+    Args:
+        context: tokens that the model can read; None: unknown.
+    """
+    if environments is None:
+        return None
+    longest = config.max_prompt_length
+    if context is not None:
+        longest = min(longest, context - config.max_completion_length)
+    options = chat_options(config)
+    check_template(tokenizer, options.kwargs)
+    renderer = Renderer(tokenizer, config.prompt_template, options)
+    dialogue = Dialogue(environments, renderer, config, longest)
+    prompts = [*questions.prompts, *questions.held_out]
+    if any("turns" in prompt.columns for prompt in prompts):
+        raise Refusal(
+            "environment: expected no column turns in the dataset, got one; reward functions get "
+            "the rollout's turns under that name: rename it"
+        )
+    if prompts:
+        dialogue.check(prompts[0])
+    return dialogue
 
 
 def load_questions(
@@ -67,6 +103,7 @@ def load_questions(
     ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     *,
     gold_needed: bool,
+    resumed: bool = False,
 ) -> Questions:
     """Prompts that fit the model's context and have what the configured rewards need.
 
@@ -76,6 +113,7 @@ def load_questions(
         context: tokens that the model can read; None: unknown.
         gold_needed: whether it is refused, and not only counted, that no training prompt or no
             held-out prompt has a gold answer that can be parsed.
+        resumed: whether they are of a run that goes on.
     """
     if not (config.data or config.eval_data):
         return Questions([], [], _left_out(0, [], []), _left_out(0, [], []))
@@ -86,7 +124,7 @@ def load_questions(
         tokenizer,
         config.prompt_template,
         config.max_prompt_length,
-        chat_options(config),
+        chat_options(config, resumed=resumed),
         config.gold_column,
     )
     if not config.data:  # every group is recorded, and the file is to be evaluated on alone

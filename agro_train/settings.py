@@ -69,6 +69,11 @@ class TrainConfig:
         "eval",
     )
     mixed_precision: Literal["no", "bf16"] = key("no", "bf16: autocast around float32 weights")
+    head_dtype: Literal["model", "float32"] = key(
+        "model",
+        "float32: the lm_head's products in it, here and in transformers' generate, whatever the "
+        "weights or the autocast are in",
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = key(
         "sdpa", "attention, by transformers' name"
     )
@@ -127,7 +132,8 @@ class TrainConfig:
 
     reward: list[str] = key(
         ["number"],
-        "number, math, or module:function of your own; several are summed",
+        "number, math, environment (what it gave), or module:function of your own; several are "
+        "summed",
         heading="Rewards",
         rule=("one or more functions, each once", lambda names: names and _are_distinct(names)),
     )
@@ -143,13 +149,22 @@ class TrainConfig:
     )
     reward_timeout_s: float = key(
         90.0,
-        "seconds for one call of a function of your own, whose process is then killed and started "
-        "again; three late ones end a step's scoring, and all ranks wait",
+        "seconds for one call of a function or an environment of your own, whose process is then "
+        "killed and started again; three late ones end a step's scoring, and all ranks wait",
         above=0,
     )
     math_timeout_s: float = key(
         5.0, "seconds to check a completion against the gold answer", above=0
     )
+
+    environment: str = key(
+        "",
+        "module:Class of your own that answers each of the model's turns; empty: a rollout is one "
+        "turn",
+        heading="Several turns",
+        rule=("module:Class", lambda name: not name or all(name.partition(":"))),
+    )
+    max_turns: int = key(8, "turns of the model in a rollout, with environment", least=1)
 
     algorithm: str = key(
         "agro",
@@ -226,7 +241,9 @@ class TrainConfig:
     min_new_tokens: int = key(
         0, "no end token among so many first ones, nor does stop end them", least=0
     )
-    max_completion_length: int = key(64, "tokens", least=1)
+    max_completion_length: int = key(
+        64, "tokens; of several turns all of them, the environment's, too", least=1
+    )
     max_staleness: int = key(
         0,
         "updates that may be made between sampling a group and learning from it; above 0, groups "
@@ -338,6 +355,7 @@ class TrainConfig:
         self._check_sampling()
         self._check_algorithm()
         self._check_staleness()
+        self._check_environment()
         if self.demonstrations and self.offline:
             raise Refusal(
                 "demonstrations: expected some groups to be fresh, got recorded ones alone; worked "
@@ -372,6 +390,18 @@ class TrainConfig:
                 f"lr_weight: expected 0 with max_staleness={self.max_staleness}, got "
                 f"{self.lr_weight}; the likelihood-ratio term holds only for samples of the "
                 "current policy, and these are older"
+            )
+
+    def _check_environment(self) -> None:
+        if self.environment and self.demonstrations:
+            raise Refusal(
+                f"demonstrations: expected none with environment={self.environment}, got "
+                f"{self.demonstrations}; a worked answer is one turn, which nobody has answered"
+            )
+        if "environment" in self.reward and not self.environment:
+            raise Refusal(
+                "reward: expected environment=module:Class with reward=environment, got none; name "
+                "the class whose steps give the reward"
             )
 
     def _check_adapter(self) -> None:

@@ -27,10 +27,12 @@ from agro_train.data.recorded import Recorded, load_recorded, read_rollouts
 from agro_train.engines.engine import Engine
 from agro_train.engines.process_engine import ProcessEngine
 from agro_train.engines.transformers_engine import TransformersEngine
+from agro_train.engines.turns import Dialogue
+from agro_train.environments.pool import Environments
 from agro_train.fresh import Ahead, FreshGroups, Group, InStep, Questioner, groups_of_json
 from agro_train.interrupt import Interrupts
 from agro_train.lock import FolderLock
-from agro_train.plan.advice import first_change, fits
+from agro_train.plan.advice import fits
 from agro_train.plan.architecture import find_architecture
 from agro_train.plan.machine import Machine
 from agro_train.plan.memory import plan as plan_memory
@@ -51,7 +53,13 @@ from agro_train.policy.load import (
 )
 from agro_train.policy.policy import Policy, shard, with_gathered_model
 from agro_train.policy.reference_cache import check_cache_folder, with_ref_logprobs
-from agro_train.questions import Questions, chat_options, check_files, load_questions
+from agro_train.questions import (
+    Questions,
+    chat_options,
+    check_files,
+    load_questions,
+    start_dialogue,
+)
 from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
 from agro_train.rewards.functions import load_rewards
@@ -115,6 +123,7 @@ def _set_up(
         ranks.from_main(folder.check_unused)
     try_algorithm(config)
     rewards = load_rewards(config)
+    environments = Environments.of(config)
     callbacks = load_callbacks(config.callbacks, ranks)
     changed = changes(folder, config) if resume else {}
     start = Start()
@@ -132,7 +141,10 @@ def _set_up(
 
     source = base_source(config, start)
     tokenizer, sizes = load_tokenizer(source, config.chat_template), load_sizes(source)
-    questions = load_questions(config, tokenizer, sizes.context, ranks, gold_needed=True)
+    questions = load_questions(
+        config, tokenizer, sizes.context, ranks, gold_needed=True, resumed=resume
+    )
+    dialogue = start_dialogue(config, environments, tokenizer, sizes.context, questions)
     recorded = load_recorded(
         config.recorded,
         tokenizer,
@@ -140,7 +152,7 @@ def _set_up(
         vocab_size=sizes.vocab_size,
         context=sizes.context,
         truncated=config.truncates,
-        options=chat_options(config),
+        options=chat_options(config, resumed=resume),
         gold_column=config.gold_column,
     )
     if config.num_train_epochs:
@@ -163,7 +175,7 @@ def _set_up(
     check_first_tokens(config, recorded, demonstrations.values(), models.end_tokens)
     optimizer, scheduler = make_optimizer(config, models.policy, start)
     ask = Questioner(config, questions.prompts, mix, ranks, rewards, demonstrations)
-    engine, fresh = start_engine(config, models, questions, accelerator, ask, start)
+    engine, fresh = start_engine(config, models, questions, accelerator, ask, start, dialogue)
     recorded = with_known_references(config, recorded, models, accelerator)
     open_folder(
         config, folder, start, tokenizer, warm_start, accelerator, resume=resume, changed=changed
@@ -211,8 +223,8 @@ def check_first_tokens(
     so its probability is 0."""
     rows = [r for group in recorded.groups for r in group] if not config.truncates else []
     for rollout in (*rows, *demonstrations):
-        first = rollout.completion_ids[: config.min_new_tokens]
-        if not ends.isdisjoint(first):
+        firsts = (places[: config.min_new_tokens] for places in rollout.sampled)
+        if any(rollout.completion_ids[i] in ends for places in firsts for i in places):
             raise Refusal(
                 f"min_new_tokens: expected no end token among the first {config.min_new_tokens} of "
                 f"a {rollout.source} completion, got one in that of {rollout.prompt[:40]!r}, whose "
@@ -346,22 +358,22 @@ def warn_of_memory(
     config: TrainConfig, world: int, memory: float, say: Callable[[str], None]
 ) -> None:
     """Tells `say` where the plan of the run is larger than a GPU's `memory` (bytes). The run goes
-    on: a plan is a prediction, and completions may be shorter than they may be."""
+    on: a plan is a prediction, and completions may be shorter than they may be. What would save
+    memory is not looked for, because the other ranks wait."""
     machine = Machine(gpus=world, memory=memory / 1e9, gpus_per_node=world)
     try:
-        architecture = find_architecture(config.model)
-        planned = plan_memory(config, machine, architecture)
-        if fits(planned, machine):
-            return
-        change = first_change(config, machine, architecture, planned)
+        planned = plan_memory(config, machine, find_architecture(config.model))
     except Refusal as error:
         say(f"memory was not planned: {error}")
         return
-    advice = f"; {change.settings} would save {change.saves / 1e9:.1f} GB" if change else ""
-    say(
-        f"memory: {planned.peak / 1e9:.1f} of a GPU's {memory / 1e9:.1f} GB are predicted for the "
-        f"stage {planned.worst.name}{advice}; the run goes on (agro plan says more)"
-    )
+    except Exception as error:  # of any model's own code: a prediction must not end a run
+        say(f"memory was not planned: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return
+    if not fits(planned, machine):
+        say(
+            f"memory: {planned.peak / 1e9:.1f} of a GPU's {memory / 1e9:.1f} GB are predicted for "
+            f"the stage {planned.worst.name}; the run goes on, see agro plan for what saves memory"
+        )
 
 
 def base_source(config: TrainConfig, start: Start) -> str:
@@ -451,6 +463,7 @@ def start_engine(
     accelerator: Accelerator,
     ask: Questioner,
     start: Start,
+    dialogue: Dialogue | None = None,
 ) -> tuple[Engine, FreshGroups]:
     """What samples completions, vLLM or transformers, and who has it sample the fresh groups."""
     policy, tokenizer, ends = models.policy, models.tokenizer, models.end_tokens
@@ -458,14 +471,14 @@ def start_engine(
     if config.use_vllm:
         from agro_train.engines import vllm_engine  # without vLLM there is nothing to import
 
-        longest = questions.longest
-        vllm = vllm_engine.start(config, policy, accelerator, tokenizer, ends, longest)
+        longest = max(questions.longest, dialogue.longest_prompt if dialogue else 0)
+        vllm = vllm_engine.start(config, policy, accelerator, tokenizer, ends, longest, dialogue)
     if config.max_staleness:
-        beside = vllm or ProcessEngine(policy, accelerator, tokenizer, ends, config)
+        beside = vllm or ProcessEngine(policy, accelerator, tokenizer, ends, config, dialogue)
         ahead = Ahead(ask, beside, start.step, groups_in_flight(start, ask))
         return ahead, ahead
     engine: Engine = vllm or TransformersEngine(
-        partial(with_gathered_model, policy, accelerator), tokenizer, ends, config
+        partial(with_gathered_model, policy, accelerator), tokenizer, ends, config, dialogue
     )
     return engine, InStep(ask, engine)
 
@@ -598,7 +611,8 @@ def place_on_devices(
     """
     modules = [Policy(trained, first_without)]
     if not config.use_peft:
-        modules.append(Policy(base, first_without).requires_grad_(False))
+        reference = Policy(base, first_without, modules[0].form)
+        modules.append(reference.requires_grad_(False))
     if config.fsdp:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for module in modules:  # moved to the device layer by layer, each cut at once

@@ -17,7 +17,7 @@ from agro_train.fresh import groups_to_json
 from agro_train.interrupt import Interrupted
 from agro_train.metrics import describe, peak_memory_gb
 from agro_train.policy import checkpoint
-from agro_train.rewards.functions import refuse_broken
+from agro_train.rewards.functions import refuse_broken, refuse_unasked
 from agro_train.run import Run
 from agro_train.step import update
 from agro_train.types import Rollout
@@ -166,7 +166,9 @@ def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:
     fresh = run.fresh.take(step)
     if mix.fresh and step == run.start.step:
         # All ranks' at once: one that stopped alone would leave the others waiting.
-        refuse_broken(gather_object([r for group in fresh for r in group.rollouts]))
+        everyone = gather_object([r for group in fresh for r in group.rollouts])
+        refuse_unasked(everyone)
+        refuse_broken(everyone)
     for group in fresh:
         # A worked answer that the reward does not call right would teach the wrong thing.
         kept = [r for r in group.rollouts if r.source == "fresh" or passes(r)]

@@ -18,7 +18,7 @@ the end of "4", and the one at 5 the end of "5":
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ from torch import Tensor
 Finish = Literal["stop", "length"]
 Source = Literal["fresh", "recorded", "replayed", "demonstration"]
 Failure = Literal["timeout", "error"]
+
+
+class Turn(TypedDict):
+    """What the model, or the environment that answers it, said at once; as a rollout log has it."""
+
+    by: Literal["model", "environment"]
+    tokens: int  # of completion_ids
+    text: str  # without special tokens and what the chat template writes around it
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,10 @@ class Rollout:
     group: str
     prompt: str
     prompt_ids: tuple[int, ...]
-    completion: str
-    completion_ids: tuple[int, ...]  # what was sampled, end token included where one was sampled
+    completion: str  # of several turns the model's last one
+    # What was sampled, end token included where one was sampled; of several turns all of them, the
+    # environment's, too.
+    completion_ids: tuple[int, ...]
     finish: Finish  # "length": cut off at max_completion_length
     reward: float | None  # None or not finite: dropped from its group, and counted
     step: int | None = None  # the policy that generated it had taken this many steps; None: unknown
@@ -54,17 +64,41 @@ class Rollout:
     # Sampled in this step, from a recorded file, from an earlier step, or the dataset's own answer.
     source: Source = "fresh"
     rewards: Mapping[str, float | None] = field(default_factory=dict)  # by function, unweighted
-    failure: Failure | None = None  # of a reward function; the reward is then 0 (math) or None
-    ref_logprob: float | None = None  # nats, summed over completion_ids; None: ask the reference
-    # Nats, summed over completion_ids, under whoever sampled them, at that temperature; None: not
+    # Of a reward function or the environment; the reward is then 0 (math) or None.
+    failure: Failure | None = None
+    ref_logprob: float | None = None  # nats, summed over sampled_ids; None: ask the reference
+    # Nats, summed over sampled_ids, under whoever sampled them, at that temperature; None: not
     # known.
     sampling_logprob: float | None = None
-    # Nats, of each of completion_ids, from an engine with kernels of its own; None: not known.
+    # Nats, of each of sampled_ids, from an engine with kernels of its own; None: not known.
     sampling_logprobs: tuple[float, ...] | None = None
-    # The ids that each of completion_ids was drawn from, where top_k, top_p or min_p left some out,
+    # The ids that each of sampled_ids was drawn from, where top_k, top_p or min_p left some out,
     # as `data.kept_ids` writes them; None: all ids.
     kept_ids: str | None = None
+    # The model's turns and the environment's, one after the other; the model has the first and the
+    # last one. None: the completion is one turn.
+    turns: tuple[Turn, ...] | None = None
+    environment_reward: float | None = None  # what the environment gave in all; None: nothing
     columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sampled(self) -> list[range]:
+        """The places in completion_ids of each of the model's turns."""
+        if self.turns is None:
+            return [range(len(self.completion_ids))]
+        found, start = [], 0
+        for turn in self.turns:
+            if turn["by"] == "model":
+                found.append(range(start, start + turn["tokens"]))
+            start += turn["tokens"]
+        return found
+
+    @property
+    def sampled_ids(self) -> tuple[int, ...]:
+        """The tokens of the model's turns: those that are scored and trained."""
+        if self.turns is None:
+            return self.completion_ids
+        return tuple(self.completion_ids[i] for places in self.sampled for i in places)
 
     @property
     def demonstrated(self) -> bool:
@@ -84,7 +118,7 @@ class MicroBatch:
     parents: Tensor  # (L,) int64: the segment it may see besides its own, a completion's prompt
     cu_inputs: Tensor  # (sequences + 1,) int32, boundaries in input_ids; for varlen attention
     predictors: Tensor  # (n,) int64: which of the L hidden states predicts targets[i]
-    targets: Tensor  # (n,) int64: completion tokens only
+    targets: Tensor  # (n,) int64: sampled tokens only
     sampling_logprobs: Tensor  # (n,) float32, nats: of the engine that sampled them; NaN: unknown
     cu_seqlens: Tensor  # (S + 1,) int32: completion boundaries in targets
     rows: Tensor  # (S,) int64: the completion's row in TrainBatch

@@ -59,6 +59,7 @@ void forward_span(const Forward& job, const Scratch& scratch, int64_t span) {
       finish(job, scratch, block, of_span, first, panel);
     });
   }
+  stream_end();  // of the kept logits
 }
 
 // logprobs, lse and entropy of some panels' tokens from the statistics of all spans, in order.

@@ -27,7 +27,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "agro_kernels": [
         {"reference", "tiles", "packing"},
         {"head"},
-        {"agro_options", "counted_rows", "kept_logits", "many_targets"},
+        {"agro_options", "counted_rows", "kept_logits", "many_targets", "model_head"},
         {"_torch", "_triton"},
         {"_cpu"},
         {"ops"},
@@ -48,6 +48,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"config"},
         {"data"},
         {"policy", "rewards", "watch"},
+        {"environments"},
         {"engines", "plan"},
         {"algorithm", "callbacks", "completion", "evaluate", "fresh", "questions"},
         {"metrics", "run"},

@@ -1,10 +1,18 @@
 """torch's matrix product, rounded once or, added to an fp32 matrix, not at all."""
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+_REDUCED = {
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
+_SWITCH = threading.Lock()
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
@@ -19,24 +27,33 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
 
 
 def rounded_product(result: Tensor, a: Tensor, b: Tensor) -> None:
-    """result = a @ b, summed in fp32 and rounded once; all three of one dtype.
-
-    torch lets cuBLAS round partial sums of long products to 16 bits unless told not to.
-    """
-    backend = torch.backends.cuda.matmul
-    allowed = (
-        backend.allow_bf16_reduced_precision_reduction,
-        backend.allow_fp16_reduced_precision_reduction,
-    )
-    backend.allow_bf16_reduced_precision_reduction = False
-    backend.allow_fp16_reduced_precision_reduction = False
-    try:
+    """result = a @ b, summed in fp32 and rounded once; all three of one dtype."""
+    with _whole_sums(a.dtype):
         torch.mm(a, b, out=result)
-    finally:
-        (
-            backend.allow_bf16_reduced_precision_reduction,
-            backend.allow_fp16_reduced_precision_reduction,
-        ) = allowed
+
+
+@contextmanager
+def _whole_sums(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, partial sums of long products of a dtype stay in fp32: torch lets cuBLAS round them
+    to 16 bits unless told not to.
+
+    The switch is the process's: threads change it in turn, and it is put back as it was.
+    """
+    name = _REDUCED.get(dtype)
+    if name is None:
+        yield
+        return
+    backend = torch.backends.cuda.matmul
+    with _SWITCH:
+        allowed = getattr(backend, name)
+        # In newer versions of torch the switch is a pair, which also says whether cuBLAS may split
+        # a sum into parts; a single truth value would allow that.
+        split = getattr(backend, f"{name}_split_k", None)
+        setattr(backend, name, False if split is None else (False, split))
+        try:
+            yield
+        finally:
+            setattr(backend, name, allowed if split is None else (allowed, split))
 
 
 @functools.cache

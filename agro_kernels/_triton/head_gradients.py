@@ -293,8 +293,9 @@ def head_gradients(
             for rows, arguments in row_chunks:
                 dlogits = dlogits_buffer[: rows.stop - rows.start, : entries.stop - start_v]
                 if start_v < kept_columns:
-                    kept = _kept_arguments(kept_logits, kept_rows, rows)
-                    _write_dlogits(dlogits, start_v, arguments | kept, _of_kept(config))
+                    tile = _of_kept(config)
+                    kept = _kept_arguments(tile, kept_logits, kept_rows, rows)
+                    _write_dlogits(dlogits, start_v, arguments | kept, tile)
                 else:
                     _write_dlogits(dlogits, start_v, arguments, config)
                 if known is not None:
@@ -338,11 +339,14 @@ def _column_chunks(vocabulary: int, kept_columns: int, size: int) -> Iterator[sl
 
 def _of_kept(config: configs.TileConfig) -> configs.TileConfig:
     """The tile of the same kernel where it makes no product: nothing but loads and stores."""
-    return replace(config, block_n=KEPT_BLOCK_N, num_warps=4, num_stages=1)
+    return replace(config, block_n=KEPT_BLOCK_N, num_warps=4, num_stages=1, descriptors=False)
 
 
 def _kept_arguments(
-    kept_logits: KeptLogits | None, kept_rows: Tensor | None, rows: slice
+    tile: configs.TileConfig,
+    kept_logits: KeptLogits | None,
+    kept_rows: Tensor | None,
+    rows: slice,
 ) -> dict[str, object]:
     """The kernel's arguments for some rows whose logits were kept: no product, no operands."""
     if kept_logits is not None and kept_rows is None:
@@ -352,10 +356,10 @@ def _kept_arguments(
         "hidden": None,
         "weight": None,
         "bias_ptr": None,
-        "DESCRIPTORS": False,
-        "BLOCK_N": KEPT_BLOCK_N,
-        "num_warps": 4,
-        "num_stages": 1,
+        "DESCRIPTORS": tile.descriptors,
+        "BLOCK_N": tile.block_n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
 
 

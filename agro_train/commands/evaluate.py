@@ -19,7 +19,7 @@ from agro_train.evaluate import Estimate, Evaluation, estimates, evaluate
 from agro_train.metrics import proportion
 from agro_train.policy import checkpoint
 from agro_train.refusal import Refusal
-from agro_train.rewards.functions import load_rewards
+from agro_train.rewards.functions import load_rewards, refuse_unasked
 from agro_train.run_folder import RunFolder
 
 DESCRIPTION = (
@@ -95,6 +95,7 @@ def evaluate_model(
         config,
         sampler.step,
     )
+    refuse_unasked([*result.greedy, *result.sampled])
     found = estimates(result, rewards, config)
     return folder, _write_evaluation(folder, sampler, result, found), found
 

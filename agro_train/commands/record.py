@@ -12,7 +12,7 @@ from agro_train.policy.load import barred, end_tokens
 from agro_train.policy.logprobs import with_sampling_logprobs
 from agro_train.policy.policy import Policy
 from agro_train.refusal import Refusal
-from agro_train.rewards.functions import load_rewards, score
+from agro_train.rewards.functions import load_rewards, refuse_unasked, score
 from agro_train.seeds import derive_seed
 
 DESCRIPTION = (
@@ -72,7 +72,9 @@ def record(config: TrainConfig, output: Path, count: int | None) -> tuple[int, d
                 step=sampler.step,
             )
             rollouts = with_sampling_logprobs(rollouts, policy, config, sampler.model.device)
-            for rollout in score(rollouts, rewards):
+            scored = score(rollouts, rewards)
+            refuse_unasked(scored)
+            for rollout in scored:
                 file.write(rollout_to_json(rollout) + "\n")
                 written += 1
     return written, sampler.questions.left_out

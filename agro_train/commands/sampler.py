@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from agro_train import durable
 from agro_train.config import TrainConfig
 from agro_train.engines.transformers_engine import TransformersEngine
+from agro_train.engines.turns import Dialogue
+from agro_train.environments.pool import Environments
 from agro_train.policy import checkpoint
 from agro_train.policy.load import (
     check_attention,
@@ -20,7 +22,7 @@ from agro_train.policy.load import (
     load_tokenizer,
     set_matmul_precision,
 )
-from agro_train.questions import Questions, check_files, load_questions
+from agro_train.questions import Questions, check_files, load_questions, start_dialogue
 from agro_train.refusal import Refusal
 
 
@@ -34,12 +36,13 @@ class Sampler:
     tokenizer: Any
     step: int | None  # optimiser steps the weights have taken; None: not a run's checkpoint
     questions: Questions
+    dialogue: Dialogue | None  # with the environment, where there is one
 
     def engine(self) -> TransformersEngine:
         """transformers', whatever sampled in the run."""
         ends = end_tokens(self.model, self.tokenizer)
         return TransformersEngine(
-            lambda function: function(self.model), self.tokenizer, ends, self.config
+            lambda function: function(self.model), self.tokenizer, ends, self.config, self.dialogue
         )
 
 
@@ -47,11 +50,13 @@ def load_sampler(config: TrainConfig) -> Sampler:
     """Loads `config.model`, which may also be a run's folder, for its newest checkpoint."""
     check_files(config, recorded=False)
     check_attention(config.attn_implementation)
+    environments = Environments.of(config)
     source, step = checkpoint.find_model(config.model, print)
     set_matmul_precision(config.matmul_precision)
     tokenizer, sizes = load_tokenizer(source, config.chat_template), load_sizes(source)
     of_source = replace(config, model=source)
     questions = load_questions(of_source, tokenizer, sizes.context, gold_needed=False)
+    dialogue = start_dialogue(config, environments, tokenizer, sizes.context, questions)
     model, _ = load_base(source, config, tokenizer)
     return Sampler(
         config=config,
@@ -60,6 +65,7 @@ def load_sampler(config: TrainConfig) -> Sampler:
         tokenizer=tokenizer,
         step=step,
         questions=questions,
+        dialogue=dialogue,
     )
 
 

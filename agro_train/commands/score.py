@@ -12,7 +12,7 @@ from agro_train.commands.sampler import check_free
 from agro_train.config import TrainConfig
 from agro_train.data.chat import spoken
 from agro_train.data.prompts import with_answer
-from agro_train.data.recorded import by_our_names
+from agro_train.data.recorded import by_our_names, has_turns
 from agro_train.data.rows import numbered_rows
 from agro_train.data.tasks import Row
 from agro_train.refusal import Refusal
@@ -105,7 +105,9 @@ def _scorable(row: Row, where: str) -> Rollout:
                 f"score: expected {kind.__name__} as {name} in {where}, got {row[name]!r}; "
                 "reward functions get it"
             )
-    names = Rollout.__dataclass_fields__
+    names = set(Rollout.__dataclass_fields__)
+    if not has_turns(row):
+        names.remove("turns")
     return Rollout(
         group=_group(row),
         prompt=prompt if isinstance(prompt, str) else spoken(prompt),
@@ -114,6 +116,7 @@ def _scorable(row: Row, where: str) -> Rollout:
         completion_ids=tuple(row.get("completion_ids") or ()),
         finish=row.get("finish") or row.get("finish_reason") or "stop",
         reward=None,
+        turns=tuple(row["turns"]) if has_turns(row) else None,
         columns=with_answer({**{k: v for k, v in row.items() if k not in names}, **columns}),
     )
 

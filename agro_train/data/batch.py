@@ -32,7 +32,8 @@ def build_batch(
     budget gets a micro-batch of its own.
 
     Args:
-        min_new_tokens: so many of a completion's first tokens cannot be end tokens.
+        min_new_tokens: so many first tokens of a completion, or of each of its turns, cannot be
+            end tokens.
         mask_truncated: whether those that were cut off count as without a reward, so that their
             group goes without them.
     """
@@ -111,17 +112,21 @@ class _Packing:
 
     def add_completion(self, row: int, rollout: Rollout) -> None:
         """The shift: the prompt's last token predicts ids[0], ids[j] predicts ids[j + 1], and
-        ids[-1] is predicted but never read.
+        ids[-1] is predicted but never read. What an environment said is read and not predicted.
         """
         ids, start = rollout.completion_ids, len(self.input_ids)
         self._add_segment(ids[:-1], first_position=len(self.prompt_ids), parent=self.prompt_segment)
-        self.predictors += [self.last_prompt_token, *range(start, len(self.input_ids))]
-        self.targets += ids
-        self.sampling_logprobs += rollout.sampling_logprobs or [float("nan")] * len(ids)
-        # What was kept at an early token has no end token in it anyway.
-        barred = 0 if rollout.kept_ids else min(self.min_new_tokens, len(ids))
-        self.kept += kept_ids.decode(rollout.kept_ids) if rollout.kept_ids else [()] * len(ids)
-        self.early += [True] * barred + [False] * (len(ids) - barred)
+        predictors = [self.last_prompt_token, *range(start, len(self.input_ids))]
+        count = 0
+        for places in rollout.sampled:
+            self.predictors += predictors[places.start : places.stop]
+            self.targets += ids[places.start : places.stop]
+            # What was kept at an early token has no end token in it anyway.
+            barred = 0 if rollout.kept_ids else min(self.min_new_tokens, len(places))
+            self.early += [True] * barred + [False] * (len(places) - barred)
+            count += len(places)
+        self.sampling_logprobs += rollout.sampling_logprobs or [float("nan")] * count
+        self.kept += kept_ids.decode(rollout.kept_ids) if rollout.kept_ids else [()] * count
         self.cu_seqlens.append(len(self.targets))
         self.rows.append(row)
 

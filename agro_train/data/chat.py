@@ -36,6 +36,9 @@ class ChatOptions:
 
     system_prompt: str = ""  # before every prompt that has no system message
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables of the chat template
+    # Whether a run goes on. It may have begun when settings without effect were not refused, and
+    # they have none now.
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Renderer:
             return text, False
         for given in (question, text):
             if self._rendered_before(given):
-                self._check_spoken(given)
+                if not self.options.resumed:
+                    self._check_spoken(given)
                 begin = self.tokenizer.bos_token
                 begins = not begin or given.lstrip().startswith(begin)
                 return given if begins or not self._frame.begins(begin) else begin + given, True

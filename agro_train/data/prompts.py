@@ -136,9 +136,10 @@ def gold_of(columns: Mapping[str, Any], gold_column: str = "") -> str:
     return "\n".join(f"{name}: {value}" for name, value in golds.items())
 
 
-def regrouped(group: str, gold: str) -> str:
-    """The name of a second group with the same question and another right answer."""
-    return f"{group}-{hashlib.sha256(gold.encode()).hexdigest()[:8]}"
+def regrouped(group: str, by: str) -> str:
+    """The name of a second group with the same question, which differs in something else (`by`),
+    such as the right answer."""
+    return f"{group}-{hashlib.sha256(by.encode()).hexdigest()[:8]}"
 
 
 def _grouped(prompts: Sequence[Prompt], gold_column: str) -> list[Prompt]:

@@ -20,7 +20,7 @@ from agro_train.data.prompts import gold_of, golds_of, regrouped
 from agro_train.data.rows import CSV_SEPARATORS, numbered_rows, read_jsonl, suffix
 from agro_train.data.tasks import Row
 from agro_train.refusal import Refusal
-from agro_train.types import Finish, Rollout
+from agro_train.types import Finish, Rollout, Turn
 
 # What a recorded rollout's columns may hold. Every other column is the reward function's.
 TYPES: dict[str, tuple[type, ...]] = {
@@ -40,7 +40,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "columns": (dict,),
 }
 # Written with every rollout, and without a meaning for the run that reads it.
-IGNORED = ("source", "rewards", "failure")
+IGNORED = ("source", "rewards", "failure", "environment_reward")
 SPELLED = 100  # rollouts of a file whose ids are compared with the text beside them
 
 
@@ -78,8 +78,9 @@ def rollout_to_json(rollout: Rollout) -> str:
     row = {name: getattr(rollout, name) for name in rollout.__dataclass_fields__}
     row["sampling_logprob"] = sampling_logprob(rollout)
     del row["ref_logprob"], row["sampling_logprobs"]
-    if rollout.kept_ids is None:
-        del row["kept_ids"]
+    for name in ("kept_ids", "turns", "environment_reward"):
+        if row[name] is None:
+            del row[name]
     return json.dumps(row, ensure_ascii=False, default=str)
 
 
@@ -107,8 +108,9 @@ def read_rollouts(path: Path) -> list[Rollout]:
 
 def rollout_of(row: dict[str, Any]) -> Rollout:
     """What `vars` of a rollout was before it went through JSON."""
-    ids = {name: tuple(row[name]) for name in ("prompt_ids", "completion_ids")}
-    return Rollout(**{**row, **ids})
+    lists = ("prompt_ids", "completion_ids", "turns")
+    tuples = {name: tuple(row[name]) for name in lists if row.get(name) is not None}
+    return Rollout(**{**row, **tuples})
 
 
 def load_recorded(
@@ -131,7 +133,8 @@ def load_recorded(
     end token, the chat template's. `ref_logprob` is the log-probability of the completion under the
     run's reference at the run's temperature, nats, the sum over its tokens; where it is absent the
     reference is asked. `sampling_logprob` is the same under whoever sampled it, at the temperature
-    of the sampling. `kept_ids` says which ids each token was drawn from.
+    of the sampling. `kept_ids` says which ids each token was drawn from, and `turns` which tokens
+    an environment said, that nobody drew.
 
     A group of one, and a group with a rollout longer than the context, is left out and counted.
 
@@ -356,13 +359,15 @@ class _Reader:
                     f"recorded: expected {name} of one or more ids in [0, {self.vocab_size}) in "
                     f"{where}, got {str(ids)[:60]}; was it recorded with another tokenizer?"
                 )
-        others = {k: v for k, v in row.items() if k not in TYPES and k not in IGNORED}
+        known = {*TYPES, *IGNORED, *(["turns"] if has_turns(row) else [])}
+        others = {k: v for k, v in row.items() if k not in known}
         return Rollout(
             group=str(row.get("group", prompt)),
             prompt=prompt,
             prompt_ids=tuple(prompt_ids),
             completion=row.get("completion") or tokenizer.decode(completion_ids),
             completion_ids=tuple(completion_ids),
+            turns=_turns(row, completion_ids, tokenizer, where),
             finish=finish,
             reward=_finite(row["reward"]),
             step=row.get("step"),
@@ -393,6 +398,43 @@ class _Reader:
                 "got none; set the tokenizer's eos_token"
             )
         return [*ids, self.end] if finish == "stop" and self.end is not None else ids
+
+
+def has_turns(row: Row) -> bool:
+    """Whether the row's column `turns` is a rollout's. Any other is the reward function's."""
+    turns = row.get("turns")
+    return isinstance(turns, list) and any(isinstance(t, dict) and "tokens" in t for t in turns)
+
+
+def _turns(
+    row: Row, completion_ids: Sequence[int], tokenizer: Any, where: str
+) -> tuple[Turn, ...] | None:
+    """The row's, once they are seen to be those of its completion. Raises Refusal."""
+    if not has_turns(row):
+        return None
+    given = row["turns"]
+    if "completion_ids" not in row:
+        raise Refusal(
+            f"recorded: expected completion_ids beside turns in {where}, got none; text alone does "
+            "not say where a turn ends: record it with them (agro rollout does)"
+        )
+    turns: list[Turn] = []
+    start = 0
+    for number, turn in enumerate(given):
+        by, tokens = (turn.get("by"), turn.get("tokens")) if isinstance(turn, dict) else (None, 0)
+        if by != ("model", "environment")[number % 2] or type(tokens) is not int or tokens < 1:
+            break
+        ids = completion_ids[start : start + tokens]
+        text = turn.get("text") or tokenizer.decode(ids, skip_special_tokens=True)
+        turns.append({"by": by, "tokens": tokens, "text": str(text)})
+        start += tokens
+    if len(turns) < len(given) or len(given) % 2 == 0 or start != len(completion_ids):
+        raise Refusal(
+            "recorded: expected turns {by, tokens, text}, by model and environment one after the "
+            f"other, the model first and last, whose tokens are the {len(completion_ids)} of "
+            f"completion_ids, in {where}, got {str(given)[:80]}; record it again"
+        )
+    return tuple(turns)
 
 
 def _text_beside(row: Row) -> str:
@@ -435,7 +477,7 @@ def _kept_ids(row: Row, rollout: Rollout, where: str, vocab_size: int) -> str:
             f"recorded: expected kept_ids as a rollout log has them, or a list of ids for each "
             f"token, in {where}, got {str(given)[:60]!r} ({error}); record it again"
         ) from error
-    ids = rollout.completion_ids
+    ids = rollout.sampled_ids
     wrong = "" if len(sets) == len(ids) else f"{len(sets)} sets for {len(ids)} tokens"
     for token, kept in zip(ids, sets, strict=False):
         if kept[0] < 0 or kept[-1] >= vocab_size:

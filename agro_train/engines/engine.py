@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, NotRequired, Protocol, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -84,6 +84,8 @@ class Ask(TypedDict):
     and min_p keep, and the rollout's `kept_ids` says which."""
     step: int | None
     """How many steps the policy's weights have taken. None: they never change."""
+    limits: NotRequired[Sequence[int]]
+    """Tokens at most of each prompt's completions; absent: max_completion_length."""
 
 
 class Engine(Protocol):

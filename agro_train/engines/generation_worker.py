@@ -81,6 +81,7 @@ class Generator:
         seeds: list[int],
         num_generations: int,
         temperature: float,
+        limits: list[int] | None = None,
     ) -> list[list[tuple[tuple[int, ...], list[float] | None, str | None]]]:
         rollouts = generate(
             self.model,
@@ -93,6 +94,7 @@ class Generator:
             batch_size=self.config.generation_batch_size,
             end_tokens=self.end_tokens,
             sampling=Sampling.of(self.config),
+            limits=limits,
         )
         logprobs = self.logprobs(rollouts) if temperature else [None] * len(rollouts)
         found = [

@@ -16,6 +16,7 @@ from torch import nn
 from agro_train.config import TrainConfig
 from agro_train.engines import generation_worker
 from agro_train.engines.engine import Ask, BrokenEngine, Sampling, Snapshot, cut
+from agro_train.engines.turns import Dialogue, Group, sampled
 from agro_train.engines.vllm_client import TOKENS_S
 from agro_train.engines.weights import MEMORY, gathered_by_all, written
 from agro_train.policy.adapter import merged_weights
@@ -39,9 +40,10 @@ class ProcessEngine:
         tokenizer: Any,
         end_tokens: set[int],
         config: TrainConfig,
+        dialogue: Dialogue | None = None,
     ) -> None:
         self.policy, self.tokenizer, self.end_tokens = policy, tokenizer, end_tokens
-        self.config = config
+        self.config, self.dialogue = config, dialogue
         self.folder = tempfile.TemporaryDirectory(prefix="agro-", dir=place(policy, config))
         path = Path(self.folder.name)
         unwrap(policy).model.config.save_pretrained(path)
@@ -82,9 +84,10 @@ class ProcessEngine:
         if snapshot.files:
             snapshot.files[0].parent.rmdir()
 
-    def sample(
-        self, prompts: Sequence[Prompt], **ask: Unpack[Ask]
-    ) -> Iterator[tuple[int, list[Rollout]]]:
+    def sample(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> Iterator[Group]:
+        yield from sampled(self.dialogue, self._one_turn, prompts, **ask)
+
+    def _one_turn(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> Iterator[Group]:
         temperature, step = ask["temperature"], ask["step"]
         groups = self._job(
             {
@@ -92,6 +95,7 @@ class ProcessEngine:
                 "seeds": list(ask["seeds"]),
                 "num_generations": ask["num_generations"],
                 "temperature": temperature,
+                "limits": ask.get("limits"),
             }
         )
         for place, (prompt, group) in enumerate(zip(prompts, groups, strict=True)):

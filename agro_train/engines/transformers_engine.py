@@ -8,7 +8,8 @@ one in a hundred in bfloat16; the rest of their completions then differs too.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 
 from agro_train.config import TrainConfig
 from agro_train.engines.engine import PLAIN, Ask, Sampling, completion_seed, cut
+from agro_train.engines.turns import Dialogue, Groups, sampled
 from agro_train.settings import MOST_KEPT
 from agro_train.types import Prompt, Rollout
 
@@ -32,6 +34,7 @@ class TransformersEngine:
 
     Args:
         with_model: calls a function with the transformers model, ready for generation.
+        dialogue: with the environment, where rollouts have several turns.
     """
 
     def __init__(
@@ -40,23 +43,33 @@ class TransformersEngine:
         tokenizer: Any,
         end_tokens: set[int],
         config: TrainConfig,
+        dialogue: Dialogue | None = None,
     ) -> None:
-        self.with_model = with_model
+        self.with_model, self.dialogue = with_model, dialogue
         self.tokenizer, self.end_tokens, self.config = tokenizer, end_tokens, config
 
     def complete(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> list[Rollout]:
-        return self.with_model(
-            lambda model: generate(
-                model,
-                self.tokenizer,
-                prompts,
-                **ask,
-                max_completion_length=self.config.max_completion_length,
-                batch_size=self.config.generation_batch_size,
-                end_tokens=self.end_tokens,
-                sampling=Sampling.of(self.config),
-            )
+        def whole(model: PreTrainedModel) -> list[Rollout]:
+            groups = dict(sampled(self.dialogue, partial(self._one_turn, model), prompts, **ask))
+            return [rollout for place in range(len(prompts)) for rollout in groups[place]]
+
+        return self.with_model(whole)
+
+    def _one_turn(
+        self, model: PreTrainedModel, prompts: Sequence[Prompt], **ask: Unpack[Ask]
+    ) -> Groups:
+        found = generate(
+            model,
+            self.tokenizer,
+            prompts,
+            **ask,
+            max_completion_length=self.config.max_completion_length,
+            batch_size=self.config.generation_batch_size,
+            end_tokens=self.end_tokens,
+            sampling=Sampling.of(self.config),
         )
+        size = ask["num_generations"]
+        return [(i, found[i * size : (i + 1) * size]) for i in range(len(prompts))]
 
 
 def generate(
@@ -72,6 +85,7 @@ def generate(
     end_tokens: set[int],
     step: int | None = None,
     sampling: Sampling = PLAIN,
+    limits: Sequence[int] | None = None,
 ) -> list[Rollout]:
     """Completions as `Engine.complete` describes them.
 
@@ -80,16 +94,18 @@ def generate(
     never less than one prompt's.
     """
     prompts_at_once = max(1, batch_size // num_generations)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
-    config = _generation_config(tokenizer, max_completion_length, end_tokens, sampling)
+    limits = limits or [max_completion_length] * len(prompts)
+    context = getattr(model.config, "max_position_embeddings", None)
     with torch.no_grad():
-        for start in range(0, len(by_length), prompts_at_once):
-            indices = by_length[start : start + prompts_at_once]
+        for indices in batches(prompts, limits, prompts_at_once, context):
+            # A prompt that may have fewer has its own cut: they are the first of those it gets.
+            length = max(limits[i] for i in indices)
+            config = _generation_config(tokenizer, length, end_tokens, sampling)
             draw = None
             if temperature:
                 streams = [
-                    random_bits(completion_seed(seeds[i], number), max_completion_length)
+                    random_bits(completion_seed(seeds[i], number), length)
                     for i in indices
                     for number in range(num_generations)
                 ]
@@ -101,7 +117,7 @@ def generate(
                 rollouts[i] = [
                     cut(
                         prompts[i],
-                        ids,
+                        ids[: limits[i]],
                         tokenizer,
                         end_tokens,
                         temperature,
@@ -112,6 +128,23 @@ def generate(
                     for number, ids in enumerate(group)
                 ]
     return [rollout for group in rollouts for rollout in group]
+
+
+def batches(
+    prompts: Sequence[Prompt], limits: Sequence[int], count: int, context: int | None
+) -> Iterator[list[int]]:
+    """The places of `count` prompts of similar length at a time, fewer where the longest of them
+    would come to more than `context` tokens by the time that the last one may have ended."""
+    batch: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)):
+        length = len(prompts[i].ids) + max(limits[j] for j in [*batch, i])
+        beyond = len(set(limits)) > 1 and context is not None and length > context
+        if batch and (len(batch) == count or beyond):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def random_bits(seed: int, count: int) -> Tensor:
@@ -233,7 +266,7 @@ def _generation_config(
     pad = tokenizer.pad_token_id
     return GenerationConfig(
         max_new_tokens=max_completion_length,
-        min_new_tokens=sampling.min_new_tokens or None,
+        min_new_tokens=min(sampling.min_new_tokens, max_completion_length) or None,
         do_sample=False,
         repetition_penalty=1.0,
         eos_token_id=sorted(end_tokens),

@@ -98,6 +98,7 @@ class Colocated:
                 max_logprobs=MOST_LOGPROBS,
                 generation_config="vllm",
                 enforce_eager=not torch.cuda.is_available(),
+                enable_chunked_prefill=None if reads_in_parts() else False,
                 gpu_memory_utilization=config.vllm_gpu_memory_utilization,
                 tensor_parallel_size=config.vllm_tensor_parallel_size,
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
@@ -404,6 +405,15 @@ class Servers:
                 self.leave_out(server, error)
 
 
+def reads_in_parts() -> bool:
+    """Whether vLLM may read a prompt in parts, as it does where many come at once.
+
+    After each part it sets a seeded request's random numbers back, which torch has no way to do on
+    a CPU: vLLM would end.
+    """
+    return torch.cuda.is_available()
+
+
 def serve_command(model: str, options: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The command line and environment of a server that takes a trainer's weights.
 
@@ -425,6 +435,8 @@ def serve_command(model: str, options: Sequence[str]) -> tuple[list[str], dict[s
         command += [name, value]
     package = str(Path(__file__).parents[2])
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    if not reads_in_parts():
+        command.append("--no-enable-chunked-prefill")
     # The requests that start and end an update are among vLLM's development ones.
     command.append("--enable-scale-out")  # requests of tokens
     return [*command, *options], {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}

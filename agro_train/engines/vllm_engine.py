@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
 from agro_train.engines.engine import Ask, BrokenEngine, Sampling, Snapshot, completion_seed, cut
+from agro_train.engines.turns import Dialogue, Group, sampled
 from agro_train.engines.vllm_client import (
     TOKENS_S,
     Answer,
@@ -65,7 +66,9 @@ class VllmEngine:
         tokenizer: Any,
         end_tokens: set[int],
         config: TrainConfig,
+        dialogue: Dialogue | None = None,
     ) -> None:
+        self.dialogue = dialogue
         self.client, self.policy, self.accelerator = client, policy, accelerator
         self.tokenizer, self.end_tokens, self.config = tokenizer, end_tokens, config
         self.sampling = Sampling.of(config)
@@ -79,30 +82,35 @@ class VllmEngine:
         if self.sent is None or ask["step"] != self.sent:
             self.send(prompts[0])
             self.sent = ask["step"]
-        sampled = self.sample(prompts, **ask)
-        groups = self.together(lambda: dict(sampled))
+        found = self.sample(prompts, **ask)
+        groups = self.together(lambda: dict(found))
         return [rollout for place in range(len(prompts)) for rollout in groups[place]]
 
-    def sample(
-        self, prompts: Sequence[Prompt], **ask: Unpack[Ask]
-    ) -> Iterator[tuple[int, list[Rollout]]]:
-        """The prompts' places and their completions, each group once it is there."""
+    def sample(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> Iterator[Group]:
+        """The prompts' places and their completions, each group once it is there; with an
+        environment once all are."""
+        yield from sampled(self.dialogue, self.one_turn, prompts, **ask)
+
+    def one_turn(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> Iterator[Group]:
         num_generations, temperature = ask["num_generations"], ask["temperature"]
+        limits = ask.get("limits", [self.config.max_completion_length] * len(prompts))
         requests = [
-            self.request(prompt.ids, completion_seed(seed, number), temperature)
-            for prompt, seed in zip(prompts, ask["seeds"], strict=True)
+            self.request(prompt.ids, completion_seed(seed, number), temperature, limit)
+            for prompt, seed, limit in zip(prompts, ask["seeds"], limits, strict=True)
             for number in range(num_generations)
         ]
         arrived: list[dict[int, Rollout]] = [{} for _ in prompts]
         for index, answer in self.ask(requests):
             place, number = divmod(index, num_generations)
             group = arrived[place]
-            group[number] = self.rollout(prompts[place], answer, temperature, ask["step"])
+            group[number] = self.rollout(
+                prompts[place], answer, temperature, ask["step"], limits[place]
+            )
             if len(group) == num_generations:
                 yield place, [group[number] for number in range(num_generations)]
 
     def rollout(
-        self, prompt: Prompt, answer: Answer, temperature: float, step: int | None
+        self, prompt: Prompt, answer: Answer, temperature: float, step: int | None, limit: int
     ) -> Rollout:
         found = cut(
             prompt,
@@ -116,7 +124,7 @@ class VllmEngine:
             self.kept(answer) if temperature and self.sampling.truncates else None,
         )
         # vLLM puts text together in its own way, and may see a stop string where `cut` sees none.
-        short = len(found.completion_ids) < self.config.max_completion_length
+        short = len(found.completion_ids) < limit
         return replace(found, finish="stop") if self.sampling.stop and short else found
 
     def ask(
@@ -155,9 +163,15 @@ class VllmEngine:
     def vocabulary(self) -> int:
         return len(unwrap(self.policy).model.get_output_embeddings().weight)
 
-    def request(self, ids: tuple[int, ...], seed: int, temperature: float) -> Request:
-        """Every setting that shapes the distribution, spelled out, so that no default can."""
-        sampling = self.sampling
+    def request(
+        self, ids: tuple[int, ...], seed: int, temperature: float, limit: int | None = None
+    ) -> Request:
+        """Every setting that shapes the distribution, spelled out, so that no default can.
+
+        Args:
+            limit: tokens of the answer at most; None: max_completion_length.
+        """
+        sampling, limit = self.sampling, limit or self.config.max_completion_length
         parameters = {
             "n": 1,
             "seed": seed,
@@ -168,8 +182,8 @@ class VllmEngine:
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "max_tokens": self.config.max_completion_length,
-            "min_tokens": sampling.min_new_tokens,
+            "max_tokens": limit,
+            "min_tokens": min(sampling.min_new_tokens, limit),
             "stop_token_ids": sorted(self.end_tokens),
             "ignore_eos": True,  # the run's end tokens are all there
             "logprobs": 0,  # of the token sampled, and no others
@@ -369,6 +383,7 @@ def start(
     tokenizer: Any,
     end_tokens: set[int],
     longest_prompt: int,
+    dialogue: Dialogue | None = None,
 ) -> VllmEngine:
     """Starts vLLM, or finds the server. Raises Refusal, in one sentence, where it cannot."""
     # At least two tokens: the probe's first, and one more that goes with its log-probability.
@@ -400,7 +415,7 @@ def start(
         length = config.vllm_max_model_length or length
         model = unwrap(policy).model.config
         client = Colocated(model, rollout_dtype(config), length, config, tokenizer)
-    engine = VllmEngine(client, policy, accelerator, tokenizer, end_tokens, config)
+    engine = VllmEngine(client, policy, accelerator, tokenizer, end_tokens, config, dialogue)
     if config.truncates and isinstance(client, Servers):
         client.check_logprobs(engine.num_logprobs())
     return engine

@@ -15,6 +15,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -57,6 +58,11 @@ class FilesWeightTransfer(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        for module in self.model.modules():
+            # A head that is tied to the embeddings, on a CPU: it multiplies by a packed copy of the
+            # weight, and no file has told vLLM that it is another one now.
+            if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
+                module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""

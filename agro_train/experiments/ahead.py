@@ -80,7 +80,7 @@ def equal_time(curves: Curves, later: Mapping[str, Named]) -> list[Row]:
     half as many updates as the others."""
     rows: list[Row] = []
     for name, named in later.items():
-        row: Row = {"algorithm": name}
+        cells: dict[str, object] = {"algorithm": name}
         for k, points in named.items():
             found = []
             for one in points:
@@ -88,8 +88,8 @@ def equal_time(curves: Curves, later: Mapping[str, Named]) -> list[Row]:
                 share = BESIDE / STEP_TIME.get(int(k), BESIDE)
                 at = min(curve, key=lambda mark: abs(mark["step"] - share * curve[-1]["step"]))
                 found.append(at["eval_reward"])
-            row[f"k = {k}"] = str(compare.interval(found))
-        rows.append(row)
+            cells[f"k = {k}"] = str(compare.interval(found))
+        rows.append(cells)
     return rows
 
 

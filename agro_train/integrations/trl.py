@@ -148,11 +148,13 @@ class AGROConfig(RLOOConfig):  # type: ignore[misc]
             "min(1, policy / vLLM) to this power of what AGRO says. 0: AGRO as it stands."
         },
     )
-    keep_logits_bytes: int = field(
+    # None is there for transformers' HfArgumentParser: of `int | str` it takes numbers alone, of
+    # this any string.
+    keep_logits_bytes: int | str | None = field(
         default=0,
         metadata={
             "help": "Memory in bytes for logits that the forward pass keeps for the backward pass, "
-            "a micro-batch, see agro_kernels.linear_logprobs. 0: none are kept."
+            "a micro-batch, see agro_kernels.linear_logprobs: a number or auto. 0: none are kept."
         },
     )
 
@@ -174,6 +176,10 @@ class AGROConfig(RLOOConfig):  # type: ignore[misc]
             )
         nothing = torch.zeros(2)  # the op checks its own options
         agro_coefficients(nothing, nothing, nothing, nothing.long(), **self.agro_options())
+        keep = self.keep_logits_bytes
+        if isinstance(keep, str) and keep.isdecimal():  # of a command line
+            keep = int(keep)
+        self.keep_logits_bytes = 0 if keep is None else keep
         _Head(self.keep_logits_bytes)
         if self.taper > 0 and not self.use_vllm:
             raise ValueError(

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from agro_train.config import TrainConfig
 from agro_train.plan.architecture import build, find_architecture
 from agro_train.plan.machine import Machine
 from agro_train.plan.trace import trace
+from agro_train.policy.policy import layers_of
 from agro_train.refusal import Refusal
 
 # Bytes of a weight in NF4, with the numbers that scale its blocks in 8 bits.
@@ -124,7 +126,7 @@ def plan(config: TrainConfig, machine: Machine, architecture: Any = None) -> Pla
     weights = weigh(architecture, config)
     world, low = machine.gpus, config.mixed_precision == "bf16"
     share = 1 / world if config.fsdp else 1.0
-    itemsize = 2 if low or config.dtype == "bfloat16" else 4
+    itemsize = product_bytes(config)
     ratio = itemsize / (2 if config.dtype == "bfloat16" else 4)  # of a gathered weight to a stored
     longest = config.max_prompt_length + config.max_completion_length
     mine = -(-config.prompts_per_step // world) * config.num_generations
@@ -221,6 +223,11 @@ def plan(config: TrainConfig, machine: Machine, architecture: Any = None) -> Pla
     )
 
 
+def product_bytes(config: TrainConfig) -> int:
+    """Bytes of a number in the model's products, and of a weight that was gathered for them."""
+    return 2 if config.mixed_precision == "bf16" or config.dtype == "bfloat16" else 4
+
+
 def step_tokens(config: TrainConfig, world: int) -> int:
     """What one process reads of a step, prompts and completions as long as they may be."""
     prompts = -(-config.prompts_per_step // world)
@@ -232,10 +239,10 @@ def step_tokens(config: TrainConfig, world: int) -> int:
 def weigh(architecture: Any, config: TrainConfig) -> Weights:
     """The model's weights, from their shapes."""
     model = build(architecture, config, "eager")
-    layers: Any = model.base_model.layers
+    layers: Any = layers_of(model)
     in_layers = {id(p) for p in layers.parameters()}
     head = model.get_output_embeddings()
-    linear: Sequence[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    linear: Sequence[Any] = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
     quantised = {id(m.weight) for m in linear if m is not head} if config.load_in_4bit else set()
 
     def size(parameter: torch.Tensor) -> float:

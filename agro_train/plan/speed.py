@@ -5,7 +5,7 @@ from typing import Any
 
 from agro_train.config import TrainConfig
 from agro_train.plan.machine import DATASHEETS, Machine
-from agro_train.plan.memory import Plan, step_tokens
+from agro_train.plan.memory import Plan, product_bytes, step_tokens
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class Speed:
 def speed(config: TrainConfig, machine: Machine, architecture: Any, planned: Plan) -> Speed:
     """Every completion as long as it may be. Products run at `efficiency` of the datasheet's
     bfloat16 rate; the network and the products overlap, so the longer one counts."""
-    low = config.mixed_precision == "bf16" or config.dtype == "bfloat16"
-    if not (machine.cuda and low):
+    if not machine.cuda or product_bytes(config) > 2:
         return Speed(None, None, None)
     device, weights = DATASHEETS[machine.gpu], planned.weights
     rate = device.bfloat16 * machine.efficiency
@@ -51,10 +50,9 @@ def _network(config: TrainConfig, machine: Machine, planned: Plan, read: int) ->
     weights, others = planned.weights, (machine.gpus - 1) / machine.gpus
     if not config.fsdp:  # a sum goes out and comes back
         return 2 * weights.trained * others / machine.link
-    itemsize = 2 if config.mixed_precision == "bf16" else 4
     micro = -(-read // planned.micro_batch)
     # Policy and reference score, the update goes forward and back; gradients are summed in float32.
-    a_micro_batch = 4 * weights.count * itemsize + 4 * weights.trained_count
+    a_micro_batch = 4 * weights.count * product_bytes(config) + 4 * weights.trained_count
     return micro * a_micro_batch * others / machine.link
 
 

@@ -10,7 +10,7 @@ from agro_train.config import TrainConfig
 from agro_train.plan.advice import Change, first_change, fits
 from agro_train.plan.architecture import find_architecture
 from agro_train.plan.machine import Machine
-from agro_train.plan.memory import Plan, plan
+from agro_train.plan.memory import Plan, plan, product_bytes
 from agro_train.plan.speed import Speed, speed
 
 
@@ -55,7 +55,7 @@ class Prediction:
     def sentences(self) -> list[str]:
         """What the table leaves open."""
         found, config = self.plan, self.config
-        weights = found.weights
+        weights, in_products = found.weights, found.weights.count * product_bytes(config)
         lines = [self.verdict()]
         trained = f", {weights.trained_count / 1e6:.1f} M of them trained" * config.use_peft
         lines.append(
@@ -67,15 +67,12 @@ class Prediction:
             + f", {found.cache_rows} sequences at once" * bool(found.cache_rows)
         )
         if config.use_vllm and config.vllm_mode == "server":
-            itemsize = 2 if config.mixed_precision == "bf16" or config.dtype == "bfloat16" else 4
             sampled += (
-                f"; vLLM's servers hold {_gb(weights.count * itemsize)} GB of weights each, over "
-                "the GPUs of one"
+                f"; vLLM's servers hold {_gb(in_products)} GB of weights each, over the GPUs of one"
             )
         elif config.use_vllm:
             share = config.vllm_gpu_memory_utilization * self.machine.bytes
-            itemsize = 2 if config.mixed_precision == "bf16" or config.dtype == "bfloat16" else 4
-            own = weights.count * itemsize / config.vllm_tensor_parallel_size
+            own = in_products / config.vllm_tensor_parallel_size
             sampled += f"; vLLM's share holds {_gb(own)} GB of weights and " + (
                 f"{max(0, int((share - own) / found.cache_row))} longest sequences"
             )

@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from agro_kernels import ModelHead
 from agro_train.config import TrainConfig
 from agro_train.plan.architecture import build, shortened
 from agro_train.plan.machine import Machine
-from agro_train.policy.policy import Policy
+from agro_train.policy.policy import Policy, layers_of
 from agro_train.refusal import Refusal
 from agro_train.settings import MOST_KEPT
 from agro_train.types import MicroBatch
@@ -32,7 +33,7 @@ from agro_train.types import MicroBatch
 PLANNED = "agro_planned"  # our name among transformers' attentions; theirs ask for a package
 # The head's own buffers: agro_kernels._triton.head_gradients and csrc/README.md say why.
 DLOGITS_BYTES, CHUNK = 512 * 2**20, 32768
-CPU_CHUNK = 2048
+CPU_CHUNK, CPU_SUMS = 2048, 4
 
 
 class Pass(NamedTuple):
@@ -120,7 +121,8 @@ def _traced(
     with FakeTensorMode():
         gathered_low = config.fsdp and config.mixed_precision == "bf16"
         onto_cpu(model, torch.bfloat16 if gathered_low else None)
-        policy = (FlashPolicy if flash else Policy)(model)
+        # A form is found by running a model on contents. None takes memory worth counting.
+        policy = (FlashPolicy if flash else Policy)(model, form=ModelHead())
         micro = micro_batch(config, tokens, predicted)
         head = model.get_output_embeddings().weight
         weight_grad = _prepare_gradients(policy, head, config, machine)
@@ -175,7 +177,7 @@ def _prepare_gradients(
 ) -> Tensor | None:
     """Gradients as an earlier micro-batch has left them: whole and in place, or, sharded, gone from
     each layer as soon as they are made. Returns what the head adds to by itself, if it does."""
-    layers = {id(p) for p in policy.model.base_model.layers.parameters()}
+    layers = {id(p) for p in layers_of(policy.model).parameters()}
     for parameter in policy.parameters():
         if not parameter.requires_grad:
             continue
@@ -221,20 +223,24 @@ def head_buffers(func: Any, args: Any, machine: Machine, *, in_place: bool) -> f
     """
     if func.namespace != "agro" or "linear_logprobs" not in func.__name__:
         return 0.0
-    backward = "bwd" in func.__name__
-    hidden, weight = args[3:5] if backward else args[:2]
+    # By name: operators have gained arguments before, and pass their last ones or not.
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False))
+    backward, hidden, weight = "output_mask" in given, given["hidden"], given["weight"]
     rows, size, itemsize = int(hidden.shape[0]), int(hidden.shape[1]), int(hidden.element_size())
-    wants_weight = backward and (in_place or args[-1][1] is True)
+    wants_weight = backward and (in_place or given["output_mask"][1])
     if not machine.cuda:
         if not backward:
             return 4.0 * size * min(rows, CPU_CHUNK)
-        # Hidden packed once or twice, and a sum of its gradient for each thread.
-        return 4.0 * rows * size * (1 + wants_weight + torch.get_num_threads())
+        # Hidden packed once or twice, and the sums of its gradient that threads share.
+        return 4.0 * rows * size * (1 + wants_weight + min(torch.get_num_threads(), CPU_SUMS))
     if not backward:
         return 64.0 * rows  # a few statistics a row and part of the vocabulary
     at_once = min(rows, CHUNK)
     columns = min(DLOGITS_BYTES // (at_once * itemsize), CHUNK, len(weight))
-    sums = 4 * columns * size if wants_weight and not in_place and itemsize < 4 else 0
+    # The sum of one chunk of tokens is rounded by its product; those of several add up in fp32.
+    summed = wants_weight and not in_place and itemsize < 4 and rows > CHUNK
+    sums = 4 * columns * size if summed else 0
     rounded = 4 * rows * size if itemsize < 4 else 0
     return float(at_once * columns * itemsize + rounded + sums)
 

@@ -54,12 +54,17 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, checkpoint: Path | 
                 f"lora_target_modules: expected names of linear layers, got {targets}: {reason}"
             ) from error
     lora.base_model_name_or_path = base_name(config, new=checkpoint is None)
-    for kind in ("output", "input"):
-        if isinstance(getattr(model, f"get_{kind}_embeddings")(), LoraLayer):
-            raise Refusal(
-                f"lora_target_modules: expected layers between embedding and head, got {targets}, "
-                f"which covers the {kind} embeddings; the fused head reads those weights themselves"
-            )
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embeddings, LoraLayer):
+        raise Refusal(
+            f"lora_target_modules: expected layers behind the embeddings, got {targets}, which "
+            "covers the input embeddings; leave them out"
+        )
+    if isinstance(head, LoraLayer) and head.base_layer.weight is embeddings.weight:
+        raise Refusal(
+            f"lora_target_modules: expected layers between embedding and head of a model that ties "
+            f"the two, got {targets}; an adapter merged into one would change the other, too"
+        )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

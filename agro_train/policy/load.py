@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from agro_kernels import LogprobHead
 from agro_train.config import TrainConfig
 from agro_train.data.chat import turn_end
 from agro_train.policy import tiny
@@ -143,7 +144,7 @@ def _in_4bit(config: TrainConfig) -> dict[str, Any]:
 
 def prepare(model: PreTrainedModel, config: TrainConfig) -> None:
     """Dropout off, no generation defaults of its own, gradient checkpointing as configured; without
-    it the products inside the MLPs alone are computed again."""
+    it the products inside the MLPs alone are computed again. The head in `head_dtype`."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -169,6 +170,14 @@ def prepare(model: PreTrainedModel, config: TrainConfig) -> None:
             ) from error
     else:
         recompute_mlp_products(model)
+    if config.head_dtype == "float32":  # for generation, too
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise Refusal(
+                f"head_dtype: expected model for a head that is not a torch.nn.Linear, got float32 "
+                f"for the {type(head).__name__} of {type(model).__name__}"
+            )
+        model.set_output_embeddings(LogprobHead.from_linear(head, torch.float32))
     model.eval()
 
 

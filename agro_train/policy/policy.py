@@ -11,14 +11,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from agro_kernels import linear_logprobs_with_stats, weighted_logprob_sum
+from agro_kernels import ModelHead, linear_logprobs_with_stats, weighted_logprob_sum
 from agro_train.refusal import Refusal
 from agro_train.types import MicroBatch
 
 T = TypeVar("T")
-
-# Heads that scale their logits after the product; the policy would train another distribution.
-SCALED_LOGITS = ("logit_scale", "logits_scaling", "logits_scale")
 
 
 class Policy(nn.Module):
@@ -27,17 +24,27 @@ class Policy(nn.Module):
     The head runs inside `forward`, so wrappers that gather weights around it (DDP, FSDP2) see it.
     """
 
-    def __init__(self, model: PreTrainedModel, barred: Collection[int] = ()) -> None:
-        """barred: ids that cannot be drawn where a micro-batch is `early`. Raises Refusal for a
-        head whose distribution would be another one."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        barred: Collection[int] = (),
+        form: ModelHead | None = None,
+    ) -> None:
+        """Raises Refusal for a model whose logits are not its head's of the last hidden state,
+        scaled or capped.
+
+        Args:
+            barred: ids that cannot be drawn where a micro-batch is `early`.
+            form: what lies between the last hidden state and the logits, as another policy of the
+                same class and configuration has it; None: the model is asked, in two passes or
+                more, which weights without contents cannot be.
+        """
         super().__init__()
-        for name in SCALED_LOGITS:
-            if getattr(model.config, name, 1.0) not in (1.0, None):
-                raise Refusal(
-                    f"model: expected a head without logit scaling, got {name}="
-                    f"{getattr(model.config, name)} in {type(model).__name__}; it is not supported"
-                )
-        if barred and getattr(model.config, "final_logit_softcapping", None):
+        try:
+            self.form = ModelHead.of(model) if form is None else form
+        except ValueError as error:
+            raise Refusal(str(error)) from error
+        if barred and self.form.softcap is not None:
             raise Refusal(
                 f"min_new_tokens: expected 0 for a head with a softcap, as {type(model).__name__} "
                 "has, got more; with top_k, top_p or min_p it works"
@@ -61,17 +68,20 @@ class Policy(nn.Module):
         if not isinstance(micro, MicroBatch):
             return micro(self.model)
         hidden = self.hidden_states(micro)[micro.predictors]
-        more = (temperature, coefficients, lse, weight_grad)
-        if micro.early is None:
-            return self._head(micro, hidden, slice(None), *more)
-        first = self._head(micro, hidden, micro.early, *more, ban=True)
-        rest = self._head(micro, hidden, ~micro.early, *more)
+        head = self.model.get_output_embeddings()
+        with self.form.precision(head, hidden):
+            terms = self.form.terms(head, hidden)
+            more = (temperature, coefficients, lse, weight_grad)
+            if micro.early is None:
+                return self._head(micro, terms, slice(None), *more)
+            first = self._head(micro, terms, micro.early, *more, ban=True)
+            rest = self._head(micro, terms, ~micro.early, *more)
         return _interleaved(micro.early, first, rest) if coefficients is None else first + rest
 
     def _head(
         self,
         micro: MicroBatch,
-        hidden: Tensor,
+        terms: tuple[Tensor, Tensor, Tensor | None],
         rows: Tensor | slice,
         temperature: float,
         coefficients: Tensor | None,
@@ -81,24 +91,22 @@ class Policy(nn.Module):
     ) -> Any:
         """What `forward` returns, of some of the n rows; with `ban` the barred ids have probability
         0, which a bias of -inf is for."""
-        head = self.model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
+        hidden, weight, bias = terms
+        hidden, targets = hidden[rows], micro.targets[rows]
         if ban:
             assert self.barred, "early tokens are scored by a policy that knows what is barred"
-            banned = head.weight.new_zeros(len(head.weight))
+            banned = weight.new_zeros(len(weight))
             banned[self.barred] = -torch.inf
             bias = banned if bias is None else bias + banned
         options: dict[str, Any] = {
             "bias": bias,
-            "temperature": temperature,
-            "softcap": getattr(self.model.config, "final_logit_softcapping", None),
+            **self.form.options(temperature, targets),
             "kept_ids": None if micro.kept_ids is None else micro.kept_ids[rows],
         }
-        hidden, targets = hidden[rows], micro.targets[rows]
         if coefficients is None:
-            return linear_logprobs_with_stats(hidden, head.weight, targets, **options)
+            return linear_logprobs_with_stats(hidden, weight, targets, **options)
         options |= {"lse": None if lse is None else lse[rows], "weight_grad": weight_grad}
-        return weighted_logprob_sum(hidden, head.weight, targets, coefficients[rows], **options)
+        return weighted_logprob_sum(hidden, weight, targets, coefficients[rows], **options)
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """(L, D) final hidden states of a packed micro-batch.
@@ -162,6 +170,24 @@ def head_gradient(policy: nn.Module) -> Tensor | None:
     return gradient
 
 
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """A model's layers, whatever its family calls them (`layers`, `h`, `decoder.layers`).
+
+    Raises Refusal for a model that has no list of as many modules as its configuration has layers.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
+    as_long = [each for each in lists if len(each) == count]
+    if not as_long:
+        raise Refusal(
+            f"model: expected one with a list of its {count} layers, got {type(model).__name__}, "
+            f"whose lists have {sorted({len(each) for each in lists})} modules; take a model of "
+            "another family"
+        )
+    # A layer may have a list of as many experts; it is inside, so it is smaller.
+    return max(as_long, key=lambda each: sum(p.numel() for p in each.parameters()))
+
+
 def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
     """Shards weights, gradients and with them the optimiser over the ranks, layer by layer (FSDP2).
 
@@ -171,7 +197,7 @@ def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
     param_dtype = torch.bfloat16 if mixed_precision == "bf16" else None
     reduce_dtype = torch.promote_types(policy.model.dtype, torch.float32)
     policy_of_layers = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    for layer in policy.model.base_model.layers:
+    for layer in layers_of(policy.model):
         fully_shard(layer, mesh=mesh, mp_policy=policy_of_layers)
     root = replace(policy_of_layers, cast_forward_inputs=False)
     fully_shard(policy, mesh=mesh, mp_policy=root)

@@ -26,8 +26,9 @@ from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
 from agro_train.types import Rollout
 
-# What the reference reads: a prompt's ids, a completion's, and what was kept for each of these.
-Sequenced = tuple[tuple[int, ...], tuple[int, ...], str | None]
+# What the reference is asked: a prompt's ids, a completion's, which of these were sampled, and what
+# was kept for each of them.
+Sequenced = tuple[tuple[int, ...], tuple[int, ...], tuple[range, ...], str | None]
 # Log-probabilities of one file's rollouts by their place in it, nats.
 Known = dict[int, float]
 
@@ -88,7 +89,7 @@ def with_ref_logprobs(
 
 def sequence(rollout: Rollout) -> Sequenced:
     """What the reference's log-probability of a rollout depends on."""
-    return rollout.prompt_ids, rollout.completion_ids, rollout.kept_ids
+    return rollout.prompt_ids, rollout.completion_ids, tuple(rollout.sampled), rollout.kept_ids
 
 
 def ask_reference(
@@ -173,7 +174,7 @@ def _check_claims(file: RecordedFile, values: Mapping[int, float]) -> None:
     for i, value in values.items():
         rollout = file.rollouts[i]
         assert rollout.ref_logprob is not None, "only rollouts that have one are checked"
-        if abs(rollout.ref_logprob - value) > TOLERANCE * len(rollout.completion_ids):
+        if abs(rollout.ref_logprob - value) > TOLERANCE * len(rollout.sampled_ids):
             raise Refusal(
                 f"recorded: expected ref_logprob of this run's reference at this temperature in "
                 f"{file.path}, rollout {i + 1}, got {rollout.ref_logprob:g} where the reference "

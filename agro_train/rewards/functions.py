@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from agro_train.config import TrainConfig
 from agro_train.refusal import Refusal
+from agro_train.rewards.environment import EnvironmentReward
 from agro_train.rewards.math_verify import MathReward
 from agro_train.rewards.number import NumberReward
 from agro_train.rewards.own import OwnFunction
@@ -16,7 +17,9 @@ from agro_train.rewards.reward import Outcome, Reward
 from agro_train.types import Prompt, Rollout
 
 # By the name that `reward=` takes. A new built-in reward is a file in this folder and a word here.
-BUILT_IN: dict[str, type[Reward]] = {kind.name: kind for kind in (NumberReward, MathReward)}
+BUILT_IN: dict[str, type[Reward]] = {
+    kind.name: kind for kind in (NumberReward, MathReward, EnvironmentReward)
+}
 
 
 @dataclass(frozen=True)
@@ -86,19 +89,21 @@ def with_readable_gold(prompts: Sequence[Prompt], config: TrainConfig) -> list[P
 
 
 def score(rollouts: Sequence[Rollout], rewards: Rewards) -> list[Rollout]:
-    """The same rollouts with their rewards."""
-    if not rollouts:
-        return []
-    by_part = [part.reward.outcomes(rollouts) for part in rewards]
-    return [
+    """The same rollouts with their rewards; one whose environment failed has none."""
+    whole = [rollout for rollout in rollouts if rollout.failure is None]
+    if not whole:
+        return list(rollouts)
+    by_part = [part.reward.outcomes(whole) for part in rewards]
+    scored = (
         replace(
             rollout,
             reward=_weighted_sum(rewards, outcomes),
             rewards={part.name: o.value for part, o in zip(rewards, outcomes, strict=True)},
             failure=next((o.failure for o in outcomes if o.failure), None),
         )
-        for rollout, *outcomes in zip(rollouts, *by_part, strict=True)
-    ]
+        for rollout, *outcomes in zip(whole, *by_part, strict=True)
+    )
+    return [next(scored) if rollout.failure is None else rollout for rollout in rollouts]
 
 
 def _weighted_sum(rewards: Rewards, outcomes: Sequence[Outcome]) -> float | None:
@@ -118,6 +123,18 @@ class BrokenReward(Refusal):
     """No completion of a run's first step could be scored."""
 
 
+def refuse_unasked(rollouts: Sequence[Rollout]) -> None:
+    """Raises BrokenReward where an environment gave a number that no reward counts."""
+    name = EnvironmentReward.name
+    unasked = [r for r in rollouts if r.environment_reward is not None and name not in r.rewards]
+    if unasked and unasked[0].rewards:
+        raise BrokenReward(
+            f"reward: expected the environment's steps to return None as reward with reward="
+            f"{','.join(unasked[0].rewards)}, got {unasked[0].environment_reward:g}; "
+            f"reward={name} takes its numbers, and reward=[{name},...] the sum with other functions"
+        )
+
+
 def refuse_broken(rollouts: Sequence[Rollout]) -> None:
     """Raises BrokenReward if no completion at all could be scored. Meant for a run's first step,
     where stopping loses nothing."""
@@ -125,11 +142,13 @@ def refuse_broken(rollouts: Sequence[Rollout]) -> None:
         return
     failures = [r.failure for r in rollouts if r.failure is not None]
     if len(failures) == len(rollouts):
+        key = "reward" if rollouts[0].rewards else "environment"
         raise BrokenReward(
-            f"reward: expected rewards for the first step, got a failure ({failures[0]}) "
+            f"{key}: expected rewards for the first step, got a failure ({failures[0]}) "
             f"for all {len(rollouts)} completions; the warning above shows it"
         )
-    names = " and ".join(rollouts[0].rewards) or "the reward function"
+    named = next((r.rewards for r in rollouts if r.rewards), {})
+    names = " and ".join(named) or "the reward function"
     raise BrokenReward(
         f"reward: expected a number for some completion of the first step, got None from {names} "
         f"for all {len(rollouts)}{f', {len(failures)} of them after a failure' * bool(failures)}; "

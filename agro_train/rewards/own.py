@@ -126,6 +126,10 @@ def arguments(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = defaultdict(list)
     for name in {name for rollout in rollouts for name in rollout.columns} - {"prompt"}:
         columns[name] = [rollout.columns.get(name) for rollout in rollouts]
+    if any(rollout.turns is not None for rollout in rollouts):
+        columns["turns"] = [
+            None if rollout.turns is None else list(rollout.turns) for rollout in rollouts
+        ]
     return {
         **columns,
         "prompts": [rollout.prompt for rollout in rollouts],

@@ -46,9 +46,7 @@ def call(function: RewardFunction, arguments: Mapping[str, Sequence[Any]]) -> li
     as numbers.
     """
     count = len(arguments["completions"])
-    values = function(**arguments)
-    if inspect.isawaitable(values):
-        values = event_loop().run(_awaited(values))
+    values = settled(function(**arguments))
     if hasattr(values, "tolist"):
         values = values.tolist()  # of an array or a tensor: Python's own numbers
     if not isinstance(values, Sequence) or len(values) != count:
@@ -63,6 +61,11 @@ def call(function: RewardFunction, arguments: Mapping[str, Sequence[Any]]) -> li
                 f"reward: expected a number or None from the reward function, got {value!r}"
             )
     return [None if value is None else float(value) for value in values]
+
+
+def settled(result: Any) -> Any:
+    """What the user's code returned, awaited where it is async."""
+    return event_loop().run(_awaited(result)) if inspect.isawaitable(result) else result
 
 
 @cache

@@ -71,7 +71,7 @@ def served(model: Path, log: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "agro_train", "serve", str(model), "--port", str(port)]
-    command += ["--dtype", "float32", "--max-model-len", "256"]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": CACHE_GB,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -130,9 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_ahead_vllm.csv")
+    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="of the server")
     options = parser.parse_args(arguments)
     if options.staleness[0] != 0:
         parser.error("--staleness: expected 0 first, which the others are compared with")
+    if options.steps <= max(options.staleness) + 1:
+        left_out = max(options.staleness) + 1
+        parser.error(f"--steps: expected more than the {left_out} that are not counted")
     os.sched_setaffinity(0, TRAINER)
     torch.set_num_threads(1)
     rows: list[dict[str, str]] = []
@@ -142,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = configuration.load(configuration.find(BASE), [])
         load_model(config.model, config).save_pretrained(home / "model")
         load_tokenizer(config.model).save_pretrained(home / "model")
-        with served(home / "model", home / "server.log") as address:
+        with served(home / "model", options.log) as address:
             for k in options.staleness:
                 found = measure(home / "model", address, k, options.steps, home / f"run-{k}")
                 if k == 0:

@@ -81,6 +81,8 @@ CASES = {
     "smoke": OF_SMOKE,
     "smoke_checkpointing": [*OF_SMOKE, "gradient_checkpointing=true"],
     "smoke_adapter": [*OF_SMOKE, "use_peft=true"],
+    # torch's own products: what oneDNN keeps for each shape is no tensor.
+    "smoke_adapter_highest": [*OF_SMOKE, "use_peft=true", "matmul_precision=highest"],
     "smoke_bf16": [*OF_SMOKE, "mixed_precision=bf16"],
     "smoke_eager": [*OF_SMOKE, "attn_implementation=eager"],
     "small": OF_SMALL,

@@ -252,18 +252,24 @@ def from_rounded_dlogits(inputs: HeadInputs, softcap: float | None) -> list[Tens
 def test_gradients_are_as_exact_as_those_of_logits_made_again(
     softcap: float | None, share: int
 ) -> None:
-    """Rounding what is kept to fp16 costs no more than rounding the logits' gradient to bf16."""
-    inputs = head_inputs(N, D, V, dtype=torch.bfloat16, bias=True)
+    """Rounding what is kept to fp16 costs no more than rounding the logits' gradient to bf16.
+
+    As many numbers as it takes for the luck of single roundings to average out. A cap of 5 on
+    logits of standard deviation 5 multiplies the gradient by 1 - tanh^2 near 0, which repeats the
+    kept logits' rounding: that costs another percent.
+    """
+    tokens, hidden_size = 2048, 128
+    inputs = head_inputs(tokens, hidden_size, V, dtype=torch.bfloat16, bias=True)
     truth = plain(inputs, torch.float64, softcap=softcap)
     again = run(inputs, torch.bfloat16, softcap=softcap)
-    kept = run(
-        inputs, torch.bfloat16, softcap=softcap, keep_logits_bytes=budget(share, torch.bfloat16)
-    )
+    room = budget(share, torch.bfloat16, tokens)
+    kept = run(inputs, torch.bfloat16, softcap=softcap, keep_logits_bytes=room)
     for ours, theirs in zip(kept[:3], again[:3], strict=True):
         assert torch.equal(ours, theirs)  # the results do not know what is kept
     rounded = from_rounded_dlogits(inputs, softcap)
+    most = 1.005 if softcap is None else 1.02
     for name, ours, other, true in zip(NAMES[3:], kept[3:], rounded, truth[3:], strict=True):
-        assert error(ours, true) <= 1.005 * error(other, true), name
+        assert error(ours, true) <= most * error(other, true), name
 
 
 @pytest.mark.usefixtures("served")

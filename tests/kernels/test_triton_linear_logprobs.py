@@ -756,3 +756,45 @@ def test_dweight_of_one_chunk_of_tokens_has_the_bits_of_an_fp32_sum(
     total = torch.zeros(75, 40, device=DEVICE)
     backward(inputs, upstream, {}, weight_grad=total)
     assert torch.equal(dweight, total.to(dtype))
+
+
+@pytest.mark.parametrize("chosen", [(True, True), (False, False)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_a_rounded_product_puts_the_users_switches_back(
+    dtype: torch.dtype, chosen: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(partial sums in 16 bits, split sums), a pair for each 16-bit dtype."""
+    backend = torch.backends.cuda.matmul
+    switches = {
+        torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+        torch.float16: "allow_fp16_reduced_precision_reduction",
+    }
+    if not hasattr(backend, "allow_bf16_reduced_precision_reduction_split_k"):
+        pytest.skip("this torch has single switches")
+
+    def pairs() -> dict[torch.dtype, tuple[bool, bool]]:
+        return {
+            dtype: (getattr(backend, name), getattr(backend, f"{name}_split_k"))
+            for dtype, name in switches.items()
+        }
+
+    product, seen, before = torch.mm, [], pairs()
+
+    def watched(*args: Tensor, out: Tensor) -> Tensor:
+        seen.append(pairs())
+        return product(*args, out=out)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    a, b = torch.ones(3, 4, dtype=dtype), torch.ones(4, 5, dtype=dtype)
+    result = torch.empty(3, 5, dtype=dtype)
+    try:
+        for name in switches.values():
+            setattr(backend, name, chosen)
+        gemm.rounded_product(result, a, b)
+        after = pairs()
+    finally:
+        for other, name in switches.items():
+            setattr(backend, name, before[other])
+    assert torch.equal(result, torch.full((3, 5), 4.0, dtype=dtype))
+    assert seen == [{x: (False, chosen[1]) if x == dtype else chosen for x in switches}]
+    assert after == dict.fromkeys(switches, chosen)

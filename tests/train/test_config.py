@@ -443,3 +443,21 @@ def test_a_run_from_before_the_taper_goes_on_without_it(tmp_path: Path) -> None:
     lines = [line for line in today.splitlines() if not line.startswith("off_policy")]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     assert config.load_resumed(tmp_path).off_policy_taper == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["environment=calculator"], "environment: expected module:Class, got 'calculator'"),
+        (["environment=a:B", "max_turns=0"], "max_turns: expected at least 1, got 0"),
+        (
+            ["environment=a:B", "demonstrations=solution"],
+            "demonstrations: expected none with environment=a:B, got solution",
+        ),
+        (["reward=environment"], "reward: expected environment=module:Class with reward=environ"),
+    ],
+)
+def test_environment_that_cannot_work_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.load(None, settings)
+    config.load(None, ["environment=a:B", "reward=[environment,number]", "max_staleness=2"])

@@ -98,6 +98,21 @@ def test_two_ranks_ahead_take_the_steps_of_one(fsdp: str, model: Path, tmp_path:
     assert_same_steps(tmp_path / "two", tmp_path / "one", model)
 
 
+def test_two_ranks_have_the_turns_of_one(tmp_path: Path) -> None:
+    """Each has its environments in a process of its own."""
+    more = ["environment=tests.train.environments.odd:Counts", "stop=['3', '7', '=']"]
+    more += ["reward=[environment,tests.train.reward_functions:even_share]", "steps=1"]
+    more += ["warm_start_steps=0", "max_completion_length=14", "eval_every=0"]
+    assert main(settings(tmp_path / "one", Path("tiny"), *more)) == 0
+    launch(settings(tmp_path / "two", Path("tiny"), *more, "fsdp=false"))
+    ours, theirs = (
+        read_jsonl(tmp_path / name / "rollouts" / "step-000001.jsonl") for name in ("two", "one")
+    )
+    assert any(len(row["turns"]) > 1 for row in theirs) and len(theirs) == 9
+    for name in ("completion_ids", "turns", "rewards", "failure"):
+        assert [row[name] for row in ours] == [row[name] for row in theirs]
+
+
 def test_sharded_in_bfloat16_with_checkpointing_is_near_the_run_of_one(
     model: Path, recorded: tuple[Path, Path], tmp_path: Path
 ) -> None:

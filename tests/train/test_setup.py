@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import get_scheduler
+from transformers import GPT2Config, get_scheduler
 
+from agro_train import setup
 from agro_train.cli import main
 from agro_train.config import TrainConfig
 from agro_train.data.mix import plan
@@ -197,6 +198,24 @@ def test_a_plan_beyond_the_gpu_is_said_and_nothing_else() -> None:
     (line,) = said
     assert line.startswith("memory: 0.")
     assert "of a GPU's 2.0 GB are predicted for the stage" in line
-    assert "would save" in line and "the run goes on" in line
+    assert "the run goes on, see agro plan" in line
     warn_of_memory(replace(config, model="nobody/nothing"), 1, 2e9, said.append)
     assert said[1].startswith("memory was not planned: model: expected one whose config.json")
+
+
+def test_a_plan_of_any_model_never_ends_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40, n_positions=64)
+    gpt2.save_pretrained(tmp_path)
+    config = TrainConfig(model=str(tmp_path), max_prompt_length=8, max_completion_length=9)
+    said: list[str] = []
+    warn_of_memory(config, 1, 2.0001e9, said.append)
+    assert said[0].startswith("memory: 0.")
+
+    def fail(*_: object) -> None:
+        raise AttributeError("no such\nmodule")
+
+    monkeypatch.setattr(setup, "plan_memory", fail)
+    warn_of_memory(config, 1, 80e9, said.append)
+    assert said[1:] == ["memory was not planned: AttributeError: no such module"]

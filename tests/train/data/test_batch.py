@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from agro_train.data import kept_ids
 from agro_train.data.batch import build_batch, pack
 from tests.train.models import ragged_rollouts, rollout
 
@@ -67,3 +68,37 @@ def test_batch_holds_groups_rewards_and_origin() -> None:
     assert batch.rewards[[0, 2]].tolist() == [1.0, 0.5]
     assert batch.rewards[1].isnan()
     assert batch.on_policy.tolist() == [True, False, True]
+
+
+def test_what_an_environment_said_is_read_and_not_predicted() -> None:
+    turns = [("model", 2), ("environment", 3), ("model", 2)]
+    several = replace(
+        rollout("a", [5, 9], [7, 1, 10, 11, 12, 8, 1], 1.0),
+        turns=tuple({"by": by, "tokens": tokens, "text": ""} for by, tokens in turns),
+        sampling_logprobs=(-1.0, -2.0, -3.0, -4.0),
+        kept_ids=kept_ids.encode([[7, 2], [1], [8, 3, 4], [1, 2]]),
+    )
+    (micro,) = pack([several, rollout("a", [5, 9], [8, 1])], token_budget=100, share_prompts=True)
+    assert micro.input_ids.tolist() == [5, 9, 7, 1, 10, 11, 12, 8, 8]  # the prompt once
+    assert micro.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 2]
+    assert micro.predictors.tolist() == [1, 2, 6, 7, 1, 8]
+    assert micro.targets.tolist() == [7, 1, 8, 1, 8, 1]
+    assert micro.cu_seqlens.tolist() == [0, 4, 6]
+    assert micro.sampling_logprobs.tolist()[:4] == [-1.0, -2.0, -3.0, -4.0]
+    assert micro.kept_ids is not None
+    assert [set(row.tolist()) - {-1} for row in micro.kept_ids[:4]] == [
+        {7, 2},
+        {1},
+        {8, 3, 4},
+        {1, 2},
+    ]
+
+
+def test_end_tokens_are_barred_at_the_beginning_of_each_turn() -> None:
+    turns = [("model", 3), ("environment", 2), ("model", 1)]
+    several = replace(
+        rollout("a", [5], [7, 8, 1, 10, 11, 12]),
+        turns=tuple({"by": by, "tokens": tokens, "text": ""} for by, tokens in turns),
+    )
+    (micro,) = pack([several], token_budget=100, share_prompts=True, min_new_tokens=2)
+    assert micro.early is not None and micro.early.tolist() == [True, True, False, True]

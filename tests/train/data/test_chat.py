@@ -16,11 +16,12 @@ from agro_train.data.chat import ChatOptions, turn_end
 from agro_train.data.demonstrations import load_demonstrations
 from agro_train.data.prompts import render
 from agro_train.data.recorded import load_recorded
+from agro_train.data.rows import read_jsonl
 from agro_train.policy import tiny
 from agro_train.policy.load import end_tokens, load_tokenizer
 from agro_train.questions import chat_options, load_questions
 from agro_train.refusal import Refusal
-from tests.train.models import SPECIAL, llama3_tokenizer
+from tests.train.models import SPECIAL, llama3_tokenizer, save_llama3_miniature, small_run
 
 BEGIN, END, _, TURN_END, *_ = SPECIAL
 SYSTEM = {"role": "system", "content": "You are terse."}
@@ -116,8 +117,12 @@ def test_rendered_prompt_in_prompt_template_is_not_rendered_twice() -> None:
 def test_setting_that_a_rendered_prompt_has_no_place_for_is_refused(
     name: str, template: str, system: str
 ) -> None:
+    options = ChatOptions(system_prompt=system)
     with pytest.raises(Refusal, match=f"^{name}: expected none for a prompt that holds the chat"):
-        render({"prompt": ASKED}, TOKENIZER, template, ChatOptions(system_prompt=system))
+        render({"prompt": ASKED}, TOKENIZER, template, options)
+    # A run that began before this was refused goes on with the prompts that it had.
+    goes_on = replace(options, resumed=True)
+    assert render({"prompt": ASKED}, TOKENIZER, template, goes_on).text == ASKED
 
 
 def test_rendered_prompt_that_says_what_the_settings_say_is_taken() -> None:
@@ -333,3 +338,27 @@ def test_run_trains_on_a_dataset_of_messages(tmp_path: Path) -> None:
     small = ["steps=1", "prompts_per_step=2", "num_generations=2", "max_completion_length=4"]
     settings = [f"data={tmp_path / 'd.json'}", "warm_start_steps=2", "eval_prompts=2", *small]
     assert main(["train", *settings, f"output_dir={tmp_path / 'run'}"]) == 0
+
+
+def test_run_that_began_with_a_setting_without_effect_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": ASKED.replace("6", str(a)), "answer": 7 * a} for a in range(8)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    data = [f"data={tmp_path / 'd.json'}", "eval_every=0", "save_every=1", "steps=1"]
+    settings = small_run(save_llama3_miniature(tmp_path), tmp_path / "run", *data)
+    assert main(settings) == 0
+    config = tmp_path / "run" / "config.yaml"  # as it was written when nobody refused it
+    without = config.read_text()
+    config.write_text(without.replace("system_prompt: ''", "system_prompt: You are terse."))
+    assert config.read_text() != without
+    assert main(["train", "--resume", str(tmp_path / "run"), "steps=2"]) == 0
+    before, after = (
+        read_jsonl(tmp_path / "run" / "rollouts" / f"step-{step:06d}.jsonl") for step in (1, 2)
+    )
+    asked = {row["prompt"] for row in rows}
+    assert {row["prompt"] for row in before} | {row["prompt"] for row in after} <= asked
+    capsys.readouterr()
+    begins = [*settings, f"output_dir={tmp_path / 'new'}", "system_prompt=You are terse."]
+    assert main(begins) == 2
+    assert "system_prompt: expected none for a prompt that holds" in capsys.readouterr().err

@@ -404,3 +404,71 @@ def test_rollouts_may_be_in_any_kind_of_file(name: str, tmp_path: Path) -> None:
     ((right, wrong),) = load([str(tmp_path / name)]).groups
     assert (right.completion, right.reward, wrong.reward) == ("3", 1.0, 0.0)
     assert wrong.sampling_logprob == (-2.0 if name == "r.csv" else None)
+
+
+TURNS = [
+    {"by": "model", "tokens": 2, "text": "3+"},
+    {"by": "environment", "tokens": 1, "text": "4"},
+    {"by": "model", "tokens": 2, "text": "5"},
+]
+
+
+def of_turns(reward: float, turns: Any = TURNS) -> dict[str, Any]:
+    ids = [*TOKENIZER("3+45")["input_ids"], 1]
+    prompt = TOKENIZER("1+2=")["input_ids"]
+    return {"prompt_ids": prompt, "completion_ids": ids, "reward": reward, "turns": turns}
+
+
+def test_turns_are_kept_from_log_to_log(tmp_path: Path) -> None:
+    ((first, second),) = load([write(tmp_path / "r.jsonl", of_turns(0), of_turns(1))]).groups
+    assert first.turns == tuple(TURNS)  # type: ignore[comparison-overlap]
+    assert first.sampled == [range(2), range(3, 5)]
+    assert first.sampled_ids == (*first.completion_ids[:2], *first.completion_ids[3:])
+    log = tmp_path / "log.jsonl"
+    write_rollouts(log, [first, replace(second, environment_reward=0.5)])
+    once, again = read_rollouts(log)
+    assert once == first and again.environment_reward == 0.5
+    ((_, loaded),) = load([str(log)]).groups
+    assert loaded.turns == first.turns and loaded.environment_reward is None
+    assert "turns" not in json.loads(rollout_to_json(rollout("g", [2], [3])))
+
+
+def test_kept_ids_are_those_of_sampled_tokens(tmp_path: Path) -> None:
+    ids = of_turns(0)["completion_ids"]
+    sets = [[i, 2] for i in (*ids[:2], *ids[3:])]
+    rows = [{**of_turns(reward), "kept_ids": sets} for reward in (0, 1)]
+    ((first, _),) = load([write(tmp_path / "r.jsonl", *rows)], truncated=True).groups
+    assert [list(s) for s in kept_ids.decode(first.kept_ids or "")] == [sorted(s) for s in sets]
+    rows[0]["kept_ids"] = [*sets, [2]]
+    with pytest.raises(Refusal, match="5 sets for 4 tokens"):
+        load([write(tmp_path / "s.jsonl", *rows)], truncated=True)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        TURNS[:2],
+        TURNS[1:],
+        [*TURNS, TURNS[0]],
+        [{**TURNS[0], "tokens": 5}, *TURNS[1:]],
+        [TURNS[0], TURNS[0], TURNS[2]],
+        [{**TURNS[0], "tokens": 0}, *TURNS[1:]],
+        [{"tokens": 5}],
+        [TURNS[0], "4", TURNS[2]],
+    ],
+)
+def test_turns_that_are_not_the_completions_are_refused(turns: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", of_turns(1), of_turns(0, turns))
+    with pytest.raises(Refusal, match=r"recorded: expected turns .* the 5 of .*, line 2, got \["):
+        load([path])
+
+
+def test_turns_of_text_alone_are_refused_and_another_column_of_that_name_is_the_rewards(
+    tmp_path: Path,
+) -> None:
+    text = {"prompt": "1+2=", "completion": "3", "reward": 1}
+    with pytest.raises(Refusal, match="recorded: expected completion_ids beside turns"):
+        load([write(tmp_path / "r.jsonl", {**text, "turns": TURNS}, GOOD)])
+    other = {**text, "turns": ["one", "two"]}
+    ((first, _),) = load([write(tmp_path / "s.jsonl", other, other)]).groups
+    assert first.turns is None and first.columns["turns"] == ["one", "two"]

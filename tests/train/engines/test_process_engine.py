@@ -11,11 +11,14 @@ import torch
 from accelerate import Accelerator
 
 from agro_train.config import TrainConfig
+from agro_train.data.chat import Renderer
 from agro_train.data.prompts import render
 from agro_train.engines import process_engine
 from agro_train.engines.engine import BrokenEngine, Sampling
 from agro_train.engines.process_engine import ProcessEngine
 from agro_train.engines.transformers_engine import generate
+from agro_train.engines.turns import Dialogue
+from agro_train.environments.pool import Environments
 from agro_train.policy import tiny
 from agro_train.policy.logprobs import with_sampling_logprobs
 from agro_train.policy.policy import Policy
@@ -149,3 +152,20 @@ def test_copies_wait_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(process_engine.shutil, "disk_usage", lambda _, usage=usage: usage)
         found = process_engine.place(policy, replace(CONFIG, max_staleness=2))
         assert (found is not None) == memory
+
+
+def test_several_turns_are_scored_as_the_trainer_scores_them() -> None:
+    config = replace(CONFIG, max_completion_length=12, stop=["3", "7"])
+    policy = Policy(tiny.build_model(len(TOKENIZER), seed=0).eval())
+    environments = Environments("tests.train.environments.odd:Counts", 30.0)
+    dialogue = Dialogue(environments, Renderer(TOKENIZER), config, 40)
+    engine = ProcessEngine(policy, Accelerator(cpu=True), TOKENIZER, ENDS, config, dialogue)
+    engine.load(engine.snapshot(0, PROMPTS[0]))
+    sampled = sample(engine, 1.3, 0)
+    assert any(len(r.sampled) > 1 for r in sampled)
+    scored = with_sampling_logprobs(sampled, policy, config, torch.device("cpu"))
+    for ours, theirs in zip(sampled, scored, strict=True):
+        assert ours.sampling_logprobs is not None and len(ours.completion_ids) <= 12
+        assert len(ours.sampling_logprobs) == len(ours.sampled_ids)
+        assert sum(ours.sampling_logprobs) == pytest.approx(theirs.sampling_logprob, abs=1e-5)
+    engine.close()

@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 from agro_train.config import TrainConfig
 from agro_train.data import kept_ids
 from agro_train.data.batch import pack
+from agro_train.data.chat import Renderer
 from agro_train.data.prompts import render
 from agro_train.engines import vllm_client, vllm_engine, weights
 from agro_train.engines.engine import BrokenEngine, Sampling
 from agro_train.engines.transformers_engine import generate
+from agro_train.engines.turns import Dialogue
 from agro_train.engines.vllm_client import (
     Answer,
     Colocated,
@@ -37,6 +39,7 @@ from agro_train.engines.vllm_client import (
     weights_folder,
 )
 from agro_train.engines.vllm_engine import VllmEngine, make_weights_folder, start
+from agro_train.environments.pool import Environments
 from agro_train.policy import tiny
 from agro_train.types import Prompt
 from tests.conftest import SetSizes
@@ -624,6 +627,8 @@ def test_server_is_started_for_this_machine_only_and_ready_for_weights() -> None
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--max-logprobs") + 1] == "2048"
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
+    # Where seeded requests may not be read in parts; the user's own options come last, and count.
+    assert ("--no-enable-chunked-prefill" in command) is not torch.cuda.is_available()
 
 
 # --- Ahead of the updates, and several servers ----------------------------------------------------
@@ -725,3 +730,24 @@ def test_server_that_misses_the_weights_is_left_out(two: list[Mortal]) -> None:
     assert [server.base_url for server in servers.alive] == [two[0].url]
     with pytest.raises(BrokenEngine, match="expected a server that answers all ranks, got none"):
         servers.keep({two[1].url})  # as another rank says
+
+
+def test_several_turns_are_asked_of_vllm_one_by_one(engine: VllmEngine) -> None:
+    settings = {"max_completion_length": 12, "stop": ["3", "7"], "top_k": 9, "min_new_tokens": 2}
+    engine = sampling(engine, **settings)
+    environments = Environments("tests.train.environments.odd:Counts", 30.0)
+    engine.dialogue = Dialogue(environments, Renderer(TOKENIZER), engine.config, 40)
+    rollouts = engine.complete(PROMPTS, **ASK, step=0)
+    assert len(rollouts) == 6 and any(len(r.sampled) > 1 for r in rollouts)
+    for r in rollouts:
+        (micro,) = pack([r], token_budget=1, share_prompts=False)
+        expected = engine.policy(micro, 1.3).logprobs.tolist()
+        assert r.sampling_logprobs == pytest.approx(expected, abs=1e-5)
+        assert len(r.completion_ids) <= 12 and len(micro.targets) == len(r.sampled_ids)
+    asked = [r for r in engine.client.asked if r.parameters["temperature"]]
+    later = [r for r in asked if r.prompt_ids not in {p.ids for p in PROMPTS}]
+    assert later and len({r.parameters["seed"] for r in asked}) == len(asked)
+    for request in later:
+        used = request.parameters["max_tokens"] + len(request.prompt_ids)
+        assert used in {len(p.ids) + 12 for p in PROMPTS}
+        assert request.parameters["min_tokens"] == min(2, request.parameters["max_tokens"])

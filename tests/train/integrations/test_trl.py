@@ -22,7 +22,7 @@ trl = pytest.importorskip("trl")
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from transformers import LlamaForCausalLM, TrainerCallback  # noqa: E402
+from transformers import HfArgumentParser, LlamaForCausalLM, TrainerCallback  # noqa: E402
 from trl import (  # noqa: E402
     DPOConfig,
     DPOTrainer,
@@ -506,6 +506,18 @@ def documented_losses() -> dict[str, Any]:
 def test_context_refuses_a_budget_that_is_none() -> None:
     with pytest.raises(ValueError, match='keep_logits_bytes: expected an int >= 0 or "auto"'):
         agro_logprobs(keep_logits_bytes=-1).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"), [(["auto"], "auto"), (["4096"], 4096), ([], 0)], ids=str
+)
+def test_a_command_line_takes_a_budget(
+    typed: list[str], expected: int | str, tmp_path: Path
+) -> None:
+    option = ["--keep_logits_bytes", *typed] if typed else []
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false", "--beta", "0.1"]
+    (config,) = HfArgumentParser(AGROConfig).parse_args_into_dataclasses([*arguments, *option])
+    assert config.keep_logits_bytes == expected
 
 
 def test_context_puts_trls_head_back() -> None:

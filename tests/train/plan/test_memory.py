@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GPT2Config
 
 from agro_train.config import TrainConfig
 from agro_train.plan.advice import first_change, fits
 from agro_train.plan.machine import Machine
-from agro_train.plan.memory import Plan, cache_bytes, plan
+from agro_train.plan.memory import Plan, cache_bytes, plan, product_bytes, weigh
 from agro_train.policy import tiny
 from agro_train.refusal import Refusal
 
@@ -57,6 +57,24 @@ def test_an_adapter_needs_no_reference_and_moments_of_itself_alone() -> None:
     assert update["weights"] == 2 * COUNT + 4 * trained
     assert update["moments"] == 8 * trained
     assert found.checkpoint == 12 * trained
+
+
+def test_layers_that_are_called_otherwise_are_weighed() -> None:
+    gpt2 = GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=40, n_positions=64)
+    weights = weigh(gpt2, CONFIG)
+    layer = 12 * 32**2 + 13 * 32
+    assert weights.layer == 4 * layer
+    assert weights.root == 4 * ((40 + 64) * 32 + 2 * 32)
+    assert weights.linear_count == 3 * 12 * 32**2
+    assert weights.whole == 3 * weights.layer + weights.root
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [({}, 4), ({"mixed_precision": "bf16"}, 2), ({"dtype": "bfloat16"}, 2)],
+)
+def test_products_are_in_two_bytes_by_either_setting(settings: dict[str, Any], size: int) -> None:
+    assert product_bytes(replace(CONFIG, **settings)) == size
 
 
 def test_the_key_value_cache_is_transformers_own() -> None:

@@ -1,10 +1,11 @@
 """A pass on tensors without contents holds what the same pass with contents holds."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Phi3Config
 
 from agro_train.config import TrainConfig
 from agro_train.plan import trace
@@ -25,13 +26,25 @@ CASES = {
     "eager": replace(CONFIG, attn_implementation="eager"),
     "bf16": replace(CONFIG, mixed_precision="bf16"),
     "top_k": replace(CONFIG, top_k=4),
+    "weights in bf16": replace(CONFIG, dtype="bfloat16"),
+}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 15}
+IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+FAMILIES = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=15, n_positions=64, **IDS),
+    "opt": OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **SIZES, **IDS),
+    "phi3": Phi3Config(intermediate_size=48, **SIZES, **IDS),
+    "llama": LlamaConfig(intermediate_size=48, **SIZES),
 }
 
 
-def really_kept(config: TrainConfig) -> float:
+def really_kept(config: TrainConfig, architecture: Any = ARCHITECTURE) -> float:
     """Bytes that a forward pass with contents leaves."""
-    model = tiny.build_model(15, seed=0)
-    model.set_attn_implementation(config.attn_implementation)
+    model = AutoModelForCausalLM.from_config(
+        architecture,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
     prepare(model, config)
     if config.use_peft:
         add_adapter(model, config, None)
@@ -56,6 +69,53 @@ def test_a_pass_without_contents_keeps_the_same_bytes(name: str) -> None:
     found = trace.trace(ARCHITECTURE, CASES[name], ALONE, TOKENS, TOKENS)
     assert found.kept == really_kept(CASES[name]) > 0
     assert found.backward >= found.kept and found.scoring > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_familys_pass_is_planned(family: str) -> None:
+    architecture = FAMILIES[family]
+    found = trace.trace(architecture, CONFIG, ALONE, TOKENS, TOKENS)
+    assert found.kept == really_kept(CONFIG, architecture) > 0
+
+
+def own_bytes(rows: int, cuda: bool, asked: bool, dtype: torch.dtype, in_place: bool) -> float:
+    """What a backward pass of the head takes for itself; its weight is (40000, 16)."""
+    op = torch.ops.agro.linear_logprobs_bwd.default
+    given = {
+        "hidden": torch.empty(rows, 16, dtype=dtype, device="meta"),
+        "weight": torch.empty(40_000, 16, dtype=dtype, device="meta"),
+        "output_mask": [True, asked, False],
+    }
+    args = [given.get(argument.name) for argument in op._schema.arguments]
+    machine = Machine(gpus=1, gpu="h100" if cuda else "cpu")
+    return trace.head_buffers(op, args, machine, in_place=in_place)
+
+
+@pytest.mark.parametrize(("threads", "sums"), [(1, 1), (4, 4), (64, 4)])
+def test_at_most_four_sums_of_dhidden_on_a_cpu(
+    threads: int, sums: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    hidden = 4 * 300 * 16
+    frozen = own_bytes(300, cuda=False, asked=False, dtype=torch.float32, in_place=False)
+    assert frozen == hidden * (1 + sums)
+    for asked, in_place in ((True, False), (False, True)):
+        trained = own_bytes(300, cuda=False, asked=asked, dtype=torch.float32, in_place=in_place)
+        assert trained == hidden * (2 + sums)
+
+
+def test_one_chunk_of_tokens_needs_no_float32_gradient_of_the_weight_on_a_gpu() -> None:
+    low = torch.bfloat16
+
+    def of_weight(rows: int, dtype: torch.dtype) -> float:
+        asked, frozen = (own_bytes(rows, True, each, dtype, False) for each in (True, False))
+        return asked - frozen
+
+    assert of_weight(32_768, low) == 0
+    columns = 512 * 2**20 // (32_768 * 2)
+    assert of_weight(32_769, low) == 4 * columns * 16
+    assert of_weight(32_769, torch.float32) == 0
+    assert own_bytes(32_769, True, False, low, True) == own_bytes(32_769, True, False, low, False)
 
 
 def test_many_layers_are_what_two_and_three_of_them_say() -> None:

@@ -25,6 +25,7 @@ from agro_train.policy.adapter import (
     base_name,
     has_adapter,
     merged_weights,
+    save,
 )
 from agro_train.policy.load import check_4bit, load_model
 from agro_train.refusal import Refusal
@@ -131,7 +132,7 @@ def test_frozen_head_computes_no_weight_gradient() -> None:
     policy = lora_policy()
     with Calls("linear_logprobs_bwd") as calls:
         gradient_of(policy, AdapterOff(policy), ragged_batch(token_budget=1000), LORA)
-    asked = [arguments[-1] for arguments in calls.arguments]
+    asked = [arguments[-3] for arguments in calls.arguments]  # before the kept logits
     assert asked == [[True, False, False]]  # of hidden states, weight, bias
 
 
@@ -175,7 +176,6 @@ def test_same_seed_gives_the_same_adapter_whatever_was_drawn_before() -> None:
     ("targets", "message"),
     [
         (["nope"], "lora_target_modules: expected names of linear layers, got .'nope'.: Target"),
-        (["lm_head"], "lora_target_modules: expected layers between .* the output embeddings"),
         (["q_proj", "embed_tokens"], "lora_target_modules: .* covers the input embeddings"),
         (
             ["norm"],
@@ -186,6 +186,49 @@ def test_same_seed_gives_the_same_adapter_whatever_was_drawn_before() -> None:
 def test_targets_that_cannot_work_are_refused(targets: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lora_policy(replace(LORA, lora_target_modules=targets))
+
+
+def test_adapter_on_the_head_trains_saves_and_loads(tmp_path: Path) -> None:
+    """In float64, against the model's own logits with peft's forward."""
+    config = replace(LORA, lora_target_modules=["q_proj", "lm_head"])
+    policy = lora_policy(config)
+    micro = ragged_batch(token_budget=1000).micro[0]
+    hidden = policy.hidden_states(micro)[micro.predictors]
+    logprobs_all = policy.model.lm_head(hidden).log_softmax(-1)
+    expected = logprobs_all.gather(-1, micro.targets[:, None])[:, 0]
+    results = policy(micro)
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(results.logprobs, expected, **exact)
+    adapter = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    assert sum("lm_head.lora" in name for name in adapter) == 2
+    total = policy(micro, 1.0, torch.ones_like(expected), results.lse.detach())
+    found = torch.autograd.grad(total, list(adapter.values()))
+    wanted = torch.autograd.grad(expected.sum(), list(adapter.values()))
+    for name, a, b in zip(adapter, found, wanted, strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=name)
+    save(policy.model, tmp_path, policy.model.state_dict())
+    again = tiny_policy()
+    add_adapter(again.model, config, tmp_path)
+    torch.testing.assert_close(again(micro).logprobs, results.logprobs, rtol=1e-5, atol=1e-6)
+    plain = tiny_policy()
+    plain.model.load_state_dict(dict(merged_weights(policy.model)), strict=False)
+    torch.testing.assert_close(plain(micro).logprobs, results.logprobs, **exact)
+
+
+def test_adapter_on_the_head_changes_no_bit_before_the_first_step() -> None:
+    config = replace(LORA, lora_target_modules=["lm_head"])
+    policy = lora_policy(config, dtype=torch.float32, trained=False)
+    micro = ragged_batch(token_budget=1000).micro[0]
+    with torch.no_grad():
+        assert torch.equal(policy(micro).logprobs, AdapterOff(policy)(micro).logprobs)
+
+
+def test_adapter_on_a_tied_head_is_refused() -> None:
+    model = tiny_policy().model
+    model.lm_head.weight = model.get_input_embeddings().weight
+    with pytest.raises(Refusal, match="model that ties the two, got .*merged into one would"):
+        add_adapter(model, replace(LORA, lora_target_modules=["lm_head"]), None)
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

@@ -8,16 +8,29 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agro_train.cli import main
+from agro_train.config import TrainConfig
 from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.rows import read_jsonl
 from agro_train.policy import load
 from agro_train.policy.load import fingerprint, identity, set_matmul_precision
-from agro_train.policy.policy import Policy
+from agro_train.policy.policy import Policy, layers_of
+from agro_train.refusal import Refusal
 from agro_train.types import Rollout
 from tests.train.models import ragged_rollouts, tiny_policy
 
@@ -154,9 +167,53 @@ def test_flash_attention_is_told_where_sequences_begin(monkeypatch: pytest.Monke
     assert len(calls) == policy.model.config.num_hidden_layers and len(calls[0]) == 9
 
 
-def test_scaled_logits_are_refused() -> None:
-    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.1))
-    with pytest.raises(ValueError, match="model: expected a head without logit scaling, got logit"):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scaled_head_gives_the_models_own_distribution_and_gradients(temperature: float) -> None:
+    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.1)).eval()
+    (micro,) = pack(ragged_rollouts()[:1], token_budget=100, share_prompts=False)
+    policy = Policy(model)
+    ours = policy(micro, temperature)
+    logits = model(input_ids=micro.input_ids[None]).logits[0] / temperature
+    logprobs = logits.log_softmax(-1)[micro.predictors].gather(-1, micro.targets[:, None])[:, 0]
+    torch.testing.assert_close(ours.logprobs, logprobs)
+    torch.testing.assert_close(ours.lse, logits.logsumexp(-1)[micro.predictors])
+    total = policy(micro, temperature, torch.ones_like(logprobs), ours.lse.detach())
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(total, parameters)
+    for a, b in zip(found, torch.autograd.grad(logprobs.sum(), parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_head_in_float32_multiplies_in_it_under_autocast() -> None:
+    config = TrainConfig(head_dtype="float32")
+    policy = tiny_policy(dtype=torch.float32)
+    load.prepare(policy.model, config)
+    policy.model.to(torch.bfloat16)
+    (micro,) = pack(ragged_rollouts(), token_budget=1000, share_prompts=True)
+    weight = policy.model.get_output_embeddings().weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = policy.hidden_states(micro)[micro.predictors]
+        ours = policy(micro)
+        generated = policy.model(input_ids=micro.input_ids[None]).logits
+    logits = hidden.float() @ weight.float().T
+    expected = logits.log_softmax(-1).gather(-1, micro.targets[:, None])[:, 0]
+    torch.testing.assert_close(ours.logprobs, expected, rtol=1e-5, atol=1e-5)
+    assert hidden.dtype == weight.dtype == torch.bfloat16 and generated.dtype == torch.float32
+
+
+def test_a_reference_takes_the_form_of_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.5)
+    policy, base = Policy(Gemma2ForCausalLM(config)), Gemma2ForCausalLM(config)
+    monkeypatch.setattr(base, "forward", None)  # it is not run
+    assert Policy(base, (), policy.form).form == policy.form
+    base.config.final_logit_softcapping = 0.7
+    with pytest.raises(Refusal, match="model: expected a configuration with"):
+        Policy(base, (), policy.form)
+
+
+def test_logits_that_are_no_heads_are_refused() -> None:
+    model = BertLMHeadModel(BertConfig(**SMALL, is_decoder=True)).eval()
+    with pytest.raises(Refusal, match="model: expected logits that are lm_head.*differ.* up to"):
         Policy(model)
 
 
@@ -201,3 +258,23 @@ def test_smollm2_trains_on_math_from_its_gguf_file(tmp_path: Path) -> None:
     assert 0.5 < row["entropy"] < 5  # nats: a language model that knows what it says
     texts = [r["completion"] for r in read_jsonl(tmp_path / "run/rollouts/step-000001.jsonl")]
     assert all(text.isprintable() or "\n" in text for text in texts) and any(texts)
+
+
+def test_layers_are_found_whatever_they_are_called() -> None:
+    with torch.device("meta"):
+        gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99))
+        opt = OPTForCausalLM(
+            OPTConfig(
+                hidden_size=32,
+                word_embed_proj_dim=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                vocab_size=99,
+            )
+        )
+    assert layers_of(gpt2) is gpt2.transformer.h
+    assert layers_of(opt) is opt.model.decoder.layers
+    gpt2.config.num_hidden_layers = 3
+    with pytest.raises(Refusal, match=r"expected one with a list of its 3 layers, got GPT2LMHead"):
+        layers_of(gpt2)

@@ -104,5 +104,7 @@ def test_new_built_in_reward_is_a_class_and_a_word_in_the_table(
     check_columns("contains", [good])
     with pytest.raises(ValueError, match="expected text in column answer for reward=contains, got"):
         check_columns("contains", [good, bad])
-    with pytest.raises(ValueError, match="expected number, math, contains or module:function"):
+    with pytest.raises(
+        ValueError, match="expected number, math, environment, contains or module:function"
+    ):
         load_rewards(TrainConfig(reward=["best"]))

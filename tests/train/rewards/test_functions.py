@@ -14,6 +14,7 @@ from agro_train.rewards.functions import (
     check_columns,
     load_rewards,
     refuse_broken,
+    refuse_unasked,
     score,
 )
 from agro_train.types import Prompt
@@ -129,6 +130,36 @@ def test_metrics_of_the_completions() -> None:
 
 @pytest.mark.parametrize("spec", ["best", "best:", ":best"])
 def test_unknown_reward_is_refused(spec: str) -> None:
-    message = f"^reward: expected number, math or module:function, got '{spec}'$"
+    message = f"^reward: expected number, math, environment or module:function, got '{spec}'$"
     with pytest.raises(ValueError, match=message):
         load_rewards(TrainConfig(reward=[spec]))
+
+
+def test_environments_numbers_are_a_reward_and_a_failed_one_has_none() -> None:
+    config = TrainConfig(reward=["environment", "number"], reward_weights=[2.0, 1.0])
+    row = replace(rollout("a", [2], [3], None), completion="7", columns={"answer": "7"})
+    rows = [
+        replace(row, environment_reward=0.5),
+        replace(row, environment_reward=3.0, failure="error"),
+        row,
+    ]
+    found = score(rows, load_rewards(config))
+    assert [r.reward for r in found] == [2.0, None, 1.0]
+    assert [dict(r.rewards) for r in found] == [
+        {"environment": 0.5, "number": 1.0},
+        {},
+        {"environment": None, "number": 1.0},
+    ]
+    assert found[1] is rows[1]
+    refuse_unasked(found)
+    assert score(rows[1:2], load_rewards(config)) == rows[1:2]
+
+
+def test_numbers_that_no_reward_counts_are_one_sentence() -> None:
+    row = replace(rollout("a", [2], [3], None), completion="7", columns={"answer": "7"})
+    unasked = score([replace(row, environment_reward=0.5)], load_rewards(TrainConfig()))
+    with pytest.raises(BrokenReward, match="with reward=number, got 0.5; reward=environment takes"):
+        refuse_unasked(unasked)
+    failed = replace(row, failure="timeout")
+    with pytest.raises(BrokenReward, match="^environment: expected rewards .* .timeout. for all 1"):
+        refuse_broken([failed])

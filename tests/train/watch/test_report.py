@@ -235,3 +235,19 @@ def test_what_is_not_known_is_no_number() -> None:
     assert environment([{"step": 2, "run_id": "a", "gpu": None, "torch": "2"}]) == [
         ("Resumed after 2 steps", {"torch": "2"})
     ]
+
+
+def test_what_an_environment_said_is_shown_apart(run: Path) -> None:
+    turns = [("model", "one+two="), ("environment", "<three>"), ("model", "four")]
+    several = replace(
+        rollout("g", [1], [2, 3, 4], 1.0),
+        completion="four",
+        turns=tuple({"by": by, "tokens": 1, "text": text} for by, text in turns),
+    )
+    write_rollouts(RunFolder(run).rollouts(3), [several, several])
+    text = page(run)
+    assert (
+        '<div class="text">one+two=</div>'
+        '<div class="environment"><i class="quiet">environment</i>'
+        '<div class="text">&lt;three&gt;</div></div><div class="text">four</div></td>'
+    ) in text

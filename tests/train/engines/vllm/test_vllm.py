@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import LlamaForCausalLM
 
 from agro_train.cli import main
 from agro_train.config import TrainConfig
@@ -32,10 +33,22 @@ ROOT = Path(__file__).parents[4]
 Serve = Callable[[], tuple[str, int]]
 
 
-@pytest.fixture(scope="module")
-def started(model: Path) -> VllmEngine:
-    config = TrainConfig(model=str(model), use_vllm=True, max_completion_length=8)
-    tokenizer, llama = load_tokenizer(str(model)), load_model(str(model), config)
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def started(
+    model: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> VllmEngine:
+    """With a head of its own, and with one that is the embeddings."""
+    folder = model
+    if request.param:
+        folder = tmp_path_factory.mktemp("tied")
+        tied = LlamaForCausalLM.from_pretrained(model, tie_word_embeddings=True)
+        tied.tie_weights()
+        tied.save_pretrained(folder)
+        load_tokenizer(str(model)).save_pretrained(folder)
+    config = TrainConfig(model=str(folder), use_vllm=True, max_completion_length=8)
+    tokenizer, llama = load_tokenizer(str(folder)), load_model(str(folder), config)
+    embeddings, head = llama.get_input_embeddings(), llama.get_output_embeddings()
+    assert (embeddings.weight is head.weight) == request.param
     ends = end_tokens(llama, tokenizer)
     return vllm_engine.start(config, Policy(llama), Accelerator(cpu=True), tokenizer, ends, 20)
 
@@ -90,6 +103,12 @@ def test_samples_are_the_policys_before_and_after_an_update(engine: VllmEngine) 
     assert mismatch(engine, before) > 0.01
     after = ask(engine, texts, step=1)
     assert mismatch(engine, after) < 1e-4
+
+
+def test_more_tokens_at_once_than_a_pass_reads(engine: VllmEngine) -> None:
+    """vLLM would read some of the prompts in parts, which ends it on a CPU."""
+    rollouts = ask(engine, ["1+2=" * 4], step=1, num_generations=400)
+    assert len(rollouts) == 400 and mismatch(engine, rollouts[:20]) < 1e-4
 
 
 def test_completions_are_scored_over_the_ids_that_vllm_kept(engine: VllmEngine) -> None:
