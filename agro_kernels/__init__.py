@@ -7,6 +7,8 @@ from agro_kernels.agro_loss import (
     agro_loss,
     linear_agro_loss,
 )
+from agro_kernels.cross_entropy import linear_cross_entropy
+from agro_kernels.divergences import linear_jsd, linear_kl
 from agro_kernels.head import IGNORE_INDEX
 from agro_kernels.linear_logprobs import (
     LogprobStats,
@@ -14,7 +16,9 @@ from agro_kernels.linear_logprobs import (
     linear_logprobs,
     linear_logprobs_with_entropy,
     linear_logprobs_with_stats,
+    tail_probability,
 )
+from agro_kernels.linear_topk import TopLogprobs, linear_topk
 from agro_kernels.model_head import ModelHead
 from agro_kernels.modules import LinearAgroLoss, LogprobHead, next_tokens, patch_model
 from agro_kernels.packing import pack_sequences
@@ -23,7 +27,7 @@ from agro_kernels.policy_gradient import (
     policy_gradient_coefficients,
     reward_to_go_coefficients,
 )
-from agro_kernels.selective_logprobs import selective_logprobs
+from agro_kernels.selective_logprobs import selective_logprobs, selective_logprobs_with_stats
 from agro_kernels.weighted_logprobs import weighted_logprob_sum
 
 __all__ = [
@@ -36,17 +40,24 @@ __all__ = [
     "LogprobStats",
     "LogprobsWithEntropy",
     "ModelHead",
+    "TopLogprobs",
     "agro_coefficients",
     "agro_loss",
     "linear_agro_loss",
+    "linear_cross_entropy",
+    "linear_jsd",
+    "linear_kl",
     "linear_logprobs",
     "linear_logprobs_with_entropy",
     "linear_logprobs_with_stats",
+    "linear_topk",
     "next_tokens",
     "pack_sequences",
     "patch_model",
     "policy_gradient_coefficients",
     "reward_to_go_coefficients",
     "selective_logprobs",
+    "selective_logprobs_with_stats",
+    "tail_probability",
     "weighted_logprob_sum",
 ]

@@ -38,6 +38,7 @@ class Shards(Protocol):
         lse: Tensor | None,
         weight_grad: Tensor | None,
         keep_logits_bytes: int,
+        ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -179,18 +180,29 @@ class Upstream(NamedTuple):
     """The forward pass's."""
     entropy: Tensor | None
     """The forward pass's, for dentropy; None without it."""
+    dsum: Tensor | None = None
+    """The gradient of the sum of all V logits, after softcap and temperature: each one's share."""
 
     def gradients(self) -> list[Tensor]:
         """Those that there are."""
-        return [gradient for gradient in self[:3] if gradient is not None]
+        given = (self.dlogprobs, self.dlse, self.dentropy, self.dsum)
+        return [gradient for gradient in given if gradient is not None]
+
+    def times(self, scale: Tensor) -> "Upstream":
+        """With scaled gradients, of the same results."""
+        dlogprobs, dlse, dentropy, dsum = (
+            None if gradient is None else gradient * scale
+            for gradient in (self.dlogprobs, self.dlse, self.dentropy, self.dsum)
+        )
+        return Upstream(dlogprobs, dlse, dentropy, self.lse, self.entropy, dsum)
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Upstream":
         """With a function of all tensors."""
-        dlogprobs, dlse, dentropy, entropy = (
-            None if value is None else function(value)
-            for value in (self.dlogprobs, self.dlse, self.dentropy, self.entropy)
+        dlogprobs, dlse, dentropy, lse, entropy, dsum = (
+            None if value is None else function(value) for value in self
         )
-        return Upstream(dlogprobs, dlse, dentropy, function(self.lse), entropy)
+        assert lse is not None
+        return Upstream(dlogprobs, dlse, dentropy, lse, entropy, dsum)
 
 
 def check_shards(shards: object) -> None:
@@ -379,10 +391,7 @@ def check_logits(
 def check_targets(targets: Tensor, like_name: str, like: Tensor) -> None:
     """targets (...) against hidden (..., D) or logits (..., V)."""
     check_tensor("targets", targets)
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"targets: expected int32 or int64 token ids, got {targets.dtype}; cast with .long()"
-        )
+    check_target_dtype(targets)
     if targets.shape != like.shape[:-1]:
         raise ValueError(
             f"targets: expected shape {tuple(like.shape[:-1])} to match {like_name} "
@@ -390,6 +399,35 @@ def check_targets(targets: Tensor, like_name: str, like: Tensor) -> None:
             f"shift so that {like_name}[i] predicts targets[i] before calling"
         )
     check_device("targets", targets, like_name, like)
+
+
+def has_many_targets(hidden: Tensor, targets: Tensor) -> bool:
+    """Whether targets are (..., K) beside hidden (..., D), and not (...), after their checks."""
+    if not isinstance(hidden, Tensor) or not isinstance(targets, Tensor):
+        return False
+    if hidden.dim() == 0 or targets.dim() != hidden.dim():
+        return False
+    check_target_dtype(targets)
+    if targets.shape[:-1] != hidden.shape[:-1]:
+        of_tokens = tuple(hidden.shape[:-1])
+        raise ValueError(
+            f"targets: expected shape {of_tokens}, or (..., K) with (...) = {of_tokens}, to match "
+            f"hidden {tuple(hidden.shape)}, got {tuple(targets.shape)}; shift so that hidden[i] "
+            "predicts targets[i] before calling"
+        )
+    if targets.shape[-1] == 0:
+        raise ValueError(
+            f"targets: expected at least one id a token, got shape {tuple(targets.shape)}; pass "
+            "ignore_index where none counts"
+        )
+    return True
+
+
+def check_target_dtype(targets: Tensor) -> None:
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"targets: expected int32 or int64 token ids, got {targets.dtype}; cast with .long()"
+        )
 
 
 def checked_temperature(temperature: float | Tensor, targets: Tensor) -> float | Tensor:

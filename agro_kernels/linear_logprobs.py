@@ -15,21 +15,28 @@ from agro_kernels.head import (
     HeadOptions,
     Shards,
     check_names,
+    check_target_dtype,
+    check_tensor,
+    checked_ignore_index,
     checked_keep_logits_bytes,
+    has_many_targets,
 )
 from agro_kernels.ops.derivatives import refuse_forward_mode
 from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
+# The least that `tail_probability` gives: half the distance of fp32 numbers below 1.
+SMALLEST_TAIL = 2.0**-24
+
 
 class LogprobsWithEntropy(NamedTuple):
-    """Both (...) fp32, nats."""
+    """Both (...) fp32, nats; the logprobs of K targets a token (..., K)."""
 
     logprobs: Tensor
     entropy: Tensor
 
 
 class LogprobStats(NamedTuple):
-    """All (...) fp32, nats."""
+    """All (...) fp32, nats; the logprobs of K targets a token (..., K)."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -69,9 +76,12 @@ def linear_logprobs(
             are cast to its dtype, as by F.linear.
         targets: (...) int32 or int64 in [0, V), or ignore_index. Any other value is a ValueError on
             the CPU; on a GPU, where looking would stall the device, its logprob is NaN.
+            Or (..., K), K ids a token from the same pass over the vocabulary: a teacher's top k.
+            They may repeat; where all K are ignore_index the token does not count. They cost
+            2 N K D operations beside the 2 N D V of one target.
         bias: (V,) added to the logits, same dtype as hidden. -inf bans a token (with a softcap it
             makes its logit -softcap).
-        temperature: float, or a tensor of the shape of targets; > 0. It must be the sampler's,
+        temperature: float, or a tensor (...), one a token; > 0. It must be the sampler's,
             otherwise the log-ratio to the sampling policy is biased. No gradient flows to it.
         softcap: cap of the logits before the temperature (Gemma 2's final_logit_softcapping).
         ignore_index: targets that do not count; the hidden states of these rows are never read.
@@ -106,8 +116,8 @@ def linear_logprobs(
             part. All ranks call together; `agro_kernels.parallel` says the rest.
 
     Returns:
-        logprobs: (...) fp32 (float64 for float64), nats. Exactly 0.0, with exactly zero gradient,
-        where targets == ignore_index; -inf where the target is banned.
+        logprobs: of the shape of targets, fp32 (float64 for float64), nats. Exactly 0.0, with
+        exactly zero gradient, where targets == ignore_index; -inf where the target is banned.
 
     Gradients flow to hidden, weight and bias, once (no second derivative); what does not require a
     gradient costs nothing in the backward pass. All sums over D and V are accumulated in fp32.
@@ -155,6 +165,36 @@ def linear_logprobs_with_stats(
     return LogprobStats(logprobs, entropy, lse)
 
 
+def tail_probability(
+    logprobs: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """What is left for the rest of the vocabulary: 1 - sum p over each token's different targets.
+
+    Args:
+        logprobs: (..., K), what `linear_logprobs` made of targets (..., K).
+        targets: (..., K) ids, repeated or not, or ignore_index.
+
+    Returns:
+        (...) of the dtype of logprobs, differentiable in them. 1.0 where no target counts. At least
+        2^-24, with no gradient there, so that it has a logarithm: the digits of a smaller one are
+        lost in the sum.
+    """
+    check_tensor("logprobs", logprobs)
+    check_tensor("targets", targets)
+    check_target_dtype(targets)
+    ignore_index = checked_ignore_index(ignore_index)
+    if logprobs.dim() == 0 or logprobs.shape != targets.shape:
+        raise ValueError(
+            f"logprobs: expected shape (..., K) as targets {tuple(targets.shape)}, got "
+            f"{tuple(logprobs.shape)}; pass what linear_logprobs made of them"
+        )
+    ids, order = targets.sort(-1)
+    once = ids != ignore_index
+    once[..., 1:] &= ids[..., 1:] != ids[..., :-1]
+    p = logprobs.gather(-1, order).where(once, -torch.inf).exp()
+    return (1.0 - p.sum(-1)).clamp_min(SMALLEST_TAIL)
+
+
 def _results(
     hidden: Tensor,
     weight: Tensor,
@@ -163,20 +203,39 @@ def _results(
     with_entropy: bool,
     **options: Unpack[HeadOptions],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, lse, entropy), the first two in the shape of targets, entropy too if asked for."""
-    head = Head.of(hidden, weight, targets, **options)
-    logprobs, lse, entropy = flat_results(head, options, with_entropy=with_entropy)
-    shape = targets.shape
-    return logprobs.view(shape), lse.view(shape), entropy.view(shape) if with_entropy else entropy
+    """(logprobs, lse, entropy): the first of the shape of targets, the others one number a token.
+
+    Entropy if asked for.
+    """
+    if not has_many_targets(hidden, targets):
+        head = Head.of(hidden, weight, targets, **options)
+        logprobs, lse, entropy = flat_results(head, options, with_entropy=with_entropy)
+    elif targets.shape[-1] == 1:
+        head = Head.of(hidden, weight, targets.squeeze(-1), **options)
+        logprobs, lse, entropy = flat_results(head, options, with_entropy=with_entropy)
+    else:
+        # The first id of each token stands for all: the checks are the same.
+        head = Head.of(hidden, weight, targets[..., 0], **options)
+        ids = targets.reshape(-1, targets.shape[-1])
+        logprobs, lse, entropy = flat_results(head, options, with_entropy=with_entropy, ids=ids)
+    tokens = hidden.shape[:-1]
+    entropy = entropy.view(tokens) if with_entropy else entropy
+    return logprobs.view(targets.shape), lse.view(tokens), entropy
 
 
 def flat_results(
-    head: Head, options: HeadOptions, *, with_entropy: bool = False, lse: Tensor | None = None
+    head: Head,
+    options: HeadOptions,
+    *,
+    with_entropy: bool = False,
+    lse: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, entropy), (N,) each; entropy is (0,) unless with_entropy.
 
     options: those that `head` was made of. lse (N,): from an earlier pass; then the logprobs cost
-    no matrix product, and entropy is (0,).
+    no matrix product, and entropy is (0,). ids (N, K), without lse: many targets a token, in place
+    of the head's; the logprobs are (N, K).
     """
     weight_grad, shards = options.get("weight_grad"), options.get("shards")
     refuse_forward_mode("linear_logprobs", hidden=head.hidden, weight=head.weight, bias=head.bias)
@@ -184,10 +243,12 @@ def flat_results(
     if torch.is_grad_enabled() and head.requires_grad():
         keep = checked_keep_logits_bytes(options.get("keep_logits_bytes", 0))
     if shards is not None:
-        return shards.results(head, with_entropy, lse, weight_grad, keep)
+        return shards.results(head, with_entropy, lse, weight_grad, keep, ids)
     if weight_grad is not None:
         refuse_under_compile()
-        results = AccumulatingLogprobs.apply(weight_grad, with_entropy, lse, keep, *head)
+        results = AccumulatingLogprobs.apply(weight_grad, with_entropy, lse, keep, ids, *head)
+    elif ids is not None:
+        results = torch.ops.agro.many_logprobs_fwd(*head, ids, with_entropy, keep)[:3]
     elif lse is None:
         results = torch.ops.agro.linear_logprobs_fwd(*head, with_entropy, keep)[:3]
     else:

@@ -25,6 +25,8 @@ that all hold the same bits. With lse the logsumexp over ranks and w_r = exp(lse
     logprob = logprob_r + log w_r    of the rank r that holds the target
     entropy = sum_r w_r (entropy_r - log w_r)
 
+Of many targets a token a second all-gather brings the K log-probabilities together.
+
 Backward: the op's own backward on the shard, with the global lse and entropy, and one all-reduce of
 the gradient of hidden.
 """
@@ -39,14 +41,35 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from agro_kernels.head import FLOATING, Head, check_target_values, check_tensor, pack_kept_ids
+from agro_kernels.head import (
+    FLOATING,
+    Head,
+    Upstream,
+    check_target_values,
+    check_tensor,
+    pack_kept_ids,
+)
 from agro_kernels.linear_logprobs import linear_logprobs as _linear_logprobs
 from agro_kernels.linear_logprobs import (
     linear_logprobs_with_entropy as _linear_logprobs_with_entropy,
 )
 from agro_kernels.linear_logprobs import linear_logprobs_with_stats as _linear_logprobs_with_stats
+from agro_kernels.many_targets import (
+    NO_ID,
+    ManyTargets,
+    dlse_of_many,
+    known_entries,
+    of_tokens,
+)
 from agro_kernels.ops.derivatives import differentiable_once
-from agro_kernels.ops.linear_logprobs import input_gradients, of_entropy, save_head, saved_head
+from agro_kernels.ops.linear_logprobs import (
+    input_gradients,
+    of_entropy,
+    save_head,
+    saved_head,
+    saved_many,
+)
+from agro_kernels.ops.many_logprobs import target_logprobs_of
 from agro_kernels.weighted_logprobs import weighted_logprob_sum as _weighted_logprob_sum
 
 R = TypeVar("R")
@@ -166,14 +189,18 @@ class VocabularyShards:
         lse: Tensor | None,
         weight_grad: Tensor | None,
         keep_logits_bytes: int,
+        ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(logprobs, lse, entropy) over the whole vocabulary, (N,) each; entropy may be (0,).
 
         head: this rank's weight, bias and kept, and targets of the whole vocabulary. entropy is
-        (0,) unless with_entropy. lse (N,): from an earlier pass; then entropy is (0,).
+        (0,) unless with_entropy. lse (N,): from an earlier pass; then entropy is (0,). ids (N, K),
+        without lse: many targets a token, in place of the head's; the logprobs are (N, K).
         """
+        if ids is not None:
+            check_target_values(ids, self.vocabulary, head.ignore_index)
         results: tuple[Tensor, Tensor, Tensor] = _ShardedLogprobs.apply(
-            self, with_entropy, lse, weight_grad, keep_logits_bytes, *head
+            self, with_entropy, lse, weight_grad, keep_logits_bytes, ids, *head
         )
         return results
 
@@ -200,11 +227,24 @@ class _ShardedLogprobs(torch.autograd.Function):
         lse: Tensor | None,
         weight_grad: Tensor | None,
         keep_logits_bytes: int,
+        ids: Tensor | None,
         *fields: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = Head(*fields)
         kept: tuple[Tensor, ...] = ()
-        if lse is None:
+        many = None
+        if ids is not None:
+            tokens = of_tokens(head, ids, shards.vocabulary)
+            *local, kept_logits, kept_maxima = torch.ops.agro.linear_logprobs_fwd(
+                *_local(tokens, shards, 0), with_entropy, keep_logits_bytes
+            )
+            kept = kept_logits, kept_maxima
+            _, lse, entropy = _merge(tokens, shards, local, with_entropy)
+            local_ids = _local_ids(head, ids, shards)
+            logits, mine = target_logprobs_of(head._replace(ignore_index=NO_ID), local_ids, lse)
+            logprobs = _pick_many(head, ids, shards, _gather(shards, *mine.unbind(1)))
+            many = ManyTargets(ids, logits, logprobs)
+        elif lse is None:
             # Where another rank holds the target, row 0 stands for it; _merge drops its logprob.
             *local, kept_logits, kept_maxima = torch.ops.agro.linear_logprobs_fwd(
                 *_local(head, shards, 0), with_entropy, keep_logits_bytes
@@ -218,7 +258,8 @@ class _ShardedLogprobs(torch.autograd.Function):
             # Autograd marks the results as differentiable; the caller's own tensor must stay as is.
             lse = lse.clone()
             entropy = lse.new_empty(0)
-        save_head(ctx, head, lse, entropy, with_entropy, *kept)
+        save_head(ctx, head, lse, entropy, with_entropy, *kept, many=many)
+        ctx.many = many is not None
         ctx.shards, ctx.weight_grad = shards, weight_grad
         return logprobs, lse, entropy
 
@@ -230,7 +271,22 @@ class _ShardedLogprobs(torch.autograd.Function):
         head, lse, entropy, *kept = saved_head(ctx)
         shards: VocabularyShards = ctx.shards
         dentropy = of_entropy(ctx, dentropy)
-        if dlogprobs is not None:
+        known: tuple[Tensor, ...] = ()
+        if ctx.many:
+            many = saved_many(ctx)
+            tokens = of_tokens(head, many.ids, shards.vocabulary)
+            if dlogprobs is not None:
+                gradients = dlogprobs.where(many.ids != head.ignore_index, 0.0)
+                dlse = dlse_of_many(gradients, dlse)
+                dlse = dlse.where(tokens.targets < shards.vocabulary, torch.nan)
+                many = many._replace(ids=_local_ids(head, many.ids, shards))
+                upstream = Upstream(
+                    None, dlse, dentropy, lse, None if dentropy is None else entropy
+                )
+                local_head = head._replace(ignore_index=NO_ID)
+                known = known_entries(local_head, many, gradients, upstream)
+            head, dlogprobs = tokens, None
+        elif dlogprobs is not None:
             # logprob = target logit - lse. On ranks without the target's row, only lse depends on
             # the rank's rows.
             held = shards.of_rank(head.targets, shards.rank) & head.counted()
@@ -239,21 +295,23 @@ class _ShardedLogprobs(torch.autograd.Function):
             in_vocabulary = (head.targets >= 0) & (head.targets < shards.vocabulary)
             dlse = dlse.where(in_vocabulary | ~head.counted(), torch.nan)
             dlogprobs = dlogprobs.where(held, 0.0)
-        _, _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+        _, _, _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         asked = [need_hidden, need_weight, need_bias]
         of_rank = _local(head, shards, 0)
         arguments = (dlogprobs, dlse, dentropy, *of_rank, lse, entropy, asked, *kept)
         if ctx.weight_grad is None:
-            gradients = torch.ops.agro.linear_logprobs_bwd(*arguments)
+            results = torch.ops.agro.linear_logprobs_bwd(*arguments, *known)
         else:
-            gradients = torch.ops.agro.linear_logprobs_bwd_accumulate(*arguments, ctx.weight_grad)
-        dhidden, dweight, dbias = gradients
+            results = torch.ops.agro.linear_logprobs_bwd_accumulate(
+                *arguments, ctx.weight_grad, *known
+            )
+        dhidden, dweight, dbias = results
         if need_hidden:
             total = dhidden.to(torch.promote_types(dhidden.dtype, torch.float32))
             dist.all_reduce(total, group=shards.group)
             dhidden = total.to(dhidden.dtype)
         returned = [need_hidden, need_weight and ctx.weight_grad is None, need_bias]
-        return *[None] * 5, *input_gradients(returned, dhidden, dweight, dbias)
+        return *[None] * 6, *input_gradients(returned, dhidden, dweight, dbias)
 
 
 def _local(head: Head, shards: VocabularyShards, elsewhere: int) -> Head:
@@ -261,6 +319,23 @@ def _local(head: Head, shards: VocabularyShards, elsewhere: int) -> Head:
     held = shards.of_rank(head.targets, shards.rank) & head.counted()
     targets = (head.targets - shards.start).where(held, elsewhere)
     return head._replace(targets=targets.where(head.counted(), _IGNORED), ignore_index=_IGNORED)
+
+
+def _local_ids(head: Head, ids: Tensor, shards: VocabularyShards) -> Tensor:
+    """(N, K): those that this rank holds, by their rows here; NO_ID for the others."""
+    held = shards.of_rank(ids, shards.rank) & (ids != head.ignore_index)
+    return (ids - shards.start).where(held, NO_ID)
+
+
+def _pick_many(head: Head, ids: Tensor, shards: VocabularyShards, logprobs: Tensor) -> Tensor:
+    """(N, K) of logprobs (ranks, K, N): each id's from the rank that holds it; 0 where ignored.
+
+    NaN for an id outside the vocabulary.
+    """
+    picked = torch.full(ids.shape, torch.nan, dtype=logprobs.dtype, device=logprobs.device)
+    for rank in range(len(shards.sizes)):
+        picked = logprobs[rank].T.where(shards.of_rank(ids, rank), picked)
+    return picked.where(ids != head.ignore_index, 0.0)
 
 
 def _gather(shards: VocabularyShards, *mine: Tensor) -> Tensor:

@@ -65,25 +65,53 @@ def linear_logprobs_with_stats(
     options: bias, temperature, softcap, round_logits, kept_ids, as `logits_of`.
 
     logprob = z_y - lse, lse = log sum_v exp(z_v), entropy = lse - sum_v p_v z_v. A token with logit
-    -inf has probability 0 and no share of the entropy. Ignored rows give 0.
+    -inf has probability 0 and no share of the entropy. Ignored rows give 0. Of targets (N, K) the
+    logprobs are (N, K); a row is ignored if all its targets are.
     """
-    counted = targets != ignore_index
+    ids = targets if targets.dim() == 2 else targets[:, None]
+    id_counted = ids != ignore_index
+    counted = id_counted.any(1)
     hidden = hidden.masked_fill(~counted[:, None], 0.0)  # a NaN times a zero gradient is a NaN
     logits = logits_of(hidden, weight, **options)
     lse = logits.logsumexp(-1)
-    picked = logits.gather(-1, targets.where(counted, 0).long()[:, None]).squeeze(-1)
+    picked = logits.gather(-1, ids.where(id_counted, 0).long())
     log_p = (logits - lse[:, None]).clamp_min(-1e30)  # 0 * -1e30 is 0, 0 * -inf is NaN
     entropy = -(log_p.exp() * log_p).sum(-1)
     return (
-        (picked - lse).where(counted, 0.0),
+        (picked - lse[:, None]).where(id_counted, 0.0).view(targets.shape),
         entropy.where(counted, 0.0),
         lse.where(counted, 0.0),
     )
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
-    """log softmax(z)[target], (N,), with z of `logits_of`; 0 where targets == ignore_index."""
+    """log softmax(z)[targets] of targets (N,) or (N, K); 0 where targets == ignore_index."""
     return linear_logprobs_with_stats(hidden, weight, targets, **options)[0]
+
+
+def tail_probability(logprobs: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """1 - the sum of the probabilities of each row's different targets, (N,) of (N, K)."""
+    tails = []
+    for row_logprobs, row in zip(logprobs, targets, strict=True):
+        first = [row[:k].ne(row[k]).all() and row[k] != ignore_index for k in range(len(row))]
+        tails.append(1 - row_logprobs[torch.tensor(first)].exp().sum())
+    return torch.stack(tails)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """Of a student's log-probabilities (N, V) from a teacher's, (N,); kind: forward, reverse, jsd.
+
+    forward KL(q, p) = sum q (log q - log p), reverse KL(p, q); jsd beta KL(q, m) +
+    (1 - beta) KL(p, m), m = beta q + (1 - beta) p.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    if kind == "forward":
+        return (q * (log_q - log_p)).sum(-1)
+    if kind == "reverse":
+        return (p * (log_p - log_q)).sum(-1)
+    log_m = (beta * q + (1 - beta) * p).log()
+    of_teacher, of_student = (q * (log_q - log_m)).sum(-1), (p * (log_p - log_m)).sum(-1)
+    return beta * of_teacher + (1 - beta) * of_student
 
 
 def weighted_logprob_sum(

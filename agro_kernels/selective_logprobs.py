@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.head import IGNORE_INDEX, check_logits, split_temperature
+from agro_kernels.head import IGNORE_INDEX, check_logits, checked_softcap, split_temperature
+from agro_kernels.linear_logprobs import LogprobStats
 from agro_kernels.ops.derivatives import refuse_forward_mode
 
 
@@ -42,3 +43,31 @@ def selective_logprobs(
         logits, targets, *split_temperature(temperature), ignore_index
     )
     return results[0]
+
+
+def selective_logprobs_with_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> LogprobStats:
+    """`selective_logprobs` with the entropy and the lse of each distribution, all differentiable.
+
+    In plain torch on every device, a few rows upcast at a time.
+
+    Args: as `selective_logprobs`, and
+        softcap: cap of the logits before the temperature, where the model has not applied its own.
+
+    Returns:
+        logprobs, entropy and lse, (...) each, fp32 (float64 for float64), nats; 0.0 where ignored.
+        A z-loss is `lse.square()`, an entropy bonus `-entropy`.
+    """
+    temperature, ignore_index = check_logits(logits, targets, temperature, ignore_index)
+    cap = checked_softcap(softcap)
+    refuse_forward_mode("selective_logprobs_with_stats", logits=logits)
+    logprobs, lse, entropy = torch.ops.agro.selective_stats_fwd(
+        logits, targets, *split_temperature(temperature), cap, ignore_index
+    )
+    return LogprobStats(logprobs, entropy, lse)

@@ -79,7 +79,13 @@ bool is_valid(const agro_kept& kept, const agro_head& head) {
          (head.n == 0 || kept.columns == 0 || (kept.logits != nullptr && kept.maxima != nullptr));
 }
 
+bool is_valid(const agro_entries& entries, const agro_head& head) {
+  return entries.count >= 0 && (head.n == 0 || entries.count == 0 ||
+                                (entries.ids != nullptr && entries.values != nullptr));
+}
+
 constexpr agro_kept nothing_kept = {nullptr, nullptr, 0};
+constexpr agro_entries no_entries = {nullptr, nullptr, 0};
 
 }  // namespace
 
@@ -99,18 +105,23 @@ int32_t agro_linear_logprobs_fwd(const agro_head* head, float* logprobs, float* 
 }
 
 int32_t agro_linear_logprobs_bwd(const float* dlogprobs, const float* dlse, const float* dentropy,
-                                 const agro_head* head, const float* lse, const float* entropy,
-                                 void* dhidden, void* dweight, void* dbias, float* weight_grad,
-                                 const agro_kept* kept) {
+                                 const float* dsum, const agro_head* head, const float* lse,
+                                 const float* entropy, void* dhidden, void* dweight, void* dbias,
+                                 float* weight_grad, const agro_kept* kept,
+                                 const agro_entries* entries) {
   if (kept == nullptr) kept = &agro::nothing_kept;
-  if (!agro::is_valid(head) || !agro::is_valid(*kept, *head)) return AGRO_BAD_ARGUMENT;
+  if (entries == nullptr) entries = &agro::no_entries;
+  if (!agro::is_valid(head) || !agro::is_valid(*kept, *head) ||
+      !agro::is_valid(*entries, *head)) {
+    return AGRO_BAD_ARGUMENT;
+  }
   if (head->n > 0 && (lse == nullptr || (dentropy != nullptr && entropy == nullptr))) {
     return AGRO_BAD_ARGUMENT;
   }
   if (dweight != nullptr && weight_grad != nullptr) return AGRO_BAD_ARGUMENT;
   try {
-    agro::linear_logprobs_bwd(agro::in_use(), dlogprobs, dlse, dentropy, *head, lse, entropy,
-                              dhidden, dweight, dbias, weight_grad, *kept);
+    agro::linear_logprobs_bwd(agro::in_use(), dlogprobs, dlse, dentropy, dsum, *head, lse, entropy,
+                              dhidden, dweight, dbias, weight_grad, *kept, *entries);
   } catch (const std::bad_alloc&) {
     return AGRO_OUT_OF_MEMORY;
   }

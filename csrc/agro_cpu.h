@@ -37,7 +37,7 @@ extern "C" {
 #endif
 
 /* Raised with every change of a signature, a struct or a meaning in this file. */
-#define AGRO_INTERFACE_VERSION 3
+#define AGRO_INTERFACE_VERSION 4
 
 /* Values of agro_head.dtype. */
 #define AGRO_FLOAT32 0
@@ -82,6 +82,13 @@ typedef struct agro_kept {
   int64_t columns; /* a multiple of AGRO_KEPT_TILE, or V; 0: nothing is kept */
 } agro_kept;
 
+/* Entries of the logits' gradient that the caller has computed: those of many targets a token. */
+typedef struct agro_entries {
+  const int64_t* ids;  /* (N, count), in [0, V) and at most once a row; any other number is none */
+  const float* values; /* (N, count): d loss / d x, x the product of the row's id */
+  int64_t count;       /* of each row, >= 0 */
+} agro_entries;
+
 /* Log-probabilities of the targets.
  *
  * logprobs: (N,); lse: (N,); entropy: (N,), or NULL if not wanted.
@@ -92,9 +99,10 @@ AGRO_API int32_t agro_linear_logprobs_fwd(const agro_head* head, float* logprobs
 
 /* Gradients, from logits that were kept or are computed again:
  *
- *     dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy) + dlse p_v
+ *     dz_v = dlogprob (1[v = target] - p_v) - dentropy p_v (log p_v + entropy) + dlse p_v + dsum
  *
- * dlogprobs, dlse, dentropy: (N,) upstream gradients; each may be NULL (zero).
+ * dlogprobs, dlse, dentropy, dsum: (N,) upstream gradients, the last that of the sum of all z_v;
+ * each may be NULL (zero).
  * lse: (N,) from the forward; entropy: (N,) from the forward, may be NULL if dentropy is.
  *
  * dhidden: (N, D) dtype; dbias: (V,) dtype; each NULL if not wanted, and then costs nothing.
@@ -102,12 +110,14 @@ AGRO_API int32_t agro_linear_logprobs_fwd(const agro_head* head, float* logprobs
  * not NULL; with both NULL the gradient of weight is not computed.
  *
  * kept: what the forward pass wrote, left as it is; NULL: nothing.
+ * entries: written over the gradients of their products; NULL: none.
  */
 AGRO_API int32_t agro_linear_logprobs_bwd(const float* dlogprobs, const float* dlse,
-                                          const float* dentropy, const agro_head* head,
-                                          const float* lse, const float* entropy, void* dhidden,
-                                          void* dweight, void* dbias, float* weight_grad,
-                                          const agro_kept* kept);
+                                          const float* dentropy, const float* dsum,
+                                          const agro_head* head, const float* lse,
+                                          const float* entropy, void* dhidden, void* dweight,
+                                          void* dbias, float* weight_grad, const agro_kept* kept,
+                                          const agro_entries* entries);
 
 /* AGRO_INTERFACE_VERSION of the built library. */
 AGRO_API int32_t agro_interface_version(void);

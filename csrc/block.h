@@ -121,6 +121,7 @@ void finish_gradient(const Backward& job, const Scratch& scratch, Block block, i
   } else {
     into_x(MadeAgain{x, scratch.bias, job.head->softcap});
   }
+  overwrite_entries(job, block.v0 / kBlock, token, x);
   if (job.dbias != nullptr) {
     for (int64_t at = 0; at < block.rows * kLanes; at += kWidth) {
       store(scratch.dbias_lanes + at, add(load(scratch.dbias_lanes + at), load(x + at)));

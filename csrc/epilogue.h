@@ -171,13 +171,13 @@ inline void keep_panel(const Problem& problem, Block block, int64_t token, const
 
 // The coefficients of a panel's lanes; see Backward.
 struct Upstream {
-  const float *inverse_temperature, *lse, *entropy, *at_target, *of_p, *of_lse, *of_entropy;
+  const float *inverse_temperature, *lse, *entropy, *at_target, *of_p, *of_lse, *of_entropy, *of_all;
 };
 
 inline Upstream upstream_of(const Backward& job, int64_t token) {
   return {job.inverse_temperature + token, job.lse + token,  job.entropy + token,
           job.at_target + token,           job.of_p + token, job.of_lse + token,
-          job.of_entropy + token};
+          job.of_entropy + token,          job.of_all + token};
 }
 
 // A vector of logits as the gradient needs them: log p, and t = tanh(x / softcap) of the product x.
@@ -265,7 +265,7 @@ inline KeptPanel<Type> kept_panel(const Problem& problem, Block block, int64_t t
 template <bool CAP, bool ENTROPY>
 inline float target_gradient(float t, float log_p, Upstream up, int64_t lane) {
   const float p = expf(log_p);
-  float gradient = up.at_target[lane] * -expm1f(log_p) + up.of_lse[lane] * p;
+  float gradient = up.at_target[lane] * -expm1f(log_p) + up.of_lse[lane] * p + up.of_all[lane];
   if (ENTROPY) {
     const float bounded = log_p < kNothing ? kNothing : log_p;
     gradient -= up.of_entropy[lane] * (bounded + up.entropy[lane]) * p;
@@ -293,6 +293,7 @@ inline void panel_gradient(const Logits& logits, float* x, int64_t rows, Upstrea
     const typename Logits::Lanes lanes = logits.template lanes<CAP>(up, j);
     const Vec of_p = load(up.of_p + j);
     const Vec entropy = load(up.entropy + j), of_entropy = load(up.of_entropy + j);
+    const Vec of_all = load(up.of_all + j);
     for (int64_t v = 0; v < rows; ++v) {
       const Terms terms = logits.template terms<CAP>(lanes, v, j);
       const Vec t = terms.t;
@@ -300,7 +301,7 @@ inline void panel_gradient(const Logits& logits, float* x, int64_t rows, Upstrea
       const Vec p = vector_exp(log_p);
       Vec gradient = of_p;
       if (ENTROPY) gradient = sub(of_p, mul(of_entropy, add(log_p, entropy)));
-      gradient = mul(gradient, p);
+      gradient = fma(gradient, p, of_all);
       if (CAP) gradient = mul(gradient, fma(sub(zero(), t), t, broadcast(1.0f)));
       store(x + v * kLanes + j, gradient);
     }
@@ -316,6 +317,26 @@ inline void panel_gradient(const Logits& logits, float* x, int64_t rows, Upstrea
   }
   // Rows beyond the vocabulary take part in whole tiles.
   memset(x + rows * kLanes, 0, (round_up(rows, kTileRows) - rows) * kLanes * sizeof(float));
+}
+
+// Writes the entries that are known already over the gradients of a panel, [rows][kLanes], whose
+// first lane is `token`.
+inline void overwrite_entries(const Backward& job, int64_t block, int64_t token, float* x) {
+  if (job.entries_of_block == nullptr) return;
+  int64_t begin = job.entries_of_block[block], end = job.entries_of_block[block + 1];
+  const int64_t stop = end;
+  while (begin < end) {  // the first entry of this panel
+    const int64_t middle = begin + (end - begin) / 2;
+    if (job.entries[middle].token < token) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  for (; begin < stop && job.entries[begin].token < token + kLanes; ++begin) {
+    const Entry& entry = job.entries[begin];
+    x[entry.row * kLanes + entry.token - token] = entry.value;
+  }
 }
 
 #ifdef AGRO_HAVE_DOT

@@ -48,8 +48,15 @@ struct Forward : Problem {
   float* entropy;
 };
 
-// The coefficients of one row's dz = of_p p - of_entropy p (log p + entropy) + at_target 1[target],
-// each already divided by the temperature. (panels * lanes,), zeros in the padding.
+// An entry of the logits' gradient that is known already.
+struct Entry {
+  int32_t token;  // of the tokens that count
+  int32_t row;    // of its block
+  float value;
+};
+
+// The coefficients of one row's
+// dz = of_p p - of_entropy p (log p + entropy) + at_target 1[target] + of_all, each already divided by the temperature. (panels * lanes,), zeros in the padding.
 struct Backward : Problem {
   bool with_entropy;
   const float* lse;
@@ -58,12 +65,15 @@ struct Backward : Problem {
   const float* of_p;        // dlse - dlogprob
   const float* of_lse;      // dlse
   const float* of_entropy;  // dentropy
+  const float* of_all;      // dsum
   void* dhidden;            // outputs
   void* dweight;
   void* dbias;
   float* weight_grad;
   float* const* dhidden_panels;  // (dhidden_parts,): sums, each [panels][columns][lanes]
   int32_t dhidden_parts;
+  const Entry* entries;  // by block, and in a block by token
+  const int64_t* entries_of_block;  // (blocks + 1,): where a block's begin; NULL: there are none
   int64_t chunk_panels;  // panels whose logits of a block exist at the same time: whole slices
 };
 

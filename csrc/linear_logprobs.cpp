@@ -98,14 +98,15 @@ struct Packed {
 // The coefficients of each row's dz, as Backward lists them; zeros in the padding.
 struct Coefficients {
   Coefficients(const Packed& packed, const std::vector<int64_t>& rows, const float* dlogprobs,
-               const float* dlse, const float* dentropy, const float* lse_of_rows,
-               const float* entropy_of_rows)
+               const float* dlse, const float* dentropy, const float* dsum,
+               const float* lse_of_rows, const float* entropy_of_rows)
       : lse(packed.padded),
         entropy(packed.padded),
         at_target(packed.padded),
         of_p(packed.padded),
         of_lse(packed.padded),
-        of_entropy(packed.padded) {
+        of_entropy(packed.padded),
+        of_all(packed.padded) {
     for (size_t token = 0; token < rows.size(); ++token) {
       const int64_t row = rows[token];
       const float scale = packed.inverse_temperature[token];
@@ -113,6 +114,7 @@ struct Coefficients {
       at_target[token] = dlogprobs == nullptr ? 0.0f : dlogprobs[row] * scale;
       of_lse[token] = dlse == nullptr ? 0.0f : dlse[row] * scale;
       of_p[token] = of_lse[token] - at_target[token];
+      of_all[token] = dsum == nullptr ? 0.0f : dsum[row] * scale;
       if (dentropy == nullptr) continue;
       entropy[token] = entropy_of_rows[row];
       of_entropy[token] = dentropy[row] * scale;
@@ -126,9 +128,41 @@ struct Coefficients {
     job.of_p = of_p.data();
     job.of_lse = of_lse.data();
     job.of_entropy = of_entropy.data();
+    job.of_all = of_all.data();
   }
 
-  std::vector<float> lse, entropy, at_target, of_p, of_lse, of_entropy;
+  std::vector<float> lse, entropy, at_target, of_p, of_lse, of_entropy, of_all;
+};
+
+// The entries of the counted rows by block, and in a block by token.
+struct SortedEntries {
+  SortedEntries(const agro_head& head, const std::vector<int64_t>& rows, const agro_entries& given)
+      : begins(given.count > 0 ? ceil_div(head.v, kBlock) + 1 : 0, 0) {
+    if (given.count == 0) return;
+    const auto of_each = [&](const auto& use) {
+      for (size_t token = 0; token < rows.size(); ++token) {
+        for (int64_t k = 0; k < given.count; ++k) {
+          const int64_t at = rows[token] * given.count + k, id = given.ids[at];
+          if (id >= 0 && id < head.v) use(static_cast<int32_t>(token), id, given.values[at]);
+        }
+      }
+    };
+    of_each([&](int32_t, int64_t id, float) { ++begins[id / kBlock + 1]; });
+    for (size_t block = 1; block < begins.size(); ++block) begins[block] += begins[block - 1];
+    sorted.resize(begins.back());
+    std::vector<int64_t> next(begins.begin(), begins.end() - 1);
+    of_each([&](int32_t token, int64_t id, float value) {
+      sorted[next[id / kBlock]++] = {token, static_cast<int32_t>(id % kBlock), value};
+    });
+  }
+
+  void describe(Backward& job) const {
+    job.entries = sorted.data();
+    job.entries_of_block = begins.empty() ? nullptr : begins.data();
+  }
+
+  std::vector<int64_t> begins;
+  std::vector<Entry> sorted;
 };
 
 // Which gradients are wanted.
@@ -265,9 +299,9 @@ void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* l
 }
 
 void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
-                         const float* dentropy, const agro_head& head, const float* lse,
-                         const float* entropy, void* dhidden, void* dweight, void* dbias,
-                         float* weight_grad, const agro_kept& kept) {
+                         const float* dentropy, const float* dsum, const agro_head& head,
+                         const float* lse, const float* entropy, void* dhidden, void* dweight, void* dbias,
+                         float* weight_grad, const agro_kept& kept, const agro_entries& entries) {
   const std::vector<int64_t> rows = counted_rows(head);
   const int64_t tokens = static_cast<int64_t>(rows.size());
   if (dhidden != nullptr) {
@@ -284,11 +318,13 @@ void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const f
   if (!wanted.dhidden && !wanted.dweight && !wanted.dbias) return;
 
   const Packed packed(kernels, head, rows.data(), tokens, wanted.dweight);
-  const Coefficients coefficients(packed, rows, dlogprobs, dlse, dentropy, lse, entropy);
+  const Coefficients coefficients(packed, rows, dlogprobs, dlse, dentropy, dsum, lse, entropy);
   Backward job;
   packed.describe(job, head, rows.data(), tokens);
   describe_kept(job, kept);
   coefficients.describe(job);
+  const SortedEntries sorted(head, rows, entries);
+  sorted.describe(job);
   job.with_entropy = dentropy != nullptr;
   job.dhidden = dhidden;
   job.dweight = dweight;

@@ -11,9 +11,9 @@ void linear_logprobs_fwd(const Kernels& kernels, const agro_head& head, float* l
                          float* entropy, const agro_kept& kept);
 
 void linear_logprobs_bwd(const Kernels& kernels, const float* dlogprobs, const float* dlse,
-                         const float* dentropy, const agro_head& head, const float* lse,
-                         const float* entropy, void* dhidden, void* dweight, void* dbias,
-                         float* weight_grad, const agro_kept& kept);
+                         const float* dentropy, const float* dsum, const agro_head& head,
+                         const float* lse, const float* entropy, void* dhidden, void* dweight, void* dbias,
+                         float* weight_grad, const agro_kept& kept, const agro_entries& entries);
 
 }  // namespace agro
 

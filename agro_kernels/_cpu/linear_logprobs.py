@@ -15,6 +15,7 @@ from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
 from agro_kernels.head import Head, Upstream, check_target_values
 from agro_kernels.kept_logits import KeptLogits
+from agro_kernels.many_targets import KnownEntries
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # agro_head.dtype
 
@@ -68,6 +69,14 @@ def _kept_struct(kept_logits: KeptLogits | None) -> "ctypes._Pointer[native.Kept
     return ctypes.pointer(native.Kept(logits.data_ptr(), maxima.data_ptr(), kept_logits.columns))
 
 
+def _entries_struct(known: KnownEntries | None) -> "ctypes._Pointer[native.Entries] | None":
+    """Contiguous ones, as the library takes them."""
+    if known is None:
+        return None
+    ids, values = known
+    return ctypes.pointer(native.Entries(ids.data_ptr(), values.data_ptr(), ids.shape[1]))
+
+
 def _with_contiguous_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
@@ -119,28 +128,36 @@ def linear_logprobs_bwd(
     output_mask: list[bool],
     weight_grad: Tensor | None = None,
     kept_logits: KeptLogits | None = None,
+    known: KnownEntries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 
     With weight_grad (V, D) fp32 the weight's gradient is added to it instead and dweight is (0,).
+    kept_logits: what the forward pass wrote. known: written over those of the logits' gradient.
     """
     library = _library(head)
     if library is None:
-        return blocked.linear_logprobs_bwd(upstream, head, output_mask, weight_grad, kept_logits)
+        return blocked.linear_logprobs_bwd(
+            upstream, head, output_mask, weight_grad, kept_logits, known
+        )
     # The targets may have been changed since the forward pass checked them.
     check_target_values(head.targets, head.weight.shape[0], head.ignore_index)
     upstream = upstream.each(_floats)
+    if known is not None:
+        known = KnownEntries(known.ids.contiguous(), _floats(known.values))
     gradients = _Gradients(head, output_mask, weight_grad)
     struct = _Struct(head)
     status = library.agro_linear_logprobs_bwd(
         _pointer(upstream.dlogprobs),
         _pointer(upstream.dlse),
         _pointer(upstream.dentropy),
+        _pointer(upstream.dsum),
         struct.pointer,
         _pointer(upstream.lse),
         _pointer(upstream.entropy),
         *gradients.pointers,
         _kept_struct(kept_logits),
+        _entries_struct(known),
     )
     native.check_status(status, "linear_logprobs, backward")
     return gradients.results()

@@ -13,7 +13,7 @@ from ctypes import c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 # The interface that this file describes: csrc/agro_cpu.h, AGRO_INTERFACE_VERSION.
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
 
 # What the functions return.
@@ -48,11 +48,20 @@ class Kept(ctypes.Structure):
     _fields_ = [("logits", c_void_p), ("maxima", c_void_p), ("columns", c_int64)]
 
 
-_HEAD, _KEPT = ctypes.POINTER(Head), ctypes.POINTER(Kept)
+class Entries(ctypes.Structure):
+    """`agro_entries`: entries of the logits' gradient that are known already."""
+
+    _fields_ = [("ids", c_void_p), ("values", c_void_p), ("count", c_int64)]
+
+
+_HEAD, _KEPT, _ENTRIES = (ctypes.POINTER(struct) for struct in (Head, Kept, Entries))
 # name: (type of the result, types of the arguments)
 _SIGNATURES = {
     "agro_linear_logprobs_fwd": (c_int32, [_HEAD, *[c_void_p] * 3, _KEPT]),
-    "agro_linear_logprobs_bwd": (c_int32, [*[c_void_p] * 3, _HEAD, *[c_void_p] * 6, _KEPT]),
+    "agro_linear_logprobs_bwd": (
+        c_int32,
+        [*[c_void_p] * 4, _HEAD, *[c_void_p] * 6, _KEPT, _ENTRIES],
+    ),
     "agro_available_isas": (c_char_p, []),
     "agro_isa": (c_char_p, []),
     "agro_set_isa": (c_int32, [c_char_p]),

@@ -17,19 +17,17 @@ from torch import Tensor
 from agro_kernels.counted_rows import CountedRows, counted_rows
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import LOWEST, KeptLogits
+from agro_kernels.many_targets import NOTHING, KnownEntries
 
 # A tile of 2048 x 4096 fp32 logits is 32 MB. Below 1024 columns a GEMM on a CPU loses its speed.
 TOKEN_CHUNK = 2048
 VOCAB_BLOCK = 4096
-# exp(-1000) is 0 in fp32 and in float64. Where a log-probability is multiplied by its probability,
-# that of a banned token (-inf) is raised to -1000 first: 0 * -1000 is 0, but 0 * -inf is NaN.
-NOTHING = -1000.0
 # The maximum of no logits. Finite, because -inf - -inf is NaN.
 LOWEST_MAX = -1e30
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """The logits z of some counted rows and some vocabulary entries; reused by the next tile."""
 
     rows: slice  # of the M counted rows
@@ -95,8 +93,8 @@ def _blocks(vocabulary: int, kept_columns: int) -> Iterator[slice]:
             yield slice(v0, min(v0 + VOCAB_BLOCK, stop))
 
 
-def _tiles(head: Head, kept: _Kept | None = None) -> Iterator[_Tile]:
-    """All tiles of the logits of a head as `_upcast` makes it; those in `kept` are read there."""
+def tiles(head: Head, kept: _Kept | None = None) -> Iterator[Tile]:
+    """All tiles of the logits of a head as `upcast` makes it; those in `kept` are read there."""
     (m, _), v, dtype = head.hidden.shape, head.weight.shape[0], head.hidden.dtype
     buffer = head.hidden.new_empty(min(m, TOKEN_CHUNK) * min(v, VOCAB_BLOCK))
     kept_columns = 0 if kept is None else kept.columns
@@ -115,7 +113,7 @@ def _tiles(head: Head, kept: _Kept | None = None) -> Iterator[_Tile]:
             in_block = (column >= 0) & (column < columns)
             column = column.where(in_block, 0).unsqueeze(1)
             excluded = None if head.kept is None else _excluded(head.kept[rows], entries)
-            yield _Tile(rows, entries, weight, logits, in_block, column, excluded)
+            yield Tile(rows, entries, weight, logits, in_block, column, excluded)
 
 
 def _make_logits(
@@ -145,7 +143,7 @@ def _excluded(kept: Tensor, entries: slice) -> Tensor:
     return ((bits & 1) == 0).flatten(1)[:, columns]
 
 
-def _upcast(head: Head) -> Head:
+def upcast(head: Head) -> Head:
     """With hidden and token_temperature in the dtype of the computation, fp32 or float64."""
     dtype = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
     temperatures = head.token_temperature
@@ -168,7 +166,7 @@ def linear_logprobs_fwd(
     head.check_values()
     rows = counted_rows(head, head.counted())
     kept = _kept(kept_logits, rows)
-    logprobs, lse, entropy = _statistics(_upcast(rows.head), with_entropy, kept)
+    logprobs, lse, entropy = _statistics(upcast(rows.head), with_entropy, kept)
     if with_entropy:
         entropy = rows.put_back(entropy)
     return rows.put_back(logprobs), rows.put_back(lse), entropy
@@ -188,7 +186,7 @@ def _statistics(
     s = torch.zeros_like(m)
     e = torch.zeros_like(m) if with_entropy else m.new_empty(0)
     target_logits = torch.full_like(m, torch.nan)  # stays NaN for a target outside the vocabulary
-    for tile in _tiles(head):
+    for tile in tiles(head):
         rows, z = tile.rows, tile.logits
         if tile.excluded is not None:
             z.masked_fill_(tile.excluded, -torch.inf)
@@ -216,23 +214,81 @@ def _statistics(
 # --- Backward -------------------------------------------------------------------------------------
 
 
+class GradientSums:
+    """dhidden, dweight and dbias of M rows that all count, summed over tiles in their order.
+
+    With weight_grad (V, D) the weight's gradient is added to it and dweight is (0,).
+    """
+
+    def __init__(self, head: Head, output_mask: list[bool], weight_grad: Tensor | None) -> None:
+        need_hidden, need_weight, need_bias = output_mask
+        weight, (m, d) = head.weight, head.hidden.shape
+        own = need_weight and weight_grad is None
+        self.hidden = head.hidden
+        self.dhidden = head.hidden.new_empty((m, d) if need_hidden else 0)
+        self.dweight = weight.new_empty(weight.shape if own else 0)
+        self.dbias = head.hidden.new_zeros(weight.shape[0] if need_bias else 0)
+        self.weight_grad = weight_grad if need_weight else None
+        self.need_hidden, self.need_weight, self.need_bias = need_hidden, own, need_bias
+        self.block_sums = self.dweight  # of the block of entries that is being summed
+        if m == 0:
+            self.dweight.zero_()  # there is no tile that would write it
+
+    def add(self, tile: Tile, dz: Tensor) -> None:
+        """dz (rows, columns): the gradient of hidden @ weight.T + bias."""
+        rows, (m, _) = tile.rows, self.hidden.shape
+        if self.need_hidden:
+            self.dhidden[rows].addmm_(dz, tile.weight, beta=0 if tile.entries.start == 0 else 1)
+        if self.weight_grad is not None:
+            self.weight_grad[tile.entries].addmm_(dz.T, self.hidden[rows])
+        elif self.need_weight:
+            block = self.dweight[tile.entries]
+            if rows.start == 0:
+                same = block.dtype == dz.dtype
+                self.block_sums = block if same else dz.new_empty(block.shape)
+            self.block_sums.addmm_(dz.T, self.hidden[rows], beta=0 if rows.start == 0 else 1)
+            if rows.stop == m and block.dtype != dz.dtype:
+                block.copy_(self.block_sums)
+        if self.need_bias:
+            self.dbias[tile.entries] += dz.sum(0)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dhidden fp32, dweight, dbias); (0,) for each that was not asked for."""
+        return self.dhidden, self.dweight, self.dbias.to(self.dweight.dtype)
+
+
+def softcap_slope(head: Head, tile: Tile) -> Tensor | None:
+    """dz/dx times the temperature, of a tile's logits as they are: 1 - tanh(x / softcap)^2.
+
+    None without a softcap: it is 1.
+    """
+    if head.softcap == 0.0:
+        return None
+    temperatures = head.token_temperature
+    t = head.temperature if temperatures is None else temperatures[tile.rows].unsqueeze(1)
+    return tile.logits.mul(t).div_(head.softcap).square_().neg_().add_(1.0)
+
+
 def linear_logprobs_bwd(
     upstream: Upstream,
     head: Head,
     output_mask: list[bool],
     weight_grad: Tensor | None = None,
     kept_logits: KeptLogits | None = None,
+    known: KnownEntries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
 
     With weight_grad (V, D), fp32 or float64, the weight's gradient is added to it instead and
-    dweight is (0,). kept_logits: what the forward pass wrote.
+    dweight is (0,). kept_logits: what the forward pass wrote. known: written over those of the
+    logits' gradient.
     """
     rows = counted_rows(head, head.counted())
-    counted = _upcast(rows.head)
+    counted = upcast(rows.head)
     upstream = upstream.each(lambda values: rows.take(values).to(counted.hidden.dtype))
     kept = _kept(kept_logits, rows)
-    dhidden, dweight, dbias = _gradients(upstream, counted, output_mask, weight_grad, kept)
+    known = None if known is None else known.each(rows.take)
+    dhidden, dweight, dbias = _gradients(upstream, counted, output_mask, weight_grad, kept, known)
     # The only rounding: the sums above are fp32.
     dhidden = dhidden.to(head.hidden.dtype)
     return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias
@@ -244,36 +300,29 @@ def _gradients(
     output_mask: list[bool],
     weight_grad: Tensor | None,
     kept: _Kept | None,
+    known: KnownEntries | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden fp32, dweight, dbias) of M rows that all count, from logits kept or made again.
 
     With l_v = z_v - lse and p_v = exp(l_v):
-    dz_v = dlogprob (1[v=y] - p_v) - dentropy p_v (l_v + entropy) + dlse p_v, times dz/dx for the
-    product x = hidden @ weight.T + bias that z was made of.
+    dz_v = dlogprob (1[v=y] - p_v) - dentropy p_v (l_v + entropy) + dlse p_v + dsum, times dz/dx for
+    the product x = hidden @ weight.T + bias that z was made of.
     """
-    need_hidden, need_weight, need_bias = output_mask
-    weight, (m, d), dtype = head.weight, head.hidden.shape, head.hidden.dtype
-    dhidden = head.hidden.new_empty((m, d) if need_hidden else 0)
-    dweight = weight.new_empty(weight.shape if need_weight and weight_grad is None else 0)
-    dbias = head.hidden.new_zeros(weight.shape[0] if need_bias else 0)
-    if m == 0:
-        dweight.zero_()  # there is no tile that would write it
+    sums = GradientSums(head, output_mask, weight_grad)
     if not any(output_mask):
-        return dhidden, dweight, dbias
+        return sums.results()
     # Without a softcap dz/dx is 1 / temperature, one number a row: the upstream gradients take it.
     temperatures = head.token_temperature
     inverse = 1.0 / (head.temperature if temperatures is None else temperatures)
-    dlogprobs, dlse, dentropy, lse, entropy = upstream
+    dlogprobs, dlse, dentropy, lse, entropy, dsum = upstream
     zeros = torch.zeros_like(lse)
     at_target = zeros if dlogprobs is None else dlogprobs * inverse
     of_p = (zeros if dlse is None else dlse * inverse) - at_target
     of_entropy = None if dentropy is None else dentropy * inverse
-    for tile in _tiles(head, kept):
+    of_all = None if dsum is None else dsum * inverse
+    for tile in tiles(head, kept):
         rows, z = tile.rows, tile.logits
-        slope = None
-        if head.softcap > 0.0:  # d softcap tanh(x / softcap) / dx = 1 - tanh(x / softcap)^2
-            t = head.temperature if temperatures is None else temperatures[rows].unsqueeze(1)
-            slope = z.mul(t).div_(head.softcap).square_().neg_().add_(1.0)
+        slope = softcap_slope(head, tile)
         if tile.excluded is not None:
             z.masked_fill_(tile.excluded, -torch.inf)
         log_p = z.sub_(lse[rows].unsqueeze(1))
@@ -292,22 +341,43 @@ def _gradients(
         dz_y += p_y_factor * log_p_y.exp()
         dz_y = dz_y.where(tile.in_block, dz.gather(1, tile.column).squeeze(1))
         dz.scatter_(1, tile.column, dz_y.unsqueeze(1))
+        if of_all is not None:
+            dz.add_(of_all[rows].unsqueeze(1))
         if slope is not None:
             dz.mul_(slope)
-        if need_hidden:
-            dhidden[rows].addmm_(dz, tile.weight, beta=0 if tile.entries.start == 0 else 1)
-        if need_weight and weight_grad is not None:
-            weight_grad[tile.entries].addmm_(dz.T, head.hidden[rows])
-        elif need_weight:
-            block = dweight[tile.entries]
-            if rows.start == 0:
-                sums = block if block.dtype == dtype else dz.new_empty(block.shape)
-            sums.addmm_(dz.T, head.hidden[rows], beta=0 if rows.start == 0 else 1)
-            if rows.stop == m and block.dtype != dtype:
-                block.copy_(sums)
-        if need_bias:
-            dbias[tile.entries] += dz.sum(0)
-    return dhidden, dweight, dbias.to(weight.dtype)
+        if known is not None:
+            _overwrite(dz, tile, known)
+        sums.add(tile, dz)
+    return sums.results()
+
+
+def mean_logits(head: Head) -> Tensor:
+    """(N,): the mean over the vocabulary of each counted row's logits; 0 where ignored.
+
+    It is the logit of the mean row of the weight, 2 N D operations, unless something comes between
+    the product and the sum: a softcap or a rounding, with which it is another pass.
+    """
+    rows = counted_rows(head, head.counted())
+    counted = upcast(rows.head)
+    dtype, v = counted.hidden.dtype, head.weight.shape[0]
+    if head.softcap > 0.0 or head.round_logits is not None:
+        sums = counted.hidden.new_zeros(counted.targets.shape)
+        for tile in tiles(counted):
+            sums[tile.rows] += tile.logits.sum(1)
+        return rows.put_back(sums / v)
+    means = (counted.hidden * head.weight.mean(0, dtype=dtype)).sum(1)
+    if head.bias is not None:
+        means = means + head.bias.mean(dtype=dtype)
+    temperatures = counted.token_temperature
+    return rows.put_back(means / (head.temperature if temperatures is None else temperatures))
+
+
+def _overwrite(dz: Tensor, tile: Tile, known: KnownEntries) -> None:
+    """The entries that are in the tile, over those of dz (rows, columns)."""
+    ids, values = known.of_rows(tile.rows)
+    inside = (ids >= tile.entries.start) & (ids < tile.entries.stop)
+    row, place = inside.nonzero(as_tuple=True)
+    dz[row, ids[row, place] - tile.entries.start] = values[row, place]
 
 
 # --- Log-probs where lse is known -----------------------------------------------------------------
@@ -316,24 +386,40 @@ def _gradients(
 def target_logprobs(head: Head, lse: Tensor) -> Tensor:
     """(N,) target logit - lse: N D operations, for callers that have lse (N,) from before."""
     head.check_values()
-    dtype, v = lse.dtype, head.weight.shape[0]
-    inside = (head.targets >= 0) & (head.targets < v)
-    ids = head.targets.where(inside, 0).long()
-    logits = lse.new_empty(lse.shape)
-    for n0 in range(0, head.hidden.shape[0], TOKEN_CHUNK):
-        rows = slice(n0, n0 + TOKEN_CHUNK)
-        of_targets = head.weight.index_select(0, ids[rows]).to(dtype)
-        torch.sum(head.hidden[rows].to(dtype) * of_targets, 1, out=logits[rows])
+    _, logprobs = many_target_logprobs(head, head.targets.unsqueeze(1), lse)
+    return logprobs.squeeze(1)
+
+
+def many_target_logprobs(head: Head, targets: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits, logits - lse) of targets (N, K), (N, K) each: N K D operations.
+
+    The head's own targets are not looked at. Logits are those after softcap and temperature; of an
+    id that the sampler did not keep the second is -inf, of one outside the vocabulary NaN, and of
+    an ignored one 0.
+    """
+    dtype, v, (n, k) = lse.dtype, head.weight.shape[0], targets.shape
+    inside = (targets >= 0) & (targets < v)
+    ids = targets.where(inside, 0).long()
+    logits = lse.new_empty(n, k)
+    size = max(1, TOKEN_CHUNK // k)
+    for n0 in range(0, n, size):
+        rows = slice(n0, n0 + size)
+        of_targets = head.weight.index_select(0, ids[rows].reshape(-1)).to(dtype)
+        products = head.hidden[rows].to(dtype).unsqueeze(1) * of_targets.unflatten(0, (-1, k))
+        torch.sum(products, 2, out=logits[rows])
     if head.bias is not None:
-        logits += head.bias.index_select(0, ids).to(dtype)
+        logits += head.bias[ids].to(dtype)
     if head.round_logits is not None:
         logits = logits.to(head.round_logits).to(dtype)
     if head.softcap > 0.0:
         logits = head.softcap * (logits / head.softcap).tanh()
     temperatures = head.token_temperature
-    logits = logits / (head.temperature if temperatures is None else temperatures.to(dtype))
+    logits = logits / (
+        head.temperature if temperatures is None else temperatures.to(dtype).unsqueeze(1)
+    )
+    allowed = logits
     if head.kept is not None:
-        word = head.kept.gather(1, (ids // 32).unsqueeze(1)).squeeze(1)
-        logits = logits.where((word >> (ids % 32)) & 1 != 0, -torch.inf)
-    logprobs = (logits - lse).where(inside, torch.nan)
-    return logprobs.where(head.counted(), 0.0)
+        words = head.kept.gather(1, ids // 32)
+        allowed = logits.where((words >> (ids % 32)) & 1 != 0, -torch.inf)
+    logprobs = (allowed - lse.unsqueeze(1)).where(inside, torch.nan)
+    return logits, logprobs.where(targets != head.ignore_index, 0.0)

@@ -4,7 +4,8 @@ The logits are cut into chunks of columns (vocabulary entries), and for many tok
 into chunks of rows. For each chunk one kernel recomputes the logits and writes their gradient. Two
 GEMMs of cuBLAS or hipBLAS then add its part of dhidden and of dweight, both summed in fp32. dweight
 is rounded once, after its last chunk of rows. Of logits that the forward pass kept there is nothing
-to recompute: the same kernel reads them.
+to recompute: the same kernel reads them. Of many targets a token a small kernel then writes their
+entries over those of the chunk.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from agro_kernels._triton.primitives import (
 )
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import KeptLogits
+from agro_kernels.many_targets import KnownEntries
 
 # Largest size in bytes of a chunk of the logits' gradient, which has at least one tile of columns.
 # Larger is faster: each chunk of columns reads and writes the fp32 dhidden.
@@ -44,6 +46,9 @@ COLUMN_CHUNK = 32768
 # a logprob becomes this in absolute value. The entropy's gradient is at most some ten times larger,
 # and the largest fp16 number is 65504.
 FP16_GRADIENT_PEAK = 256.0
+
+# Entries of a program that writes those of many targets a token.
+KNOWN_BLOCK = 256
 
 # Tokens of a program that makes the gradient of kept logits: no product, so few registers.
 KEPT_BLOCK_N = 32
@@ -63,6 +68,7 @@ def linear_logprobs_bwd_kernel(
     dlogprobs_ptr,
     dlse_ptr,
     dentropy_ptr,
+    dsum_ptr,
     kept_logits_ptr,
     kept_maxima_ptr,
     kept_rows_ptr,
@@ -102,7 +108,7 @@ def linear_logprobs_bwd_kernel(
     With the logits z, made again or, given kept_logits_ptr, those that the forward pass kept,
     p = exp(z - lse) and H the entropy:
 
-        dz_v = dlogprob (1[v = y] - p_v) - dentropy p_v (z_v - lse + H) + dlse p_v
+        dz_v = dlogprob (1[v = y] - p_v) - dentropy p_v (z_v - lse + H) + dlse p_v + dsum
 
     times 1 / temperature and the softcap's slope, all of it in fp32 and rounded once. Upstream
     gradients that are None cost nothing. Writes dlogits (N, num_columns) for the columns
@@ -186,6 +192,8 @@ def linear_logprobs_bwd_kernel(
         dlogits = tl.exp2(log_p * LOG2E) * of_p[:, None]
     if dlogprobs_ptr is not None:
         dlogits = tl.where(is_target, dlogits + at_target[:, None], dlogits)
+    if dsum_ptr is not None:
+        dlogits += (tl.load(dsum_ptr + start_n + rows) * row_scale)[:, None]
     if softcap is not None:
         capped = logits / softcap
         dlogits *= (1.0 - capped) * (1.0 + capped)  # the slope of tanh, 1 - tanh^2
@@ -202,6 +210,40 @@ def linear_logprobs_bwd_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["num_entries", "start_chunk", "num_columns"])
+def write_known_entries_kernel(
+    # inputs
+    ids_ptr,
+    values_ptr,
+    # outputs
+    dlogits_ptr,
+    # sizes and strides
+    num_entries,
+    K,
+    start_chunk,
+    num_columns,
+    stride_dlogits_n,
+    # constants
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Writes values (N, K) over the entries ids (N, K) of dlogits (N, num_columns).
+
+    The columns of dlogits are the vocabulary's from start_chunk on; other ids are left out. An id
+    is at most once in a row.
+    """
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < num_entries
+    columns = tl.load(ids_ptr + offs, mask=mask, other=-1) - start_chunk
+    mask &= (columns >= 0) & (columns < num_columns)
+    values = tl.load(values_ptr + offs, mask=mask, other=0.0)
+    tl.store(
+        dlogits_ptr + (offs // K) * stride_dlogits_n + columns,
+        rounded(values, dlogits_ptr.dtype.element_ty, INTERPRETED),
+        mask=mask,
+    )
+
+
 def head_gradients(
     upstream: Upstream,
     head: Head,
@@ -209,8 +251,9 @@ def head_gradients(
     weight_grad: Tensor | None = None,
     kept_logits: KeptLogits | None = None,
     kept_rows: Tensor | None = None,
+    known: KnownEntries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_logprobs_bwd of rows that all count; what upstream holds is contiguous.
+    """linear_logprobs_bwd of rows that all count; what upstream and known hold is contiguous.
 
     kept_rows (N,): their rows in kept_logits; None: all of them in order.
     """
@@ -223,10 +266,13 @@ def head_gradients(
         dweight = weight.new_zeros((V, D) if need_weight and weight_grad is None else 0)
         return dhidden, dweight, dbias.to(weight.dtype)
     dhidden = hidden.new_empty((N, D) if need_hidden else 0, dtype=torch.float32)
-    scale = _fp16_scale(upstream.gradients(), head) if hidden.dtype == torch.float16 else None
+    scale = None
+    if hidden.dtype == torch.float16:
+        scale = _fp16_scale(upstream.gradients(), head, known)
     if scale is not None:
-        scaled = (None if gradient is None else gradient * scale for gradient in upstream[:3])
-        upstream = Upstream(*scaled, upstream.lse, upstream.entropy)
+        upstream = upstream.times(scale)
+        if known is not None:
+            known = known._replace(values=known.values * scale)
 
     config = select_config("linear_logprobs_bwd", head)
     rows_per_chunk, columns_per_chunk = chunk_shape(N, V, hidden.element_size(), config)
@@ -252,6 +298,8 @@ def head_gradients(
                     _write_dlogits(dlogits, start_v, arguments | kept, tile)
                 else:
                     _write_dlogits(dlogits, start_v, arguments, config)
+                if known is not None:
+                    _write_known(dlogits, start_v, known.of_rows(rows))
                 if need_hidden:
                     add_product(dhidden[rows], dlogits, weight[entries], keep=start_v > 0)
                 if need_weight:
@@ -330,6 +378,24 @@ def _write_dlogits(
     )
 
 
+def _write_known(dlogits: Tensor, start_v: int, known: KnownEntries) -> None:
+    """Launches the kernel for the columns from start_v on; dlogits (rows, columns)."""
+    ids, values = known
+    write_known_entries_kernel[(triton.cdiv(ids.numel(), KNOWN_BLOCK),)](
+        ids_ptr=ids,
+        values_ptr=values,
+        dlogits_ptr=dlogits,
+        num_entries=ids.numel(),
+        K=ids.shape[1],
+        start_chunk=start_v,
+        num_columns=dlogits.shape[1],
+        stride_dlogits_n=dlogits.stride(0),
+        BLOCK=KNOWN_BLOCK,
+        INTERPRETED=dlogits.device.type == "cpu",
+        num_warps=4,
+    )
+
+
 class _WeightSum:
     """The gradient of the weight, summed in fp32 over chunks of tokens.
 
@@ -394,7 +460,7 @@ def chunk_shape(
     return rows, min(columns, triton.cdiv(vocabulary, config.block_v) * config.block_v)
 
 
-def _fp16_scale(gradients: list[Tensor], head: Head) -> Tensor:
+def _fp16_scale(gradients: list[Tensor], head: Head, known: KnownEntries | None) -> Tensor:
     """The power of two, 0-d fp32 on the device, that lifts the largest gradient to the fp16 peak.
 
     A coefficient divided by the number of tokens is below fp16's smallest number soon; scaling by a
@@ -403,6 +469,8 @@ def _fp16_scale(gradients: list[Tensor], head: Head) -> Tensor:
     largest = torch.stack([gradient.abs() for gradient in gradients]).amax(0)
     temperatures = head.token_temperature
     largest = largest / (head.temperature if temperatures is None else temperatures)
+    if known is not None:
+        largest = torch.maximum(largest, known.values.abs().amax(1))
     counted = (head.targets != head.ignore_index) & largest.isfinite()
     largest = largest.where(counted, 0.0).amax().clamp_min(1e-30)
     ratio = FP16_GRADIENT_PEAK / largest

@@ -30,6 +30,7 @@ from agro_kernels._triton.primitives import (
 )
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import LOWEST, KeptLogits
+from agro_kernels.many_targets import KnownEntries
 
 MERGE_BLOCK_N = 128  # rows of one program that merges splits; results do not depend on it
 
@@ -325,17 +326,26 @@ def linear_logprobs_bwd(
     output_mask: list[bool],
     weight_grad: Tensor | None = None,
     kept_logits: KeptLogits | None = None,
+    known: KnownEntries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden (N, D), dweight (V, D), dbias (V,)); (0,) for each that output_mask leaves out.
 
     With weight_grad (V, D) fp32 the gradient of weight is added to it and dweight is (0,).
-    kept_logits: what the forward pass wrote.
+    kept_logits: what the forward pass wrote. known: written over those of the logits' gradient.
     """
     live = torch.zeros_like(head.targets, dtype=torch.bool)
     for gradient in upstream.gradients():
         live |= gradient != 0
+    if known is not None:
+        live |= (known.values != 0).any(1)
     rows = gather_counted(head, live & head.counted())
     dhidden, dweight, dbias = head_gradients(
-        upstream.each(rows.take), rows.head, output_mask, weight_grad, kept_logits, rows.index
+        upstream.each(rows.take),
+        rows.head,
+        output_mask,
+        weight_grad,
+        kept_logits,
+        rows.index,
+        None if known is None else known.each(rows.take),
     )
     return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias

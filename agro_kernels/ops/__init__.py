@@ -3,6 +3,22 @@
 Schemas, shapes and gradients are here; `dispatch.py` says who serves which device.
 """
 
-from agro_kernels.ops import agro_loss, linear_logprobs, selective_logprobs
+from agro_kernels.ops import (
+    agro_loss,
+    divergences,
+    linear_logprobs,
+    linear_topk,
+    many_logprobs,
+    selective_logprobs,
+    smoothed_logprobs,
+)
 
-__all__ = ["agro_loss", "linear_logprobs", "selective_logprobs"]
+__all__ = [
+    "agro_loss",
+    "divergences",
+    "linear_logprobs",
+    "linear_topk",
+    "many_logprobs",
+    "selective_logprobs",
+    "smoothed_logprobs",
+]

@@ -25,15 +25,15 @@ def _lock_of(buffer: Tensor) -> threading.Lock:
         return lock
 
 
-def in_turn(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, whose last argument is the buffer that it adds to, one call a buffer at a time.
+def in_turn(kernel: Callable[..., Any], *, at: int = -1) -> Callable[..., Any]:
+    """`kernel`, whose argument number `at` is the buffer that it adds to, one call a buffer a time.
 
     On a GPU the calls are queued in turn: streams of one's own are for the caller to order.
     """
 
     @functools.wraps(kernel)
     def call(*args: Any) -> Any:
-        with _lock_of(args[-1]):
+        with _lock_of(args[at]):
             return kernel(*args)
 
     return call

@@ -16,6 +16,7 @@ from agro_kernels._torch import kept_ids as torch_kept_ids
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
 from agro_kernels.head import HEAD_SCHEMA, Head, Upstream
 from agro_kernels.kept_logits import KeptLogits, empty_kept_logits
+from agro_kernels.many_targets import KnownEntries, ManyTargets
 from agro_kernels.ops.buffer_locks import in_turn
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
@@ -35,14 +36,20 @@ _BACKWARD_ARGUMENTS = (
     f"Tensor? dlogprobs, Tensor? dlse, Tensor? dentropy, {HEAD_SCHEMA}, Tensor lse, "
     "Tensor entropy, bool[] output_mask, Tensor? kept_logits, Tensor? kept_maxima"
 )
+_LATER = "Tensor? entry_ids=None, Tensor? entry_values=None, Tensor? dsum=None"
 library.define(
-    f"linear_logprobs_bwd({_BACKWARD_ARGUMENTS}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)"
+    f"linear_logprobs_bwd({_BACKWARD_ARGUMENTS}, {_LATER}) "
+    "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 # An op of its own, so that compiled graphs without weight_grad contain no op that mutates.
 library.define(
-    f"linear_logprobs_bwd_accumulate({_BACKWARD_ARGUMENTS}, Tensor(a!) weight_grad) "
+    f"linear_logprobs_bwd_accumulate({_BACKWARD_ARGUMENTS}, Tensor(a!) weight_grad, {_LATER}) "
     "-> (Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
+
+
+# Which argument of it is the buffer.
+_WEIGHT_GRAD = 3 + len(Head._fields) + 5
 
 
 def with_kept(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,8 +64,11 @@ def with_kept(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def with_upstream(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel(upstream, head, output_mask, weight_grad, kept_logits)`, called as a schema above."""
+def with_upstream(kernel: Callable[..., Any], *, accumulates: bool = False) -> Callable[..., Any]:
+    """`kernel(upstream, head, output_mask, weight_grad, kept_logits, known)`, as a schema above.
+
+    accumulates: as that with a weight_grad.
+    """
     stop = len(Head._fields)
 
     @functools.wraps(kernel)
@@ -68,12 +78,17 @@ def with_upstream(kernel: Callable[..., Any]) -> Callable[..., Any]:
         lse, entropy, output_mask, logits, maxima, *others = flat[stop:]
         if dentropy is None:
             entropy = None
-        upstream = Upstream(dlogprobs, dlse, dentropy, lse, entropy)
         kept = None if logits is None or maxima is None else KeptLogits(logits, maxima)
-        (weight_grad,) = others or (None,)
-        return kernel(upstream, Head(*flat[:stop]), output_mask, weight_grad, kept)
+        weight_grad = others.pop(0) if accumulates else None
+        ids, values, dsum = (*others, None, None, None)[:3]
+        upstream = Upstream(dlogprobs, dlse, dentropy, lse, entropy, dsum)
+        known = None if ids is None or values is None else KnownEntries(ids, values)
+        return kernel(upstream, Head(*flat[:stop]), output_mask, weight_grad, kept, known)
 
     return call
+
+
+with_upstream_and_buffer = functools.partial(with_upstream, accumulates=True)
 
 
 def _flat_forward(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +98,7 @@ def _flat_forward(kernel: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _function, _flat in (
     ("linear_logprobs_fwd", "linear_logprobs_fwd", _flat_forward),
     ("linear_logprobs_bwd", "linear_logprobs_bwd", with_upstream),
-    ("linear_logprobs_bwd_accumulate", "linear_logprobs_bwd", with_upstream),
+    ("linear_logprobs_bwd_accumulate", "linear_logprobs_bwd", with_upstream_and_buffer),
 ):
     for _key, _kernel in (
         ("CompositeExplicitAutograd", getattr(torch_linear_logprobs, _function)),
@@ -92,7 +107,7 @@ for _name, _function, _flat in (
     ):
         _kernel = without_autocast(_flat(with_numbers(_kernel)))
         if _name == "linear_logprobs_bwd_accumulate":
-            _kernel = in_turn(_kernel)
+            _kernel = in_turn(_kernel, at=_WEIGHT_GRAD)
         library.impl(_name, _kernel, _key)
 
 
@@ -114,6 +129,7 @@ def _linear_logprobs_bwd_fake(
     output_mask: list[bool],
     weight_grad: Tensor | None,
     kept_logits: KeptLogits | None,
+    known: KnownEntries | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, unwritten; those not asked for have shape (0,)."""
     need_hidden, need_weight, need_bias = output_mask
@@ -133,10 +149,13 @@ def save_head(
     with_entropy: bool,
     kept_logits: Tensor | None = None,
     kept_maxima: Tensor | None = None,
+    *,
+    many: ManyTargets | None = None,
 ) -> None:
     """Keeps what `saved_head` gives back, and whether entropy is (N,) or the empty tensor.
 
-    Its shape would not tell: in a graph the number of tokens may be unknown.
+    Its shape would not tell: in a graph the number of tokens may be unknown. many: for
+    `saved_many`.
     """
     ctx.save_for_backward(
         head.hidden,
@@ -149,6 +168,7 @@ def save_head(
         entropy,
         kept_logits,
         kept_maxima,
+        *(many or ()),
     )
     ctx.options = head.temperature, head.softcap, head.ignore_index, head.round_logits
     ctx.with_entropy = with_entropy
@@ -158,13 +178,18 @@ def save_head(
 def saved_head(ctx: Any) -> tuple[Head, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(head, lse, entropy, kept_logits, kept_maxima) after `save_head`."""
     hidden, weight, targets, bias, token_temperature, kept, *others = ctx.saved_tensors
-    lse, entropy, kept_logits, kept_maxima = others
+    lse, entropy, kept_logits, kept_maxima, *_ = others
     temperature, softcap, ignore_index, round_logits = ctx.options
     head = Head(
         hidden, weight, targets, bias, temperature, token_temperature, softcap, ignore_index,
         round_logits, kept,
     )  # fmt: skip
     return head, lse, entropy, kept_logits, kept_maxima
+
+
+def saved_many(ctx: Any) -> ManyTargets:
+    """After `save_head` with many targets a token."""
+    return ManyTargets(*ctx.saved_tensors[-3:])
 
 
 def input_gradients(
@@ -243,7 +268,7 @@ def _target_logprobs_fake(head: Head, lse: Tensor) -> Tensor:
 for _name, _fake in (
     ("linear_logprobs_fwd", with_head(_linear_logprobs_fwd_fake)),
     ("linear_logprobs_bwd", with_upstream(_linear_logprobs_bwd_fake)),
-    ("linear_logprobs_bwd_accumulate", with_upstream(_linear_logprobs_bwd_fake)),
+    ("linear_logprobs_bwd_accumulate", with_upstream_and_buffer(_linear_logprobs_bwd_fake)),
     ("target_logprobs", with_head(_target_logprobs_fake)),
     ("pack_kept_ids", _pack_kept_ids_fake),
 ):

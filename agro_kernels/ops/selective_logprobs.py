@@ -39,6 +39,64 @@ for _name, _at in (("selective_logprobs_fwd", 2), ("selective_logprobs_bwd", 3))
         library.impl(_name, without_autocast(_with_temperature(_kernel, _at)), _key)
 
 
+# The statistics, in plain torch on every device.
+_STATS = (
+    "Tensor logits, Tensor targets, float temperature, Tensor? token_temperature, float softcap, "
+    "int ignore_index"
+)
+library.define(f"selective_stats_fwd({_STATS}) -> (Tensor logprobs, Tensor lse, Tensor entropy)")
+library.define(
+    f"selective_stats_bwd(Tensor? dlogprobs, Tensor? dlse, Tensor? dentropy, {_STATS}, Tensor lse, "
+    "Tensor entropy) -> Tensor dlogits"
+)
+for _name, _at in (("selective_stats_fwd", 2), ("selective_stats_bwd", 5)):
+    _kernel = without_autocast(_with_temperature(getattr(torch_selective_logprobs, _name), _at))
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+def _selective_stats_fwd_fake(logits: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return tuple(logits.new_empty(targets.shape, dtype=results_dtype(logits)) for _ in range(3))
+
+
+def _selective_stats_bwd_fake(
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    *others: Any,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _selective_stats_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, temperature, token_temperature, softcap, ignore_index = inputs
+    _, lse, entropy = output
+    ctx.save_for_backward(logits, targets, token_temperature, lse, entropy)
+    ctx.options = temperature, softcap, ignore_index
+    ctx.set_materialize_grads(False)
+
+
+@differentiable_once("selective_logprobs_with_stats")
+def _selective_stats_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, targets, token_temperature, lse, entropy = ctx.saved_tensors
+    temperature, softcap, ignore_index = ctx.options
+    dlogits = torch.ops.agro.selective_stats_bwd(
+        *upstream, logits, targets, temperature, token_temperature, softcap, ignore_index, lse,
+        entropy,
+    )  # fmt: skip
+    return dlogits, *[None] * 5
+
+
+torch.library.register_fake("agro::selective_stats_fwd", _selective_stats_fwd_fake, lib=library)
+torch.library.register_fake("agro::selective_stats_bwd", _selective_stats_bwd_fake, lib=library)
+torch.library.register_autograd(
+    "agro::selective_stats_fwd",
+    _selective_stats_backward,
+    setup_context=_selective_stats_save,
+    lib=library,
+)
+
+
 def _selective_logprobs_fwd_fake(
     logits: Tensor, targets: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:

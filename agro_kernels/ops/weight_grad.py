@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from agro_kernels.head import Head
+from agro_kernels.many_targets import ManyTargets
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.linear_logprobs import input_gradients, of_entropy, save_head, saved_head
+from agro_kernels.ops.many_logprobs import backward_arguments
 
 
 def refuse_under_compile() -> None:
@@ -30,6 +32,7 @@ class AccumulatingLogprobs(torch.autograd.Function):
 
     Takes the fields of a Head last, as apply sees no tensors inside a record. With lse (N,) from an
     earlier pass over the same inputs the logprobs are (target logit - lse): no matrix product.
+    ids (N, K): many targets a token, without lse; the head's own is not looked at.
     Returns (logprobs, lse, entropy), entropy (0,) unless with_entropy.
     """
 
@@ -40,10 +43,17 @@ class AccumulatingLogprobs(torch.autograd.Function):
         with_entropy: bool,
         lse: Tensor | None,
         keep_logits_bytes: int,
+        ids: Tensor | None,
         *fields: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         kept: tuple[Tensor, ...] = ()
-        if lse is None:
+        many = None
+        if ids is not None:
+            logprobs, lse, entropy, logits, *kept = torch.ops.agro.many_logprobs_fwd(
+                *fields, ids, with_entropy, keep_logits_bytes
+            )
+            many = ManyTargets(ids, logits, logprobs)
+        elif lse is None:
             logprobs, lse, entropy, *kept = torch.ops.agro.linear_logprobs_fwd(
                 *fields, with_entropy, keep_logits_bytes
             )
@@ -51,7 +61,8 @@ class AccumulatingLogprobs(torch.autograd.Function):
             with_entropy = False
             logprobs = torch.ops.agro.target_logprobs(*fields, lse)
             entropy = logprobs.new_empty(0)
-        save_head(ctx, Head(*fields), lse, entropy, with_entropy, *kept)
+        save_head(ctx, Head(*fields), lse, entropy, with_entropy, *kept, many=many)
+        ctx.many = many is not None
         # Not with save_for_backward, which refuses tensors that have changed since: the backward
         # passes of other micro-batches add to this one.
         ctx.weight_grad = weight_grad
@@ -62,14 +73,19 @@ class AccumulatingLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+        _, _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
         asked = [need_hidden, need_weight, need_bias]
-        head, lse, entropy, *kept = saved_head(ctx)
-        dentropy = of_entropy(ctx, dentropy)
+        if ctx.many:
+            arguments, known = backward_arguments(ctx, asked, dlogprobs, dlse, dentropy)
+        else:
+            head, lse, entropy, *kept = saved_head(ctx)
+            dentropy = of_entropy(ctx, dentropy)
+            arguments = (dlogprobs, dlse, dentropy, *head, lse, entropy, asked, *kept)
+            known = (None, None)
         dhidden, dweight, dbias = torch.ops.agro.linear_logprobs_bwd_accumulate(
-            dlogprobs, dlse, dentropy, *head, lse, entropy, asked, *kept, ctx.weight_grad
+            *arguments, ctx.weight_grad, *known
         )
         return (
-            *[None] * 4,
+            *[None] * 5,
             *input_gradients([need_hidden, False, need_bias], dhidden, dweight, dbias),
         )

@@ -46,6 +46,7 @@ from agro_kernels._triton import (
 from agro_kernels.agro_options import AgroOptions
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import GPU_STEP, GPU_TILE, KeptLogits
+from agro_kernels.many_targets import KnownEntries
 from agro_kernels.tiles import keeps_logits
 from benchmarks.measure.rows import column_names, texts
 
@@ -346,12 +347,34 @@ def agro_cases() -> list[Case]:
         ]
 
 
+def known_entries_cases() -> list[Case]:
+    """The kernel that writes the entries of many targets a token, for each dtype."""
+    known = KnownEntries(
+        torch.empty(NUM_TOKENS, 32, dtype=torch.int64, device="meta"),
+        torch.empty(NUM_TOKENS, 32, device="meta"),
+    )
+    cases = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        dlogits = torch.empty(NUM_TOKENS, 8192, dtype=dtype, device="meta")
+        with contextlib.ExitStack() as stack:
+            kernels = replaced_kernels(head_gradients, stack)
+            head_gradients._write_known(dlogits, 0, known)
+        recorder = kernels["write_known_entries_kernel"]
+        name = f"write_known_entries_kernel {canonicalize_dtype(dtype)}"
+        cases.append(case_of(name, recorder.kernel, recorder.launches[0]))
+    return cases
+
+
 def other_cases() -> list[Case]:
-    """The kernels of agro_loss and of selective_logprobs."""
-    return agro_cases() + [
-        Case(name, kernel, signature, constants, frozenset(), {})
-        for name, kernel, signature, constants in selective_logprobs.compile_cases()
-    ]
+    """The kernels beside the head's two, of agro_loss and of selective_logprobs."""
+    return (
+        known_entries_cases()
+        + agro_cases()
+        + [
+            Case(name, kernel, signature, constants, frozenset(), {})
+            for name, kernel, signature, constants in selective_logprobs.compile_cases()
+        ]
+    )
 
 
 # --- What the compiler reports --------------------------------------------------------------------

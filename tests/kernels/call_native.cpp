@@ -70,10 +70,10 @@ int main(int count, char** arguments) {
   const agro_kept kept = {kept_logits.data(), kept_maxima.data(), sizes.kept_columns};
   if (agro_linear_logprobs_fwd(&head, logprobs.data(), lse.data(), entropy.data(), &kept) !=
           AGRO_OK ||
-      agro_linear_logprobs_bwd(dlogprobs.data(), dlse.data(), dentropy.data(), &head, lse.data(),
-                               entropy.data(), dhidden.data(), dweight.data(),
-                               sizes.has_bias ? dbias.data() : nullptr, nullptr,
-                               &kept) != AGRO_OK) {
+      agro_linear_logprobs_bwd(dlogprobs.data(), dlse.data(), dentropy.data(), nullptr, &head,
+                               lse.data(), entropy.data(), dhidden.data(), dweight.data(),
+                               sizes.has_bias ? dbias.data() : nullptr, nullptr, &kept,
+                               nullptr) != AGRO_OK) {
     return 5;
   }
   write(logprobs);

@@ -17,6 +17,7 @@ from agro_kernels import (
     linear_logprobs_with_entropy,
     linear_logprobs_with_stats,
     selective_logprobs,
+    tail_probability,
     weighted_logprob_sum,
 )
 from agro_kernels.head import Head, Upstream
@@ -80,6 +81,15 @@ def keeping(inputs: Inputs) -> Tensor:
     return (results.logprobs + 0.2 * results.entropy).sum()
 
 
+def many_targets(inputs: Inputs) -> Tensor:
+    """Four ids a token, one of them twice, and the probability of all others."""
+    hidden, weight, bias = inputs.leaves
+    ids = torch.cat([inputs.kept_ids, inputs.targets[:, None]], 1)
+    results = linear_logprobs_with_stats(hidden, weight, ids, bias=bias, softcap=9.0)
+    tail = tail_probability(results.logprobs, ids)
+    return (results.logprobs.sum(1) + 0.2 * results.lse + tail.log()).sum()
+
+
 def weighted(inputs: Inputs) -> Tensor:
     hidden, weight, bias = inputs.leaves
     lse = linear_logprobs_with_stats(
@@ -130,6 +140,7 @@ PROGRAMS = [
     with_entropy,
     engine_options,
     keeping,
+    many_targets,
     weighted,
     from_logits,
     loss,

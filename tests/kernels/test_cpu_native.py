@@ -69,7 +69,9 @@ def test_interface_is_the_one_of_the_header() -> None:
     assert int(version[1]) == native.INTERFACE_VERSION
     declared = set(re.findall(r"AGRO_API [\w *]+[ *](agro_\w+)\(", header))
     assert declared == {*native._SIGNATURES, "agro_interface_version"}
-    for struct, ours in (("agro_head", native.Head), ("agro_kept", native.Kept)):
+    structs = {"head": native.Head, "kept": native.Kept, "entries": native.Entries}
+    for name, ours in structs.items():
+        struct = f"agro_{name}"
         fields = re.search(rf"typedef struct {struct} \{{(.*?)\}} {struct};", header, flags=re.S)
         assert fields is not None
         names = [

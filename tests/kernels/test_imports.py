@@ -8,10 +8,12 @@ import agro_kernels
 PUBLIC = set(
     """
     IGNORE_INDEX POLICY_GRADIENT_FORMS AgroCoefficients AgroStats LinearAgroLoss LogprobHead
-    LogprobStats LogprobsWithEntropy ModelHead agro_coefficients agro_loss linear_agro_loss
-    linear_logprobs
-    linear_logprobs_with_entropy linear_logprobs_with_stats next_tokens pack_sequences patch_model
-    policy_gradient_coefficients reward_to_go_coefficients selective_logprobs weighted_logprob_sum
+    LogprobStats LogprobsWithEntropy ModelHead TopLogprobs agro_coefficients agro_loss
+    linear_agro_loss
+    linear_cross_entropy linear_jsd linear_kl linear_logprobs linear_logprobs_with_entropy
+    linear_logprobs_with_stats linear_topk next_tokens pack_sequences patch_model
+    policy_gradient_coefficients reward_to_go_coefficients selective_logprobs
+    selective_logprobs_with_stats tail_probability weighted_logprob_sum
     """.split()
 )
 

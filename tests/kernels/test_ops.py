@@ -11,6 +11,7 @@ import torch
 
 import agro_kernels
 from agro_kernels._torch import linear_logprobs as blocked
+from agro_kernels._torch.divergences import Kind
 from agro_kernels.head import Head
 from agro_kernels.ops import dispatch
 from tests.kernels.test_agro_loss import Batch
@@ -62,11 +63,38 @@ def linear_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         logprobs, lse, entropy, *kept = OPS.linear_logprobs_fwd(*made, True, 9 * 16 * 4)
         upstream = logprobs.sin(), None if mask[2] else lse.cos(), entropy.cos()
         yield *upstream, *made, lse, entropy, mask, *kept
+    ids = torch.tensor([[3, -1, 7]] * 9)  # of many targets a token
+    yield (
+        None,
+        lse,
+        None,
+        *made,
+        lse,
+        entropy,
+        mask,
+        *kept,
+        ids,
+        torch.ones_like(lse)[:, None] * ids,
+    )
 
 
 def linear_logprobs_bwd_accumulate_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    fields = 3 + len(Head._fields) + 5
     for arguments in linear_logprobs_bwd_calls(dtype):
-        yield *arguments, torch.ones(33, 8, dtype=results_dtype(dtype))
+        buffer = torch.ones(33, 8, dtype=results_dtype(dtype))
+        yield *arguments[:fields], buffer, *arguments[fields:]
+
+
+def many_logprobs_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for kind, with_entropy, keep in (
+        ("few", True, 0),
+        ("all", True, 0),
+        ("few", False, 9 * 16 * 4),
+    ):
+        made = with_leaves(head(dtype, kind))
+        ids = torch.randint(0, 33, (9, 4))
+        ids[2, 1], ids[4] = -100, -100
+        yield *made, ids, with_entropy, keep
 
 
 def target_logprobs_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -75,6 +103,32 @@ def target_logprobs_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         with torch.no_grad():
             lse = OPS.linear_logprobs_fwd(*made, False)[1]
         yield *made, lse
+
+
+def linear_topk_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    yield *head(dtype)._replace(hidden=torch.randn(9, 8).to(dtype)), 3
+    yield *head(dtype, "all"), 33
+
+
+def divergence_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    student, teacher = with_leaves(head(dtype)), head(dtype)
+    teacher = teacher._replace(hidden=torch.randn(9, 8).to(dtype), bias=None)
+    with torch.no_grad():
+        lses = [OPS.linear_logprobs_fwd(*side, False)[1] for side in (student, teacher)]
+    for kind in Kind:
+        yield *student, *teacher, int(kind), 0.3, *lses
+
+
+def divergence_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for *arguments, lse, teacher_lse in divergence_fwd_calls(dtype):
+        constants = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+        _, inner = OPS.divergence_fwd(*constants, lse, teacher_lse)
+        yield inner.cos(), *constants, inner, lse, teacher_lse, [True, False, True]
+
+
+def smoothed_logprobs_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for kind, keep in (("few", 0), ("few", 10**4), ("all", 0)):
+        yield *with_leaves(head(dtype, kind)), keep
 
 
 def pack_kept_ids_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -87,6 +141,17 @@ def selective_logprobs_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]
     targets[1, 1] = -100
     yield logits.requires_grad_(), targets, 1.0, torch.linspace(0.5, 2.0, 12), -100
     yield logits[:, 1:], targets[:, 1:], 0.7, None, -100
+
+
+def selective_stats_fwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for *arguments, ignore_index in selective_logprobs_fwd_calls(dtype):
+        yield *arguments, 3.0, ignore_index
+
+
+def selective_stats_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for logits, *rest in selective_stats_fwd_calls(dtype):
+        logprobs, lse, entropy = OPS.selective_stats_fwd(logits.detach(), *rest)
+        yield logprobs.cos(), None, entropy, logits.detach(), *rest, lse, entropy
 
 
 def selective_logprobs_bwd_calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -129,16 +194,33 @@ CALLS: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "agro_coefficients": agro_coefficients_calls,
     "agro_loss_bwd": agro_loss_bwd_calls,
     "agro_loss_fwd": agro_loss_fwd_calls,
+    "divergence_bwd": divergence_bwd_calls,
+    "divergence_fwd": divergence_fwd_calls,
     "linear_logprobs_bwd": linear_logprobs_bwd_calls,
     "linear_logprobs_bwd_accumulate": linear_logprobs_bwd_accumulate_calls,
     "linear_logprobs_fwd": linear_logprobs_fwd_calls,
+    "linear_topk": linear_topk_calls,
+    "many_logprobs_fwd": many_logprobs_fwd_calls,
     "pack_kept_ids": pack_kept_ids_calls,
     "selective_logprobs_bwd": selective_logprobs_bwd_calls,
     "selective_logprobs_fwd": selective_logprobs_fwd_calls,
+    "selective_stats_bwd": selective_stats_bwd_calls,
+    "selective_stats_fwd": selective_stats_fwd_calls,
+    "smoothed_logprobs_fwd": smoothed_logprobs_fwd_calls,
     "target_logprobs": target_logprobs_calls,
 }
-# Pack bits and pick one logit a token: a handful of elementwise torch operations on any device.
-WITHOUT_A_CUDA_KERNEL = {"pack_kept_ids", "target_logprobs"}
+# A handful of torch operations on any device.
+WITHOUT_A_CUDA_KERNEL = {
+    "divergence_bwd",
+    "divergence_fwd",
+    "linear_topk",
+    "many_logprobs_fwd",
+    "pack_kept_ids",
+    "selective_stats_bwd",
+    "selective_stats_fwd",
+    "smoothed_logprobs_fwd",
+    "target_logprobs",
+}
 
 
 def test_every_op_is_checked_here() -> None:
@@ -218,9 +300,12 @@ def test_schemas_are_those_that_compiled_graphs_hold() -> None:
             *fields,
             *("lse", "entropy", "output_mask", "kept_logits", "kept_maxima"),
         ],
+        "many_logprobs_fwd": [*fields, "ids", "with_entropy", "keep_logits_bytes"],
         "target_logprobs": [*fields, "lse"],
     }
     expected["linear_logprobs_bwd_accumulate"] = [*expected["linear_logprobs_bwd"], "weight_grad"]
+    for name in ("linear_logprobs_bwd", "linear_logprobs_bwd_accumulate"):
+        expected[name] += ["entry_ids", "entry_values", "dsum"]
     for name, arguments in expected.items():
         schema = getattr(OPS, name).default._schema
         assert [argument.name for argument in schema.arguments] == arguments
@@ -247,9 +332,11 @@ def test_meta_tensors_give_shapes() -> None:
     stats = agro_kernels.linear_logprobs_with_stats(hidden, weight, targets, **options)
     assert all(result.shape == (3, 7) and result.is_meta for result in stats)
     buffer = torch.empty(9, 8, device="meta")
+    of_many = agro_kernels.linear_logprobs(hidden, weight, targets[..., None].expand(3, 7, 4))
+    assert of_many.shape == (3, 7, 4) and of_many.is_meta
     into_buffer = agro_kernels.linear_logprobs(hidden, weight, targets, weight_grad=buffer)
     rest = agro_kernels.weighted_logprob_sum(hidden, weight, targets, numbers, lse=numbers)
-    (stats.entropy.sum() + into_buffer.sum() + rest).backward()
+    (stats.entropy.sum() + of_many.sum() + into_buffer.sum() + rest).backward()
     assert hidden.grad is not None and hidden.grad.shape == (3, 7, 8)
     assert weight.grad is not None and weight.grad.shape == (9, 8) and weight.grad.is_meta
     logits = torch.empty(3, 7, 5, device="meta", requires_grad=True)

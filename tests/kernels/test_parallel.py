@@ -205,6 +205,60 @@ def all_options_at_once(rank: Rank) -> None:
 
 
 @check
+def many_targets(rank: Rank) -> None:
+    """K ids a token, which several ranks hold; repeats, ignored ids and rows."""
+    ids = torch.randint(0, V, (N, 5), generator=torch.Generator().manual_seed(4))
+    ids[::3, 2] = ids[::3, 0]
+    ids[1::4, 1] = -100
+    ids[5] = -100
+    c = torch.randn(N, 5, generator=torch.Generator().manual_seed(5))
+    of_tokens = c[:, 0].cos()
+    options: dict[str, Any] = {"temperature": temperatures(), "softcap": 5.0}
+    inputs = head_inputs(N, D, V, bias=True)
+    inputs.hidden[5] = torch.nan
+
+    def run(dtype: torch.dtype, shards: VocabularyShards | None = None, **more: Any) -> Any:
+        part = rank.part if shards is not None else (lambda tensor: tensor)
+        sides = (inputs.hidden, part(inputs.weight), part(inputs.bias))
+        leaves = [leaf(tensor, dtype) for tensor in sides]
+        hidden, weight, bias = leaves
+        assert hidden is not None and weight is not None
+        if shards is not None:
+            made = linear_logprobs_with_stats(
+                hidden, weight, ids, bias=bias, shards=shards, **options, **more
+            )
+            results = made.logprobs, made.entropy, made.lse
+        else:
+            results = reference.linear_logprobs_with_stats(
+                hidden, weight, ids, bias=bias, **options
+            )
+        logprobs, entropy, lse = results
+        loss = (logprobs * c.to(dtype)).sum() + (lse - 0.3 * entropy) @ of_tokens.to(dtype)
+        loss.backward()
+        gradients = [one.grad for one in leaves if one is not None]
+        return [*(result.detach() for result in results), *gradients]
+
+    ours = run(torch.float32, rank.shards)
+    for name, our, truth, near in zip(
+        NAMES, ours, run(torch.float64), run(torch.float32), strict=True
+    ):
+        our = rank.among(our, truth) if name in ("dweight", "dbias") else our
+        assert_close_to_truth(our, truth, near, name)
+    rank.assert_same_on_all(*ours[:4])
+    kept = run(torch.float32, rank.shards, keep_logits_bytes="auto")
+    assert torch.equal(kept[0], ours[0])
+    part = rank.part(inputs.weight)
+    assert part is not None
+    buffer = torch.zeros_like(part)
+    again = run(torch.float32, rank.shards, weight_grad=buffer)
+    assert again[4] is None and torch.equal(buffer, ours[4])
+    with pytest.raises(ValueError, match=f"targets: .* got {V} at position"):
+        linear_logprobs(
+            inputs.hidden, part, ids.masked_fill(ids == ids[0, 1], V), shards=rank.shards
+        )
+
+
+@check
 def kept_logits(rank: Rank) -> None:
     """Each rank keeps those of its own rows."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agro_kernels import reference, selective_logprobs
+from agro_kernels import reference, selective_logprobs, selective_logprobs_with_stats
 from agro_kernels._torch import selective_logprobs as blocked
 from tests.conftest import SetSizes
 from tests.numerics import assert_close_to_truth
@@ -168,3 +168,78 @@ def test_rejects_out_of_range_targets() -> None:
     targets[1, 2] = 31
     with pytest.raises(ValueError, match=r"targets: .*\[0, 31\).*got 31 at position 7"):
         selective_logprobs(logits, targets)
+
+
+# --- With entropy, lse and a softcap --------------------------------------------------------------
+
+
+def stats_and_gradient(
+    logits: Tensor, targets: Tensor, dtype: torch.dtype, how: str, softcap: float | None
+) -> list[Tensor]:
+    """logprobs, entropy, lse and the gradient of a scalar that depends on all three."""
+    leaf = logits.to(dtype).detach().clone().requires_grad_()
+    temperature = torch.linspace(0.5, 2.0, targets.numel()).view(targets.shape)
+    counted = targets != -100
+    if how == "ours":
+        results = tuple(
+            selective_logprobs_with_stats(leaf, targets, temperature=temperature, softcap=softcap)
+        )
+    else:
+        z = (leaf if dtype == torch.float64 else leaf.float()).masked_fill(~counted[..., None], 0.0)
+        z = z if softcap is None else softcap * (z / softcap).tanh()
+        z = z / temperature.to(z.dtype)[..., None]
+        log_p, lse = z.log_softmax(-1), z.logsumexp(-1)
+        picked = log_p.gather(-1, targets.where(counted, 0)[..., None]).squeeze(-1)
+        everything = picked, -(log_p.exp() * log_p).sum(-1), lse
+        results = tuple(result.where(counted, 0.0) for result in everything)
+    c = torch.linspace(-2.0, 3.0, targets.numel()).view(targets.shape).to(results[0].dtype)
+    loss = (results[0] * c + results[1] * c.cos() + results[2].square() * c.sin()).sum()
+    return [result.detach() for result in (*results, *torch.autograd.grad(loss, leaf))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(13, 31), (2, 5, 64), (1, 1000), (0, 7)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 4.0], ids=["nocap", "softcap"])
+def test_stats_match_truth(
+    shape: tuple[int, ...], dtype: torch.dtype, softcap: float | None
+) -> None:
+    logits, targets = logits_and_targets(*shape, dtype=dtype)
+    targets.view(-1)[2::5] = -100
+    found = (
+        stats_and_gradient(logits, targets, dtype, "ours", softcap),
+        stats_and_gradient(logits, targets, torch.float64, "plain", softcap),
+        stats_and_gradient(logits, targets, dtype, "plain", softcap),
+    )
+    names = ("logprobs", "entropy", "lse", "dlogits")
+    for name, ours, truth, plain in zip(names, *found, strict=True):
+        assert_close_to_truth(ours, truth, plain, name)
+
+
+def test_stats_gradients_match_finite_differences() -> None:
+    logits, targets = logits_and_targets(4, 6, dtype=torch.float64)
+    targets[1] = -100
+
+    def stats(z: Tensor) -> tuple[Tensor, ...]:
+        return tuple(selective_logprobs_with_stats(z, targets, temperature=0.7, softcap=5.0))
+
+    assert torch.autograd.gradcheck(stats, logits.requires_grad_())
+
+
+def test_stats_of_banned_and_ignored() -> None:
+    logits, targets = logits_and_targets(13, 31)
+    logits[:, 20:] = -torch.inf
+    logits[4], targets[4] = torch.nan, -100
+    targets[:4] = 3
+    targets[5:] = 25
+    leaf = logits.requires_grad_()
+    stats = selective_logprobs_with_stats(leaf, targets)
+    assert (stats.logprobs[5:] == -torch.inf).all() and stats.logprobs[:4].isfinite().all()
+    assert all(result[4] == 0 for result in stats)
+    (stats.logprobs[:4].sum() + stats.entropy.sum() + stats.lse.sum()).backward()
+    assert leaf.grad is not None and leaf.grad.isfinite().all()
+    assert (leaf.grad[4] == 0).all() and (leaf.grad[:, 20:] == 0).all()
+
+
+def test_stats_refuse_a_softcap_of_zero() -> None:
+    with pytest.raises(ValueError, match="softcap: expected a finite number > 0, got 0.0"):
+        selective_logprobs_with_stats(torch.randn(2, 5), torch.zeros(2).long(), softcap=0.0)

@@ -1,0 +1,33 @@
+"""The largest log-probabilities of each token: schema and shapes. There is no gradient."""
+
+import torch
+from torch import Tensor
+
+from agro_kernels._torch import linear_topk as torch_linear_topk
+from agro_kernels.head import HEAD_SCHEMA, Head
+from agro_kernels.ops.dispatch import (
+    library,
+    results_dtype,
+    with_head,
+    with_numbers,
+    without_autocast,
+)
+
+library.define(f"linear_topk({HEAD_SCHEMA}, SymInt k) -> (Tensor logprobs, Tensor ids, Tensor lse)")
+library.impl(
+    "linear_topk",
+    without_autocast(with_head(with_numbers(torch_linear_topk.linear_topk))),
+    "CompositeExplicitAutograd",
+)
+
+
+def _linear_topk_fake(head: Head, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    n, dtype = head.hidden.shape[0], results_dtype(head.hidden)
+    return (
+        head.hidden.new_empty((n, k), dtype=dtype),
+        head.hidden.new_empty((n, k), dtype=torch.int64),
+        head.hidden.new_empty(n, dtype=dtype),
+    )
+
+
+torch.library.register_fake("agro::linear_topk", with_head(_linear_topk_fake), lib=library)
