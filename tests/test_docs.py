@@ -109,6 +109,10 @@ INTEGRATIONS = "tests/train/integrations"
 # and rows of data need no entry: they are read below.
 RUN_BY = {
     "algorithms.md": {"def standardised": "tests/train/test_algorithm.py"},
+    "distillation.md": dict.fromkeys(
+        ("def topk_distillation", "def reverse_kl", "def on_policy", "def whole_vocabulary"),
+        "tests/kernels/test_distillation.py",
+    ),
     "environments.md": {"class SecondTry": "tests/train/environments/test_docs.py"},
     "hf-trainer.md": {
         "trainer = Trainer(": f"{INTEGRATIONS}/test_losses.py",
