@@ -10,7 +10,7 @@ import argparse
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agro_kernels import linear_logprobs_with_stats, weighted_logprob_sum
+from agro_kernels import linear_logprobs, linear_topk
 
 VOCABULARY, TOP_K = 512, 8
 
@@ -37,20 +37,14 @@ def main() -> None:
     teacher, student = llama(128), llama(64)
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     ids = torch.randint(VOCABULARY, (8, 16))
-    with torch.no_grad():
-        top = teacher(input_ids=ids).logits.topk(TOP_K)  # values and indices, (8, 16, k)
-    probabilities = top.values.softmax(-1)
-    entropy = -(probabilities * probabilities.log()).sum(-1).mean()
+    with torch.no_grad():  # log-probabilities and ids of the k largest, (8, 16, k)
+        states = teacher.model(input_ids=ids).last_hidden_state
+        top = linear_topk(states, teacher.lm_head.weight, TOP_K)
+    probabilities = top.logprobs.softmax(-1)
     for step in range(1, options.steps + 1):
         hidden = student.model(input_ids=ids).last_hidden_state
-        weight = student.lm_head.weight
-        with torch.no_grad():  # the log of the softmax's denominator, for all k sums
-            lse = linear_logprobs_with_stats(hidden, weight, ids).lse
-        loss = -entropy
-        for k in range(TOP_K):  # the coefficients are known: three products a sum, no logits
-            coefficients = -probabilities[..., k] / ids.numel()
-            targets = top.indices[..., k]
-            loss = loss + weighted_logprob_sum(hidden, weight, targets, coefficients, lse=lse)
+        logprobs = linear_logprobs(hidden, student.lm_head.weight, top.ids)  # one pass for all k
+        loss = (probabilities * (probabilities.log() - logprobs)).sum(-1).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
