@@ -41,6 +41,8 @@ class Policy(nn.Module):
         """
         super().__init__()
         try:
+            if form is not None and form.declared:  # else its configuration says nothing of it
+                form.check_unchanged(model)
             self.form = ModelHead.of(model) if form is None else form
         except ValueError as error:
             raise Refusal(str(error)) from error

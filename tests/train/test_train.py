@@ -127,12 +127,13 @@ def test_run_killed_before_its_report_is_completed(
     assert "steps: expected more than the 4" in message
 
 
-def test_ranks_wait_for_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_wait_for_a_checkpoint() -> None:
     done: list[str] = []
-    monkeypatch.setattr(agro_train.train.checkpoint, "save", lambda *_, **__: done.append("save"))
-    run = MagicMock()
+    saver, run = MagicMock(), MagicMock()
+    saver.save = lambda *_, **__: done.append("save")
+    saver.complete.side_effect = [None, 1]  # nothing from before; then the one just written
     run.accelerator.wait_for_everyone = lambda: done.append("wait")
-    agro_train.train.save(run, 1)
+    agro_train.train.save(run, saver, 1, last=True)
     assert done == ["save", "wait"]
 
 

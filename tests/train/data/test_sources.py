@@ -73,7 +73,11 @@ def test_cells_of_csv_are_text_as_it_stands_and_empty_ones_null(tmp_path: Path) 
         ("d.csv", b"a,b\n\xff,2\n", "CSV in UTF-8 in .*d.csv, line 2"),
         ("d.csv", b'a,b\n"x"y,2\n', "CSV in UTF-8 in .*d.csv, line 2"),
         ("d.jsonl.gz", b"no gzip", "a gzip file, got .*d.jsonl.gz"),
-        ("d.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:30], "a gzip file, got .*d.jsonl.gz"),
+        (
+            "d.jsonl.gz",
+            gzip.compress(LINES.encode(), mtime=0)[:30],
+            "a gzip file, got .*d.jsonl.gz",
+        ),
         ("d.parquet", b"PAR1 and no more", "a parquet file, got .*d.parquet"),
         ("d.xlsx", b"", "a file of .jsonl, .ndjson, .json, .csv, .tsv, .parquet .or .gz., got"),
     ],
