@@ -146,13 +146,16 @@ def candidates(
 
 
 def variations(kernel: str, architecture: str, tile: TileConfig) -> list[TileConfig]:
-    """The tile in other orders over the vocabulary; only the forward pass splits it."""
+    """The tile in other orders over the vocabulary, and with one loop in place of two or the other
+    way round; only the forward pass has these choices and splits the vocabulary."""
     groups, splits = (
         ((2,), (2,)) if architecture == "interpreter" else ((4, 8, 16, 32), (8, 16, 32))
     )
     if kernel != "linear_logprobs_fwd":
         splits = (tile.max_splits,)
     varied = [replace(tile, group_n=g, max_splits=parts) for g in groups for parts in splits]
+    if kernel == "linear_logprobs_fwd":
+        varied.append(replace(tile, flatten=not tile.flatten))
     return [other for other in varied if other != tile]
 
 

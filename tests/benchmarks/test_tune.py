@@ -1,6 +1,7 @@
 """The tuner runs, on a CPU, and refuses what it should refuse."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from agro_kernels.tiles import TileConfig
 from benchmarks.head import tune
 from benchmarks.head.providers.base import make_inputs
 from benchmarks.head.tune_kernel import KERNELS, truth_of
-from benchmarks.head.tune_search import SMOKE, Candidate, candidates, check
+from benchmarks.head.tune_search import SMOKE, Candidate, candidates, check, variations
 from benchmarks.measure.rows import read_csv
 
 
@@ -52,7 +53,9 @@ def test_a_quick_search_has_the_likely_tiles_only() -> None:
     every = candidates("sm90", 2, 2048)
     assert set(quick) < set(every)
     assert 10 < len(quick) < len(every) / 10
-    assert tiles.select("linear_logprobs_fwd", "sm90", 2, 2048) in quick
+    shipped = tiles.select("linear_logprobs_fwd", "sm90", 2, 2048)
+    assert replace(shipped, flatten=False) in quick
+    assert shipped in variations("linear_logprobs_fwd", "sm90", replace(shipped, flatten=False))
 
 
 def test_tiles_of_today_are_among_the_candidates() -> None:
