@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from agro_train.experiments import compare, fig2, tabular
+from agro_train.experiments import beyond, compare, fig2, tabular
 from agro_train.experiments.compare import ALGORITHMS, Algorithm, Curves, Named
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim, Row
@@ -24,11 +24,8 @@ MEASURES = {
     "eval_below": "sampled, below 1/2",
     "eval_kl": "KL",
 }
-# Updates' worth of time that a step takes where generation takes as long as an update: both in
-# turn, or side by side.
-STEP_TIME = {0: 2.0}
-BESIDE = 1.0
-COLOURS = {0: "black", 1: "#443983", 2: "#31688e", 4: "#35b779", 8: "#d8a31a"}  # dark to light
+# Dark to light.
+COLOURS = {"0": "black", "1": "#443983", "2": "#31688e", "4": "#35b779", "8": "#d8a31a"}
 
 
 def run(output_dir: Path, quick: bool) -> list[Claim]:
@@ -36,9 +33,9 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     sweep = Sweep(output_dir, quick)
     rates = fig2.tune(sweep, NAMES, quick).rates
     kept = STALENESS[:: 4 if quick else 1]
-    runs = {k: fig2.points(rates, quick, **({AXIS: k} if k else {})) for k in kept}
+    runs = {str(k): fig2.points(rates, quick, **({AXIS: k} if k else {})) for k in kept}
     curves = sweep.curves(compare.every_point(runs))
-    later = {name: by_staleness(runs, name) for name in NAMES}
+    later = {name: beyond.by_value(runs, name) for name in NAMES}
     differences = [
         {"algorithm": name, **row}
         for name, named in later.items()
@@ -53,8 +50,10 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     return compare.fair_each(curves, {f"{AXIS}={k}": named for k, named in runs.items()})
 
 
-def by_staleness(runs: Mapping[int, Named], name: str) -> Named:
-    return {str(k): named[name] for k, named in runs.items()}
+def step_time(k: str) -> float:
+    """Of a step, in updates, where generation takes as long as one: both in turn, or side by
+    side."""
+    return 2.0 if k == "0" else 1.0
 
 
 def levels(curves: Curves, later: Mapping[str, Named]) -> list[Row]:
@@ -85,8 +84,8 @@ def equal_time(curves: Curves, later: Mapping[str, Named]) -> list[Row]:
             found = []
             for one in points:
                 curve = curves[one]
-                share = BESIDE / STEP_TIME.get(int(k), BESIDE)
-                at = min(curve, key=lambda mark: abs(mark["step"] - share * curve[-1]["step"]))
+                reached = curve[-1]["step"] / step_time(k)
+                at = min(curve, key=lambda mark: abs(mark["step"] - reached))
                 found.append(at["eval_reward"])
             cells[f"k = {k}"] = str(compare.interval(found))
         rows.append(cells)
@@ -103,8 +102,8 @@ def draw(curves: Curves, later: Mapping[str, Named]) -> Figure:
         ):
             axes = panels[row][column]
             for k, points in named.items():
-                style = Algorithm(f"k = {k}", COLOURS[int(k)], "-", {})
-                every = STEP_TIME.get(int(k), BESIDE) if row else 1.0
+                style = Algorithm(f"k = {k}", COLOURS[k], "-", {})
+                every = step_time(k) if row else 1.0
                 timed = {
                     one: [{**mark, "step": every * mark["step"]} for mark in curves[one]]
                     for one in points

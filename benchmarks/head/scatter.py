@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.head.providers.registry import PROVIDERS
 from benchmarks.measure.rows import RESULTS, read_csv
 
 OURS = "#0b6e69"
-PEERS = {"yes": "#c2571a", "no": "#5b5fc7"}  # by whether they store the logits
-STORES = {"torch", "torch_compile", "trl_selective", "cce_torch_compile", "torch_lce"}
+PEERS = {True: "#c2571a", False: "#5b5fc7"}  # by whether they store the logits
 # Their labels, from the left: offset in points, and where the text ends.
 BESIDE = (((-8, -5), "right"), ((0, -16), "center"), ((7, 2), "left"))
 Point = tuple[str, float, float]  # provider, time in one unit, MB beyond inputs and results
@@ -62,12 +62,12 @@ def draw(panels: Mapping[str, Sequence[Point]]) -> Any:
         times = {provider: seconds for provider, seconds, _ in points}
         rank = 0  # of those that store the logits, which lie close together
         for provider, seconds, memory in sorted(points, key=lambda point: point[2]):
-            mine = provider == "ours"
-            colour = OURS if mine else PEERS["yes" if provider in STORES else "no"]
+            mine, stores = provider == "ours", PROVIDERS[provider].stores_logits
+            colour = OURS if mine else PEERS[stores]
             x, y = max(memory, 1.0), seconds / times["ours"]
             axes.scatter(x, y, s=170 if mine else 60, marker="*" if mine else "o", color=colour)
             where, side = (7, 4), "left"
-            if provider in STORES:
+            if stores:
                 where, side = BESIDE[min(rank, len(BESIDE) - 1)]
                 rank += 1
             axes.annotate(

@@ -1,12 +1,14 @@
 """What the tests of the kernels share: small tiles, and which Triton can interpret the kernels."""
 
 import importlib.metadata
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from agro_kernels._torch import linear_logprobs as blocked
 from tests.conftest import SetSizes
+from tests.kernels.isas import ISAS, chosen
 
 
 @pytest.fixture
@@ -16,6 +18,21 @@ def small_tiles(set_sizes: SetSizes) -> None:
     Small shapes then cross several tiles.
     """
     set_sizes(blocked, TOKEN_CHUNK=16, VOCAB_BLOCK=64)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every available instruction set in turn."""
+    with chosen(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_outputs() -> Iterator[None]:
+    """torch.empty is filled with NaN: what is read and no kernel has written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

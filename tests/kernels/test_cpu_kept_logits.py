@@ -4,7 +4,6 @@ Results do not change by a bit; gradients obey the law of `tests/numerics.py` as
 made of logits computed again.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +13,11 @@ from torch import Tensor
 
 import agro_kernels
 from agro_kernels._cpu import linear_logprobs as cpu
-from agro_kernels._cpu import native
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import CPU_TILE, KeptLogits, empty_kept_logits
+from tests.kernels.isas import ISAS, chosen
 from tests.kernels.test_cpu_linear_logprobs import (
     DTYPES,
-    ISAS,
-    LIBRARY,
     NAMES,
     by_plain_torch,
     expectation,
@@ -33,26 +30,9 @@ from tests.kernels.test_cpu_linear_logprobs import (
 )
 from tests.numerics import assert_close_to_truth, head_inputs
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 EVERYTHING = 2**40  # bytes
 BLOCK = 192  # vocabulary entries that are kept together
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every available instruction set in turn."""
-    assert LIBRARY is not None
-    before = LIBRARY.agro_isa().decode()
-    native.choose_isa(LIBRARY, request.param)
-    yield request.param
-    native.choose_isa(LIBRARY, before)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """torch.empty is filled with NaN: a kept logit that is read and was never written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def bytes_of_blocks(head: Head, blocks: int) -> int:
@@ -228,18 +208,15 @@ def test_gradients_of_more_threads_and_of_a_second_backward(isa: str, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_instruction_sets_read_what_others_wrote(dtype: torch.dtype) -> None:
-    assert LIBRARY is not None
     inputs = head_inputs(61, 40, 400, dtype=dtype, ignored=True)
     truth, plain = (by_plain_torch(inputs, at)[3:] for at in (torch.float64, dtype))
-    before = LIBRARY.agro_isa().decode()
     for writer, reader in zip(ISAS, ISAS[1:] + ISAS[:1], strict=True):
-        native.choose_isa(LIBRARY, writer)
-        results, kept = forward(inputs.head(), EVERYTHING)
-        native.choose_isa(LIBRARY, reader)
-        ours = backward(inputs.head(), results, kept)
+        with chosen(writer):
+            results, kept = forward(inputs.head(), EVERYTHING)
+        with chosen(reader):
+            ours = backward(inputs.head(), results, kept)
         for name, *three in zip(NAMES[3:5], ours, truth, plain, strict=False):
             assert_close_to_truth(*three, f"{name}, written by {writer}, read by {reader}")
-    native.choose_isa(LIBRARY, before)
 
 
 # --- Through the public functions -----------------------------------------------------------------

@@ -24,11 +24,11 @@ from agro_kernels._cpu import linear_logprobs as cpu
 from agro_kernels._cpu import native
 from agro_kernels.head import Head, Upstream
 from tests.kernels import fuzz_linear_logprobs as fuzz
+from tests.kernels.isas import ISAS, LIBRARY, chosen
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 ROOT = Path(__file__).parents[2]
-LIBRARY = native.load()
-ISAS = [] if LIBRARY is None else LIBRARY.agro_available_isas().decode().split(",")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Tile aligned, every dimension odd, tiny, several vocabulary blocks, one token, one word, no token.
 SHAPES = [
@@ -42,24 +42,6 @@ SHAPES = [
 ]
 NAMES = ("logprobs", "lse", "entropy", "dhidden", "dweight", "dbias")
 ALL = [True, True, True]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every available instruction set in turn."""
-    assert LIBRARY is not None
-    before = LIBRARY.agro_isa().decode()
-    native.choose_isa(LIBRARY, request.param)
-    yield request.param
-    native.choose_isa(LIBRARY, before)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """torch.empty is filled with NaN: an element that no kernel writes shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -445,19 +427,16 @@ def test_other_python_threads_run_during_a_call(threads: None) -> None:
             ticks += 1
             time.sleep(1e-4)
 
-    assert LIBRARY is not None
-    before_isa = LIBRARY.agro_isa().decode()
-    native.choose_isa(LIBRARY, "scalar")  # long enough to count in
-    worker = threading.Thread(target=count)
-    worker.start()
-    while ticks == 0:
-        time.sleep(1e-4)
-    before, began = ticks, time.monotonic()
-    by_native(inputs)
-    counted, seconds = ticks - before, time.monotonic() - began
-    stop.set()
-    worker.join()
-    native.choose_isa(LIBRARY, before_isa)
+    with chosen("scalar"):  # long enough to count in
+        worker = threading.Thread(target=count)
+        worker.start()
+        while ticks == 0:
+            time.sleep(1e-4)
+        before, began = ticks, time.monotonic()
+        by_native(inputs)
+        counted, seconds = ticks - before, time.monotonic() - began
+        stop.set()
+        worker.join()
     # Outside the library there is time for a handful of ticks.
     assert seconds > 0.05
     assert counted > 50, f"{counted} in {seconds} s"

@@ -24,13 +24,12 @@ from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
 from agro_kernels.many_targets import _sums_of_equals
 from tests.conftest import SetSizes
+from tests.kernels.isas import ISAS, chosen
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_logits
 
 N, D, V, K = 21, 40, 203, 6
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("logprobs", "entropy", "lse", "dhidden", "dweight", "dbias")
-LIBRARY = native.load()
-ISAS = [] if LIBRARY is None else LIBRARY.agro_available_isas().decode().split(",")
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 pytestmark = [
@@ -60,11 +59,8 @@ def backend(
             monkeypatch.setattr(cpu.blocked, function, getattr(kernels, function))
         yield name
     else:
-        assert LIBRARY is not None
-        before = LIBRARY.agro_isa().decode()
-        native.choose_isa(LIBRARY, name)
-        yield name
-        native.choose_isa(LIBRARY, before)
+        with chosen(name):
+            yield name
 
 
 def many_targets(n: int = N, v: int = V, k: int = K) -> Tensor:

@@ -129,6 +129,18 @@ def save_llama3_miniature(folder: Path) -> Path:
     return folder
 
 
+# What makes a run that a page or an example shows one short step.
+SHORT = [
+    "warm_start_steps=1",
+    "steps=1",
+    "prompts_per_step=2",
+    "num_generations=2",
+    "max_completion_length=4",
+    "warmup_steps=0",
+    "eval_every=0",
+]
+
+
 def small_run(model: Path, folder: Path, *more: str) -> list[str]:
     """`agro train` for two steps of three groups; what `more` sets again counts."""
     return [

@@ -12,18 +12,10 @@ import pytest
 
 from agro_train.policy import tiny
 from tests.train.integrations import OLD_NAMES
+from tests.train.models import SHORT
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHORT = [
-    "warm_start_steps=1",
-    "steps=1",
-    "prompts_per_step=2",
-    "num_generations=2",
-    "max_completion_length=4",
-    "warmup_steps=0",
-    "eval_every=0",
-    "output_dir=run",
-]
+HERE = [*SHORT, "output_dir=run"]
 
 
 @pytest.fixture
@@ -45,7 +37,7 @@ def run(script: Path, *arguments: str) -> None:
 def trained(script: Path, *settings: str) -> dict[str, Any]:
     """The row of metrics of one step."""
     with pytest.raises(SystemExit) as ended:
-        run(script, *SHORT, *settings)
+        run(script, *HERE, *settings)
     assert not ended.value.code
     lines = (script.parent / "run" / "metrics.jsonl").read_text().splitlines()
     (row,) = [row for row in map(json.loads, lines) if "reward" in row]

@@ -14,19 +14,10 @@ from agro_train.data.rows import read_jsonl
 from agro_train.rewards import functions
 from agro_train.rewards.functions import check_columns, load_rewards, score, with_readable_gold
 from agro_train.types import Prompt, Rollout
+from tests.train.models import SHORT
 
 PAGE = Path(__file__).parents[3] / "docs" / "rewards.md"
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE.read_text(), flags=re.S)
-# What makes a run on the page one short step.
-SHORT = [
-    "warm_start_steps=1",
-    "steps=1",
-    "prompts_per_step=2",
-    "num_generations=2",
-    "max_completion_length=4",
-    "warmup_steps=0",
-    "eval_every=0",
-]
 
 
 def blocks(language: str) -> list[str]:
