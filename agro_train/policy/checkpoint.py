@@ -6,6 +6,7 @@ checkpoint is written under another name, with the size and the checksum of each
 renamed when it is complete and on the disk. One that is not as it was written is refused by name.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -242,6 +243,7 @@ def load_optimizer(
             for name, moment in moments.items():
                 if moment.device.type == "cpu":  # still the file's pages, which will be deleted
                     moments[name] = moment.clone()
+        gc.collect()  # torch's loading leaves a circle of objects that holds the file's pages
     scheduler.load_state_dict(saved["scheduler"])
     # The optimiser's rate is that of the schedule it was saved with; more steps may make another.
     for group, rate, factor in zip(

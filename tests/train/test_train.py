@@ -505,7 +505,7 @@ def test_resume_refuses_what_the_checkpoint_decides(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["train", "--resume", str(finished), "steps=5", "temperature=0.5"]
-    assert "temperature: expected only beta, steps, " in refusal(arguments, capsys)
+    assert "temperature: expected only fsdp, beta, steps, " in refusal(arguments, capsys)
     assert configuration.load(finished / "config.yaml").temperature != 0.5
     mistyped = ["train", "--resume", str(finished), "lerning_rate=0.5"]
     assert refusal(mistyped, capsys) == (
