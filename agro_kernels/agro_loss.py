@@ -238,7 +238,7 @@ def agro_loss(
     check_sequences(rewards, groups)
     check_tokens(cu_seqlens, rewards, logprobs=logprobs, ref_logprobs=ref_logprobs)
     record = AgroOptions.of(rewards, **options)
-    return _loss_of_tokens(logprobs, ref_logprobs, rewards, groups, cu_seqlens, record)
+    return _loss_of_tokens(logprobs, (ref_logprobs, rewards, groups, cu_seqlens), record)
 
 
 def linear_agro_loss(
@@ -276,19 +276,15 @@ def linear_agro_loss(
     of_head: Any = {k: v for k, v in options.items() if k in HeadOptions.__annotations__}
     record = AgroOptions.of(rewards, **of_loss)
     logprobs = linear_logprobs(hidden, weight, targets, **of_head)
-    return _loss_of_tokens(logprobs, ref_logprobs, rewards, groups, cu_seqlens, record)
+    return _loss_of_tokens(logprobs, (ref_logprobs, rewards, groups, cu_seqlens), record)
 
 
 def _loss_of_tokens(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    rewards: Tensor,
-    groups: Tensor,
-    cu_seqlens: Tensor,
-    options: AgroOptions,
+    logprobs: Tensor, constants: tuple[Tensor, ...], options: AgroOptions
 ) -> Tensor:
-    """The loss, 0-d, of arguments that have been checked; differentiable in logprobs alone."""
+    """The loss, 0-d, of arguments that have been checked; constants: the others of `agro_loss`."""
     refuse_forward_mode("agro_loss", logprobs=logprobs)
-    tensors = (logprobs, ref_logprobs.detach(), rewards.detach(), groups, cu_seqlens)
-    outputs: tuple[Tensor, Tensor] = torch.ops.agro.agro_loss_fwd(*tensors, *options)
+    outputs: tuple[Tensor, Tensor] = torch.ops.agro.agro_loss_fwd(
+        logprobs, *(tensor.detach() for tensor in constants), *options
+    )
     return outputs[0]

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from agro_kernels.head import (
-    LARGEST,
-    SMALLEST,
     HeadOptions,
     as_number,
     as_tensor,
     check_device,
+    check_positive,
     check_tensor,
 )
 
@@ -262,13 +261,7 @@ def _number(name: str, value: object, expected: str, next_step: str) -> float:
 
 def checked_positive(name: str, value: float, why: str) -> float:
     number = _number(name, value, "a finite number > 0", why)
-    if not (number > 0 and number < math.inf):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}; {why}")
-    if not SMALLEST <= number <= LARGEST:
-        raise ValueError(
-            f"{name}: expected a number from {SMALLEST} to {LARGEST}, so that fp32 can hold the "
-            f"coefficients, got {value}; {why}"
-        )
+    check_positive(name, number, value, "so that fp32 can hold the coefficients", why)
     return number
 
 

@@ -4,13 +4,26 @@ Both sides come as hidden states and the weight of a head; neither's (N, V) logi
 a few of the likeliest tokens say costs much less: `linear_topk`, `linear_logprobs` with (..., K).
 """
 
+from typing import TypedDict, Unpack
+
 import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
 from agro_kernels._torch.divergences import Kind
-from agro_kernels.head import IGNORE_INDEX, Head, as_number, check_tensor
+from agro_kernels.head import IGNORE_INDEX, Head, as_number, check_names, check_tensor
 from agro_kernels.ops.derivatives import refuse_forward_mode
+
+
+class DivergenceOptions(TypedDict, total=False):
+    """The keywords of both; `linear_kl` says what they mean."""
+
+    mask: Tensor | None
+    bias: Tensor | None
+    teacher_bias: Tensor | None
+    softcap: float | None
+    teacher_softcap: float | None
+    temperature: float | Tensor
 
 
 def linear_kl(
@@ -54,14 +67,14 @@ def linear_kl(
     return _divergence(
         Kind.REVERSE if reverse else Kind.FORWARD,
         0.0,
-        hidden,
-        weight,
-        teacher_hidden,
-        teacher_weight,
-        mask,
-        (bias, teacher_bias),
-        (softcap, teacher_softcap),
-        temperature,
+        (hidden, weight),
+        (teacher_hidden, teacher_weight),
+        mask=mask,
+        bias=bias,
+        teacher_bias=teacher_bias,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        temperature=temperature,
     )
 
 
@@ -72,12 +85,7 @@ def linear_jsd(
     teacher_weight: Tensor,
     *,
     beta: float = 0.5,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    temperature: float | Tensor = 1.0,
+    **options: Unpack[DivergenceOptions],
 ) -> Tensor:
     """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student.
 
@@ -85,54 +93,46 @@ def linear_jsd(
         beta: between 0 and 1, without them: there the divergence is 0. 0.5 is Jensen and Shannon's.
         The rest as `linear_kl`, and so are the results.
     """
+    check_names("linear_jsd", options, DivergenceOptions)
     number = as_number(beta)
     if number is None or not 0.0 < number < 1.0:
         raise ValueError(
             f"beta: expected a number between 0 and 1, got {beta}; linear_kl is what the "
             "divergence tends to at both ends"
         )
-    return _divergence(
-        Kind.JSD,
-        number,
-        hidden,
-        weight,
-        teacher_hidden,
-        teacher_weight,
-        mask,
-        (bias, teacher_bias),
-        (softcap, teacher_softcap),
-        temperature,
-    )
+    sides = (hidden, weight), (teacher_hidden, teacher_weight)
+    return _divergence(Kind.JSD, number, *sides, **options)
 
 
 def _divergence(
     kind: Kind,
     beta: float,
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    mask: Tensor | None,
-    biases: tuple[Tensor | None, Tensor | None],
-    softcaps: tuple[float | None, float | None],
-    temperature: float | Tensor,
+    student_side: tuple[Tensor, Tensor],
+    teacher_side: tuple[Tensor, Tensor],
+    **options: Unpack[DivergenceOptions],
 ) -> Tensor:
+    """Of two (hidden, weight). beta is JSD's."""
+    hidden, mask = student_side[0], options.get("mask")
     check_tensor("hidden", hidden)
     tokens = hidden.shape[:-1]
     targets = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
     if mask is not None:
         _check_mask(mask, targets)
         targets = targets.masked_fill(~mask, IGNORE_INDEX)
+    temperature = options.get("temperature", 1.0)
     head = Head.of(
-        hidden, weight, targets, bias=biases[0], softcap=softcaps[0], temperature=temperature
+        *student_side,
+        targets,
+        bias=options.get("bias"),
+        softcap=options.get("softcap"),
+        temperature=temperature,
     )
     try:
         teacher = Head.of(
-            teacher_hidden,
-            teacher_weight,
+            *teacher_side,
             targets,
-            bias=biases[1],
-            softcap=softcaps[1],
+            bias=options.get("teacher_bias"),
+            softcap=options.get("teacher_softcap"),
             temperature=temperature,
         )
     except (TypeError, ValueError) as error:  # its sentence begins with the student's name for it

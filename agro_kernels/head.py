@@ -348,24 +348,36 @@ def checked_softcap(softcap: float | None) -> float:
     """The number; 0.0 of None."""
     if softcap is None:
         return 0.0
-    number = as_number(softcap)
+    return checked_divisor(
+        "softcap",
+        softcap,
+        "a float or None",
+        if_no_number="pass the model's final_logit_softcapping",
+        if_out_of_range="pass None for no cap",
+    )
+
+
+def checked_divisor(
+    name: str, value: object, kinds: str, *, if_no_number: str, if_out_of_range: str
+) -> float:
+    """A positive number of a size that the logits can be divided by."""
+    number = as_number(value)
     if number is None:
-        raise TypeError(
-            f"softcap: expected a float or None, got {type(softcap).__name__}; "
-            "pass the model's final_logit_softcapping"
-        )
-    check_finite("softcap", number, "pass None for no cap")
+        raise TypeError(f"{name}: expected {kinds}, got {type(value).__name__}; {if_no_number}")
+    check_positive(name, number, number, "which fp32 can divide by", if_out_of_range)
     return number
 
 
-def check_finite(name: str, number: float, next_step: str) -> None:
-    """A positive number of a size that the logits can be divided by."""
+def check_positive(
+    name: str, number: float, given: object, why_limited: str, next_step: str
+) -> None:
+    """From SMALLEST to LARGEST; given: what the number was made of."""
     if not 0.0 < number < math.inf:
-        raise ValueError(f"{name}: expected a finite number > 0, got {number}; {next_step}")
+        raise ValueError(f"{name}: expected a finite number > 0, got {given}; {next_step}")
     if not SMALLEST <= number <= LARGEST:
         raise ValueError(
-            f"{name}: expected a number from {SMALLEST} to {LARGEST}, which fp32 can divide by, "
-            f"got {number}; {next_step}"
+            f"{name}: expected a number from {SMALLEST} to {LARGEST}, {why_limited}, got {given}; "
+            f"{next_step}"
         )
 
 
@@ -438,11 +450,7 @@ def checked_temperature(temperature: float | Tensor, targets: Tensor) -> float |
                 f"temperature: expected a float or a tensor of the shape of targets "
                 f"{tuple(targets.shape)}, got {tuple(temperature.shape)}; use expand_as(targets)"
             )
-        if not temperature.dtype.is_floating_point:
-            raise TypeError(
-                f"temperature: expected a floating-point tensor, got {temperature.dtype}; "
-                "cast with .float()"
-            )
+        check_floating("temperature", temperature)
         if temperature.requires_grad:
             raise ValueError(
                 "temperature: expected a tensor without gradient, got one that requires it; "
@@ -450,14 +458,13 @@ def checked_temperature(temperature: float | Tensor, targets: Tensor) -> float |
             )
         check_device("temperature", temperature, "targets", targets)
         return temperature
-    number = as_number(temperature)
-    if number is None:
-        raise TypeError(
-            f"temperature: expected a float or a tensor, got {type(temperature).__name__}; "
-            "pass the temperature of the sampler"
-        )
-    check_finite("temperature", number, "for greedy sampling score the tokens with 1.0")
-    return number
+    return checked_divisor(
+        "temperature",
+        temperature,
+        "a float or a tensor",
+        if_no_number="pass the temperature of the sampler",
+        if_out_of_range="for greedy sampling score the tokens with 1.0",
+    )
 
 
 def checked_ignore_index(ignore_index: int) -> int:
@@ -554,16 +561,20 @@ def check_constant(name: str, value: Tensor, targets: Tensor) -> None:
             f"{name}: expected the shape of targets {tuple(targets.shape)}, "
             f"got {tuple(value.shape)}; pass one number a token"
         )
-    if not value.dtype.is_floating_point:
-        raise TypeError(
-            f"{name}: expected a floating-point tensor, got {value.dtype}; cast with .float()"
-        )
+    check_floating(name, value)
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: expected a constant, got a tensor that requires a gradient; "
             f"pass {name}.detach(), or use linear_logprobs for a loss that is differentiable in it"
         )
     check_device(name, value, "targets", targets)
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    if not value.dtype.is_floating_point:
+        raise TypeError(
+            f"{name}: expected a floating-point tensor, got {value.dtype}; cast with .float()"
+        )
 
 
 # --- Values: looked at inside the ops, on the CPU only; elsewhere a look would stall the device ---

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from agro_train.durable import no_room
 from agro_train.interrupt import Interrupted, Interrupts
@@ -86,7 +86,7 @@ def parse(words: list[str]) -> argparse.Namespace:
             "lists them all"
         )
     command, chosen = COMMANDS[words[0]], parsers.choices[words[0]]
-    _module(command).add_arguments(chosen)
+    _fill(chosen, command)
     if command.passes_on:
         return chosen.parse_args(words[1:])
     return chosen.parse_intermixed_args(words[1:])  # settings may stand after an option, too
@@ -104,15 +104,19 @@ def _completion(
 
     def show(_: argparse.Namespace) -> int:
         for name, command in COMMANDS.items():
-            _module(command).add_arguments(commands[name])
+            _fill(commands[name], command)
         print(import_module("agro_train.completion").script(parser, shell))
         return 0
 
     return argparse.Namespace(run=show)
 
 
-def _module(command: Command) -> Any:
-    return import_module(f"agro_train.commands.{command.module}")
+def _fill(parser: argparse.ArgumentParser, command: Command) -> None:
+    """Gives a command's parser what its module says of it."""
+    module = import_module(f"agro_train.commands.{command.module}")
+    parser.description = module.DESCRIPTION
+    parser.set_defaults(run=module.run)
+    module.add_arguments(parser)
 
 
 def installed_version() -> str:

@@ -17,7 +17,7 @@ from agro_train.evaluate import Evaluation, evaluate, passes, summarise
 from agro_train.fresh import groups_to_json
 from agro_train.interrupt import Interrupted
 from agro_train.metrics import describe, peak_memory_gb
-from agro_train.policy import checkpoint
+from agro_train.policy.checkpoint import Learner, TrainerState
 from agro_train.policy.export import export
 from agro_train.policy.saver import Saver, in_shards
 from agro_train.rewards.functions import refuse_broken, refuse_unasked
@@ -248,11 +248,8 @@ def save(run: Run, saver: Saver, step: int, *, last: bool) -> None:
     `last` time."""
     saved_whole(run, saver)
     saver.save(
-        checkpoint.TrainerState(step=step, base_model=run.models.base_model),
-        run.models.policy,
-        run.models.tokenizer,
-        run.optimizer,
-        run.scheduler,
+        TrainerState(step=step, base_model=run.models.base_model),
+        Learner(run.models.policy, run.models.tokenizer, run.optimizer, run.scheduler),
         ahead=groups_to_json(run.ranks.gather(run.fresh.in_flight(step))),
     )
     if last or not saver.busy:

@@ -16,16 +16,16 @@ constexpr int kWidth = 4;
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = 2;
 
-inline Bits bits_of(Vec x) {
-  Bits bits;
-  memcpy(&bits, &x, sizeof(bits));
-  return bits;
+// The same bits as another type of the same size.
+template <typename To, typename From>
+inline To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To result;
+  memcpy(&result, &x, sizeof(result));
+  return result;
 }
-inline Vec floats_of(Bits bits) {
-  Vec x;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
+inline Bits bits_of(Vec x) { return bits_as<Bits>(x); }
+inline Vec floats_of(Bits bits) { return bits_as<Vec>(bits); }
 inline Bits broadcast_bits(int32_t x) { return Bits{x, x, x, x}; }
 
 inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
@@ -62,46 +62,33 @@ inline Vec scale(Vec x, Vec n) {  // in two steps: 2^128 is not a float
 }
 inline Vec if_less(Vec a, Vec b, Vec yes, Vec no) { return choose(Bits(a < b), yes, no); }
 
-inline float float_of_bf16(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+inline float float_of_bf16(uint16_t x) { return bits_as<float>(static_cast<uint32_t>(x) << 16); }
 inline uint16_t bf16_of_float(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
+  const uint32_t bits = bits_as<uint32_t>(x);
   if (x != x) return 0x7fc0;
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 inline float float_of_fp16(uint16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, magnitude = x & 0x7fff;
   uint32_t bits;
-  float value;
   if (magnitude >= 0x7c00) {  // inf, NaN
     bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
   } else if (magnitude >= 0x400) {  // normal: the exponent bias changes from 15 to 127
     bits = sign | ((magnitude << 13) + (112u << 23));
   } else {  // a multiple of 2^-24
-    value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
-    memcpy(&bits, &value, sizeof(bits));
-    bits |= sign;
+    bits = sign | bits_as<uint32_t>(static_cast<float>(magnitude) * 5.9604644775390625e-8f);
   }
-  memcpy(&value, &bits, sizeof(value));
-  return value;
+  return bits_as<float>(bits);
 }
 inline uint16_t fp16_of_float(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
+  uint32_t bits = bits_as<uint32_t>(x);
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return sign | 0x7e00;   // NaN
   if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and more round to inf
   if (bits < 0x38800000) {                       // below 2^-14: a multiple of 2^-24
-    float value;
-    memcpy(&value, &bits, sizeof(value));
-    value += 0.5f;  // whose last bit is 2^-24, so the sum is rounded to a multiple of it
-    memcpy(&bits, &value, sizeof(bits));
+    // The last bit of 0.5 is 2^-24, so the sum is rounded to a multiple of it.
+    bits = bits_as<uint32_t>(bits_as<float>(bits) + 0.5f);
     return sign | static_cast<uint16_t>(bits - 0x3f000000);
   }
   bits += 0xfff + (bits >> 13 & 1);

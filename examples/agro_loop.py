@@ -8,8 +8,8 @@ completion.
 import argparse
 import copy
 
+import small_model
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from agro_kernels import agro_coefficients, next_tokens, patch_model
 
@@ -22,17 +22,8 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    policy = patch_model(LlamaForCausalLM(config))  # or AutoModelForCausalLM.from_pretrained(...)
+    model = small_model.llama(VOCABULARY, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    policy = patch_model(model)  # or that of AutoModelForCausalLM.from_pretrained(...)
     reference = copy.deepcopy(policy).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
     groups = torch.arange(PROMPTS).repeat_interleave(GENERATIONS)  # which prompt each row has

@@ -7,9 +7,9 @@ first, and the mean margin of the implicit rewards, beta * (chosen - rejected), 
 import argparse
 import copy
 
+import small_model
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from agro_kernels import next_tokens, patch_model
 
@@ -22,14 +22,8 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    policy = patch_model(LlamaForCausalLM(config))  # or AutoModelForCausalLM.from_pretrained(...)
+    model = small_model.llama(VOCABULARY)
+    policy = patch_model(model)  # or that of AutoModelForCausalLM.from_pretrained(...)
     reference = copy.deepcopy(policy).eval()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     for step in range(1, options.steps + 1):

@@ -6,8 +6,8 @@ cross-entropy of each step, in nats: ln 512 = 6.24 at first, under 0.3 after 60 
 
 import argparse
 
+import small_model
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from agro_kernels import linear_logprobs
 
@@ -21,15 +21,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     # Or AutoModelForCausalLM.from_pretrained(...): `model.model` is what gives the hidden states.
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-    )
+    model = small_model.llama(VOCABULARY)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(1, options.steps + 1):
         first = torch.randint(VOCABULARY, (32, 1))

@@ -7,25 +7,12 @@ a token, which falls towards 0.
 
 import argparse
 
+import small_model
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from agro_kernels import linear_logprobs, linear_topk
 
 VOCABULARY, TOP_K = 512, 8
-
-
-def llama(hidden_size: int) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            initializer_range=0.1,
-        )
-    )
 
 
 def main() -> None:
@@ -34,7 +21,9 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    teacher, student = llama(128), llama(64)
+    teacher, student = (
+        small_model.llama(VOCABULARY, size, initializer_range=0.1) for size in (128, 64)
+    )
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     ids = torch.randint(VOCABULARY, (8, 16))
     with torch.no_grad():  # log-probabilities and ids of the k largest, (8, 16, k)

@@ -1,6 +1,7 @@
 """selective_logprobs in plain torch, upcast to fp32 a few rows at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,19 @@ from agro_kernels.many_targets import NOTHING
 
 # Elements of the fp32 copy that exists at a time: 16 MB, at least one row.
 CHUNK_ELEMENTS = 4 * 1024 * 1024
+
+
+class _Chunk(NamedTuple):
+    rows: slice
+    """Which ones, of the N of the flattened leading axes."""
+    logits: Tensor
+    """(rows, V)."""
+    targets: Tensor
+    """(rows,) int64."""
+    in_vocabulary: Tensor
+    """(rows, 1) bool: whether the target is one of [0, V)."""
+    column: Tensor
+    """(rows, 1) int64: the target, or 0 where it is none of [0, V)."""
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -31,6 +45,47 @@ def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, flat[rows]
 
 
+def _chunks_of_targets(logits: Tensor, targets: Tensor) -> Iterator[_Chunk]:
+    v, flat_targets = logits.shape[-1], targets.reshape(-1).long()
+    for rows, chunk in _chunks(logits):
+        y = flat_targets[rows]
+        in_vocabulary = ((y >= 0) & (y < v)).unsqueeze(1)
+        yield _Chunk(rows, chunk, y, in_vocabulary, y.unsqueeze(1).where(in_vocabulary, 0))
+
+
+def _results(
+    count: int,
+    logits: Tensor,
+    targets: Tensor,
+    token_temperature: Tensor | None,
+    ignore_index: int,
+    of_chunk: Callable[[_Chunk], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """`count` results in the shape of targets, fp32 (float64 of float64): of_chunk's, each
+    (rows, 1), and 0 where ignored. Checks the values of targets and temperatures."""
+    check_target_values(targets, logits.shape[-1], ignore_index)
+    check_token_temperature_values(token_temperature, targets.reshape(-1), ignore_index)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    results = tuple(logits.new_zeros(targets.shape, dtype=dtype) for _ in range(count))
+    for chunk in _chunks_of_targets(logits, targets):
+        counted = (chunk.targets != ignore_index).unsqueeze(1)
+        for result, values in zip(results, of_chunk(chunk), strict=True):
+            result.view(-1, 1)[chunk.rows] = values.where(counted, 0.0)
+    return results
+
+
+def _gradient(
+    logits: Tensor, targets: Tensor, ignore_index: int, of_chunk: Callable[[_Chunk], Tensor]
+) -> Tensor:
+    """dlogits (..., V) in the dtype of logits: of_chunk's, (rows, V), and 0 where ignored."""
+    dlogits = logits.new_empty(logits.shape)
+    flat = dlogits.view(-1, logits.shape[-1])
+    for chunk in _chunks_of_targets(logits, targets):
+        ignored = chunk.targets == ignore_index
+        flat[chunk.rows] = of_chunk(chunk).masked_fill_(ignored.unsqueeze(1), 0.0)
+    return dlogits
+
+
 def _scaled(
     chunk: Tensor, rows: slice, temperature: float, token_temperature: Tensor | None
 ) -> Tensor:
@@ -40,116 +95,6 @@ def _scaled(
     if token_temperature is not None:
         return scaled.div_(token_temperature.reshape(-1, 1)[rows].to(dtype))
     return scaled if temperature == 1.0 else scaled.div_(temperature)
-
-
-def selective_logprobs_fwd(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """(logprobs, lse) of logits (..., V) and targets (...); lse is of logits / temperature."""
-    v = logits.shape[-1]
-    check_target_values(targets, v, ignore_index)
-    check_token_temperature_values(token_temperature, targets.reshape(-1), ignore_index)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logprobs = logits.new_zeros(targets.shape, dtype=dtype)
-    lse = torch.zeros_like(logprobs)
-    flat_targets = targets.reshape(-1).long()
-    for rows, chunk in _chunks(logits):
-        z, y = _scaled(chunk, rows, temperature, token_temperature), flat_targets[rows]
-        in_vocabulary = (y >= 0) & (y < v)
-        z_y = z.gather(1, y.where(in_vocabulary, 0).unsqueeze(1)).squeeze(1)
-        # (z_y - max) - log sum exp(z - max) keeps its digits when all logits are shifted.
-        m = z.amax(1).clamp(min=-1e30)
-        log_s = z.sub_(m.unsqueeze(1)).exp_().sum(1).log()
-        logprob = ((z_y - m) - log_s).where(in_vocabulary, torch.nan)
-        counted = y != ignore_index
-        logprobs.view(-1)[rows] = logprob.where(counted, 0.0)
-        lse.view(-1)[rows] = (m + log_s).where(counted, 0.0)
-    return logprobs, lse
-
-
-def selective_stats_fwd(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, lse, entropy) of logits (..., V), capped and divided, and targets (...).
-
-    softcap 0.0 is none.
-    """
-    v = logits.shape[-1]
-    check_target_values(targets, v, ignore_index)
-    check_token_temperature_values(token_temperature, targets.reshape(-1), ignore_index)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    results = tuple(logits.new_zeros(targets.numel(), dtype=dtype) for _ in range(3))
-    flat_targets = targets.reshape(-1).long()
-    for rows, chunk in _chunks(logits):
-        z, y = _capped(chunk, rows, temperature, token_temperature, softcap)[0], flat_targets[rows]
-        in_vocabulary, counted = (y >= 0) & (y < v), y != ignore_index
-        z_y = z.gather(1, y.where(in_vocabulary, 0).unsqueeze(1)).squeeze(1)
-        m = z.amax(1).clamp(min=-1e30)
-        # A banned token's -inf times its probability of 0 would be NaN.
-        z.sub_(m.unsqueeze(1)).clamp_(min=NOTHING)
-        p = z.exp()
-        s = p.sum(1)
-        log_s = s.log()
-        logprob = ((z_y - m) - log_s).where(in_vocabulary, torch.nan)
-        for result, values in zip(
-            results, (logprob, m + log_s, log_s - p.mul_(z).sum(1) / s), strict=True
-        ):
-            result[rows] = values.where(counted, 0.0)
-    logprobs, lse, entropy = (result.view(targets.shape) for result in results)
-    return logprobs, lse, entropy
-
-
-def selective_stats_bwd(
-    dlogprobs: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    softcap: float,
-    ignore_index: int,
-    lse: Tensor,
-    entropy: Tensor,
-) -> Tensor:
-    """dlogits (..., V) in the dtype of logits, by the formula of the head's backward pass."""
-    v = logits.shape[-1]
-    dlogits = logits.new_empty(logits.shape)
-    flat = dlogits.view(-1, v)
-    flat_targets, lse, entropy = targets.reshape(-1).long(), lse.reshape(-1), entropy.reshape(-1)
-    zeros = torch.zeros_like(lse)
-    of_target, of_lse, of_entropy = (
-        zeros if upstream is None else upstream.reshape(-1).to(lse.dtype)
-        for upstream in (dlogprobs, dlse, dentropy)
-    )
-    for rows, chunk in _chunks(logits):
-        z, slope = _capped(chunk, rows, temperature, token_temperature, softcap)
-        y = flat_targets[rows]
-        in_vocabulary = ((y >= 0) & (y < v)).unsqueeze(1)
-        column = y.unsqueeze(1).where(in_vocabulary, 0)
-        at_target, of_p = of_target[rows].unsqueeze(1), of_lse[rows].unsqueeze(1)
-        log_p = z.sub_(lse[rows].unsqueeze(1))
-        of_entropy_p = of_entropy[rows].unsqueeze(1)
-        bounded = log_p.clamp(min=NOTHING)
-        p_factor = of_p - of_entropy_p * (bounded + entropy[rows].unsqueeze(1))
-        p = bounded.exp_()
-        # 1 - p_y from expm1: subtracting a p_y near 1 would lose its digits.
-        log_p_y = log_p.gather(1, column)
-        dz_y = at_target * -log_p_y.expm1() + p_factor.gather(1, column) * p.gather(1, column)
-        dz = p_factor.sub_(at_target).mul_(p)
-        dz.scatter_(1, column, dz_y.where(in_vocabulary, dz.gather(1, column)))
-        dz.mul_(slope)
-        flat[rows] = dz.masked_fill_((y == ignore_index).unsqueeze(1), 0.0)
-    return dlogits
 
 
 def _capped(
@@ -171,6 +116,27 @@ def _capped(
     return _scaled(capped.mul_(softcap), rows, temperature, token_temperature), slope
 
 
+def selective_logprobs_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    token_temperature: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
+    """(logprobs, lse) of logits (..., V) and targets (...); lse is of logits / temperature."""
+
+    def of_chunk(chunk: _Chunk) -> tuple[Tensor, ...]:
+        z = _scaled(chunk.logits, chunk.rows, temperature, token_temperature)
+        z_y = z.gather(1, chunk.column)
+        # (z_y - max) - log sum exp(z - max) keeps its digits when all logits are shifted.
+        m = z.amax(1, keepdim=True).clamp(min=-1e30)
+        log_s = z.sub_(m).exp_().sum(1, keepdim=True).log()
+        logprob = ((z_y - m) - log_s).where(chunk.in_vocabulary, torch.nan)
+        return logprob, m + log_s
+
+    return _results(2, logits, targets, token_temperature, ignore_index, of_chunk)
+
+
 def selective_logprobs_bwd(
     dlogprobs: Tensor,
     logits: Tensor,
@@ -181,23 +147,89 @@ def selective_logprobs_bwd(
     lse: Tensor,
 ) -> Tensor:
     """dlogits (..., V) in the dtype of logits: dlogprob (1[v=y] - exp(z_v - lse)) / temperature."""
-    v = logits.shape[-1]
-    dlogits = logits.new_empty(logits.shape)
-    flat = dlogits.view(-1, v)
-    flat_targets = targets.reshape(-1).long()
-    for rows, chunk in _chunks(logits):
-        z, y = _scaled(chunk, rows, temperature, token_temperature), flat_targets[rows]
-        upstream = dlogprobs.reshape(-1)[rows].to(z.dtype).unsqueeze(1)
+    dlogprobs, lse = dlogprobs.reshape(-1, 1), lse.reshape(-1, 1)
+
+    def of_chunk(chunk: _Chunk) -> Tensor:
+        z = _scaled(chunk.logits, chunk.rows, temperature, token_temperature)
+        upstream = dlogprobs[chunk.rows].to(z.dtype)
         if token_temperature is not None:
-            upstream = upstream / token_temperature.reshape(-1, 1)[rows].to(z.dtype)
+            upstream = upstream / token_temperature.reshape(-1, 1)[chunk.rows].to(z.dtype)
         else:
             upstream = upstream / temperature
-        in_vocabulary = ((y >= 0) & (y < v)).unsqueeze(1)
-        column = y.unsqueeze(1).where(in_vocabulary, 0)
-        log_p = z.sub_(lse.reshape(-1)[rows].unsqueeze(1))
+        log_p = z.sub_(lse[chunk.rows])
         # 1 - p_y from expm1: subtracting a p_y near 1 would lose its digits.
-        dz_y = upstream * -log_p.gather(1, column).expm1()
-        dz = log_p.exp_().mul_(-upstream)
-        dz.scatter_(1, column, dz_y.where(in_vocabulary, dz.gather(1, column)))
-        flat[rows] = dz.masked_fill_((y == ignore_index).unsqueeze(1), 0.0)
-    return dlogits
+        dz_y = upstream * -log_p.gather(1, chunk.column).expm1()
+        return _with_target(log_p.exp_().mul_(-upstream), dz_y, chunk)
+
+    return _gradient(logits, targets, ignore_index, of_chunk)
+
+
+def _with_target(dz: Tensor, dz_y: Tensor, chunk: _Chunk) -> Tensor:
+    """dz (rows, V) with dz_y (rows, 1) in the targets' columns, where there are any."""
+    dz_y = dz_y.where(chunk.in_vocabulary, dz.gather(1, chunk.column))
+    return dz.scatter_(1, chunk.column, dz_y)
+
+
+def selective_stats_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
+    """(logprobs, lse, entropy) of logits (..., V), capped and divided, and targets (...).
+
+    softcap 0.0 is none.
+    """
+
+    def of_chunk(chunk: _Chunk) -> tuple[Tensor, ...]:
+        z, _ = _capped(chunk.logits, chunk.rows, temperature, token_temperature, softcap)
+        z_y = z.gather(1, chunk.column)
+        m = z.amax(1, keepdim=True).clamp(min=-1e30)
+        # A banned token's -inf times its probability of 0 would be NaN.
+        z.sub_(m).clamp_(min=NOTHING)
+        p = z.exp()
+        s = p.sum(1, keepdim=True)
+        log_s = s.log()
+        logprob = ((z_y - m) - log_s).where(chunk.in_vocabulary, torch.nan)
+        return logprob, m + log_s, log_s - p.mul_(z).sum(1, keepdim=True) / s
+
+    return _results(3, logits, targets, token_temperature, ignore_index, of_chunk)
+
+
+def selective_stats_bwd(
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    token_temperature: Tensor | None,
+    softcap: float,
+    ignore_index: int,
+    lse: Tensor,
+    entropy: Tensor,
+) -> Tensor:
+    """dlogits (..., V) in the dtype of logits, by the formula of the head's backward pass."""
+    lse, entropy = lse.reshape(-1, 1), entropy.reshape(-1, 1)
+    zeros = torch.zeros_like(lse)
+    of_target, of_lse, of_entropy = (
+        zeros if upstream is None else upstream.reshape(-1, 1).to(lse.dtype)
+        for upstream in (dlogprobs, dlse, dentropy)
+    )
+
+    def of_chunk(chunk: _Chunk) -> Tensor:
+        rows, column = chunk.rows, chunk.column
+        z, slope = _capped(chunk.logits, rows, temperature, token_temperature, softcap)
+        at_target = of_target[rows]
+        log_p = z.sub_(lse[rows])
+        bounded = log_p.clamp(min=NOTHING)
+        p_factor = of_lse[rows] - of_entropy[rows] * (bounded + entropy[rows])
+        p = bounded.exp_()
+        # 1 - p_y from expm1: subtracting a p_y near 1 would lose its digits.
+        log_p_y = log_p.gather(1, column)
+        dz_y = at_target * -log_p_y.expm1() + p_factor.gather(1, column) * p.gather(1, column)
+        return _with_target(p_factor.sub_(at_target).mul_(p), dz_y, chunk).mul_(slope)
+
+    return _gradient(logits, targets, ignore_index, of_chunk)

@@ -80,6 +80,13 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def serve_everywhere(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Gives the op `name(head, ...)` one implementation for all devices, `kernel`, and its shapes,
+    `fake`."""
+    library.impl(name, without_autocast(with_head(kernel)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"agro::{name}", with_head(fake), lib=library)
+
+
 def triton_if_possible(
     name: str, module: str, fallback: ModuleType, *, float64: bool = False
 ) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
     library,
     results_dtype,
+    serve_everywhere,
     triton_if_possible,
     with_head,
     with_numbers,
@@ -250,11 +251,6 @@ def of_entropy(ctx: Any, dentropy: Tensor | None) -> Tensor | None:
 library.define("pack_kept_ids(Tensor kept_ids, SymInt vocabulary) -> Tensor kept")
 library.impl("pack_kept_ids", torch_kept_ids.pack_kept_ids, "CompositeExplicitAutograd")
 library.define(f"target_logprobs({HEAD_SCHEMA}, Tensor lse) -> Tensor logprobs")
-library.impl(
-    "target_logprobs",
-    without_autocast(with_head(with_numbers(torch_linear_logprobs.target_logprobs))),
-    "CompositeExplicitAutograd",
-)
 
 
 def _pack_kept_ids_fake(kept_ids: Tensor, vocabulary: int) -> Tensor:
@@ -265,11 +261,15 @@ def _target_logprobs_fake(head: Head, lse: Tensor) -> Tensor:
     return head.hidden.new_empty(head.hidden.shape[0], dtype=results_dtype(head.hidden))
 
 
+serve_everywhere(
+    "target_logprobs",
+    with_numbers(torch_linear_logprobs.target_logprobs),
+    _target_logprobs_fake,
+)
 for _name, _fake in (
     ("linear_logprobs_fwd", with_head(_linear_logprobs_fwd_fake)),
     ("linear_logprobs_bwd", with_upstream(_linear_logprobs_bwd_fake)),
     ("linear_logprobs_bwd_accumulate", with_upstream_and_buffer(_linear_logprobs_bwd_fake)),
-    ("target_logprobs", with_head(_target_logprobs_fake)),
     ("pack_kept_ids", _pack_kept_ids_fake),
 ):
     torch.library.register_fake(f"agro::{_name}", _fake, lib=library)

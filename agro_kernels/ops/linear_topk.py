@@ -5,20 +5,9 @@ from torch import Tensor
 
 from agro_kernels._torch import linear_topk as torch_linear_topk
 from agro_kernels.head import HEAD_SCHEMA, Head
-from agro_kernels.ops.dispatch import (
-    library,
-    results_dtype,
-    with_head,
-    with_numbers,
-    without_autocast,
-)
+from agro_kernels.ops.dispatch import library, results_dtype, serve_everywhere, with_numbers
 
 library.define(f"linear_topk({HEAD_SCHEMA}, SymInt k) -> (Tensor logprobs, Tensor ids, Tensor lse)")
-library.impl(
-    "linear_topk",
-    without_autocast(with_head(with_numbers(torch_linear_topk.linear_topk))),
-    "CompositeExplicitAutograd",
-)
 
 
 def _linear_topk_fake(head: Head, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,4 +19,4 @@ def _linear_topk_fake(head: Head, k: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-torch.library.register_fake("agro::linear_topk", with_head(_linear_topk_fake), lib=library)
+serve_everywhere("linear_topk", with_numbers(torch_linear_topk.linear_topk), _linear_topk_fake)

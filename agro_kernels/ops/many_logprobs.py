@@ -13,7 +13,7 @@ from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
 from agro_kernels.head import HEAD_SCHEMA, Head, Upstream
 from agro_kernels.many_targets import ManyTargets, check_ids, of_tokens, upstream_and_entries
 from agro_kernels.ops.derivatives import differentiable_once
-from agro_kernels.ops.dispatch import library, results_dtype, with_head, without_autocast
+from agro_kernels.ops.dispatch import library, results_dtype, serve_everywhere
 from agro_kernels.ops.linear_logprobs import (
     input_gradients,
     of_entropy,
@@ -61,14 +61,7 @@ def _many_logprobs_fwd_fake(
     return logprobs, lse, entropy, logits, *kept
 
 
-library.impl(
-    "many_logprobs_fwd",
-    without_autocast(with_head(_many_logprobs_fwd)),
-    "CompositeExplicitAutograd",
-)
-torch.library.register_fake(
-    "agro::many_logprobs_fwd", with_head(_many_logprobs_fwd_fake), lib=library
-)
+serve_everywhere("many_logprobs_fwd", _many_logprobs_fwd, _many_logprobs_fwd_fake)
 
 
 def backward_arguments(

@@ -12,7 +12,7 @@ from torch import Tensor
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
 from agro_kernels.head import HEAD_SCHEMA, Head
 from agro_kernels.ops.derivatives import differentiable_once
-from agro_kernels.ops.dispatch import library, with_head, without_autocast
+from agro_kernels.ops.dispatch import library, serve_everywhere
 from agro_kernels.ops.linear_logprobs import input_gradients, save_head, saved_head
 
 library.define(
@@ -33,14 +33,7 @@ def _smoothed_logprobs_fwd_fake(head: Head, keep_logits_bytes: int = 0) -> tuple
     return logprobs, torch.empty_like(lse), lse, *kept
 
 
-library.impl(
-    "smoothed_logprobs_fwd",
-    without_autocast(with_head(_smoothed_logprobs_fwd)),
-    "CompositeExplicitAutograd",
-)
-torch.library.register_fake(
-    "agro::smoothed_logprobs_fwd", with_head(_smoothed_logprobs_fwd_fake), lib=library
-)
+serve_everywhere("smoothed_logprobs_fwd", _smoothed_logprobs_fwd, _smoothed_logprobs_fwd_fake)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -29,10 +29,8 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.description = DESCRIPTION
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:

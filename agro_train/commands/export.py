@@ -20,10 +20,8 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.description = DESCRIPTION
     parser.add_argument("model", metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("folder", metavar="FOLDER", help="a new one")
-    parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:

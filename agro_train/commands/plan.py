@@ -1,14 +1,13 @@
 """`agro plan`: memory, disk and time that a run would take, before a machine is rented for it."""
 
 import json
-import textwrap
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from agro_train import config as configuration
-from agro_train.keys import as_text
+from agro_train.commands.arguments import add_settings
 from agro_train.plan.machine import MACHINE_KEYS, Machine
 
 if TYPE_CHECKING:
@@ -22,17 +21,11 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.formatter_class = RawDescriptionHelpFormatter
-    parser.description = textwrap.fill(DESCRIPTION, 100)
-    parser.epilog = (
-        "Of the machine, beside the run's settings (agro train --help):\n\n"
-        f"{as_text(MACHINE_KEYS.values())}"
-    )
-    parser.add_argument("settings", nargs="*", metavar="CONFIG | key=value")
+    heading = "Of the machine, beside the run's settings (agro train --help)"
+    add_settings(parser, heading, MACHINE_KEYS.values())
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", action="store_true", help="the same as one JSON object")
     shape.add_argument("--markdown", action="store_true", help="the same as Markdown tables")
-    parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:

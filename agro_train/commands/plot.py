@@ -14,10 +14,8 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.description = DESCRIPTION
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
     parser.add_argument("--output", metavar="DIR", help="default: ./plots; RUN/plots for one")
-    parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:

@@ -22,11 +22,9 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.description = DESCRIPTION
     parser.add_argument("settings", nargs="*", metavar="CONFIG | key=value")
     parser.add_argument("--output", help="default: OUTPUT_DIR/recorded.jsonl")
     parser.add_argument("--prompts", type=int, help="how many prompts; default: all")
-    parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:

@@ -12,10 +12,8 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.description = DESCRIPTION
     parser.add_argument("run_folder", metavar="RUN", help="output folder of a run")
     parser.add_argument("--output", metavar="FILE", help="default: RUN/report.html")
-    parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:

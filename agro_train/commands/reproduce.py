@@ -13,11 +13,9 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.description = DESCRIPTION
     parser.add_argument("figure", metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("settings", nargs="*", metavar="output_dir=DIR")
     parser.add_argument("--quick", action="store_true", help="small, in seconds")
-    parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:

@@ -31,11 +31,9 @@ Scorable = tuple[tuple[int, Row], Rollout]  # a line's number, the line, and wha
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.description = DESCRIPTION
     parser.add_argument("file", help="rollouts, in any kind of file that data= takes")
     parser.add_argument("settings", nargs="+", metavar="reward=...")
     parser.add_argument("--output", help="default: FILE with .scored.jsonl at its end")
-    parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:

@@ -15,10 +15,8 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = DESCRIPTION
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTIONS")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,14 +1,13 @@
 """`agro train`: a configuration to its last step, or an interrupted run from its checkpoint."""
 
 import gc
-import textwrap
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from agro_train import config as configuration
+from agro_train.commands.arguments import add_settings
 from agro_train.durable import no_room
 from agro_train.interrupt import Interrupted, Interrupts
-from agro_train.keys import as_text
 from agro_train.refusal import Refusal
 from agro_train.run_folder import RunFolder
 from agro_train.settings import KEYS
@@ -20,18 +19,12 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.formatter_class = RawDescriptionHelpFormatter
-    parser.description = textwrap.fill(DESCRIPTION, 100)
-    parser.epilog = (
-        "Settings, with the defaults that hold where the configuration says nothing:\n\n"
-        f"{as_text(KEYS.values())}"
-    )
-    parser.add_argument("settings", nargs="*", metavar="CONFIG | key=value")
+    heading = "Settings, with the defaults that hold where the configuration says nothing"
+    add_settings(parser, heading, KEYS.values())
     parser.add_argument("--resume", metavar="DIR", help="continue the run in this folder")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and stop"
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: Namespace) -> int:

@@ -16,9 +16,10 @@ from agro_train.data.prompts import regrouped
 from agro_train.data.replies import reply_ids
 from agro_train.engines.engine import Ask
 from agro_train.environments.environment import Message
-from agro_train.environments.pool import Environments, Episode, Failed, Said
+from agro_train.environments.pool import Environments, Episode, Said
 from agro_train.refusal import Refusal
 from agro_train.rewards.environment import EnvironmentReward
+from agro_train.rewards.own_code import Failed
 from agro_train.seeds import derive_seed
 from agro_train.types import Prompt, Rollout, Turn
 

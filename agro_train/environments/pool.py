@@ -16,24 +16,15 @@ from typing import Any
 from agro_train.config import TrainConfig
 from agro_train.environments import worker
 from agro_train.environments.environment import Message
-from agro_train.rewards.own import LATE_CALLS, START_S
-from agro_train.rewards.workers import CannotStart, NoResult, Workers
+from agro_train.rewards.own_code import Failed, OwnCode, one_by_one
+from agro_train.rewards.workers import CannotStart
 from agro_train.seeds import derive_seed
-from agro_train.types import Failure
 
 
 @dataclass(frozen=True)
 class Said:
     messages: list[Message] | None
     reward: float | None
-
-
-@dataclass(frozen=True)
-class Failed:
-    failure: Failure
-    why: str  # continues a sentence that begins with the environment's name
-    trace: str = ""  # of the error that it raised
-    again: bool = False  # in a call that had been made before, by a process that was killed
 
 
 @dataclass(frozen=True)
@@ -67,15 +58,7 @@ class Environments:
     def __init__(self, spec: str, timeout_s: float) -> None:
         """Raises Refusal where there is no such class."""
         self.spec = spec
-        self.workers = Workers(
-            worker.__name__,
-            spec,
-            size=1,
-            timeout_s=timeout_s,
-            start_s=START_S,
-            advice=f"its process imports {spec}, so look there",
-        )
-        self.workers.start()
+        self.workers = OwnCode(worker.__name__, spec, timeout_s)
         self.keys = itertools.count()
 
     @classmethod
@@ -87,18 +70,10 @@ class Environments:
         return Episode(next(self.keys), columns, seed, number)
 
     def ask(self, episodes: Sequence[Episode]) -> Iterator[Said | Failed]:
-        """What each environment says to its rollout's newest turn, or to its reset. After
-        LATE_CALLS calls that took too long the others are not made. A call that is made again, for
-        a process that was killed, is none of those: it was killed for another rollout."""
-        late = 0
-        for episode in episodes:
-            if late < LATE_CALLS:
-                found = self._call(episode)
-            else:
-                found = Failed("timeout", "was not called")
-            if isinstance(found, Failed):
-                late += found.failure == "timeout" and not found.again
-            else:
+        """What each environment says to its rollout's newest turn, or to its reset; `one_by_one`
+        says when one is not asked."""
+        for episode, found in zip(episodes, one_by_one(self._call, episodes), strict=True):
+            if not isinstance(found, Failed):
                 episode.said.append(found)
             yield found
 
@@ -142,15 +117,11 @@ class Environments:
 
     def _job(self, job: dict[str, Any]) -> Said | Failed | Behind:
         try:
-            (answer,) = self.workers.map([job])
+            answer = self.workers.ask(job)
         except CannotStart as error:  # it could at the start of the run, which should not end here
             return Failed("timeout", f"could not be started again: {error}")
-        if answer is NoResult.TIMED_OUT:
-            return Failed("timeout", f"took longer than {self.workers.timeout_s:g} s")
-        if answer is NoResult.DIED:
-            return Failed("error", "ended its process")
-        if "error" in answer:
-            return Failed("error", f"failed: {answer['error']}", answer["traceback"])
+        if isinstance(answer, Failed):
+            return answer
         if "made" in answer:
             return Behind(answer["made"])
         return Said(answer["messages"], answer["reward"])

@@ -70,8 +70,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
 
 
 def points(setting: Setting, rates: Mapping[str, float], quick: bool) -> Named:
-    kind, beta = setting
-    return fig2.points(rates, quick, beta=beta, **KINDS[kind])
+    return fig5.points(setting, rates, quick, KINDS)
 
 
 def _label(setting: Setting) -> str:

@@ -58,9 +58,15 @@ def tune(sweep: Sweep, setting: Setting, quick: bool) -> Tuned:
     return fig2.tune(sweep, names, quick, beta=beta, **DATA[data])
 
 
-def points(setting: Setting, rates: Mapping[str, float], quick: bool) -> Named:
+def points(
+    setting: Setting,
+    rates: Mapping[str, float],
+    quick: bool,
+    kinds: Mapping[str, Mapping[str, object]] = DATA,
+) -> Named:
+    """The runs in a setting, whose data is one of `kinds`."""
     data, beta = setting
-    return fig2.points(rates, quick, beta=beta, **DATA[data])
+    return fig2.points(rates, quick, beta=beta, **kinds[data])
 
 
 def _label(setting: Setting) -> str:

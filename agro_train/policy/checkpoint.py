@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,13 +49,19 @@ class TrainerState:
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
+class Learner(NamedTuple):
+    """What a checkpoint is of."""
+
+    policy: nn.Module
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+
+
 def save(
     folder: Path,
     state: TrainerState,
-    policy: nn.Module,
-    tokenizer: Any,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
+    learner: Learner,
     *,
     ahead: str = "",
     keep: int,
@@ -68,6 +74,7 @@ def save(
     Args:
         ahead: what the file AHEAD is to hold; empty: there is none.
     """
+    policy, tokenizer, optimizer, scheduler = learner
     state_dict, moments = get_state_dict(policy, optimizer, options=WHOLE)
     if not main:
         return

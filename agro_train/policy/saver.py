@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from agro_kernels import ModelHead
 from agro_train import durable
 from agro_train.policy import adapter, checkpoint, shards
-from agro_train.policy.checkpoint import TrainerState
+from agro_train.policy.checkpoint import Learner, TrainerState
 from agro_train.policy.policy import unwrap
 from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal
@@ -60,30 +60,14 @@ class Saver:
         """Whether a thread may still be writing; the same on every rank."""
         return self._thread is not None
 
-    def save(
-        self,
-        state: TrainerState,
-        policy: nn.Module,
-        tokenizer: Any,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        *,
-        ahead: str = "",
-    ) -> None:
+    def save(self, state: TrainerState, learner: Learner, *, ahead: str = "") -> None:
         """Begins a checkpoint; a whole one is complete then. `ahead`: as in `checkpoint.save`."""
         assert self._begun is None, "`complete` comes before the next one"
         self._begun = state.step
+        policy, tokenizer, optimizer, scheduler = learner
         if not in_shards(policy):
             checkpoint.save(
-                self.run.path,
-                state,
-                policy,
-                tokenizer,
-                optimizer,
-                scheduler,
-                ahead=ahead,
-                keep=self.keep,
-                main=self.ranks.main,
+                self.run.path, state, learner, ahead=ahead, keep=self.keep, main=self.ranks.main
             )
             return
         for module in policy.modules():

@@ -23,22 +23,12 @@ from typing import Any
 
 from agro_train.config import TrainConfig
 from agro_train.rewards import own_worker
+from agro_train.rewards.own_code import Failed, OwnCode, one_by_one
 from agro_train.rewards.reward import Outcome, Reward
-from agro_train.rewards.workers import CannotStart, NoResult, Workers
-from agro_train.types import Failure, Rollout
-
-LATE_CALLS = 3  # after so many calls that took too long, the rest of the step is given up
-START_S = 600.0  # for importing a function of the user's: its module may load a model
+from agro_train.rewards.workers import CannotStart
+from agro_train.types import Rollout
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """A call that gave no values."""
-
-    failure: Failure
-    why: str  # continues a sentence that begins with the function's name
 
 
 @dataclass(frozen=True)
@@ -46,21 +36,12 @@ class OwnFunction(Reward):
     """A function of the user's, by its name `module:function`."""
 
     spec: str
-    workers: Workers  # a pool of one: the function may count its calls
+    code: OwnCode
 
     @classmethod
     def start(cls, spec: str, config: TrainConfig) -> "OwnFunction":
         """Raises Refusal where there is no such function."""
-        workers = Workers(
-            own_worker.__name__,
-            spec,
-            size=1,
-            timeout_s=config.reward_timeout_s,
-            start_s=START_S,
-            advice=f"its process imports {spec}, so look there",
-        )
-        workers.start()
-        return cls(spec, workers)
+        return cls(spec, OwnCode(own_worker.__name__, spec, config.reward_timeout_s))
 
     def outcomes(self, rollouts: Sequence[Rollout]) -> list[Outcome]:
         try:
@@ -74,7 +55,7 @@ class OwnFunction(Reward):
         found = self._call(rollouts)
         if isinstance(found, list):
             return found
-        logger.warning("reward: %s %s", self.spec, found.why)
+        logger.warning("reward: %s %s", self.spec, f"{found.why}\n{found.trace}".rstrip("\n"))
         prompts = [list(rows) for _, rows in groupby(rollouts, key=_prompt)]
         if len(prompts) == 1:
             return [Outcome(None, found.failure)] * len(rollouts)
@@ -85,16 +66,13 @@ class OwnFunction(Reward):
     ) -> list[Outcome]:
         outcomes: list[Outcome] = []
         failed = 0
-        for rows in prompts:
-            if late_calls < LATE_CALLS:
-                found = self._call(rows)
-            else:
-                found = _Failed("timeout", "was not called")
-            if isinstance(found, _Failed):
-                late_calls += found.failure == "timeout"
+        answers = one_by_one(self._call, prompts, late=late_calls)
+        for rows, found in zip(prompts, answers, strict=True):
+            if isinstance(found, Failed):
                 failed += 1
-                found = [Outcome(None, found.failure)] * len(rows)
-            outcomes += found
+                outcomes += [Outcome(None, found.failure)] * len(rows)
+            else:
+                outcomes += found
         logger.warning(
             "reward: %s was called again prompt by prompt: %d of %d prompts stay without rewards",
             self.spec,
@@ -103,16 +81,12 @@ class OwnFunction(Reward):
         )
         return outcomes
 
-    def _call(self, rollouts: Sequence[Rollout]) -> list[Outcome] | _Failed:
+    def _call(self, rollouts: Sequence[Rollout]) -> list[Outcome] | Failed:
         # A pickle, because columns may hold what JSON has no word for.
         job = base64.b64encode(pickle.dumps(arguments(rollouts))).decode()
-        (answer,) = self.workers.map([job])
-        if answer is NoResult.TIMED_OUT:
-            return _Failed("timeout", f"took longer than {self.workers.timeout_s:g} s")
-        if answer is NoResult.DIED:
-            return _Failed("error", "ended its process")
-        if "error" in answer:
-            return _Failed("error", f"failed: {answer['error']}\n{answer['traceback']}")
+        answer = self.code.ask(job)
+        if isinstance(answer, Failed):
+            return answer
         return [_outcome(value) for value in answer["values"]]
 
 

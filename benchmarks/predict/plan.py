@@ -7,13 +7,13 @@ Replaces each table of the page, between `<!-- agro plan WORDS -->` and `<!-- en
 the page has another one.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
 from agro_train.commands.plan import predict
 from agro_train.plan.tables import as_markdown
+from benchmarks.measure.arguments import parser_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
 BLOCK = re.compile(r"<!-- agro plan (.*?) -->\n.*?<!-- end -->", flags=re.S)
@@ -26,9 +26,7 @@ def block(words: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args(arguments).check
     before = PAGE.read_text(encoding="utf-8")

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from agro_kernels import agro_coefficients
 from benchmarks.measure import timing
+from benchmarks.measure.arguments import parser_of
 
 BETA = 0.05
 
@@ -136,9 +137,7 @@ def verl_gradients(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 1 if verl's functions and ours do not agree."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024)

@@ -21,7 +21,6 @@ One row of the CSV is one latency and one k:
     idle_s      of a step, the engine had nothing to do
 """
 
-import argparse
 import csv
 import random
 import time
@@ -36,6 +35,7 @@ from agro_train.engines.engine import Snapshot
 from agro_train.fresh import Ahead, FreshGroups, InStep, Questioner
 from agro_train.ranks import Ranks
 from agro_train.types import Prompt, Rollout
+from benchmarks.measure.arguments import parser_of
 from benchmarks.measure.rows import RESULTS
 
 STALENESS = (0, 1, 2, 4)
@@ -103,9 +103,7 @@ def measure(k: int, latencies: Sequence[float], update_s: float) -> dict[str, fl
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--update-s", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_ahead.csv")

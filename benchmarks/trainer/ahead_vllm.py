@@ -21,7 +21,6 @@ One row of the CSV is one k, means over the counted steps:
     ratio       step_s / ideal_s
 """
 
-import argparse
 import csv
 import os
 import socket
@@ -42,6 +41,7 @@ from agro_train.fresh import FreshGroups, Group
 from agro_train.policy.load import load_model, load_tokenizer
 from agro_train.setup import setup
 from agro_train.train import take_step
+from benchmarks.measure.arguments import parser_of
 from benchmarks.measure.rows import RESULTS
 
 BASE = "smollm2-arithmetic"
@@ -124,9 +124,7 @@ def measure(model: Path, address: str, k: int, steps: int, folder: Path) -> dict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_ahead_vllm.csv")

@@ -39,6 +39,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.measure import timing
+from benchmarks.measure.arguments import parser_of
 from benchmarks.measure.rows import RESULTS, read_csv
 from benchmarks.trainer.curves_plots import plot_training
 
@@ -310,9 +311,7 @@ def agrees(rows: Sequence[dict[str, Any]], trainers: Sequence[str]) -> bool:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=8, help="runs of each trainer, at least 2")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))

@@ -21,7 +21,6 @@ One row of the CSV is one mark:
     report_kb
 """
 
-import argparse
 import csv
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from statistics import median
 
 from agro_train.data.rows import read_jsonl
 from agro_train.watch.report import write_report
+from benchmarks.measure.arguments import parser_of
 from benchmarks.measure.rows import RESULTS
 
 MARKS = (100, 200, 500, 1000, 2000, 3000)
@@ -101,9 +101,7 @@ def measure(folder: Path, steps: int, settings: Sequence[str]) -> list[dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=MARKS[-1])
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_long_run.csv")
     parser.add_argument("settings", nargs="*", metavar="SETTING")

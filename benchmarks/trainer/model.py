@@ -55,6 +55,7 @@ from transformers import (
 
 from agro_kernels import next_tokens, patch_model
 from benchmarks.measure import timing
+from benchmarks.measure.arguments import parser_of
 
 WAYS = ("logits", "patched", "trl", "trl_agro", "hf_trainer", "hf_trainer_patched")
 MOST_ERROR = 1e-4  # of the embedding's gradient, over its largest element
@@ -226,9 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])

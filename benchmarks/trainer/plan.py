@@ -52,6 +52,7 @@ from agro_train.setup import make_optimizer
 from agro_train.step import update
 from agro_train.types import Prompt, Rollout
 from benchmarks.measure import timing
+from benchmarks.measure.arguments import parser_of
 from benchmarks.measure.rows import RESULTS, column_names, texts
 
 SMALL = {
@@ -271,9 +272,7 @@ def write(rows: list[Row], folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--process", choices=CASES, help=argparse.SUPPRESS)

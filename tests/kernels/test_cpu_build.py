@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -66,13 +67,31 @@ def pip(*arguments: str | Path) -> list[str | Path]:
     return [sys.executable, "-m", "pip", arguments[0], *options, *arguments[1:]]
 
 
+@pytest.fixture
+def old_compiler(tmp_path: Path) -> Path:
+    """One that knows no option of x86's vector instructions, and so has less to compile."""
+    old = tmp_path / "old-compiler"
+    old.write_text(
+        "#!/bin/sh\n"
+        'case " $* " in *" -mavx512bf16 "*|*" -mavx2 "*) echo unknown option >&2; exit 1;; esac\n'
+        f'exec {COMPILER} "$@"\n'
+    )
+    old.chmod(0o755)
+    return old
+
+
 @needs_compiler
 def test_wheel_made_from_the_source_archive_holds_the_library(
-    sources: Path, tmp_path: Path
+    sources: Path, old_compiler: Path, tmp_path: Path
 ) -> None:
     run([sys.executable, "setup.py", "-q", "sdist"], sources)
     (archive,) = (sources / "dist").glob("*.tar.gz")
-    run(pip("wheel", "-w", tmp_path, archive), tmp_path, CXXFLAGS="-O0")
+    with tarfile.open(archive) as packed:
+        in_archive = {Path(*Path(name).parts[1:]) for name in packed.getnames()}
+    native_sources = [path for path in (ROOT / "csrc").iterdir() if path.suffix in (".h", ".cpp")]
+    assert {path.relative_to(ROOT) for path in native_sources} <= in_archive
+    built = {"CXX": str(old_compiler), "CXXFLAGS": "-O0"}
+    run(pip("wheel", "-w", tmp_path, archive), tmp_path, **built)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.split("-")[2:4] == ["py3", "none"]  # one file for every Python
     assert not wheel.name.endswith("-any.whl")
@@ -104,16 +123,11 @@ def test_install_without_a_compiler_succeeds_and_says_so(sources: Path, tmp_path
 
 
 @needs_compiler
-def test_instruction_set_that_the_compiler_lacks_is_left_out(sources: Path, tmp_path: Path) -> None:
-    old = tmp_path / "old-compiler"
-    old.write_text(
-        "#!/bin/sh\n"
-        'case " $* " in *" -mavx512bf16 "*|*" -mavx2 "*) echo unknown option >&2; exit 1;; esac\n'
-        f'exec {COMPILER} "$@"\n'
-    )
-    old.chmod(0o755)
+def test_instruction_set_that_the_compiler_lacks_is_left_out(
+    sources: Path, old_compiler: Path
+) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    said = run(command, sources, CXX=str(old), CXXFLAGS="-O0")
+    said = run(command, sources, CXX=str(old_compiler), CXXFLAGS="-O0")
     assert f"built {LIBRARY} with" in said or "built build" in said
     said = run([sys.executable, "-c", CALL], sources, PYTHONPATH=str(sources))
     where, warned, isas = said.splitlines()

@@ -25,11 +25,11 @@ from agro_kernels._cpu import native
 from agro_kernels.head import Head, Upstream
 from tests.kernels import fuzz_linear_logprobs as fuzz
 from tests.kernels.isas import ISAS, LIBRARY, chosen
+from tests.kernels.shapes import DTYPES
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 ROOT = Path(__file__).parents[2]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Tile aligned, every dimension odd, tiny, several vocabulary blocks, one token, one word, no token.
 SHAPES = [
     (64, 64, 384),

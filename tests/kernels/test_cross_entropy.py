@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agro_kernels import linear_cross_entropy, linear_logprobs
+from tests.kernels.shapes import DTYPES
 from tests.kernels.test_many_targets import backend  # noqa: F401  (a fixture)
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_logits
 
 N, D, V = 21, 40, 203
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),

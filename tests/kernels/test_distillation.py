@@ -1,6 +1,7 @@
 """The code that docs/distillation.md prints, run as printed, against the same in plain torch."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def coarse(log_p: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([log_p.gather(1, ids), tail.log()], 1)
 
 
+def coarse_divergence(kind: str, ids: Tensor, *tensors: Tensor) -> Tensor:
+    """Of the student's hidden and weight, then the teacher's; all other ids are one."""
+    sides = log_softmax(*tensors[:2]), log_softmax(*tensors[2:])
+    log_p, log_q = (coarse(side, ids) for side in sides)
+    return reference.divergence(log_p, log_q, kind)
+
+
 def test_topk_distillation_is_the_kl_of_k_plus_one() -> None:
     student, teacher = heads()
     ids = linear_topk(teacher.hidden, teacher.weight, K).ids
@@ -58,11 +66,7 @@ def test_topk_distillation_is_the_kl_of_k_plus_one() -> None:
         result: Tensor = run("topk_distillation")(*tensors, K)
         return result
 
-    def plain(hidden: Tensor, weight: Tensor, *of_teacher: Tensor) -> Tensor:
-        sides = log_softmax(hidden, weight), log_softmax(*of_teacher)
-        log_p, log_q = (coarse(side, ids) for side in sides)
-        return reference.divergence(log_p, log_q, "forward")
-
+    plain = partial(coarse_divergence, "forward", ids)
     assert_same(ours, plain, student.hidden, student.weight, teacher.hidden, teacher.weight)
 
 
@@ -76,11 +80,7 @@ def test_reverse_kl_is_that_of_k_plus_one() -> None:
         )
         return result
 
-    def plain(hidden: Tensor, weight: Tensor, *of_teacher: Tensor) -> Tensor:
-        sides = log_softmax(hidden, weight), log_softmax(*of_teacher)
-        log_p, log_q = (coarse(side, ids) for side in sides)
-        return reference.divergence(log_p, log_q, "reverse")
-
+    plain = partial(coarse_divergence, "reverse", ids)
     assert_same(ours, plain, student.hidden, student.weight, teacher.hidden, teacher.weight)
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from agro_kernels import linear_jsd, linear_kl, reference
+from tests.kernels.shapes import DTYPES
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_logits
 
 N, V = 21, 203
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ("forward", "reverse", "jsd")
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

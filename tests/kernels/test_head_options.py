@@ -10,9 +10,9 @@ from agro_kernels import (
     reference,
     weighted_logprob_sum,
 )
+from tests.kernels.shapes import DTYPES
 from tests.numerics import assert_close_to_truth
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 N, D, V = 21, 19, 203
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

@@ -20,14 +20,16 @@ from agro_kernels import (
     weighted_logprob_sum,
 )
 from agro_kernels._cpu import native
+from agro_kernels._torch import linear_logprobs as blocked
 from agro_kernels.head import AUTO, Head
 from agro_kernels.kept_logits import empty_kept_logits, kept_columns
+from tests.conftest import SetSizes
 from tests.kernels.recorder import Recorder
+from tests.kernels.shapes import DTYPES
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
 N, D, V = 37, 24, 401
 NAMES = ("logprobs", "lse", "entropy", "dhidden", "dweight", "dbias")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Nothing, one step of 192 columns of V = 401, two, everything with its ragged tile.
 SHARES = [0, 1, 2, 3]
 
@@ -250,7 +252,7 @@ def from_rounded_dlogits(inputs: HeadInputs, softcap: float | None) -> list[Tens
 @shares
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["nocap", "softcap"])
 def test_gradients_are_as_exact_as_those_of_logits_made_again(
-    softcap: float | None, share: int
+    softcap: float | None, share: int, set_sizes: SetSizes
 ) -> None:
     """Rounding what is kept to fp16 costs no more than rounding the logits' gradient to bf16.
 
@@ -258,6 +260,9 @@ def test_gradients_are_as_exact_as_those_of_logits_made_again(
     logits of standard deviation 5 multiplies the gradient by 1 - tanh^2 near 0, which repeats the
     kept logits' rounding: that costs another percent.
     """
+    # In small tiles so many tokens take the blocked path minutes, and the test before has them. Of
+    # these there are four by three, the last one ragged.
+    set_sizes(blocked, TOKEN_CHUNK=512, VOCAB_BLOCK=192)
     tokens, hidden_size = 2048, 128
     inputs = head_inputs(tokens, hidden_size, V, dtype=torch.bfloat16, bias=True)
     truth = plain(inputs, torch.float64, softcap=softcap)

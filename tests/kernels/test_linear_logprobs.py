@@ -21,11 +21,9 @@ from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
 from agro_kernels.head import Head
 from tests.kernels.recorder import Recorder
+from tests.kernels.shapes import DTYPES, SHAPES
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Tile aligned, every dimension odd, tiny, many vocabulary blocks, one token, no token.
-SHAPES = [(32, 64, 128), (37, 53, 301), (2, 1, 3), (5, 16, 1000), (1, 33, 65), (0, 8, 16)]
 NAMES = ("logprobs", "lse", "entropy", "dhidden", "dweight", "dbias")
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

@@ -25,10 +25,10 @@ from agro_kernels._torch import linear_logprobs as blocked
 from agro_kernels.many_targets import _sums_of_equals
 from tests.conftest import SetSizes
 from tests.kernels.isas import ISAS, chosen
+from tests.kernels.shapes import DTYPES
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_logits
 
 N, D, V, K = 21, 40, 203, 6
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("logprobs", "entropy", "lse", "dhidden", "dweight", "dbias")
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

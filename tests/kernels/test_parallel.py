@@ -30,13 +30,13 @@ from agro_kernels import (
     weighted_logprob_sum,
 )
 from agro_kernels.parallel import VocabularyShards
+from tests.kernels.shapes import DTYPES
 from tests.numerics import assert_close_to_truth, head_inputs, plain_linear_logprobs
 
 N, D, V = 21, 24, 75
 # Rows of the weight on each rank, by the number of ranks: uneven, down to a single row.
 SIZES = {2: (40, 35), 3: (10, 64, 1), 4: (31, 1, 3, 40)}
 NAMES = ("logprobs", "entropy", "lse", "dhidden", "dweight", "dbias")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Run = dict[str, Tensor | None]  # by NAMES
 Outcome = dict[str, dict[str, str]]  # number of ranks -> check -> traceback, or nothing
 

@@ -13,10 +13,9 @@ from agro_kernels import (
     weighted_logprob_sum,
 )
 from tests.kernels.recorder import Recorder
+from tests.kernels.shapes import DTYPES, SHAPES
 from tests.numerics import HeadInputs, assert_close_to_truth, head_inputs, plain_linear_logprobs
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(32, 64, 128), (37, 53, 301), (2, 1, 3), (5, 16, 1000), (1, 33, 65), (0, 8, 16)]
 NAMES = ("total", "dhidden", "dweight", "dbias")
 pytestmark = pytest.mark.usefixtures("small_tiles")
 

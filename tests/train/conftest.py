@@ -8,6 +8,8 @@ import pytest
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
+from tests.train.forked import Server
+
 
 @pytest.fixture(autouse=True, scope="session")
 def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -21,6 +23,21 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """Runs of this process draw no curves, which takes longer than their steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agro_train.train.plot_run", lambda folder: [])
+        yield
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ SPECIAL = [
     "<|start_header_id|>",
     "<|end_header_id|>",
 ]
+# Of a model of any family, as its configuration calls them.
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}"
     "<|end_header_id|>\n\n{{ message['content'] }}<|eot_id|>{% endfor %}"

@@ -6,6 +6,7 @@ fsdp=false on their command line are asked.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from agro_train.cli import main
@@ -15,9 +16,13 @@ def names_of_threads() -> list[str]:
     return [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
 
 
+def check_threads(arguments: Sequence[str]) -> None:
+    left = [name for name in names_of_threads() if "gloo" in name]
+    if "fsdp=false" in arguments:
+        assert not left, f"threads of the process group at the end of the run: {left}"
+
+
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    left = [name for name in names_of_threads() if "gloo" in name]
-    if "fsdp=false" in sys.argv:
-        assert not left, f"threads of the process group at the end of the run: {left}"
+    check_threads(sys.argv)
     raise SystemExit(status)

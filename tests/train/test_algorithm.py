@@ -18,6 +18,8 @@ from agro_train.data.rows import read_jsonl
 from agro_train.refusal import Refusal
 from agro_train.types import Scores
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 DOCS = Path(__file__).parents[2] / "docs"
 CONFIG = TrainConfig(beta=0.3, prompts_per_step=3, num_generations=2)
 NAN = float("nan")

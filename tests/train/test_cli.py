@@ -24,17 +24,9 @@ from agro_train import train
 from agro_train.cli import COMMANDS, main
 from agro_train.commands import plot as plot_command
 from agro_train.refusal import Refusal
+from tests.train.sentences import refusal
 
 ROOT = Path(__file__).parents[2]
-
-
-def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one sentence that is shown, of a command that ends with exit status 2."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("agro: ") and said.count("\n") == 1
-    return said
 
 
 def raises(error: Exception) -> Callable[..., None]:

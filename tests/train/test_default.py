@@ -8,6 +8,8 @@ import pytest
 from agro_train.cli import main
 from agro_train.data.rows import read_jsonl
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def test_default_run_learns_and_generalises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

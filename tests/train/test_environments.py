@@ -13,19 +13,15 @@ from agro_train.data import kept_ids
 from agro_train.data.rows import read_jsonl
 from agro_train.policy.load import load_model
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 ODD = "tests.train.environments.odd"
-QUICK = [
-    "warm_start_steps=0",
-    f"environment={ODD}:Counts",
-    "reward=[environment,tests.train.reward_functions:even_share]",
-    "stop=['3', '7', '=']",
-    "prompts_per_step=2",
-    "num_generations=4",
-    "max_completion_length=14",
-    "learning_rate=1e-3",
-    "warmup_steps=0",
-    "eval_every=0",
-]
+QUICK = f"""
+    warm_start_steps=0 environment={ODD}:Counts
+    reward=[environment,tests.train.reward_functions:even_share] stop=['3','7','=']
+    prompts_per_step=2 num_generations=4 max_completion_length=14 learning_rate=1e-3
+    warmup_steps=0 eval_every=0
+""".split()
 
 
 def train(folder: Path, *settings: str) -> int:

@@ -33,6 +33,8 @@ from tests.train.gradients import (
 )
 from tests.train.models import ragged_rollouts, tiny_policy
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from agro_train.cli import main
 from agro_train.data.rows import read_jsonl
 from tests.train.models import save_llama3_miniature
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def test_llama3_configuration_trains_and_resumes_on_a_miniature(tmp_path: Path) -> None:

@@ -5,9 +5,6 @@
 kills runs that often, half of the time after a random while, half at a random write to the disk,
 and compares every run that comes to its end with one that was left alone. Of a run of two ranks
 (gloo, on the CPU) one or the other is killed, or both at once.
-
-The runs are processes of their own, forked from one that has imported what they need: that takes
-several times as long as a run.
 """
 
 import argparse
@@ -15,17 +12,11 @@ import errno
 import json
 import os
 import random
-import resource
-import select
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +29,9 @@ from agro_train.cli import main as main_of_agro
 from agro_train.data.rows import read_jsonl
 from agro_train.policy import checkpoint
 from agro_train.run_folder import RunFolder
+from tests.train.forked import KILLED, Server, said
 
-ROOT = Path(__file__).parents[2]
 STEPS = 5
-KILLED = -signal.SIGKILL
 WRITES = 90  # to its folder: a whole run makes about 140, one that goes on fewer
 CLOCKS = (
     *("time_s", "eval_time_s", "tokens_per_s", "memory_gb"),
@@ -89,153 +79,6 @@ MOMENTS = [
     ("open", "/metrics.jsonl"),  # in the next step
     ("os.rename", "/.partial-checkpoint-5"),  # at the end
 ]
-
-
-class Server:
-    """Starts runs and says how they ended: the forks of one warmed process, one at a time."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.train.test_resume", "--serve"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(
-        self,
-        folder: Path,
-        *settings: str,
-        ranks: int = 1,
-        kill_after: float | None = None,
-        victims: Sequence[int] = (0,),
-        again: Sequence[str] = (),
-        **job: Any,
-    ) -> int:
-        """The exit status of `agro train`, new in the folder or going on there: KILLED where any
-        rank of it was.
-
-        Args:
-            kill_after: seconds until the victims are killed.
-            victims: the ranks that kill_after and kill_at mean.
-            again: settings that a run that goes on is given.
-            job: draw: whether it draws its curves, which takes longer than all the rest. kill_at: a
-                number n or a moment; the victims are killed at the n-th write to the folder, or at
-                that one. signal: what they are sent instead of being killed. file_size: bytes that
-                no file of the run may exceed. grace: seconds that the other ranks have after one
-                has failed, before they are ended, too.
-        """
-        resumed = (folder / "config.yaml").is_file()
-        there = ["--resume", str(folder), *again]
-        arguments = there if resumed else [f"output_dir={folder}", *settings]
-        job |= {"arguments": ["train", *arguments], "folder": str(folder)}
-        job |= {"ranks": ranks, "victims": victims}
-        assert self.process.stdin and self.process.stdout, "both are pipes"
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        pids = json.loads(self.process.stdout.readline())
-        if kill_after is not None:
-            select.select([self.process.stdout], [], [], kill_after)
-            for victim in victims:
-                try:
-                    os.kill(pids[victim], signal.SIGKILL)
-                except ProcessLookupError:
-                    pass  # it had come to its end
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        assert self.process.stdin and self.process.stdout, "both are pipes"
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
-
-
-def serve() -> None:
-    """Forks a run for every line of standard input, and prints the process ids of its ranks and how
-    it ended."""
-    import agro_train.train  # noqa: F401  what a run needs, once for all of them
-
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        job = json.loads(line)
-        ranks = job["ranks"]
-        Path(f"{job['folder']}.log").write_bytes(b"")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        pids = [0] * ranks
-        for rank in reversed(range(ranks)):  # the main one last: it knows the others
-            pids[rank] = os.fork()
-            if pids[rank] == 0:
-                if ranks > 1:
-                    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
-                    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                    os.environ.update({name: str(value) for name, value in place.items()})
-                pids[rank] = os.getpid()
-                be_a_run(job, [pids[victim] for victim in job["victims"]] if rank == 0 else [])
-        print(json.dumps(pids), flush=True)
-        print(ended(pids, job.get("grace", 0.0)), flush=True)
-
-
-def ended(pids: Sequence[int], grace: float) -> int:
-    """How the ranks ended. As a launcher does, it ends all when one has failed."""
-    statuses: dict[int, int] = {}
-    while len(statuses) < len(pids):
-        pid, status = os.waitpid(-1, 0)
-        if status != 0 and not any(statuses.values()):
-            time.sleep(grace)
-            for other in set(pids) - {pid} - statuses.keys():
-                os.kill(other, signal.SIGTERM)
-        statuses[pid] = os.waitstatus_to_exitcode(status)
-    failed = [status for status in statuses.values() if status]
-    return KILLED if KILLED in failed else (failed or [0])[0]
-
-
-def be_a_run(job: dict[str, Any], victims: Sequence[int]) -> None:
-    """Args: victims: the processes that kill_at means; none on ranks that write nothing."""
-    import agro_train.train
-    from agro_train.cli import main
-
-    if not job.get("draw"):
-        for name in ("plot_run", "write_report"):
-            setattr(agro_train.train, name, lambda folder: None)
-    log = os.open(f"{job['folder']}.log", os.O_WRONLY | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    if (file_size := job.get("file_size")) is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
-    if victims and (kill_at := job.get("kill_at")) is not None:
-        kill_at_write(job["folder"], kill_at, victims, job.get("signal", signal.SIGKILL))
-    status = 1
-    try:
-        status = main(job["arguments"])
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def kill_at_write(
-    folder: str, at: int | list[str], victims: Sequence[int], number: int = signal.SIGKILL
-) -> None:
-    """Kills processes at this one's n-th write to the folder, or at one of a kind and name; or
-    sends them another signal."""
-    writes = 0
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal writes
-        if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"):
-            return
-        path = str(arguments[0])
-        if not path.startswith(folder) or (event == "open" and arguments[1] == "r"):
-            return
-        writes += 1
-        if writes == at or (isinstance(at, list) and event == at[0] and path.endswith(at[1])):
-            for victim in sorted(victims, key=lambda pid: pid == os.getpid()):  # itself the last
-                os.kill(victim, number)
-
-    sys.addaudithook(watch)
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -415,17 +258,6 @@ def complete(folder: Path) -> bool:
     return (folder / f"checkpoint-{STEPS}").is_dir()
 
 
-def said(folder: Path) -> str:
-    return folder.with_name(f"{folder.name}.log").read_text()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
-
-
 @pytest.fixture(scope="module")
 def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run that is left alone, and how many seconds it takes."""
@@ -549,10 +381,7 @@ def main() -> None:
     parser.add_argument("--fsdp", action="store_true", help="weights sharded over the ranks")
     parser.add_argument("--peft", action="store_true", help="train an adapter")
     parser.add_argument("--ahead", type=int, default=0, metavar="K", help="max_staleness")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        return serve()
     settings = [*PEFT * options.peft, *FSDP * options.fsdp]
     settings.append(f"max_staleness={options.ahead}")
     server, rng = Server(), random.Random(options.seed)

@@ -13,16 +13,12 @@ from agro_train.data.rows import read_jsonl
 from agro_train.policy.load import load_model
 from agro_train.policy.tiny import build_tokenizer
 
-QUICK = [
-    "warm_start_steps=0",
-    "reward=tests.train.reward_functions:even_share",
-    "prompts_per_step=2",
-    "num_generations=4",
-    "max_completion_length=8",
-    "learning_rate=1e-3",
-    "warmup_steps=0",
-    "eval_every=0",
-]
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+QUICK = """
+    warm_start_steps=0 reward=tests.train.reward_functions:even_share prompts_per_step=2
+    num_generations=4 max_completion_length=8 learning_rate=1e-3 warmup_steps=0 eval_every=0
+""".split()
 END = build_tokenizer().eos_token_id
 
 

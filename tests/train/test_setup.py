@@ -33,6 +33,8 @@ from agro_train.setup import (
 )
 from tests.train.models import rollout, save_llama3_miniature, tiny_policy
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def test_ranks_wait_for_hours_while_the_main_one_writes() -> None:
     accelerator = start_accelerator(TrainConfig())

@@ -19,21 +19,17 @@ from agro_train import config as configuration
 from agro_train.cli import main
 from agro_train.data.rows import read_jsonl
 from agro_train.watch.display import Display
+from agro_train.watch.plots import plot_run
 from tests.train.models import rollout
+from tests.train.sentences import refusal
 from tests.train.test_callbacks import Recording
 
-QUICK = [
-    "warm_start_steps=30",
-    "reward=tests.train.reward_functions:even_share",
-    "steps=4",
-    "prompts_per_step=4",
-    "num_generations=4",
-    "eval_every=2",
-    "eval_prompts=8",
-    "eval_generations=1",
-    "save_every=2",
-    "warmup_steps=0",
-]
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+QUICK = """
+    warm_start_steps=30 reward=tests.train.reward_functions:even_share steps=4 prompts_per_step=4
+    num_generations=4 eval_every=2 eval_prompts=8 eval_generations=1 save_every=2 warmup_steps=0
+""".split()
 
 
 def train(folder: Path, *settings: str) -> int:
@@ -43,8 +39,15 @@ def train(folder: Path, *settings: str) -> int:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert train(folder) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        draw_curves(patch)
+        assert train(folder) == 0
     return folder
+
+
+def draw_curves(patch: pytest.MonkeyPatch) -> None:
+    """In the runs whose curves are looked at."""
+    patch.setattr(agro_train.train, "plot_run", plot_run)
 
 
 def from_base(finished: Path) -> list[str]:
@@ -110,8 +113,12 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(finished: Path, tmp_path: 
 
 
 def test_run_killed_before_its_report_is_completed(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    draw_curves(monkeypatch)
     folder = tmp_path / "last"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("report.html", "plots"))
     rows = read_jsonl(folder / "metrics.jsonl")
@@ -314,7 +321,7 @@ def test_run_on_its_own_recorded_rollouts_repeats_the_step(finished: Path, tmp_p
 def test_mixed_run_takes_its_share_from_the_record(finished: Path, tmp_path: Path) -> None:
     recorded = finished / "rollouts" / "step-000001.jsonl"
     settings = [f"recorded=[{recorded}]", "recorded_fraction=0.5", "lr_weight=0.5", "steps=1"]
-    assert train(tmp_path / "mixed", *settings) == 0
+    assert train(tmp_path / "mixed", *settings, *from_base(finished)) == 0
     rollouts = read_jsonl(tmp_path / "mixed" / "rollouts" / "step-000001.jsonl")
     assert len(rollouts) == 16
     known = [(row["prompt_ids"], row["completion_ids"]) for row in read_jsonl(recorded)]
@@ -325,7 +332,7 @@ def test_mixed_run_takes_its_share_from_the_record(finished: Path, tmp_path: Pat
 def test_prompt_that_comes_twice_in_a_step_makes_two_groups(finished: Path, tmp_path: Path) -> None:
     recorded = finished / "rollouts" / "step-000001.jsonl"
     settings = [f"recorded=[{recorded}]", "prompts_per_step=8", "steps=1"]
-    assert train(tmp_path / "twice", *settings) == 0
+    assert train(tmp_path / "twice", *settings, *from_base(finished)) == 0
     row = next(row for row in metrics(tmp_path / "twice") if "reward" in row)
     assert row["groups"] == 8
 
@@ -447,18 +454,11 @@ def test_reward_that_fails_now_and_then_costs_no_step(
         assert row[f"rewards/{name}/mean"] == 1.0 and row["rewards/even_share/mean"] > 0
 
 
-def test_policy_gradient_trains(tmp_path: Path) -> None:
-    assert train(tmp_path / "pg", "algorithm=pg_reward_baseline_k2", "steps=1") == 0
+def test_policy_gradient_trains(finished: Path, tmp_path: Path) -> None:
+    settings = ["algorithm=pg_reward_baseline_k2", "steps=1", *from_base(finished)]
+    assert train(tmp_path / "pg", *settings) == 0
     row = next(row for row in metrics(tmp_path / "pg") if "reward" in row)
     assert row["grad_norm"] > 0
-
-
-def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("agro: ") and message.count("\n") == 1
-    return message
 
 
 def test_folder_that_holds_a_run_is_refused_and_left_alone(

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from statistics import fmean
@@ -21,16 +20,14 @@ from agro_train.rewards.functions import load_rewards
 from agro_train.rewards.number import number_reward
 from agro_train.types import Rollout
 from tests.conftest import SetSizes
+from tests.train.sentences import refusal
 
-SMALL = [
-    "warm_start_steps=0",
-    "reward=tests.train.reward_functions:first_even",
-    "prompts_per_step=4",
-    "num_generations=3",
-    "eval_every=0",
-    "eval_prompts=6",
-    "eval_generations=4",
-]
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+SMALL = """
+    warm_start_steps=0 reward=tests.train.reward_functions:first_even prompts_per_step=4
+    num_generations=3 eval_every=0 eval_prompts=6 eval_generations=4
+""".split()
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +44,6 @@ def recorded(run: Path) -> Path:
     arguments = ["rollout", f"model={run}", *SMALL, f"--output={path}", "--prompts=6"]
     assert main(arguments) == 0
     return path
-
-
-def refusal(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(list(arguments)) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("agro: ") and message.count("\n") == 1
-    return message
 
 
 def test_rollout_records_what_training_takes(run: Path, recorded: Path, tmp_path: Path) -> None:

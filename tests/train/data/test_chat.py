@@ -23,6 +23,8 @@ from agro_train.questions import chat_options, load_questions
 from agro_train.refusal import Refusal
 from tests.train.models import SPECIAL, llama3_tokenizer, save_llama3_miniature, small_run
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 BEGIN, END, _, TURN_END, *_ = SPECIAL
 SYSTEM = {"role": "system", "content": "You are terse."}
 USER = {"role": "user", "content": "What is 6 times 7?"}

@@ -13,6 +13,8 @@ from agro_train.policy import tiny
 from agro_train.refusal import Refusal
 from agro_train.types import Prompt
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TOKENIZER = tiny.build_tokenizer()
 
 
@@ -61,15 +63,10 @@ def test_worked_answer_beyond_the_context_is_refused() -> None:
         load_demonstrations(asked, "solution", TOKENIZER, 11)
 
 
-QUICK = [
-    "data=tiny-arithmetic",
-    "warm_start_steps=20",
-    "max_completion_length=8",
-    "steps=2",
-    "prompts_per_step=3",
-    "num_generations=2",
-    "eval_every=0",
-]
+QUICK = """
+    data=tiny-arithmetic warm_start_steps=20 max_completion_length=8 steps=2 prompts_per_step=3
+    num_generations=2 eval_every=0
+""".split()
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from agro_train.environments.pool import Environments, Episode, Failed, Said
+from agro_train.environments.pool import Environments, Episode, Said
 from agro_train.refusal import Refusal
+from agro_train.rewards.own_code import Failed
 from agro_train.rewards.workers import NoResult
 
 ODD = "tests.train.environments.odd"

@@ -14,6 +14,7 @@ from agro_train.policy import tiny
 from agro_train.policy.adapter import add_adapter
 from agro_train.policy.load import prepare
 from agro_train.policy.policy import Policy, head_gradient
+from tests.train.models import SIZES
 
 ALONE = Machine(gpus=1, gpu="cpu")
 TOKENS = 48
@@ -28,13 +29,12 @@ CASES = {
     "top_k": replace(CONFIG, top_k=4),
     "weights in bf16": replace(CONFIG, dtype="bfloat16"),
 }
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 15}
 IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 FAMILIES = {
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=15, n_positions=64, **IDS),
-    "opt": OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **SIZES, **IDS),
-    "phi3": Phi3Config(intermediate_size=48, **SIZES, **IDS),
-    "llama": LlamaConfig(intermediate_size=48, **SIZES),
+    "opt": OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **SIZES, vocab_size=15, **IDS),
+    "phi3": Phi3Config(intermediate_size=48, **SIZES, vocab_size=15, **IDS),
+    "llama": LlamaConfig(intermediate_size=48, **SIZES, vocab_size=15),
 }
 
 
@@ -119,14 +119,8 @@ def test_one_chunk_of_tokens_needs_no_float32_gradient_of_the_weight_on_a_gpu() 
 
 
 def test_many_layers_are_what_two_and_three_of_them_say() -> None:
-    deep = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=40,
-    )
+    more = {**SIZES, "num_hidden_layers": 5}
+    deep = LlamaConfig(intermediate_size=48, num_key_value_heads=2, **more, vocab_size=40)
     whole = trace._traced(deep, CONFIG, ALONE, TOKENS, TOKENS)
     assert trace.trace(deep, CONFIG, ALONE, TOKENS, TOKENS) == whole
 

@@ -35,6 +35,8 @@ from tests.calls import Calls
 from tests.train.gradients import LORA, assert_equal, gradient_of, lora_policy, ragged_batch
 from tests.train.models import save_llama3_miniature, tiny_policy
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def adapter_names(policy: nn.Module) -> set[str]:
     return {name for name, _ in policy.named_parameters() if ".lora_" in name}
@@ -243,21 +245,12 @@ def test_settings_that_cannot_work_are_refused() -> None:
 
 # Whole runs.
 
-SHORT = [
-    "use_peft=true",
-    "lora_r=4",
-    "lora_target_modules=[q_proj,v_proj,down_proj]",
-    "reward=tests.train.reward_functions:even_share",
-    "prompts_per_step=2",
-    "num_generations=3",
-    "max_completion_length=8",
-    "learning_rate=0.01",
-    "warmup_steps=0",
-    "lr_scheduler_type=constant",
-    "save_every=1",
-    "eval_every=2",
-    "eval_prompts=4",
-]
+SHORT = """
+    use_peft=true lora_r=4 lora_target_modules=[q_proj,v_proj,down_proj]
+    reward=tests.train.reward_functions:even_share prompts_per_step=2 num_generations=3
+    max_completion_length=8 learning_rate=0.01 warmup_steps=0 lr_scheduler_type=constant
+    save_every=1 eval_every=2 eval_prompts=4
+""".split()
 
 
 @pytest.fixture(scope="module")

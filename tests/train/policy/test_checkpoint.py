@@ -15,7 +15,7 @@ from transformers import get_scheduler
 
 from agro_train import durable
 from agro_train.policy import checkpoint, tiny
-from agro_train.policy.checkpoint import TrainerState
+from agro_train.policy.checkpoint import Learner, TrainerState
 from agro_train.policy.policy import Policy
 from agro_train.run_folder import RunFolder
 from tests.train.files import largest_file, names
@@ -39,10 +39,7 @@ class Training:
         checkpoint.save(
             self.folder,
             TrainerState(step=step, base_model="base"),
-            self.policy,
-            TOKENIZER,
-            self.optimizer,
-            self.scheduler,
+            Learner(self.policy, TOKENIZER, self.optimizer, self.scheduler),
             keep=keep,
             main=main,
         )

@@ -32,7 +32,9 @@ from agro_train.policy.load import fingerprint, identity, set_matmul_precision
 from agro_train.policy.policy import Policy, layers_of
 from agro_train.refusal import Refusal
 from agro_train.types import Rollout
-from tests.train.models import ragged_rollouts, tiny_policy
+from tests.train.models import SIZES, ragged_rollouts, tiny_policy
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 SMALL = {
     "vocab_size": 15,
@@ -263,16 +265,8 @@ def test_smollm2_trains_on_math_from_its_gguf_file(tmp_path: Path) -> None:
 def test_layers_are_found_whatever_they_are_called() -> None:
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99))
-        opt = OPTForCausalLM(
-            OPTConfig(
-                hidden_size=32,
-                word_embed_proj_dim=32,
-                ffn_dim=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                vocab_size=99,
-            )
-        )
+        of_opt = OPTConfig(word_embed_proj_dim=32, ffn_dim=48, vocab_size=99, **SIZES)
+        opt = OPTForCausalLM(of_opt)
     assert layers_of(gpt2) is gpt2.transformer.h
     assert layers_of(opt) is opt.model.decoder.layers
     gpt2.config.num_hidden_layers = 3

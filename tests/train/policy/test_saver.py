@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from agro_train import durable
 from agro_train.config import TrainConfig
 from agro_train.policy import checkpoint, export, shards, tiny
-from agro_train.policy.checkpoint import TrainerState
+from agro_train.policy.checkpoint import Learner, TrainerState
 from agro_train.policy.load import load_model
 from agro_train.policy.policy import Policy, shard
 from agro_train.policy.saver import Saver, in_shards
@@ -52,9 +52,11 @@ class Training:
 
     def save(self, step: int) -> Path:
         state = TrainerState(step=step, base_model="base")
-        how = (self.policy, TOKENIZER, self.optimizer, self.scheduler)
-        self.saver.save(state, *how, ahead="ahead\n")
+        self.saver.save(state, self.learner(), ahead="ahead\n")
         return self.folder / f"checkpoint-{step}"
+
+    def learner(self) -> Learner:
+        return Learner(self.policy, TOKENIZER, self.optimizer, self.scheduler)
 
     def weights(self) -> dict[str, torch.Tensor]:
         tensors = shards.saved_tensors(self.policy.model)
@@ -108,10 +110,7 @@ def test_disk_that_is_full_leaves_the_checkpoint_before(training: Training) -> N
             training.saver.complete()
     assert durable.no_room(caught.value) == os.strerror(errno.EFBIG)
     assert names(training.folder) == {"checkpoint-2", "checkpoint-4", "latest_checkpoint"}
-    training.saver.save(
-        TrainerState(step=6, base_model="base"),
-        *(training.policy, TOKENIZER, training.optimizer, training.scheduler),
-    )
+    training.saver.save(TrainerState(step=6, base_model="base"), training.learner())
     assert training.saver.complete() == 6
     assert names(training.folder) == {"checkpoint-4", "checkpoint-6", "latest_checkpoint"}
 

@@ -16,6 +16,8 @@ from agro_train.rewards.functions import check_columns, load_rewards, score, wit
 from agro_train.types import Prompt, Rollout
 from tests.train.models import SHORT
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 PAGE = Path(__file__).parents[3] / "docs" / "rewards.md"
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE.read_text(), flags=re.S)
 
