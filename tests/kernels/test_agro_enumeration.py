@@ -193,9 +193,7 @@ def test_every_coefficient_vanishes_at_the_optimum(
 
 
 def tapered_field(
-    rewards: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
+    problem: tuple[Tensor, Tensor, Tensor],
     law: Tensor,
     sampling_logprobs: Tensor,
     taper: float,
@@ -204,12 +202,11 @@ def tapered_field(
     beta: float = BETA,
 ) -> Tensor:
     """mu(y) * E[s | y], (Y,), in groups of n of mu = `law`: where the log-probability of every
-    response is pushed. s is n times minus the coefficient, at the size of a policy gradient."""
-    rows, groups = all_tuples(len(rewards), n)
+    response is pushed. s is n times minus the coefficient, at the size of a policy gradient.
+    problem: rewards, logprobs and ref_logprobs, (Y,) each."""
+    rows, groups = all_tuples(len(law), n)
     coefficients = agro_coefficients(
-        rewards[rows],
-        logprobs[rows],
-        ref_logprobs[rows],
+        *(values[rows] for values in problem),
         groups,
         beta=beta,
         num_groups=1,
@@ -241,7 +238,8 @@ def test_tapered_agro_stands_still_nowhere_but_at_the_optimum(
         logprobs, ref_logprobs = logits.log_softmax(0), ref_logits.log_softmax(0)
         policy = logprobs.exp()
         law = data_logits.softmax(0) if source == "any-data" else policy
-        field = tapered_field(rewards, logprobs, ref_logprobs, law, sampler - 1.6, taper, n=n)
+        problem = rewards, logprobs, ref_logprobs
+        field = tapered_field(problem, law, sampler - 1.6, taper, n=n)
         regularized = rewards - BETA * (logprobs - ref_logprobs)
         worst, best = int(regularized.argmin()), int(regularized.argmax())
         rise = law[best] * (regularized[best] - (law * regularized).sum())
@@ -277,7 +275,8 @@ def test_tapered_agro_reaches_the_optimum_from_any_data(taper: float, source: st
         if kl(logprobs) < 1e-9 * kl(ref_logprobs):
             return
         law = laws.get(source, logprobs.exp())
-        field = tapered_field(rewards, logprobs, ref_logprobs, law, law.log(), taper, beta=1.0)
+        problem = rewards, logprobs, ref_logprobs
+        field = tapered_field(problem, law, law.log(), taper, beta=1.0)
         update = field - logprobs.exp() * field.sum()
         step = LAWS[source] / (1.0 if source == "own" else float(law.max()))
         logits = logits + step * update
