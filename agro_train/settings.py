@@ -420,6 +420,28 @@ class TrainConfig:
                 "the class whose steps give the reward"
             )
 
+    def check_processes(self, processes: int) -> None:
+        """Raises Refusal where vLLM beside the trainer cannot be spread over a launch of so many.
+
+        A single process may still have a tensor parallel size: vLLM then starts the others itself.
+        """
+        size = self.vllm_tensor_parallel_size
+        beside = self.use_vllm and self.vllm_mode == "colocate"
+        if not beside or processes == 1 or size == 1:
+            return
+        if processes % size:
+            raise Refusal(
+                f"vllm_tensor_parallel_size: expected a divisor of the launch's {processes} "
+                f"processes, of which consecutive ones share an engine, got {size}; set one, or "
+                "vllm_mode=server"
+            )
+        if self.max_staleness:
+            raise Refusal(
+                "max_staleness: expected 0 where processes share an engine of vLLM's, got "
+                f"{self.max_staleness}; such an engine works inside them: set "
+                "vllm_tensor_parallel_size=1 or vllm_mode=server"
+            )
+
     def _check_vllm(self) -> None:
         to_server = self.vllm_weight_transfer in ("nccl", "gloo")
         if self.use_vllm and self.vllm_mode == "colocate" and to_server:

@@ -28,7 +28,6 @@ from agro_train.engines.engine import Engine
 from agro_train.engines.process_engine import ProcessEngine
 from agro_train.engines.transformers_engine import TransformersEngine
 from agro_train.engines.turns import Dialogue
-from agro_train.engines.vllm_ranks import check_shared_engines
 from agro_train.environments.pool import Environments
 from agro_train.fresh import Ahead, FreshGroups, Group, InStep, Questioner, groups_of_json
 from agro_train.interrupt import Interrupts
@@ -105,7 +104,7 @@ def setup(config: TrainConfig, *, resume: bool, interrupts: Interrupts | None = 
     check_packages(config)
     accelerator = start_accelerator(config)
     check_launch(accelerator)
-    check_shared_engines(config, accelerator.num_processes)
+    config.check_processes(accelerator.num_processes)
     Ranks.of(accelerator).from_main(lock.take)
     try:
         return _set_up(config, folder, lock, accelerator, interrupts or Interrupts(), resume)

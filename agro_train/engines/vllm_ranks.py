@@ -16,7 +16,6 @@ from transformers import PretrainedConfig
 
 from agro_train.config import TrainConfig
 from agro_train.engines.vllm_client import TOKENS_S, Answer, Colocated, Request
-from agro_train.refusal import Refusal
 
 # What a launcher tells its processes. vLLM's own processes would take it for theirs: they would
 # look for the launch's store, or take the rank's number for that of a GPU.
@@ -36,27 +35,6 @@ OF_THE_LAUNCH = (
     "TORCHELASTIC_MAX_RESTARTS",
     "TORCHELASTIC_RUN_ID",
 )
-
-
-def check_shared_engines(config: TrainConfig, processes: int) -> None:
-    """Raises Refusal where vLLM beside the trainer cannot be spread over the launch's processes.
-
-    One process may still have a tensor parallel size: vLLM then starts the others itself.
-    """
-    size = config.vllm_tensor_parallel_size
-    if not config.use_vllm or config.vllm_mode != "colocate" or processes == 1 or size == 1:
-        return
-    if processes % size:
-        raise Refusal(
-            f"vllm_tensor_parallel_size: expected a divisor of the launch's {processes} processes, "
-            f"of which consecutive ones share an engine, got {size}; set one, or vllm_mode=server"
-        )
-    if config.max_staleness:
-        raise Refusal(
-            f"max_staleness: expected 0 where processes share a vLLM engine, got "
-            f"{config.max_staleness}; such an engine works in the trainer's own processes: set "
-            "vllm_tensor_parallel_size=1 or vllm_mode=server"
-        )
 
 
 @contextmanager
@@ -134,7 +112,8 @@ def kept() -> Iterator[None]:
     the trainer's again afterwards."""
     own, numpys, setting = random.getstate(), np.random.get_state(), torch.set_num_threads
     threads = torch.get_num_threads()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:
