@@ -139,6 +139,8 @@ def nccl_group(
     from vllm.distributed.utils import StatelessProcessGroup
     from vllm.utils.nccl import unpinned_nccl_env
 
+    if device.index is None:  # which vLLM compares with that of what is sent
+        device = torch.device(device.type, torch.cuda.current_device())
     address, port = listening.getsockname()[:2]
     group = StatelessProcessGroup.create(
         address, port, 0, size, store_timeout=math.ceil(within_s), listen_socket=listening

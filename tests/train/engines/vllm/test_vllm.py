@@ -227,8 +227,9 @@ def test_sharded_run_of_two_processes_and_a_server_that_is_killed(
     address, group = serve()
     server = ["vllm_mode=server", f"vllm_server_base_url={address}", "vllm_server_timeout=120"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    sharded = ["fsdp=true", "vllm_weight_transfer=gloo"]
     done = subprocess.run(
-        [*command, "-m", "agro_train", *settings(model, tmp_path / "two", *server, "fsdp=true")],
+        [*command, "-m", "agro_train", *settings(model, tmp_path / "two", *server, *sharded)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -240,7 +241,7 @@ def test_sharded_run_of_two_processes_and_a_server_that_is_killed(
 
     # The reward function kills the server while the third step is scored; the step is completed,
     # and the server is missed by the next one to ask.
-    more = [*server, "steps=5", "eval_every=0", "reward=tests.train.vllm.killing:third_time"]
+    more = [*server, "steps=5", "eval_every=0", "reward=tests.train.engines.vllm.killing:third_time"]
     killed = subprocess.run(
         [sys.executable, "-m", "agro_train", *settings(model, tmp_path / "killed", *more)],
         cwd=ROOT,
