@@ -65,7 +65,9 @@ class Answerer(Protocol):
 
 
 class Client(Answerer, Protocol):
-    takes_tensors: bool  # or else files
+    @property
+    def takes_tensors(self) -> bool:
+        """Or else files."""
 
     def load(self, parcels: Iterable[Parcel]) -> None:
         """Takes all the weights, in parcels that are asked for one by one, and forgets what it has
@@ -349,7 +351,7 @@ class Server:
                 text: bytes = response.read()
                 return text
         except urllib.error.HTTPError as error:
-            reason = error.read().decode(errors="replace").strip()[:300]
+            reason = message(error.read().decode(errors="replace").strip())[:300]
             raise BrokenEngine(
                 f"vllm: expected {request.full_url} to work, got status {error.code}: {reason}"
             ) from error
@@ -372,6 +374,14 @@ class Server:
                 f"vllm: expected an answer from {self.base_url} in the form of vLLM's, got one "
                 f"that does not read as such ({error!r}); start a server with `agro serve MODEL`"
             ) from error
+
+
+def message(text: str) -> str:
+    """What went wrong, of what a server answers then."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return text
 
 
 class Servers:

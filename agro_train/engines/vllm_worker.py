@@ -100,7 +100,7 @@ class AgroWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: i
                 raise ValueError("vLLM's worker found no NCCL")
         else:
             within = timedelta(seconds=JOIN_S)
-            store = dist.TCPStore(
+            store = dist.TCPStore(  # type: ignore[attr-defined]
                 address, port, None, False, within, wait_for_workers=False, use_libuv=False
             )
             ranks = self.parallel_config

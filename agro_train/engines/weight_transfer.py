@@ -49,7 +49,7 @@ class GlooGroup:
     """Of CPUs. It leaves the process's own groups alone.
 
     Args:
-        store: where the group meets.
+        store: of torch.distributed, where the group meets.
         own_address: of this machine, at which the others reach it.
         within_s: seconds for all to join.
         limit_s: seconds for one broadcast.
@@ -59,14 +59,14 @@ class GlooGroup:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Any,
         rank: int,
         size: int,
         own_address: str,
         within_s: float,
         limit_s: float,
     ) -> None:
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address)]
         options._timeout = timedelta(seconds=within_s)
         self.group: Any = dist.ProcessGroupGloo(store, rank, size, options)
@@ -117,7 +117,7 @@ def gloo_group(
     """The trainer's end. Waits for the others."""
     del device
     address, port = listening.getsockname()[:2]
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         address,
         port,
         size,
