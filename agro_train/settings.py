@@ -282,13 +282,24 @@ class TrainConfig:
         "output_dir if the server is far",
         resumable=True,
     )
+    vllm_weight_transfer: Literal["auto", "nccl", "gloo", "files"] = key(
+        "auto",
+        "how weights go to a server: nccl, between GPUs; gloo, over the network between CPUs; "
+        "files, in vllm_weights_dir. auto: nccl from a trainer on GPUs, where the server can join, "
+        "or else files",
+        resumable=True,
+    )
     vllm_gpu_memory_utilization: float = key(
         0.3, "colocate: vLLM's share of the GPU", above=0, most=1, resumable=True
     )
     vllm_max_model_length: int = key(
         0, "colocate: tokens; 0: the longest prompt and completion", least=0
     )
-    vllm_tensor_parallel_size: int = key(1, "colocate: GPUs that share the model", least=1)
+    vllm_tensor_parallel_size: int = key(
+        1,
+        "colocate: GPUs that share the model; of several processes, how many consecutive ones",
+        least=1,
+    )
 
     learning_rate: float = key(
         1e-5, "the schedule's highest", heading="Optimiser: AdamW", above=0, resumable=True
@@ -360,6 +371,7 @@ class TrainConfig:
         self._check_algorithm()
         self._check_staleness()
         self._check_environment()
+        self._check_vllm()
         if self.demonstrations and self.offline:
             raise Refusal(
                 "demonstrations: expected some groups to be fresh, got recorded ones alone; worked "
@@ -406,6 +418,36 @@ class TrainConfig:
             raise Refusal(
                 "reward: expected environment=module:Class with reward=environment, got none; name "
                 "the class whose steps give the reward"
+            )
+
+    def check_processes(self, processes: int) -> None:
+        """Raises Refusal where vLLM beside the trainer cannot be spread over a launch of so many.
+
+        A single process may still have a tensor parallel size: vLLM then starts the others itself.
+        """
+        size = self.vllm_tensor_parallel_size
+        beside = self.use_vllm and self.vllm_mode == "colocate"
+        if not beside or processes == 1 or size == 1:
+            return
+        if processes % size:
+            raise Refusal(
+                f"vllm_tensor_parallel_size: expected a divisor of the launch's {processes} "
+                f"processes, of which consecutive ones share an engine, got {size}; set one, or "
+                "vllm_mode=server"
+            )
+        if self.max_staleness:
+            raise Refusal(
+                "max_staleness: expected 0 where processes share an engine of vLLM's, got "
+                f"{self.max_staleness}; such an engine works inside them: set "
+                "vllm_tensor_parallel_size=1 or vllm_mode=server"
+            )
+
+    def _check_vllm(self) -> None:
+        to_server = self.vllm_weight_transfer in ("nccl", "gloo")
+        if self.use_vllm and self.vllm_mode == "colocate" and to_server:
+            raise Refusal(
+                "vllm_weight_transfer: expected auto or files with vllm_mode=colocate, got "
+                f"{self.vllm_weight_transfer}; set vllm_mode=server, or leave it out"
             )
 
     def _check_adapter(self) -> None:

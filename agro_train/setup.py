@@ -104,6 +104,7 @@ def setup(config: TrainConfig, *, resume: bool, interrupts: Interrupts | None = 
     check_packages(config)
     accelerator = start_accelerator(config)
     check_launch(accelerator)
+    config.check_processes(accelerator.num_processes)
     Ranks.of(accelerator).from_main(lock.take)
     try:
         return _set_up(config, folder, lock, accelerator, interrupts or Interrupts(), resume)

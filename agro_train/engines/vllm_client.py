@@ -18,15 +18,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 from urllib.parse import urlsplit
 
 import torch
+from safetensors.torch import load_file
 from transformers import PretrainedConfig
 
 from agro_train.config import TrainConfig
 from agro_train.engines.engine import BrokenEngine
-from agro_train.engines.weights import MEMORY
+from agro_train.engines.weight_transfer import Kind, Transfer, join
+from agro_train.engines.weights import MEMORY, Parcel
 from agro_train.refusal import Refusal
 from agro_train.settings import MOST_KEPT
 
@@ -63,13 +65,20 @@ class Answerer(Protocol):
 
 
 class Client(Answerer, Protocol):
-    def load(self, files: Iterable[Path]) -> None:
-        """Takes all the weights, from files that are asked for one by one, and forgets what it has
+    @property
+    def takes_tensors(self) -> bool:
+        """Or else files."""
+
+    def load(self, parcels: Iterable[Parcel]) -> None:
+        """Takes all the weights, in parcels that are asked for one by one, and forgets what it has
         computed with the old ones."""
 
 
 class Colocated:
     """vLLM in a process of its own, on this one's device. It starts without weights."""
+
+    takes_tensors = False
+    options: ClassVar[dict[str, Any]] = {}  # of vLLM's, besides those below
 
     def __init__(
         self,
@@ -103,6 +112,7 @@ class Colocated:
                 tensor_parallel_size=config.vllm_tensor_parallel_size,
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 worker_extension_cls=EXTENSION,
+                **self.options,
             )
             self.llm.init_weight_transfer_engine({"init_info": {}})
 
@@ -133,13 +143,14 @@ class Colocated:
             )
         return list(enumerate(answers))
 
-    def load(self, files: Iterable[Path]) -> None:
+    def load(self, parcels: Iterable[Parcel]) -> None:
         taking = "to take new weights"
         with broken(taking):
             self.llm.start_weight_update()
-        for path in files:  # writes the file, and may fail on its own account
+        for parcel in parcels:  # writes the file, and may fail on its own account
+            taken = {"path": str(parcel)} if isinstance(parcel, Path) else {"weights": parcel}
             with broken(taking):
-                self.llm.update_weights({"update_info": {"path": str(path)}})
+                self.llm.update_weights({"update_info": taken})
         with broken(taking):
             self.llm.finish_weight_update()
             forget(lambda: bool(self.llm.reset_prefix_cache()))
@@ -179,10 +190,15 @@ class Server:
 
     def __init__(self, base_url: str, timeout_s: float) -> None:
         self.base_url, self.timeout_s = base_url.rstrip("/"), timeout_s
+        self.transfer: Transfer | None = None  # by which weights come; None: by files
 
-    def check(self, length: int) -> None:
+    def check(self, length: int, *, files: bool = True) -> None:
         """Waits until the server is up. Raises Refusal if it is none that takes new weights, or
-        that reads fewer than `length` tokens."""
+        that reads fewer than `length` tokens.
+
+        Args:
+            files: whether weights come by files.
+        """
         hint = "start it with `agro serve MODEL`"
         deadline = time.monotonic() + self.timeout_s
         while True:
@@ -204,7 +220,8 @@ class Server:
                 f"completion, got one that reads {got}; {hint} --max-model-len {length}"
             )
         try:
-            self._call("/init_weight_transfer_engine", {"init_info": {}})
+            if files:
+                self.take_files()
             self._tokens(Request((0,), {"max_tokens": 1}), self.timeout_s)
         except BrokenEngine as error:
             raise Refusal(
@@ -227,12 +244,45 @@ class Server:
             for future in as_completed(places):
                 yield places[future], future.result()
 
+    def join(self, kind: Kind, device: torch.device) -> None:
+        """From now on weights come from a group of this process and the server's workers."""
+        found = self._call("/get_world_size")
+        with self._answered():
+            workers = int(found["world_size"])
+        self.transfer = join(
+            kind,
+            self.base_url,
+            workers,
+            lambda meeting: self._call("/init_weight_transfer_engine", {"init_info": meeting}),
+            device,
+            self.timeout_s,
+        )
+
+    def take_files(self) -> None:
+        """From now on weights come by files."""
+        self.close()
+        self._call("/init_weight_transfer_engine", {"init_info": {}})
+
+    def close(self) -> None:
+        """Leaves the group."""
+        if self.transfer is not None:
+            self.transfer.close()
+        self.transfer = None
+
     def start_load(self) -> None:
         self._call("/start_weight_update", {})
 
-    def take(self, path: Path) -> None:
-        """The weights in a file."""
-        self._call("/update_weights", {"update_info": {"path": str(path)}})
+    def take(self, parcel: Parcel) -> None:
+        """Some of the weights."""
+
+        def update(info: dict[str, Any]) -> None:
+            self._call("/update_weights", {"update_info": info})
+
+        if self.transfer is not None:
+            self.transfer.send(load_file(parcel) if isinstance(parcel, Path) else parcel, update)
+        else:
+            assert isinstance(parcel, Path), "who is in no group takes files"
+            update({"path": str(parcel)})
 
     def finish_load(self) -> None:
         """Ends with an empty prefix cache."""
@@ -301,7 +351,7 @@ class Server:
                 text: bytes = response.read()
                 return text
         except urllib.error.HTTPError as error:
-            reason = error.read().decode(errors="replace").strip()[:300]
+            reason = message(error.read().decode(errors="replace").strip())[:300]
             raise BrokenEngine(
                 f"vllm: expected {request.full_url} to work, got status {error.code}: {reason}"
             ) from error
@@ -326,6 +376,14 @@ class Server:
             ) from error
 
 
+def message(text: str) -> str:
+    """What went wrong, of what a server answers then."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return text
+
+
 class Servers:
     """Several vLLM servers of the same weights, asked as one: each is asked for whole groups.
 
@@ -336,10 +394,28 @@ class Servers:
     def __init__(self, base_urls: Sequence[str], timeout_s: float) -> None:
         self.alive = [Server(url, timeout_s) for url in base_urls]
 
-    def check(self, length: int) -> None:
+    @property
+    def takes_tensors(self) -> bool:
+        return any(server.transfer for server in self.alive)
+
+    def check(self, length: int, *, files: bool = True) -> None:
         """Every server's. Raises Refusal, as one that is missing at the start is a mistake."""
         for server in self.alive:
-            server.check(length)
+            server.check(length, files=files)
+
+    def join(self, kind: Kind, device: torch.device) -> None:
+        """Has each server join a group with this process. Raises BrokenEngine where one does
+        not."""
+        for server in self.alive:
+            server.join(kind, device)
+
+    def take_files(self) -> None:
+        for server in self.alive:
+            server.take_files()
+
+    def close(self) -> None:
+        for server in self.alive:
+            server.close()
 
     def check_logprobs(self, count: int) -> None:
         for server in self.alive:
@@ -371,14 +447,17 @@ class Servers:
             for server, failure in failed:
                 self.leave_out(server, failure)
 
-    def load(self, files: Iterable[Path]) -> None:
+    def load(self, parcels: Iterable[Parcel]) -> None:
         self._all(lambda server: server.start_load())
-        for path in files:
-            self._all(lambda server, path=path: server.take(path))  # type: ignore[misc]
+        for parcel in parcels:
+            self._all(lambda server, parcel=parcel: server.take(parcel))  # type: ignore[misc]
         self._all(lambda server: server.finish_load())
 
     def keep(self, base_urls: set[str]) -> None:
         """Leaves out the others: another rank has found them dead."""
+        for server in self.alive:
+            if server.base_url not in base_urls:
+                server.close()
         self.alive = [server for server in self.alive if server.base_url in base_urls]
         if not self.alive:
             raise BrokenEngine(
@@ -393,6 +472,7 @@ class Servers:
         if len(self.alive) == 1:
             raise error
         self.alive.remove(server)
+        server.close()
         logging.getLogger(__name__).warning(
             "%s is left out, %d server(s) go on: %s", server.base_url, len(self.alive), error
         )
@@ -442,12 +522,20 @@ def serve_command(model: str, options: Sequence[str]) -> tuple[list[str], dict[s
     return [*command, *options], {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
 
 
-def weights_folder(config: TrainConfig) -> Path:
-    """Where weights lie on their way to vLLM: where both sides see them."""
+def weights_folder(config: TrainConfig, *, takes_tensors: bool = False) -> Path:
+    """Where weights lie on their way to vLLM: where both sides see them.
+
+    Args:
+        takes_tensors: whether they only wait there, and this process sends them on.
+    """
     if config.vllm_weights_dir:
         return Path(config.vllm_weights_dir).resolve()
     hosts = {urlsplit(url).hostname for url in config.vllm_server_base_url}
-    near = config.vllm_mode == "colocate" or hosts <= {"localhost", "127.0.0.1", "::1"}
+    near = (
+        takes_tensors
+        or config.vllm_mode == "colocate"
+        or hosts <= {"localhost", "127.0.0.1", "::1"}
+    )
     if near:
         return MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
     return Path(config.output_dir).resolve()

@@ -9,6 +9,8 @@ distribution. Only the likelihood-ratio term (`lr_weight`) takes them for the po
 expectation is then off by a share of about that difference, summed over a completion.
 """
 
+import importlib.util
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -35,13 +37,24 @@ from agro_train.engines.vllm_client import (
     Servers,
     weights_folder,
 )
-from agro_train.engines.weights import FILE_BYTES, gathered_by_all, one_by_one, written
+from agro_train.engines.vllm_ranks import Shared, alone
+from agro_train.engines.weight_transfer import Kind
+from agro_train.engines.weights import (
+    FILE_BYTES,
+    PARCEL_BYTES,
+    gathered_by_all,
+    one_by_one,
+    parcels,
+    written,
+)
 from agro_train.policy.adapter import merged_weights
 from agro_train.policy.policy import unwrap
 from agro_train.refusal import Refusal
 from agro_train.types import Prompt, Rollout
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 32  # of the completion whose log-probabilities are compared
 # Mean |difference| of a token's log-probability, nats, that rounding may make.
@@ -90,6 +103,8 @@ class VllmEngine:
         """The prompts' places and their completions, each group once it is there; with an
         environment once all are."""
         yield from sampled(self.dialogue, self.one_turn, prompts, **ask)
+        if isinstance(self.client, Shared):
+            self.client.rest()
 
     def one_turn(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> Iterator[Group]:
         num_generations, temperature = ask["num_generations"], ask["temperature"]
@@ -215,15 +230,35 @@ class VllmEngine:
             self.send(prompt)
             self.sent = step
             return Snapshot(step)
-        ours = self.our_logprobs()
-        return Snapshot(step, self.together(self.write), ours)
+        ours, files = self.our_logprobs(), self.together(self.write)
+        if self.beside_all:  # one rank of each machine has written
+            rank, local_rank = self.accelerator.process_index, self.accelerator.local_process_index
+            files = gathered(files, None)[rank - local_rank]
+        return Snapshot(step, files, ours)
+
+    @property
+    def beside_all(self) -> bool:
+        """Whether every rank has an engine to take weights to, and not the main rank all."""
+        return isinstance(self.client, Colocated) and self.accelerator.num_processes > 1
+
+    @property
+    def loads(self) -> bool:
+        """Whether this rank has the engine take weights."""
+        return self.beside_all or bool(self.accelerator.is_main_process)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes the files in which weights wait."""
+        if self.beside_all:
+            return bool(self.accelerator.is_local_main_process)
+        return bool(self.accelerator.is_main_process)
 
     def write(self) -> tuple[Path, ...]:
-        """All weights in files, by the main rank; the others take part in gathering them."""
-        weights, where = merged_weights(unwrap(self.policy).model), weights_folder(self.config)
+        """All weights in files, by one rank; the others take part in gathering them."""
+        weights, where = merged_weights(unwrap(self.policy).model), self.folder()
         try:
             with gathered_by_all(weights):
-                if not self.accelerator.is_main_process:
+                if not self.writes:
                     return ()
                 waiting = self.waiting or tempfile.TemporaryDirectory(prefix="agro-", dir=where)
                 self.waiting = waiting
@@ -241,13 +276,15 @@ class VllmEngine:
             return
         ours = snapshot.probe_logprobs
         assert ours is not None, "there is a probe since the first weights"
-        main = self.accelerator.is_main_process
+        loads = self.loads
         # Requests of the weights before must be answered on all ranks first.
         self.together(lambda: None, self.beside)
-        self.together(lambda: self.client.load(snapshot.files) if main else None, self.beside)
+        self.together(lambda: self.client.load(snapshot.files) if loads else None, self.beside)
         self.agree(self.beside)
         self.before = ours, self.together(lambda: self.check(ours), self.beside)
         self.sent = snapshot.step
+        if not self.writes:
+            return
         for file in snapshot.files:
             file.unlink()
         if snapshot.files:
@@ -260,10 +297,16 @@ class VllmEngine:
             self.client.keep(set.intersection(*gathered(alive, group)))
 
     def close(self) -> None:
-        """Deletes weights that wait. A server is not the run's own, and vLLM beside this process
-        ends with it."""
+        """Deletes weights that wait, and leaves the groups by which they go to servers. A server is
+        not the run's own, and vLLM beside this process ends with it."""
         if self.waiting is not None:
             self.waiting.cleanup()
+        if isinstance(self.client, Servers):
+            self.client.close()
+
+    def folder(self) -> Path:
+        """Where weights wait."""
+        return weights_folder(self.config, takes_tensors=self.client.takes_tensors)
 
     def check(self, ours: Tensor) -> Tensor:
         """vLLM's log-probabilities of the probe, once they are seen to be `ours`; of several
@@ -294,15 +337,23 @@ class VllmEngine:
         return theirs
 
     def deliver(self) -> None:
-        """One file of weights after another; a rank that does not write takes part in gathering
-        sharded ones all the same."""
-        weights, where = merged_weights(unwrap(self.policy).model), weights_folder(self.config)
+        """One parcel of weights after another; a rank whose engine takes none takes part in
+        gathering sharded ones all the same."""
+        weights, dtype = merged_weights(unwrap(self.policy).model), rollout_dtype(self.config)
+        with gathered_by_all(weights):
+            if self.loads and self.client.takes_tensors:
+                # An engine in this process takes a tensor at a time, which nobody has to pack.
+                full = PARCEL_BYTES if isinstance(self.client, Servers) else 1
+                cast = ((name, weight.to(dtype)) for name, weight in weights)
+                self.client.load(parcels(cast, full))
+            elif self.loads:
+                self.deliver_files(weights, dtype)
+
+    def deliver_files(self, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+        where = self.folder()
         try:
-            with gathered_by_all(weights):
-                if self.accelerator.is_main_process:
-                    with tempfile.TemporaryDirectory(dir=where) as folder:
-                        dtype = rollout_dtype(self.config)
-                        self.client.load(one_by_one(weights, Path(folder), dtype))
+            with tempfile.TemporaryDirectory(dir=where) as folder:
+                self.client.load(one_by_one(weights, Path(folder), dtype))
         except (OSError, SafetensorError) as error:
             raise BrokenEngine(
                 f"vllm: expected to write weights to {where}, {FILE_BYTES / 1e9:.1f} GB and a "
@@ -344,21 +395,25 @@ class VllmEngine:
         return theirs
 
     def together(self, function: Callable[[], T], group: Any = None) -> T:
-        """function() on every rank; where it fails on one it fails on all, and none waits for it
-        for ever.
+        return together(function, group)
 
-        Args:
-            group: of processes, for a thread beside the trainer's; None: the trainer's own.
-        """
-        failure, result = None, None
-        try:
-            result = function()
-        except BrokenEngine as error:
-            failure = error
-        failures = [text for text in gathered(failure and str(failure), group) if text]
-        if failures:
-            raise BrokenEngine(failures[0]) from failure
-        return result  # type: ignore[return-value]
+
+def together(function: Callable[[], T], group: Any = None) -> T:
+    """function() on every rank; where it fails on one it fails on all, and none waits for it for
+    ever.
+
+    Args:
+        group: of processes, for a thread beside the trainer's; None: the trainer's own.
+    """
+    failure, result = None, None
+    try:
+        result = function()
+    except BrokenEngine as error:
+        failure = error
+    failures = [text for text in gathered(failure and str(failure), group) if text]
+    if failures:
+        raise BrokenEngine(failures[0]) from failure
+    return result  # type: ignore[return-value]
 
 
 def each(client: Client) -> Sequence[Answerer]:
@@ -390,15 +445,11 @@ def start(
     length = longest_prompt + max(2, config.max_completion_length)
     client: Client
     if config.vllm_mode == "server":
-        client = Servers(config.vllm_server_base_url, config.vllm_server_timeout)
-        client.check(length)
-        make_weights_folder(config)
+        servers = Servers(config.vllm_server_base_url, config.vllm_server_timeout)
+        servers.check(length, files=config.vllm_weight_transfer != "nccl")
+        make_weights_folder(config, takes_tensors=join_group(config, servers, accelerator))
+        client = servers
     else:
-        if accelerator.num_processes > 1:
-            raise Refusal(
-                "vllm_mode: expected server with more than one process, got colocate; start a "
-                "server with `agro serve MODEL`"
-            )
         if 0 < config.vllm_max_model_length < length:
             raise Refusal(
                 f"vllm_max_model_length: expected at least {length}, the longest prompt and "
@@ -414,15 +465,63 @@ def start(
         make_weights_folder(config)
         length = config.vllm_max_model_length or length
         model = unwrap(policy).model.config
-        client = Colocated(model, rollout_dtype(config), length, config, tokenizer)
+        client = together(lambda: colocated(config, model, length, accelerator, tokenizer))
     engine = VllmEngine(client, policy, accelerator, tokenizer, end_tokens, config, dialogue)
     if config.truncates and isinstance(client, Servers):
         client.check_logprobs(engine.num_logprobs())
     return engine
 
 
-def make_weights_folder(config: TrainConfig) -> None:
-    folder = weights_folder(config)
+def colocated(
+    config: TrainConfig, model: Any, length: int, accelerator: Any, tokenizer: Any
+) -> Colocated:
+    """vLLM beside this rank, started."""
+    dtype = rollout_dtype(config)
+    if accelerator.num_processes == 1:
+        return Colocated(model, dtype, length, config, tokenizer)
+    if config.vllm_tensor_parallel_size > 1:
+        return Shared(model, dtype, length, config, tokenizer)
+    with alone(accelerator.local_process_index):
+        return Colocated(model, dtype, length, config, tokenizer)
+
+
+def join_group(config: TrainConfig, servers: Servers, accelerator: Any) -> bool:
+    """Whether weights go to the servers by a group that the main rank and their workers have
+    joined. Raises Refusal, on every rank, where they were to and cannot."""
+    wanted, device = config.vllm_weight_transfer, accelerator.device
+    if wanted == "files" or (wanted == "auto" and device.type != "cuda"):
+        return False
+    if wanted == "nccl" and device.type != "cuda":
+        raise Refusal(
+            f"vllm_weight_transfer: expected the trainer on a GPU with nccl, got {device.type}; "
+            "set auto, gloo or files"
+        )
+    kind: Kind = "gloo" if wanted == "gloo" else "nccl"
+
+    def joined() -> bool:
+        if not accelerator.is_main_process:
+            return False
+        try:
+            if kind == "nccl" and importlib.util.find_spec("vllm") is None:
+                raise BrokenEngine(
+                    "vllm_weight_transfer: expected the package vllm with nccl, got none; pip "
+                    "install '.[vllm]' in this project's folder, or set vllm_weight_transfer=files"
+                )
+            servers.join(kind, device)
+        except BrokenEngine as error:
+            if wanted != "auto":
+                raise
+            servers.take_files()
+            logger.warning("Weights go to vLLM by files: %s", error)
+            return False
+        return True
+
+    found: list[bool] = broadcast_object_list([together(joined)])
+    return found[0]
+
+
+def make_weights_folder(config: TrainConfig, *, takes_tensors: bool = False) -> None:
+    folder = weights_folder(config, takes_tensors=takes_tensors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Weights on their way to an engine: safetensors files of limited size."""
+"""Weights on their way to an engine: parcels of limited size, in memory or as safetensors files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 MEMORY = Path("/dev/shm")  # files that never reach a disk, where the system has such a folder
 FILE_BYTES = 1 << 30  # a file is full once it has this many
+PARCEL_BYTES = 1 << 28  # what is sent at once, on the trainer's device beside the policy
+
+Parcel = Path | Mapping[str, Tensor]
 
 
 @contextmanager
@@ -37,20 +40,23 @@ def written(
     weights: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype | None
 ) -> Iterator[Path]:
     """The same files, all of which last. dtype: None keeps each weight's own."""
-    held: dict[str, Tensor] = {}
-    size = number = 0
-
-    def write() -> Path:
+    on_cpu = ((name, weight.to(dtype or weight.dtype).cpu()) for name, weight in weights)
+    for number, held in enumerate(parcels(on_cpu, FILE_BYTES)):
         path = folder / f"weights-{number}.safetensors"
-        save_file(held, path)
+        save_file({name: weight.contiguous() for name, weight in held.items()}, path)
         held.clear()
-        return path
+        yield path
 
+
+def parcels(weights: Iterator[tuple[str, Tensor]], full: int) -> Iterator[dict[str, Tensor]]:
+    """Each of `full` bytes and a tensor at most."""
+    held: dict[str, Tensor] = {}
+    size = 0
     for name, weight in weights:
-        held[name] = weight.to(dtype or weight.dtype).cpu().contiguous()
-        size += held[name].nbytes
-        if size >= FILE_BYTES:
-            yield write()
-            size, number = 0, number + 1
+        held[name] = weight
+        size += weight.nbytes
+        if size >= full:
+            yield held
+            held, size = {}, 0
     if held:
-        yield write()
+        yield held

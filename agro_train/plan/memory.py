@@ -100,13 +100,9 @@ def check(config: TrainConfig, machine: Machine, architecture: Any) -> None:
             f"prompts_per_step: expected one for each of {world} processes, got "
             f"{config.prompts_per_step}; a group stays on one of them, so raise it"
         )
+    config.check_processes(world)
     if not config.use_vllm or config.vllm_mode == "server":
         return
-    if world > 1:
-        raise Refusal(
-            "vllm_mode: expected server with more than one process, got colocate; start a "
-            "server with `agro serve MODEL`"
-        )
     heads, parts = architecture.get_text_config().num_attention_heads, config
     if heads % parts.vllm_tensor_parallel_size:
         raise Refusal(

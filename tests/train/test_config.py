@@ -276,6 +276,34 @@ def test_sampling_that_cannot_be_scored_exactly_is_refused(
     config.load(None, ["top_p=0.9", "min_p=0.1", "top_k=20", "use_vllm=true"])
 
 
+def test_weights_go_to_a_server_by_a_group_and_to_no_other_engine() -> None:
+    config.load(None, ["use_vllm=true", "vllm_mode=server", "vllm_weight_transfer=gloo"])
+    with pytest.raises(ValueError, match="vllm_weight_transfer: expected auto or files with"):
+        config.load(None, ["use_vllm=true", "vllm_weight_transfer=gloo"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "message"),
+    [
+        ([], 3, "vllm_tensor_parallel_size: expected a divisor of the launch's 3 processes, of"),
+        (["max_staleness=1"], 4, "max_staleness: expected 0 where processes share an engine"),
+        (["max_staleness=1"], 1, None),  # vLLM starts the other processes itself
+        (["max_staleness=1", "vllm_tensor_parallel_size=1"], 3, None),
+        (["vllm_mode=server"], 3, None),
+        ([], 4, None),
+    ],
+)
+def test_launch_that_engines_cannot_share_is_refused(
+    settings: list[str], processes: int, message: str | None
+) -> None:
+    found = config.load(None, ["use_vllm=true", "vllm_tensor_parallel_size=2", *settings])
+    if message is None:
+        found.check_processes(processes)
+    else:
+        with pytest.raises(ValueError, match=message):
+            found.check_processes(processes)
+
+
 def test_commas_within_quotes_stay(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text('recorded: ["a,b.jsonl"]\n')
     assert config.load(tmp_path / "run.yaml").recorded == ["a,b.jsonl"]

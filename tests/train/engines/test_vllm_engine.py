@@ -1,6 +1,6 @@
 """What the vLLM engine does around vLLM: weights go out, are seen to have arrived, and whatever
 answers wrongly, or not at all, ends in one sentence. vLLM's place is taken by a model of the same
-shape with weights of its own; vLLM itself is in tests/train/vllm.
+shape with weights of its own; vLLM itself is in tests/train/engines/vllm.
 """
 
 import copy
@@ -39,6 +39,7 @@ from agro_train.engines.vllm_client import (
     weights_folder,
 )
 from agro_train.engines.vllm_engine import VllmEngine, make_weights_folder, start
+from agro_train.engines.weights import Parcel
 from agro_train.environments.pool import Environments
 from agro_train.policy import tiny
 from agro_train.types import Prompt
@@ -54,10 +55,13 @@ ASK: dict[str, Any] = {"seeds": [3, 4], "num_generations": 3, "temperature": 1.3
 class OtherModel:
     """Answers as vLLM does, from other weights than the policy's until it is sent those."""
 
+    takes_tensors = False
+
     def __init__(self) -> None:
         self.policy = tiny_policy(seed=9, dtype=torch.float32)
         self.asked: list[Request] = []
         self.loads = 0
+        self.most_at_once = 0  # weights in a parcel
         self.left_out: str | None = None  # a weight that gets lost on its way
         self.dtypes: set[torch.dtype] = set()  # of the weights that came
 
@@ -109,11 +113,13 @@ class OtherModel:
             filled.append(tuple(pairs[: request.parameters["logprobs"]]))
         return tuple(filled)
 
-    def load(self, files: Iterable[Path]) -> None:
+    def load(self, parcels: Iterable[Parcel]) -> None:
         self.loads += 1
         mine = dict(self.policy.model.named_parameters())
-        for path in files:
-            for name, weight in load_file(path).items():
+        for parcel in parcels:
+            held = load_file(parcel) if isinstance(parcel, Path) else parcel
+            self.most_at_once = max(self.most_at_once, len(held))
+            for name, weight in held.items():
                 self.dtypes.add(weight.dtype)
                 if name != self.left_out:
                     mine[name].data.copy_(weight)
@@ -299,7 +305,7 @@ def test_server_that_tells_too_few_log_probabilities_is_refused(
     def refused(self: Server, request: Request, timeout_s: float) -> Answer:
         raise BrokenEngine(f"status 400: {request.parameters['logprobs']} is more than 20")
 
-    monkeypatch.setattr(Server, "check", lambda self, length: None)
+    monkeypatch.setattr(Server, "check", lambda self, length, *, files: None)
     monkeypatch.setattr(Server, "_tokens", refused)
     config = replace(CONFIG, use_vllm=True, vllm_mode="server", top_k=6)
     with pytest.raises(ValueError, match="top_k: expected a server that tells 12 log-"):
@@ -397,7 +403,7 @@ def test_probe_of_the_longest_prompt_fits_completions_of_one_token(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked_for: list[int] = []
-    monkeypatch.setattr(Server, "check", lambda self, length: asked_for.append(length))
+    monkeypatch.setattr(Server, "check", lambda self, length, *, files: asked_for.append(length))
     config = replace(CONFIG, max_completion_length=1, use_vllm=True, vllm_mode="server")
     longest = len(PROMPTS[0].ids)
     found = start(config, engine.policy, engine.accelerator, TOKENIZER, {1}, longest)
@@ -439,7 +445,7 @@ def test_colocated_client_tells_its_own_failures_from_those_of_the_files() -> No
 def test_weights_that_cannot_be_written_are_one_sentence(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_engine, "weights_folder", lambda _: Path("/dev/full"))
+    monkeypatch.setattr(vllm_engine, "weights_folder", lambda *_, **__: Path("/dev/full"))
     with pytest.raises(BrokenEngine, match="expected to write weights to /dev/full, 1.1 GB and a"):
         engine.complete(PROMPTS, **ASK, step=0)
 
@@ -465,13 +471,149 @@ def test_weights_go_out_in_files_of_limited_size(
     assert arrived.keys() == dict(model.named_parameters()).keys()
 
 
-def test_colocated_engine_wants_one_process() -> None:
-    class TwoRanks:
-        num_processes = 2
+# --- How weights travel ---------------------------------------------------------------------------
 
-    config = replace(CONFIG, use_vllm=True)
-    with pytest.raises(ValueError, match="vllm_mode: expected server with more than one process"):
-        start(config, tiny_policy(), TwoRanks(), TOKENIZER, {1}, 8)
+
+def test_weights_that_need_no_file_come_as_they_are(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "weights_folder", lambda *_, **__: Path("/dev/full"))
+    engine.client.takes_tensors = True
+    engine.complete(PROMPTS, **ASK, step=0)
+    take_a_step(engine)
+    engine.complete(PROMPTS, **ASK, step=1)
+    assert engine.client.loads == 2
+    assert engine.client.most_at_once == 1  # in this process: no more than a tensor at a time
+    engine.config = replace(CONFIG, mixed_precision="bf16")
+    engine.complete(PROMPTS, **ASK, step=2)
+    assert torch.bfloat16 in engine.client.dtypes
+
+
+class Place:
+    """Accelerate's, of a process on a device."""
+
+    is_main_process = True
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+
+URLS = ["http://127.0.0.1:9", "http://127.0.0.1:10"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "kind"),
+    [
+        ("files", "cuda", None),
+        ("auto", "cpu", None),
+        ("auto", "cuda", "nccl"),
+        ("nccl", "cuda", "nccl"),
+        ("gloo", "cpu", "gloo"),
+        ("gloo", "cuda", "gloo"),
+    ],
+)
+def test_group_is_the_one_that_both_sides_can_join(
+    wanted: Any, device: str, kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[str] = []
+    monkeypatch.setattr(Server, "join", lambda self, kind, device: joined.append(kind))
+    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: True)
+    config = replace(CONFIG, vllm_weight_transfer=wanted)
+    found = vllm_engine.join_group(config, Servers(URLS, 5.0), Place(device))
+    assert found == (kind is not None) and joined == ([kind] * 2 if kind else [])
+
+
+def test_files_take_the_groups_place_only_where_nobody_asked_for_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files: list[str] = []
+
+    def fail(self: Server, kind: str, device: torch.device) -> None:
+        raise BrokenEngine("expected the server at A and the trainer at B to join, got neither")
+
+    monkeypatch.setattr(Server, "join", fail)
+    monkeypatch.setattr(Server, "take_files", lambda self: files.append(self.base_url))
+    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: True)
+    for wanted in ("nccl", "gloo"):
+        config = replace(CONFIG, vllm_weight_transfer=wanted)
+        with pytest.raises(BrokenEngine, match="server at A and the trainer at B"):
+            vllm_engine.join_group(config, Servers(URLS, 5.0), Place("cuda"))
+    assert not files and not caplog.records
+    config = replace(CONFIG, vllm_weight_transfer="auto")
+    assert not vllm_engine.join_group(config, Servers(URLS, 5.0), Place("cuda"))
+    assert files == URLS
+    (line,) = caplog.messages
+    assert line.startswith("Weights go to vLLM by files: expected the server at A and")
+
+
+def test_nccl_needs_a_gpu_and_vllm_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, vllm_weight_transfer="nccl")
+    with pytest.raises(ValueError, match="expected the trainer on a GPU with nccl, got cpu; set"):
+        vllm_engine.join_group(config, Servers(URLS, 5.0), Place("cpu"))
+    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BrokenEngine, match="expected the package vllm with nccl, got none; pip"):
+        vllm_engine.join_group(config, Servers(URLS, 5.0), Place("cuda"))
+
+
+# --- Engines beside several ranks -----------------------------------------------------------------
+
+
+def on_a_node(monkeypatch: pytest.MonkeyPatch, engine: VllmEngine, local_rank: int) -> None:
+    """Its rank is one of the second node's two; vLLM is beside each."""
+
+    class Beside(Colocated, OtherModel):
+        ask, load, __init__ = OtherModel.ask, OtherModel.load, OtherModel.__init__
+
+    engine.client = Beside()
+    engine.accelerator = SimpleNamespace(
+        num_processes=4,
+        process_index=2 + local_rank,
+        local_process_index=local_rank,
+        is_main_process=False,
+        is_local_main_process=local_rank == 0,
+        device=torch.device("cpu"),
+    )
+
+
+def test_every_ranks_own_engine_gets_the_weights(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_node(monkeypatch, engine, local_rank=1)
+    for step in range(2):
+        engine.complete(PROMPTS, **ASK, step=step)
+        take_a_step(engine)
+    assert engine.client.loads == 2
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_copied_weights_wait_once_a_node(
+    local_rank: int, engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_a_node(monkeypatch, engine, local_rank)
+    engine.load(engine.snapshot(0, PROMPTS[0]))
+    take_a_step(engine)
+    written = tmp_path / "of-this-node"
+    written.mkdir()
+    found = weights.written(
+        engine.policy.model.named_parameters(),
+        written,
+        torch.float32,  # type: ignore[arg-type]
+    )
+    of_node = tuple(found)
+    real = vllm_engine.gathered
+
+    def gathered(item: Any, group: Any) -> list[Any]:
+        if isinstance(item, tuple):
+            assert bool(item) == (local_rank == 0)  # who has written
+            return [("another node's",), (), item or of_node, ()]
+        return real(item, group)
+
+    monkeypatch.setattr(vllm_engine, "gathered", gathered)
+    snapshot = engine.snapshot(1, PROMPTS[0])
+    engine.load(snapshot)
+    assert engine.client.loads == 2
+    # The one that has written them deletes them.
+    assert [file.exists() for file in snapshot.files] == [local_rank == 1]
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -100,7 +100,11 @@ def test_who_samples_decides_what_sampling_takes() -> None:
     [
         ({}, {"gpus": 12}, "gpus: expected a multiple of gpus_per_node=8, got 12"),
         ({"prompts_per_step": 3}, {"gpus": 4}, "prompts_per_step: expected one for each of 4"),
-        ({"use_vllm": True}, {"gpus": 2}, "vllm_mode: expected server with more than one"),
+        (
+            {"use_vllm": True, "vllm_tensor_parallel_size": 4},
+            {"gpus": 2},
+            "vllm_tensor_parallel_size: expected a divisor of the launch's 2 processes",
+        ),
         (
             {"use_vllm": True, "vllm_tensor_parallel_size": 3},
             {},

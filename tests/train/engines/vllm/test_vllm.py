@@ -209,6 +209,31 @@ def check_run(folder: Path, steps: int = 2) -> None:
     assert (folder / f"checkpoint-{steps}" / "model.safetensors").is_file()
 
 
+def run_on_two_ranks(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "agro_train", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["fsdp=true"], ["fsdp=true", "vllm_tensor_parallel_size=2"]],
+    ids=["an engine of each", "a shared one"],
+)
+def test_run_of_two_processes_with_vllm_beside_them(
+    more: list[str], model: Path, tmp_path: Path
+) -> None:
+    run_on_two_ranks(settings(model, tmp_path / "run", "vllm_mode=colocate", *more))
+    check_run(tmp_path / "run")
+
+
 def test_run_with_vllm_beside_it(model: Path, tmp_path: Path) -> None:
     assert main(settings(model, tmp_path / "run", "vllm_mode=colocate")) == 0
     check_run(tmp_path / "run")
@@ -226,21 +251,18 @@ def test_sharded_run_of_two_processes_and_a_server_that_is_killed(
 ) -> None:
     address, group = serve()
     server = ["vllm_mode=server", f"vllm_server_base_url={address}", "vllm_server_timeout=120"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "agro_train", *settings(model, tmp_path / "two", *server, "fsdp=true")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    sharded = ["fsdp=true", "vllm_weight_transfer=gloo"]
+    run_on_two_ranks(settings(model, tmp_path / "two", *server, *sharded))
     check_run(tmp_path / "two")
 
     # The reward function kills the server while the third step is scored; the step is completed,
     # and the server is missed by the next one to ask.
-    more = [*server, "steps=5", "eval_every=0", "reward=tests.train.vllm.killing:third_time"]
+    more = [
+        *server,
+        "steps=5",
+        "eval_every=0",
+        "reward=tests.train.engines.vllm.killing:third_time",
+    ]
     killed = subprocess.run(
         [sys.executable, "-m", "agro_train", *settings(model, tmp_path / "killed", *more)],
         cwd=ROOT,

@@ -1,0 +1,127 @@
+"""vLLM beside several ranks: what an engine is started with, and who generates what. vLLM's place
+is taken by a stand-in that answers a prompt by its seed; two ranks are two threads."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from agro_train.engines.vllm_client import Request
+from agro_train.engines.vllm_ranks import OF_THE_LAUNCH, Shared, alone, kept
+
+
+class Exchange:
+    """What ranks of a group give each other, all in the same order."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier, self.items = Barrier(size, timeout=10), [None] * size
+
+    def gathered(self, rank: int, item: Any) -> list[Any]:
+        self.items[rank] = item
+        self.barrier.wait()
+        found = list(self.items)
+        self.barrier.wait()
+        return found
+
+
+def rank_of(
+    exchange: Exchange, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Shared, list[list[int]]]:
+    """A rank's client, and the seeds that its vLLM is asked for, call by call."""
+    calls: list[list[int]] = []
+
+    def generate(prompts: list[Any], parameters: list[dict[str, Any]], **_: object) -> list[Any]:
+        calls.append([p["seed"] for p in parameters])
+        return [
+            SimpleNamespace(
+                outputs=[SimpleNamespace(token_ids=[p["seed"]], logprobs=[])],
+                prompt_token_ids=prompt["prompt_token_ids"],
+                prompt_logprobs=None,
+            )
+            for prompt, p in zip(prompts, parameters, strict=True)
+        ]
+
+    client = object.__new__(Shared)
+    client.sampling_params = lambda **given: given
+    client.llm = SimpleNamespace(generate=generate)
+    client.group = rank
+    client._gathered = lambda item: exchange.gathered(rank, item)  # type: ignore[method-assign]
+    return client, calls
+
+
+def requests(*seeds: int) -> list[Request]:
+    return [Request((seed, 1), {"seed": seed}) for seed in seeds]
+
+
+def on_ranks(*functions: Callable[[], Any]) -> list[Any]:
+    with ThreadPoolExecutor(len(functions)) as ranks:
+        return [future.result(20) for future in [ranks.submit(f) for f in functions]]
+
+
+def test_ranks_of_an_engine_generate_the_same_and_each_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group: group)
+    exchange = Exchange(2)
+    (one, ones), (two, twos) = (rank_of(exchange, rank, monkeypatch) for rank in range(2))
+    first, second = on_ranks(lambda: one.ask(requests(3, 4)), lambda: two.ask(requests(5)))
+    assert ones == twos == [[3, 4, 5]]
+    assert [(place, answer.ids) for place, answer in first] == [(0, (3,)), (1, (4,))]
+    assert [(place, answer.ids) for place, answer in second] == [(0, (5,))]
+    # Alone, the prompt has the same completion.
+    alone_, _ = rank_of(Exchange(1), 0, monkeypatch)
+    assert [answer.ids for _, answer in alone_.ask(requests(5))] == [(5,)]
+
+
+def test_rank_that_has_all_its_turns_goes_on_generating_for_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group: group)
+    exchange = Exchange(2)
+    (one, ones), (two, twos) = (rank_of(exchange, rank, monkeypatch) for rank in range(2))
+
+    def turns(client: Shared, *seeds: int) -> list[int]:
+        found = [client.ask(requests(seed))[0][1].ids[0] for seed in seeds]
+        client.rest()
+        return found
+
+    assert on_ranks(lambda: turns(one, 1), lambda: turns(two, 2, 3, 4)) == [[1], [2, 3, 4]]
+    assert ones == twos == [[1, 2], [3], [4]]
+
+
+def test_engine_of_a_ranks_own_knows_nothing_of_the_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in OF_THE_LAUNCH:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with alone(1):
+        assert not any(name in os.environ for name in OF_THE_LAUNCH)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+    assert all(os.environ[name] == "7" for name in OF_THE_LAUNCH)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,6"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with alone(2):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with alone(1):
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_vllm_in_this_process_leaves_random_numbers_and_threads_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    before, threads = torch.set_num_threads, torch.get_num_threads()
+    with kept():
+        torch.manual_seed(99)
+        torch.set_num_threads = lambda n: None  # as vLLM on a CPU
+    assert torch.equal(torch.randn(4), expected)
+    assert torch.set_num_threads is before and torch.get_num_threads() == threads
