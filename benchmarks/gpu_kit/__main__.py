@@ -24,6 +24,8 @@ products that no trainer can avoid), peak memory by phase beside the plan's, and
 clocks and versions. What the columns mean: benchmarks/gpu_kit/results.py.
 """
 
+from __future__ import annotations  # for the sentence about an older Python
+
 import argparse
 import os
 import shutil
@@ -44,7 +46,7 @@ OLDEST = (3, 11)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 1 where a part failed or was ended, 2 for what cannot work."""
-    if sys.version_info < OLDEST:  # noqa: UP036 (the machine's own may be older)
+    if sys.version_info < OLDEST:  # the machine's own may be older
         print(f"benchmarks.gpu_kit: python3: expected 3.11 or newer, got {sys.version.split()[0]}")
         return 2
     from agro_train.refusal import Refusal
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         return run(options)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Refusal as error:
         print(f"benchmarks.gpu_kit: {error}", file=sys.stderr)
         return 2
@@ -65,7 +69,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--budget-s", type=float, default=600.0, help="seconds in all (%(default)s)")
+    parser.add_argument(
+        "--budget-s", type=float, default=600.0, help="seconds in all (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="a new folder (runs/gpu-kit-DATE)")
     parser.add_argument("--parts", nargs="+", metavar="NAME", help="these alone, and the machine's")
     parser.add_argument("--wheels", type=Path, default=WHEELS, help="(%(default)s)")
@@ -97,11 +103,12 @@ def run(options: argparse.Namespace) -> int:
         return 0
     began = time.monotonic()
     chosen = choose(options.parts, parts)
-    prepare_environment(dry=options.dry)
-    packages.add(options.wheels)
-    packages.check(options.wheels)
+    packages.check(["torch"], options.wheels)
     check_gpu(dry=options.dry)
+    packages.add(options.wheels)
+    packages.check(packages.requirements(), options.wheels)
     folder = new_folder(options.out, dry=options.dry)
+    prepare_environment(dry=options.dry)
 
     from benchmarks.gpu_kit.kit import Kit
 
@@ -116,7 +123,7 @@ def run(options: argparse.Namespace) -> int:
     return kit.status()
 
 
-def choose(names: Sequence[str] | None, parts: Sequence["Part"]) -> list["Part"]:
+def choose(names: Sequence[str] | None, parts: Sequence[Part]) -> list[Part]:
     """The parts of these names and the machine's; None: all. Raises Refusal for an unknown one."""
     from agro_train.refusal import Refusal
     from benchmarks.gpu_kit.parts import MACHINE
@@ -147,8 +154,8 @@ def check_gpu(*, dry: bool) -> None:
 
     if not dry and not torch.cuda.is_available():
         raise Refusal(
-            f"GPU: expected one that torch {torch.__version__} finds, got none; run it on a machine "
-            "with one, or add --dry to run the same code on this CPU"
+            f"GPU: expected one that torch {torch.__version__} finds, got none; run it on a "
+            "machine with one, or add --dry to run the same code on this CPU"
         )
 
 

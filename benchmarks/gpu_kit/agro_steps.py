@@ -50,7 +50,7 @@ def run(report: Report, folder: Path, job: Job) -> None:
             transformers_engine, "generate", watch.timed("generate", transformers_engine.generate)
         ),
         mock.patch.object(step, "score_batch", watch.timed("score", step.score_batch)),
-        mock.patch.object(train, "update", watch.timed("whole update", train.update)),
+        mock.patch.object(train, "update", watch.timed("whole update", step.update)),
     ):
         started = setup.setup(config, resume=False)
         engine: Any = started.engine

@@ -1,6 +1,5 @@
-"""Parts that ask whether all is right: the machine, the marked tests, the trainer by its command."""
+"""Parts that ask whether all is right: the machine, the marked tests, `agro train`."""
 
-import os
 import os
 import shutil
 from collections.abc import Sequence
@@ -38,8 +37,8 @@ def machine(report: Report, folder: Path) -> None:
 def triton_trouble() -> str:
     """What keeps Triton's kernels from running on this GPU; empty: they run. Triton compiles its
     launcher with the machine's C compiler and Python's headers, which a machine may lack."""
-    if (error := triton_import_error()) is not None:
-        return error_text(error)
+    if (absent := triton_import_error()) is not None:
+        return error_text(absent)
     hidden, weight = (torch.randn(n, 64, device="cuda", dtype=torch.bfloat16) for n in (16, 256))
     targets = torch.zeros(16, device="cuda", dtype=torch.int64)
     try:

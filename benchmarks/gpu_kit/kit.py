@@ -30,7 +30,7 @@ class Kit:
         self.facts: dict[str, str] = {}
         self.peak_flops: float | None = None
         self.triton_trouble = ""
-        self.older = packages.older(packages.requirements())
+        self.older = packages.older([*packages.found_here(), *packages.requirements()])
         self.started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     @property

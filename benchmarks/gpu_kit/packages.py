@@ -15,13 +15,15 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from agro_train.refusal import Refusal
 
 ROOT = Path(__file__).parents[2]
 WHEELS = ROOT / "wheelhouse" / "gpu-kit"
 FOUND = ("torch", "triton")
-# These ask for torch, so pip is told to leave out what they ask for; the others bring all but psutil.
+# These ask for torch: they are downloaded alone. What else they ask for the others bring, but for
+# psutil.
 ALONE = ("accelerate", "peft", "trl")
 BESIDE = ("psutil",)
 
@@ -31,6 +33,11 @@ def requirements() -> list[str]:
     extras = _extras()
     tests = [line for line in extras["dev"] if _name(line) == "pytest"]
     return [*extras["train"], *tests]
+
+
+def found_here() -> list[str]:
+    """What is the machine's own, in the versions that the project asks for."""
+    return list(_project()["dependencies"])
 
 
 def peers() -> list[str]:
@@ -65,7 +72,12 @@ def version(name: str) -> str | None:
 def gather(folder: Path, python: str) -> None:
     """Downloads the wheels of what the kit needs, TRL's among them, for one version of Python and
     this machine's kind. Raises Refusal where pip cannot."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(
+            f"--wheels: expected a folder that can be made, got {folder}: {error.strerror}"
+        ) from error
     download = [
         *("download", "--only-binary", ":all:", "--python-version", python),
         *("--constraint", str(ROOT / "constraints.txt"), "--dest", str(folder)),
@@ -89,31 +101,35 @@ def add(folder: Path) -> None:
     if absent(wanted) or older(wanted):
         wheels = ("--no-index", "--find-links", str(folder))
         report = json.loads(_pip("install", "--dry-run", "--report", "-", *wheels, *wanted))
-        chosen = [(one["metadata"]["name"], one["metadata"]["version"]) for one in report["install"]]
-        if wrong := sorted({name for name, _ in chosen} & set(FOUND)):
+        chosen = {one["metadata"]["name"]: one["metadata"]["version"] for one in report["install"]}
+        if wrong := [name for name in FOUND if name in chosen]:
             raise Refusal(
                 f"--wheels: expected wheels that go with this machine's {wrong[0]}, got {folder}, "
-                f"for which pip would bring another one; gather them again with make gpu-wheels"
+                f"with which pip would bring {wrong[0]} {chosen[wrong[0]]}; take that out"
             )
-        pins = [f"{name}=={number}" for name, number in chosen]
+        pins = [f"{name}=={number}" for name, number in chosen.items()]
         _pip("install", "--no-deps", "--target", str(own), *wheels, *pins)
     importlib.invalidate_caches()
 
 
-def check(wheels: Path) -> None:
-    """Raises Refusal where a package is not there that nothing goes without."""
-    if missing := absent([*FOUND, *requirements()]):
+def check(wanted: Sequence[str], wheels: Path) -> None:
+    """Raises Refusal where one of them is not there."""
+    if missing := absent(wanted):
         raise Refusal(
-            f"packages: expected {', '.join(missing)} for {sys.executable}, got none; where there is "
-            f"a network, make gpu-wheels fills {wheels.name}/ with wheels: carry that folder along "
-            f"as {wheels}, or pip install them (torch and triton are never among the wheels)"
+            f"packages: expected {', '.join(missing)} for {sys.executable}, got none; pip install "
+            "them, or, without a network here, run make gpu-wheels where there is one and carry "
+            f"the folder along as {wheels} (torch and triton are never in it)"
         )
 
 
-def _extras() -> dict[str, list[str]]:
+def _project() -> dict[str, Any]:
     with (ROOT / "pyproject.toml").open("rb") as file:
-        extras: dict[str, list[str]] = tomllib.load(file)["project"]["optional-dependencies"]
-    return extras
+        project: dict[str, Any] = tomllib.load(file)["project"]
+    return project
+
+
+def _extras() -> dict[str, list[str]]:
+    return dict(_project()["optional-dependencies"])
 
 
 def _name(requirement: str) -> str:

@@ -20,7 +20,9 @@ class Job:
     """
 
     trainer: Literal["agro", "trl"]
-    shapes: tuple[str, ...]  # of benchmarks.gpu_kit.shapes; of several, the first that is planned to fit
+    shapes: tuple[
+        str, ...
+    ]  # of benchmarks.gpu_kit.shapes; of several, the first that is planned to fit
     lora: bool  # an adapter on bfloat16 weights; else all of them, in float32, by bfloat16 products
     prompts: int
     generations: int  # completions of each
@@ -120,9 +122,7 @@ def table(*, dry: bool) -> list[Part]:
         Part(
             "agro_train_preset", f"agro train {' '.join(preset)}", trains, 150, {"settings": preset}
         ),
-        Part(
-            "self_check", "python -m agro_kernels", "benchmarks.gpu_kit.checks:self_checked", 60
-        ),
+        Part("self_check", "python -m agro_kernels", "benchmarks.gpu_kit.checks:self_checked", 60),
     ]
 
 

@@ -106,7 +106,10 @@ def skipped(part: Part, why: str) -> Row:
 def _fill_job(row: Row, job: Job, by_kind: Mapping[str, list[dict[str, Any]]]) -> None:
     row.trainer = job.trainer
     row.prompts, row.generations = float(job.prompts), float(job.generations)
-    row.prompt_length, row.completion_length = float(job.prompt_length), float(job.completion_length)
+    row.prompt_length, row.completion_length = (
+        float(job.prompt_length),
+        float(job.completion_length),
+    )
     for model in by_kind.get("model", []):
         row.shape, row.settings = model["shape"], model["settings"]
         row.weights, row.trained = float(model["weights"]), float(model["trained"])

@@ -27,7 +27,6 @@ def run(report: Report, folder: Path, job: Job) -> None:
     config = shapes.architecture(shape)
     prompts = shapes.write_prompts(job, config.vocab_size, folder / "prompts.jsonl")
     model: Any = shapes.random_model(config, "bfloat16" if job.lora else "float32", device)
-    weights = model.num_parameters()
     if not job.lora:  # the reference is loaded once more, by the name of the policy's folder
         model.save_pretrained(source)
         model = str(source)
@@ -87,7 +86,7 @@ def run(report: Report, folder: Path, job: Job) -> None:
         settings=f"per_device_train_batch_size={at_once} bf16=True trl={trl.__version__}",
         work=vars(shapes.work(config, job)),
         planned_gb={},
-        weights=weights,
+        weights=sum(p.numel() for p in trainer.model.parameters()),
         trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     )
     trainer._generate = watch.timed("generate", trainer._generate)
