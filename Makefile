@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 PIP_TRL = $(VENV)-trl/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo docs test test-openrlhf test-trl test-verl test-vllm lint regression sanitize clean
+.PHONY: help demo docs gpu gpu-dry gpu-wheels test test-openrlhf test-trl test-verl test-vllm lint regression sanitize clean
 
 # The ops once more on a machine without the native CPU kernels: what csrc serves otherwise.
 TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py ops.py)
@@ -15,6 +15,16 @@ help:  ## this list
 
 demo: $(VENV)/installed  ## fine-tune SmolLM2-135M with AGRO on this CPU, in minutes, with plots
 	$(VENV)/bin/agro train smollm2-arithmetic output_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+# As found: no environment is made, nothing is compiled, no network is asked.
+gpu:  ## ten minutes on one GPU, with this machine's python3: tests, runs, time, memory; one folder
+	$(PYTHON) -m benchmarks.gpu_kit
+
+gpu-dry: $(VENV)/installed  ## the same on tiny shapes on this CPU, in seconds
+	$(VENV)/bin/python -m benchmarks.gpu_kit --dry
+
+gpu-wheels:  ## what a GPU machine without a network may lack, into wheelhouse/gpu-kit
+	$(PYTHON) -m benchmarks.gpu_kit --gather
 
 # The variable leaves out an announcement that material prints at each build.
 docs: $(VENV)-docs/installed  ## the pages of docs/ as a site, in site/; a warning is an error

@@ -1,0 +1,1 @@
+"""What a GPU that is at hand for ten minutes is asked, by one command and without a network."""
