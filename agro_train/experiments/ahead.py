@@ -14,6 +14,7 @@ from agro_train.experiments import beyond, compare, fig2, tabular
 from agro_train.experiments.compare import ALGORITHMS, Algorithm, Curves, Named
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim, Row
+from agro_train.watch import style
 
 NAMES = ("pg_k2", "agro", "agro_tapered")
 STALENESS = (0, 1, 2, 4, 8)
@@ -24,8 +25,13 @@ MEASURES = {
     "eval_below": "sampled, below 1/2",
     "eval_kl": "KL",
 }
-# Dark to light.
-COLOURS = {"0": "black", "1": "#443983", "2": "#31688e", "4": "#35b779", "8": "#d8a31a"}
+COLOURS = dict(
+    zip(
+        map(str, STALENESS),
+        (style.BLACK, style.BLUE, style.GREEN, style.ORANGE, style.VERMILLION),
+        strict=True,
+    )
+)
 
 
 def run(output_dir: Path, quick: bool) -> list[Claim]:
@@ -46,7 +52,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     tabular.write_csv(output_dir / "ahead_equal_time.csv", in_time)
     for rows in (levels(curves, later), changes(curves, later), in_time):
         print(*compare.markdown(rows), "", sep="\n")
-    draw(curves, later).savefig(output_dir / "ahead.png", dpi=120)
+    style.save(draw(curves, later), output_dir / "ahead.png")
     return compare.fair_each(curves, {f"{AXIS}={k}": named for k, named in runs.items()})
 
 
@@ -92,25 +98,24 @@ def equal_time(curves: Curves, later: Mapping[str, Named]) -> list[Row]:
     return rows
 
 
+@style.sheet()
 def draw(curves: Curves, later: Mapping[str, Named]) -> Figure:
-    """Held-out reward against updates (above) and against time (below), a panel an algorithm."""
-    figure = Figure(figsize=(4.4 * len(later), 8.4), layout="constrained")
-    panels = figure.subplots(2, len(later), sharey=True)
-    for column, (name, named) in enumerate(later.items()):
-        for row, (x, title) in enumerate(
-            (("updates", ALGORITHMS[name].label), ("time, in updates", ""))
-        ):
-            axes = panels[row][column]
+    """Held-out reward against updates (left) and against time (right), a row an algorithm."""
+    figure, grid = style.panels(2 * len(later), sharey=True)
+    places = iter(grid)
+    for name, named in later.items():
+        for timed, x in ((False, "updates"), (True, "time, in updates")):
+            axes = next(places)
             for k, points in named.items():
-                style = Algorithm(f"k = {k}", COLOURS[k], "-", {})
-                every = step_time(k) if row else 1.0
-                timed = {
+                shown = Algorithm(f"k = {k}", COLOURS[k], "-", {})
+                every = step_time(k) if timed else 1.0
+                placed = {
                     one: [{**mark, "step": every * mark["step"]} for mark in curves[one]]
                     for one in points
                 }
-                compare.draw_curve(axes, timed, points, "eval_reward", style)
-            tabular.tidy(axes, title, x, "held-out reward, sampled" if column == 0 else "")
+                compare.draw_curve(axes, placed, points, "eval_reward", shown)
+            axes.set(title=f"{ALGORITHMS[name].label}: held-out, sampled", xlabel=x)
             last = max(curves[one][-1]["step"] for one in named["0"])
             axes.set_xlim(0, last * 1.02)
-    tabular.legend(figure, ncols=len(STALENESS))
+    style.finish(figure, note=compare.OVER_SEEDS)
     return figure

@@ -17,6 +17,7 @@ from agro_train.experiments.compare import ALGORITHMS, Curves, Named
 from agro_train.experiments.language import RECORDED
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim, Row
+from agro_train.watch import style
 
 MEASURES = {
     "eval_accuracy": "greedy",
@@ -119,7 +120,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
             compare.report_tuning(output_dir / f"beyond_{name}_learning_rates.csv", tuned)
         for lines in tables(curves, question, runs):
             print(*lines, "", sep="\n")
-        draw(curves, question, runs).savefig(output_dir / f"beyond_{name}.png", dpi=120)
+        style.save(draw(curves, question, runs), output_dir / f"beyond_{name}.png")
         claims += compare.fair_each(curves, {f"{name}, {value}": n for value, n in runs.items()})
     return claims
 
@@ -193,6 +194,7 @@ def tables(curves: Curves, question: Question, runs: Mapping[str, Named]) -> lis
     return [compare.markdown(rows) for rows in (levels, algorithms, values) if rows]
 
 
+@style.sheet()
 def draw(curves: Curves, question: Question, runs: Mapping[str, Named]) -> Figure:
     """Where runs end, mean over seeds with its 95 % interval: against the value, one panel a
     measure; or against the measure, where there is one value."""
@@ -205,10 +207,9 @@ def draw(curves: Curves, question: Question, runs: Mapping[str, Named]) -> Figur
             label: (list(runs), [(named, measure) for named in runs.values()])
             for measure, label in measures.items()
         }
-    figure = Figure(figsize=(max(9, 1.5 + 3.6 * len(panels)), 4.6), layout="constrained")
-    for axes, (title, (ticks, places)) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    alone = len(panels) == 1
+    figure, grid = style.panels(len(panels), columns=1 if alone else 2, row=4.0 if alone else 2.7)
+    for axes, (title, (ticks, places)) in zip(grid, panels.items(), strict=True):
         for number, name in enumerate(names):
             found = [
                 compare.interval(compare.values_of(curves, named[name], measure))
@@ -218,12 +219,13 @@ def draw(curves: Curves, question: Question, runs: Mapping[str, Named]) -> Figur
             compare.draw_intervals(axes, ALGORITHMS[name], places_of_name, found)
         if question.baseline is None:
             starts = [compare.start_of(curves, named, measure) for named, measure in places]
-            axes.plot(range(len(ticks)), starts, "k:", label="at the start")
+            axes.plot(range(len(ticks)), starts, ":", color=style.GREY, label="at the start")
         axes.set_xticks(range(len(ticks)), ticks)
-        if len(runs) == 1:
-            tabular.tidy(axes, "", title, "held-out reward, sampled")
+        if alone:
+            axes.set(title="held-out reward, sampled", xlabel=title)
         else:
-            tabular.tidy(axes, title, question.axis, "")
+            axes.set_title(title)
         axes.set_ylim(bottom=0)
-    tabular.legend(figure)
+    across = "" if alone else f"{question.axis}\n"
+    style.finish(figure, note=f"{across}{compare.INTERVALS}")
     return figure

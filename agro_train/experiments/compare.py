@@ -19,6 +19,7 @@ from agro_train.experiments import tabular
 from agro_train.experiments.language import Curve, Point, point
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim, Row
+from agro_train.watch import style
 
 # Student's t, two-sided 95 %, by degrees of freedom: from 1 to 9.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -35,44 +36,26 @@ class Algorithm:
 # Without the taper, which acts on recorded and replayed completions alone: as in the paper.
 AS_PUBLISHED: Mapping[str, object] = {"off_policy_taper": 0.0}
 
+# Named as in the tables, with spaces.
 ALGORITHMS = {
-    "pg_k2": Algorithm(
-        "policy gradient, baseline on r, KL by k2",
-        tabular.ORANGE,
-        "-",
-        {"algorithm": "pg_reward_baseline_k2"},
-    ),
-    "pg_k3": Algorithm(
-        "policy gradient, baseline on r, KL by k3",
-        tabular.PINK,
-        "-",
-        {"algorithm": "pg_reward_baseline_k3"},
-    ),
+    "pg_k2": Algorithm("pg k2", style.VERMILLION, "-", {"algorithm": "pg_reward_baseline_k2"}),
+    "pg_k3": Algorithm("pg k3", style.VERMILLION, "--", {"algorithm": "pg_reward_baseline_k3"}),
     "pg_no_baseline": Algorithm(
-        "policy gradient, no baseline", tabular.PURPLE, "-", {"algorithm": "pg_no_baseline"}
+        "pg no baseline", style.ORANGE, "-", {"algorithm": "pg_no_baseline"}
     ),
-    "agro": Algorithm(
-        "AGRO, off-policy loss (= policy gradient, loo)", tabular.BLUE, "-", AS_PUBLISHED
-    ),
-    "on_policy": Algorithm(
-        "AGRO, on-policy, lr_weight=1", tabular.RED, "-", {"lr_weight": 1.0, **AS_PUBLISHED}
-    ),
+    "agro": Algorithm("agro", style.OURS, "-", AS_PUBLISHED),
+    "on_policy": Algorithm("on policy", style.BLACK, "-", {"lr_weight": 1.0, **AS_PUBLISHED}),
     "on_policy_small": Algorithm(
-        "AGRO, on-policy, lr_weight=0.001",
-        tabular.BROWN,
-        "--",
-        {"lr_weight": 0.001, **AS_PUBLISHED},
+        "on policy small", style.PURPLE, "--", {"lr_weight": 0.001, **AS_PUBLISHED}
     ),
     "on_policy_capped": Algorithm(
-        "AGRO, on-policy, lr_weight=1 capped",
-        tabular.GREEN,
+        "on policy capped",
+        style.SKY,
         "-.",
         {"lr_weight": 1.0, "lr_cap": True, **AS_PUBLISHED},
     ),
-    "agro_tapered": Algorithm("AGRO, tapered", tabular.TEAL, "-", {}),
-    "agro_one_sided": Algorithm(
-        "AGRO, one-sided", tabular.TEAL, ":", {"off_policy_taper": math.inf}
-    ),
+    "agro_tapered": Algorithm("agro tapered", style.GREEN, "-", {}),
+    "agro_one_sided": Algorithm("agro one sided", style.GREEN, ":", {"off_policy_taper": math.inf}),
 }
 
 # What tables report: of the training samples, the mean over the last updates; the rest is of the
@@ -360,8 +343,12 @@ def fair_each(curves: Curves, settings: Mapping[str, Named]) -> list[Claim]:
 # --- Plots ----------------------------------------------------------------------------------------
 
 
+OVER_SEEDS = "line: mean over seeds, band: lowest to highest"
+INTERVALS = "mean over seeds with its 95 % interval"
+
+
 def draw_curve(
-    axes: Axes, curves: Curves, points: Sequence[Point], measure: str, style: Algorithm
+    axes: Axes, curves: Curves, points: Sequence[Point], measure: str, shown: Algorithm
 ) -> None:
     """Mean over the seeds against updates, with a band from the lowest to the highest."""
     runs = [curves[one] for one in points]
@@ -371,25 +358,25 @@ def draw_curve(
     axes.plot(
         steps,
         [fmean(v) for v in values],
-        style.stroke,
-        color=style.colour,
+        shown.stroke,
+        color=shown.colour,
         marker="o",
-        markersize=3,
-        label=style.label,
+        markersize=3.5,
+        label=shown.label,
     )
     axes.fill_between(
         steps,
         [min(v) for v in values],
         [max(v) for v in values],
-        color=style.colour,
-        alpha=0.15,
+        color=shown.colour,
+        alpha=style.BAND,
         linewidth=0,
     )
 
 
 def draw_intervals(
     axes: Axes,
-    style: Algorithm,
+    shown: Algorithm,
     x: Sequence[float],
     y: Sequence[Interval],
     x_halves: Sequence[float] | None = None,
@@ -400,10 +387,8 @@ def draw_intervals(
         [one.mean for one in y],
         xerr=x_halves,
         yerr=[one.half for one in y],
-        color=style.colour,
-        linestyle=style.stroke,
+        color=shown.colour,
+        linestyle=shown.stroke,
         marker="o",
-        markersize=4,
-        capsize=2,
-        label=style.label,
+        label=shown.label,
     )

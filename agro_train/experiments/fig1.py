@@ -6,9 +6,10 @@ here under its name: with exact expected updates, and with sampled groups whose 
 from agro_kernels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -22,18 +23,19 @@ from agro_kernels import (
 )
 from agro_train.experiments import tabular
 from agro_train.experiments.tabular import Bandits, Claim, Direction, Groups, Row, Sampler
+from agro_train.watch import style
 
 # Label, colour and line of each curve. Names are POLICY_GRADIENT_FORMS' where it has the form.
 FORMS = {
-    "agro": ("AGRO", tabular.BLUE, "-"),
-    "loo": ("PG, loo baseline on R: AGRO again", tabular.ORANGE, ":"),
-    "importance_weighted": ("PG, importance weighted", tabular.GREEN, "-"),
-    "no_baseline": ("PG, no baseline", tabular.PURPLE, "-"),
-    "no_baseline_shifted": ("PG, no baseline, all rewards + 2", tabular.PURPLE, "--"),
-    "reward_baseline_k2": ("PG, baseline on r, KL by k2", tabular.BROWN, "-"),
-    "reward_baseline_k3": ("PG, baseline on r, KL by k3", tabular.PINK, "-"),
-    "reward_baseline_exact_kl": ("PG, baseline on r, exact KL", tabular.RED, "-"),
-    "stale": ("PG, KL frozen at sampling", tabular.GREY, "-"),
+    "agro": ("AGRO", style.OURS, "-"),
+    "loo": ("PG, loo baseline on R: AGRO again", style.SKY, ":"),
+    "importance_weighted": ("PG, importance weighted", style.GREEN, "-"),
+    "no_baseline": ("PG, no baseline", style.ORANGE, "-"),
+    "no_baseline_shifted": ("PG, no baseline, all rewards + 2", style.ORANGE, "--"),
+    "reward_baseline_k2": ("PG, baseline on r, KL by k2", style.VERMILLION, "-"),
+    "reward_baseline_k3": ("PG, baseline on r, KL by k3", style.VERMILLION, "--"),
+    "reward_baseline_exact_kl": ("PG, baseline on r, exact KL", style.BLACK, "-"),
+    "stale": ("PG, KL frozen at sampling", style.GREY, "--"),
 }
 SHIFT = 2.0  # what no_baseline_shifted adds to every reward, which does not move the optimum
 
@@ -84,9 +86,10 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
             marks["sampled"], bandits, direction, SAMPLED_STEP
         )
     tabular.write_csv(output_dir / "fig1_final.csv", final_rows(curves))
-    tabular.write_csv(output_dir / "fig1_curves.csv", curve_rows(curves, marks))
+    drawn = curve_rows(curves, marks)
+    tabular.write_csv(output_dir / "fig1_curves.csv", drawn)
     tabular.print_table(summary_rows(curves))
-    draw(curves, marks).savefig(output_dir / "fig1.png", dpi=120)
+    style.save(draw(drawn), output_dir / "fig1.png")
     return claims(curves, fixed_points, ["exact"] if quick else ["exact", "sampled"])
 
 
@@ -281,32 +284,51 @@ def summary_rows(curves: Curves) -> list[Row]:
     ]
 
 
-def draw(curves: Curves, marks: dict[str, list[int]]) -> Figure:
-    """Relative KL against updates: median and range over seeds, one panel a kind of updates."""
-    panels = list(dict.fromkeys((kind, beta) for kind, beta, _ in curves))
-    figure = Figure(figsize=(4.6 * len(panels), 5.4), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (kind, beta) in zip(all_axes, panels, strict=True):
+@style.sheet()
+def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Relative KL against updates: median and range over seeds, one panel a kind of updates.
+
+    rows: of fig1_curves.csv.
+    """
+    shown = list(dict.fromkeys((row["updates"], float(row["beta"])) for row in rows))
+    figure, grid = style.panels(len(shown), columns=1, row=3.4)
+    for axes, (kind, beta) in zip(grid, shown, strict=True):
+        of_panel = [row for row in rows if (row["updates"], float(row["beta"])) == (kind, beta)]
         for form in FORMS:
-            _draw_curve(axes, form, marks[kind], curves[kind, beta, form])
+            _draw_curve(axes, form, [row for row in of_panel if row["form"] == form])
         title = "exact expected updates" if kind == "exact" else "updates from sampled groups"
-        tabular.tidy(axes, f"{title}, beta = {beta:g}", "updates", "")
-        axes.set_xscale("log")
-        axes.set_xlim(1, marks[kind][-1])
-        axes.set_yscale("log")
-        axes.set_ylim(SOLVED / 30, 30)
-        axes.axhline(SOLVED, color="black", lw=0.8, ls=(0, (4, 4)))
-        axes.text(1.2, SOLVED * 1.3, "solved", fontsize=9)
-    all_axes[0].set_ylabel("KL(policy || optimum), 1 at the start")
-    tabular.legend(figure, ncols=3)
+        axes.set(title=f"{title}, beta = {beta:g}")
+        axes.set(xlabel="updates", xscale="log", yscale="log", ylim=(SOLVED / 30, 30))
+        axes.set_xlim(1, max(float(row["update"]) for row in of_panel))
+        axes.axhline(SOLVED, color=style.GREY, linewidth=1.0, linestyle="--")
+        axes.text(1.2, SOLVED * 1.5, "solved", color=style.GREY)
+    figure.suptitle("KL(policy || optimum), 1 at the start")
+    style.finish(figure, note="line: median over problems, band: lowest to highest")
     return figure
 
 
-def _draw_curve(axes: Axes, form: str, marks: Sequence[int], kl: Tensor) -> None:
-    label, colour, line = FORMS[form]
-    width = 2.5 if form in ("agro", "loo") else 1.5
-    shown = kl.clamp(min=1e-16)  # zero has no place on a logarithmic axis
-    axes.plot(marks, shown.quantile(0.5, 1), color=colour, linestyle=line, lw=width, label=label)
+def _draw_curve(axes: Axes, form: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    label, colour, stroke = FORMS[form]
+
+    def column(name: str) -> list[float]:
+        return [max(float(row[name]), 1e-16) for row in rows]  # no 0 on a logarithmic axis
+
+    updates = [float(row["update"]) for row in rows]
+    wide = form in ("agro", "loo")
+    axes.plot(
+        updates,
+        column("median"),
+        color=colour,
+        linestyle=stroke,
+        linewidth=3.0 if wide else 1.8,
+        label=label,
+    )
     if form != "loo":  # its range is AGRO's
-        low, high = shown.amin(1), shown.amax(1)
-        axes.fill_between(marks, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.fill_between(
+            updates,
+            column("lowest"),
+            column("highest"),
+            color=colour,
+            alpha=style.BAND,
+            linewidth=0,
+        )

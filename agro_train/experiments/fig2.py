@@ -18,6 +18,7 @@ from agro_train.experiments.compare import ALGORITHMS, Curves, Named, Tuned
 from agro_train.experiments.language import QUICK, point
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim
+from agro_train.watch import style
 
 NAMES = ("pg_k2", "agro", "on_policy", "on_policy_small", "on_policy_capped")
 BASELINE = "pg_k2"
@@ -54,7 +55,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     for lines in tables(curves, named):
         print(*lines, "", sep="\n")
     for name, panels in PANELS.items():
-        draw(curves, named, panels).savefig(output_dir / f"{name}.png", dpi=120)
+        style.save(draw(curves, named, panels), output_dir / f"{name}.png")
     return compare.fair(curves, [one for each in named.values() for one in each])
 
 
@@ -101,13 +102,14 @@ def tables(curves: Curves, named: Named) -> list[list[str]]:
     ]
 
 
+@style.sheet()
 def draw(curves: Curves, named: Named, panels: Mapping[str, str]) -> Figure:
     """One panel a measure, against updates."""
-    figure = Figure(figsize=(4.4 * len(panels), 4.8), layout="constrained")
-    for axes, (measure, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    figure, grid = style.panels(len(panels))
+    for axes, (measure, title) in zip(grid, panels.items(), strict=True):
         for name, each in named.items():
             compare.draw_curve(axes, curves, each, measure, ALGORITHMS[name])
-        tabular.tidy(axes, title, "updates", "")
+        axes.set(title=title, xlabel="updates")
         axes.set_ylim(bottom=0)
-    tabular.legend(figure, ncols=3)
+    style.finish(figure, note=compare.OVER_SEEDS)
     return figure

@@ -20,6 +20,7 @@ from agro_train.experiments.compare import ALGORITHMS, Curves, Named
 from agro_train.experiments.language import Point, start_samples
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim, Row
+from agro_train.watch import style
 
 BETAS = (0.001, 0.1, 0.3)
 ON_POLICY = ("pg_k2", "agro", "on_policy", "on_policy_capped")
@@ -65,7 +66,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     tabular.write_csv(output_dir / "fig4_differences.csv", differences)
     for lines in tables(curves, settings, best):
         print(*lines, "", sep="\n")
-    draw(curves, settings, best).savefig(output_dir / "fig4.png", dpi=120)
+    style.save(draw(curves, settings, best), output_dir / "fig4.png")
     return compare.fair_each(curves, {_label(setting): each for setting, each in settings.items()})
 
 
@@ -159,20 +160,20 @@ def tables(
     return found
 
 
+@style.sheet()
 def draw(
     curves: Curves, settings: Mapping[Setting, Named], best: Mapping[float, Tradeoff]
 ) -> Figure:
     """Reward against KL, one panel a kind of samples; a line joins an algorithm's betas."""
     kinds = list(dict.fromkeys(samples for samples, _ in settings))
-    figure = Figure(figsize=(6 * len(kinds), 5.4), layout="constrained")
-    all_axes = figure.subplots(1, len(kinds), sharey=True, sharex=True, squeeze=False)[0]
+    figure, all_axes = style.panels(len(kinds), row=3.6, sharey=True, sharex=True)
     for kind, axes in zip(kinds, all_axes, strict=True):
         axes.plot(
-            [at.kl for at in best.values()],
-            [at.reward for at in best.values()],
-            color="black",
-            lw=1,
-            label="optimum, most reward for its KL",
+            [best[beta].kl for beta in sorted(best, reverse=True)],
+            [best[beta].reward for beta in sorted(best, reverse=True)],
+            color=style.GREY,
+            linewidth=1.2,
+            label="optimum",
         )
         names = list(
             dict.fromkeys(n for (s, _), named in settings.items() if s == kind for n in named)
@@ -181,18 +182,24 @@ def draw(
             _draw_ends(
                 axes,
                 curves,
-                {b: named[name] for (s, b), named in settings.items() if s == kind},
+                {
+                    beta: settings[kind, beta][name]
+                    for beta in sorted((b for s, b in settings if s == kind), reverse=True)
+                },
                 name,
             )
-        tabular.tidy(axes, f"{kind} samples", "KL to the reference, nats a completion", "")
+        axes.set(title=f"{kind} samples", xlabel="KL, nats a completion")
+        axes.margins(y=0.1)
     for places in _near({beta: best[beta] for _, beta in settings}):
         text = f"beta {', '.join(f'{beta:g}' for beta in places)}"
         at = best[places[0]]
         for axes in all_axes:
-            axes.plot(*at, "k.", markersize=8)
-            axes.annotate(text, at, (6, -12), textcoords="offset points", fontsize=8)
+            axes.plot(*at, ".", color=style.GREY, markersize=9)
+            axes.annotate(
+                text, at, (-6, 4), textcoords="offset points", ha="right", color=style.GREY
+            )
     all_axes[0].set_ylabel("held-out reward, sampled")
-    tabular.legend(figure)
+    style.finish(figure, note="a line joins an algorithm's betas; bars: 95 % intervals")
     return figure
 
 

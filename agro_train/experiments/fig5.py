@@ -21,6 +21,7 @@ from agro_train.experiments.compare import ALGORITHMS, Curves, Named, Tuned
 from agro_train.experiments.language import RECORDED
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim
+from agro_train.watch import style
 
 NAMES = ("pg_k2", "pg_k3", "pg_no_baseline", "agro", "agro_tapered", "agro_one_sided")
 BASELINE = "pg_k2"
@@ -47,7 +48,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     tabular.write_csv(output_dir / "fig5_differences.csv", differences)
     for lines in tables(curves, settings):
         print(*lines, "", sep="\n")
-    draw(curves, settings).savefig(output_dir / "fig5.png", dpi=110)
+    style.save(draw(curves, settings), output_dir / "fig5.png")
     return compare.fair_each(curves, {_label(setting): each for setting, each in settings.items()})
 
 
@@ -89,16 +90,20 @@ def tables(curves: Curves, settings: Mapping[Setting, Named]) -> list[list[str]]
     return found
 
 
+@style.sheet()
 def draw(curves: Curves, settings: Mapping[Setting, Named]) -> Figure:
-    """One column of panels for each setting, one row for each measure."""
-    figure = Figure(figsize=(4.8 * len(settings), 8), layout="constrained")
-    grid = figure.subplots(len(PANELS), len(settings), sharey="row", squeeze=False)
-    for (measure, label), row in zip(PANELS.items(), grid, strict=True):
-        for ((data, beta), named), axes in zip(settings.items(), row, strict=True):
+    """One row of panels for each setting, one column for each measure."""
+    figure, grid = style.panels(
+        len(settings) * len(PANELS), columns=len(PANELS), row=3.0, sharey="col"
+    )
+    places = iter(grid)
+    for (data, beta), named in settings.items():
+        for measure, label in PANELS.items():
+            axes = next(places)
             for name, each in named.items():
                 compare.draw_curve(axes, curves, each, measure, ALGORITHMS[name])
-            tabular.tidy(axes, f"{data} generations, beta = {beta:g}", "updates", label)
-    for axes in grid.flat:  # last: it ends the scaling that panels of a row share
+            axes.set(title=f"{data}, beta {beta:g}:\n{label}", xlabel="updates")
+    for axes in grid:  # last: it ends the scaling that panels of a column share
         axes.set_ylim(bottom=0)
-    tabular.legend(figure)
+    style.finish(figure, note=compare.OVER_SEEDS)
     return figure

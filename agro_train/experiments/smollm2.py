@@ -13,6 +13,7 @@ from agro_train.experiments.compare import ALGORITHMS, Named
 from agro_train.experiments.language import point
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim
+from agro_train.watch import style
 
 BASE = "smollm2-arithmetic"
 NAMES = ("pg_k2", "agro", "on_policy")
@@ -55,7 +56,7 @@ def run_named(
         compare.difference_rows(curves, named, BASELINE, MEASURES),
     ):
         print(*compare.markdown(rows), "", sep="\n")
-    fig2.draw(curves, named, panels).savefig(output_dir / f"{figure}.png", dpi=110)
+    style.save(fig2.draw(curves, named, panels), output_dir / f"{figure}.png")
     return compare.fair(curves, every)
 
 

@@ -12,30 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 Direction = Callable[[Tensor], Tensor]
 """(S, K) log-probabilities of the current policy to (S, K) what to add to its logits."""
 Row = Mapping[str, object]
-
-BLUE, RED, GREEN, ORANGE, PURPLE, BROWN, PINK, GREY, TEAL = (
-    "#4269d0",
-    "#ff725c",
-    "#3ca951",
-    "#efb118",
-    "#a463f2",
-    "#9c6b4e",
-    "#ff8ab7",
-    "#9498a0",
-    "#0f7173",
-)
 
 
 class Claim(NamedTuple):
@@ -211,26 +193,6 @@ def print_table(rows: Sequence[Row]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
-
-
-def tidy(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    """The look that all plots share."""
-    axes.set_title(title, fontsize=11)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def legend(figure: Figure, ncols: int = 2) -> None:
-    """Below all panels, of every label that any of them has."""
-    labelled: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            labelled.setdefault(label, handle)
-    figure.legend(
-        labelled.values(), labelled, loc="outside lower center", ncols=ncols, frameon=False
-    )
 
 
 def _text(value: Any) -> str:

@@ -76,6 +76,16 @@ def waiting(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     return [WAITING] if points(rows, "async/wait_s") else []
 
 
+def numbered(panel: Panel) -> list[tuple[int, str, str]]:
+    """(number of its colour, column, legend) of a panel's curves: what the reward's panel shows
+    as well has the same colour there and here."""
+    known = {legend: number for number, (_, legend) in enumerate(PANELS[0].curves)}
+    return [
+        (known.get(legend, number), column, legend)
+        for number, (column, legend) in enumerate(panel.curves)
+    ]
+
+
 def points(rows: Sequence[Mapping[str, Any]], column: str) -> list[tuple[int, float]]:
     """(step, value) where the column, or what it was called before, has a number."""
     old = OLD_NAMES.get(column, column)

@@ -16,7 +16,8 @@ from agro_train.config import TrainConfig
 from agro_train.data.rows import read_jsonl
 from agro_train.refusal import Refusal
 from agro_train.run_folder import RunFolder
-from agro_train.watch.panels import PANELS, Panel, points, waiting
+from agro_train.watch import style
+from agro_train.watch.panels import PANELS, Panel, numbered, points, waiting
 
 REWARD, KL, ENTROPY, LENGTH = PANELS
 # name of the file, axis label, column; in a comparison a curve is a configuration
@@ -28,14 +29,11 @@ COMPARED = [
     ("entropy", ENTROPY.label, "entropy"),
     ("length", LENGTH.label, "completions/mean_length"),
 ]
-# Okabe and Ito's colours, which colour-blind readers can tell apart. More curves than colours use
-# them again with another stroke.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-STROKES = ("-", "--", ":", "-.")
 # Settings that do not shape a curve. Runs that differ only in them are one configuration.
 BESIDES = (
     "seed output_dir save_every save_total_limit samples_every report_to project run_name".split()
 )
+ALONE, ROW = 4.2, 2.9  # inches: the height of a panel alone, and of a row of several
 MOST_NAMED = 3  # settings in a label; where more differ, the folder's name is the label
 
 
@@ -53,15 +51,11 @@ def plot_run(run: Path) -> list[Path]:
     rows = read_jsonl(RunFolder(run).metrics)
     folder = RunFolder(run).plots
     folder.mkdir(exist_ok=True)
-    written = []
-    for panel in (*PANELS, *waiting(rows)):
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        _draw(figure.subplots(), panel, rows)
-        written.append(_save(figure, folder / f"{panel.name}.png"))
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        _draw(axes, panel, rows)
-    written.append(_save(figure, folder / "overview.png"))
+    written = [
+        style.save(_drawn([panel], rows), folder / f"{panel.name}.png")
+        for panel in (*PANELS, *waiting(rows))
+    ]
+    written.append(style.save(_drawn(PANELS, rows), folder / "overview.png"))
     return written
 
 
@@ -75,21 +69,12 @@ def plot_comparison(runs: Sequence[Path], folder: Path) -> list[Path]:
     curves = compare(runs)
     panels = [p for p in COMPARED if any(points(rows, p[2]) for c in curves for rows in c.runs)]
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for panel in panels:
-        figure = Figure(figsize=(7, 5), layout="constrained")
-        _draw_comparison(figure.subplots(), panel, curves)
-        _add_legend(figure, curves)
-        written.append(_save(figure, folder / f"{panel[0]}.png"))
+    written = [
+        style.save(_drawn_comparison([panel], curves), folder / f"{panel[0]}.png")
+        for panel in panels
+    ]
     if panels:
-        figure = Figure(figsize=(13, 8), layout="constrained")
-        grid = figure.subplots(2, -(-len(panels) // 2), squeeze=False).flat
-        for axes, panel in zip(grid, panels, strict=False):
-            _draw_comparison(axes, panel, curves)
-        for axes in list(grid)[len(panels) :]:
-            axes.set_visible(False)
-        _add_legend(figure, curves)
-        written.append(_save(figure, folder / "overview.png"))
+        written.append(style.save(_drawn_comparison(panels, curves), folder / "overview.png"))
     return written
 
 
@@ -166,74 +151,64 @@ def over_seeds(
     return [(step, fmean(values), min(values), max(values)) for step, values in columns]
 
 
+@style.sheet()
+def _drawn(panels: Sequence[Panel], rows: Sequence[dict[str, Any]]) -> Figure:
+    alone = len(panels) == 1
+    figure, grid = style.panels(len(panels), columns=1 if alone else 2, row=ALONE if alone else ROW)
+    for axes, panel in zip(grid, panels, strict=True):
+        _draw(axes, panel, rows)
+    style.finish(figure, [axes for axes in grid if len(axes.lines) > 1])
+    return figure
+
+
 def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]]) -> None:
     lowest = 0.0
-    for colour, (column, legend) in zip(COLOURS, panel.curves, strict=False):
+    for number, column, label in numbered(panel):
         found = points(rows, column)
         if found:
             steps, values = zip(*found, strict=True)
             lowest = min(lowest, *values)
             marker = "o" if column.startswith("eval_") else None
-            axes.plot(steps, values, color=colour, marker=marker, markersize=4, label=legend)
+            axes.plot(steps, values, marker=marker, label=label, **style.curve(number))
     _finish(axes, panel.label, lowest)
-    # Before the first step, or without rewards, there is no line to name.
-    if len(panel.curves) > 1 and axes.lines:
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+
+@style.sheet()
+def _drawn_comparison(panels: Sequence[tuple[str, str, str]], curves: Sequence[Curve]) -> Figure:
+    alone = len(panels) == 1
+    figure, grid = style.panels(len(panels), columns=1 if alone else 2, row=ALONE if alone else ROW)
+    for axes, panel in zip(grid, panels, strict=True):
+        _draw_comparison(axes, panel, curves)
+    seeds = any(len(curve.runs) > 1 for curve in curves)
+    style.finish(figure, note="line: mean over runs, band: lowest to highest" if seeds else None)
+    return figure
 
 
 def _draw_comparison(axes: Axes, panel: tuple[str, str, str], curves: Sequence[Curve]) -> None:
     _, label, column = panel
     lowest = 0.0
     for number, curve in enumerate(curves):
-        colour = COLOURS[number % len(COLOURS)]
-        stroke = STROKES[number // len(COLOURS) % len(STROKES)]
         found = over_seeds(curve.runs, column)
         if not found:
             continue
         steps, means, lows, highs = zip(*found, strict=True)
         lowest = min(lowest, *lows)
         marker = "o" if column.startswith("eval_") or len(steps) == 1 else None
-        axes.plot(
-            steps, means, stroke, color=colour, marker=marker, markersize=4, label=curve.label
-        )
+        look = style.curve(number)
+        axes.plot(steps, means, marker=marker, label=curve.label, **look)
         if len(curve.runs) > 1:
-            axes.fill_between(steps, lows, highs, color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(
+                steps, lows, highs, color=look["color"], alpha=style.BAND, linewidth=0
+            )
     _finish(axes, label, lowest)
 
 
-def _add_legend(figure: Figure, curves: Sequence[Curve]) -> None:
-    """Below all axes: each curve once, whichever panels it is in."""
-    handles: dict[str, Any] = {}
-    for axes in figure.axes:
-        for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, line)
-    seeds = any(len(curve.runs) > 1 for curve in curves)
-    longest = max(map(len, handles), default=1)
-    fitting = max(1, int(figure.get_figwidth() * 11) // (longest + 6))  # labels side by side
-    rows = -(-len(handles) // fitting)
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=-(-len(handles) // max(1, rows)),
-        frameon=False,
-        title="line: mean over runs, band: lowest to highest" if seeds else None,
-    )
-
-
 def _finish(axes: Axes, label: str, lowest: float) -> None:
+    """What a panel shows is its title: across its top there is room for it, along its side not."""
     axes.margins(y=0.08)
     axes.set_ylim(bottom=lowest)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
-    return path
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    axes.set(title=label, xlabel="step")
 
 
 def _show(value: Any) -> str:

@@ -21,9 +21,10 @@ from agro_train.data.recorded import read_rollouts
 from agro_train.data.rows import read_jsonl
 from agro_train.run_folder import RunFolder
 from agro_train.types import Rollout
+from agro_train.watch import style
 from agro_train.watch.display import best_and_worst, reward_text
 from agro_train.watch.environment import read_starts
-from agro_train.watch.panels import ALSO_ON_THE_PAGE, PANELS, Panel, points, waiting
+from agro_train.watch.panels import ALSO_ON_THE_PAGE, PANELS, Panel, numbered, points, waiting
 from agro_train.watch.plots import read_yaml
 
 STEPS_SHOWN = 12  # steps whose completions are on the page, spread evenly over the run
@@ -47,7 +48,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Line:
-    number: int  # of the panel's curves: its colour
+    number: int  # of its colour
     legend: str
     dots: list[Dot]
 
@@ -111,6 +112,8 @@ def _templates() -> Environment:
         "left": LEFT,
         "right": RIGHT,
         "bottom": BOTTOM,
+        "colours": style.COLOURS[: len(style.ON_DARK)],
+        "colours_on_dark": style.ON_DARK,
     }
     return templates
 
@@ -148,7 +151,7 @@ def chart(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> Chart | None:
     """A panel's curves and axes; None where the record has none of its columns."""
     curves = [
         (number, legend, found)
-        for number, (column, legend) in enumerate(panel.curves)
+        for number, column, legend in numbered(panel)
         if (found := points(rows, column))
     ]
     if not curves:

@@ -53,7 +53,6 @@ from benchmarks.head.cpu_plan import (
     Plan,
     cases,
 )
-from benchmarks.head.cpu_plots import plot_cpu
 from benchmarks.head.cpu_rows import Case, Row, Table, case_of, relate, row_of
 from benchmarks.head.job import FLOORS, Job, Measured, find_errors, in_turn
 from benchmarks.head.providers.base import FORMS
@@ -84,8 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         table.write()
     print(f"wrote {table.path}")
-    for path in plot_cpu(table.path):
-        print(f"wrote {path}")
     return say_wrong(table.rows)
 
 
@@ -115,7 +112,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         "--freed-memory", choices=["kept", "returned"], default="kept", help="see the method"
     )
     parser.add_argument("--out", type=Path, help="folder of the results", default=None)
-    parser.add_argument("--name", default="bench_cpu", help="of the CSV, and start of the plots'")
+    parser.add_argument("--name", default="bench_cpu", help="of the CSV")
     parser.add_argument("--append", action="store_true", help="keep the CSV's rows of other cases")
     parser.add_argument(
         "--smoke", action="store_true", help="all of it on a tiny shape, uncompiled"

@@ -9,15 +9,14 @@ CSV files of `benchmarks.head.gpu` and `benchmarks.head.cpu`. Nothing is measure
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from matplotlib.figure import Figure
+
+from agro_train.watch import style
 from benchmarks.head.providers.registry import PROVIDERS
+from benchmarks.measure.plots import colour
 from benchmarks.measure.rows import RESULTS, read_csv
 
-OURS = "#0b6e69"
-PEERS = {True: "#c2571a", False: "#5b5fc7"}  # by whether they store the logits
-# Their labels, from the left: offset in points, and where the text ends.
-BESIDE = (((-8, -5), "right"), ((0, -16), "center"), ((7, 2), "left"))
 Point = tuple[str, float, float]  # provider, time in one unit, MB beyond inputs and results
 
 
@@ -54,49 +53,40 @@ def cpu_points() -> list[Point]:
     return [point for _, point in found.values()]
 
 
-def draw(panels: Mapping[str, Sequence[Point]]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axes, (title, points) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+@style.sheet()
+def draw(panels: Mapping[str, Sequence[Point]]) -> Figure:
+    figure, grid = style.panels(len(panels), columns=1, row=3.1)
+    for axes, (title, points) in zip(grid, panels.items(), strict=True):
         times = {provider: seconds for provider, seconds, _ in points}
-        rank = 0  # of those that store the logits, which lie close together
-        for provider, seconds, memory in sorted(points, key=lambda point: point[2]):
-            mine, stores = provider == "ours", PROVIDERS[provider].stores_logits
-            colour = OURS if mine else PEERS[stores]
-            x, y = max(memory, 1.0), seconds / times["ours"]
-            axes.scatter(x, y, s=170 if mine else 60, marker="*" if mine else "o", color=colour)
-            where, side = (7, 4), "left"
-            if stores:
-                where, side = BESIDE[min(rank, len(BESIDE) - 1)]
-                rank += 1
-            axes.annotate(
-                provider,
-                (x, y),
-                xytext=where,
-                ha=side,
-                textcoords="offset points",
-                fontsize=10,
-                color=colour,
+        axes.axhline(1, color=style.GREY, linewidth=1.0, linestyle="--")
+        for provider, seconds, memory in points:
+            shade = colour(provider)
+            axes.scatter(
+                max(memory, 1.0),
+                seconds / times["ours"],
+                s=260 if provider == "ours" else 70,
+                marker="*" if provider == "ours" else "o",
+                facecolor=style.PAPER if PROVIDERS[provider].stores_logits else shade,
+                edgecolor=shade,
+                linewidth=2.0,
+                zorder=3,
             )
-        axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
         axes.set_xscale("log")
         axes.set_yscale("log")
-        ticks = [
-            t
-            for t in (0.75, 1, 1.5, 2, 3, 5, 8)
-            if t < 1.3 * max(s / times["ours"] for _, s, _ in points)
-        ]
-        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        longest = 1.3 * max(times.values()) / times["ours"]
+        ticks = [tick for tick in (0.75, 1, 1.5, 2, 3, 5, 8) if tick < longest]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.margins(x=0.25, y=0.2)
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel("memory beyond inputs and results, MB")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("time over ours")
-    figure.suptitle(
-        "forward and backward, bf16; orange: stores the logits, violet: does not", fontsize=11
-    )
+        axes.margins(x=0.12, y=0.2)
+        axes.set_title(f"time over ours: {title}")
+    grid[-1].set_xlabel("memory beyond inputs and results, MB")
+    style.finish(figure, note="forward and backward, bf16; hollow: stores the logits")
+    for axes, points in zip(grid, panels.values(), strict=True):
+        ours = next(seconds for provider, seconds, _ in points if provider == "ours")
+        style.name_points(
+            axes,
+            [(name, max(memory, 1.0), s / ours, colour(name)) for name, s, memory in points],
+        )
     return figure
 
 
@@ -113,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for title, points in panels.items():
         print(title, *(f"  {p}: {t:.4g}, {m:.0f} MB" for p, t, m in points), sep="\n")
-    draw(panels).savefig(options.out, dpi=110)
+    style.save(draw(panels), options.out)
     return 0
 
 

@@ -1,38 +1,39 @@
-"""What the charts share: a colour for each provider, and small helpers."""
+"""What the charts share: how each provider looks."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from matplotlib.axes import Axes
+from agro_train.watch import style
 
-# One colour a provider, the same in every chart; "@medium" and other variants take the provider's.
-COLOURS = {
-    "ours": "#e4572e",
-    "ours_keeping_quarter": "#f2a48d",
-    "ours_keeping_half": "#ec7e62",
-    "ours_keeping_all": "#b8391a",
-    "floor": "#222222",
-    "floor_kept": "#666666",
-    "torch": "#9aa5b1",
-    "torch_compile": "#4269d0",
-    "checkpointed_loop": "#6cc5b0",
-    "torch_lce": "#c6b04a",
-    "torch_lce_tuned": "#efb118",
-    "trl_selective": "#a463f2",
-    "trl_chunked": "#7b3fc4",
-    "liger_chunked": "#3ca951",
-    "cce": "#97bbf5",
-    "cce_torch_compile": "#2b8cbe",
+# Colour and stroke, the same in every chart: a colour a project, a stroke each of its programs.
+LOOKS = {
+    "ours": (style.OURS, "-"),
+    "ours_keeping_quarter": (style.OURS, "--"),
+    "ours_keeping_half": (style.OURS, "-."),
+    "ours_keeping_all": (style.OURS, ":"),
+    "floor": (style.GREY, "--"),
+    "floor_kept": (style.GREY, ":"),
+    "torch": (style.BLACK, "-"),
+    "torch_compile": (style.BLACK, "--"),
+    "checkpointed_loop": (style.SKY, "-"),
+    "torch_lce": (style.ORANGE, "-"),
+    "torch_lce_tuned": (style.ORANGE, "--"),
+    "trl_selective": (style.PURPLE, "-"),
+    "trl_chunked": (style.PURPLE, "--"),
+    "liger_chunked": (style.GREEN, "-"),
+    "cce": (style.VERMILLION, "-"),
+    "cce_torch_compile": (style.VERMILLION, "--"),
 }
 
 
 def colour(provider: str) -> str:
-    """Of a provider, whatever its precision."""
-    return COLOURS.get(provider.split("@")[0], "#bbbbbb")
+    return LOOKS[provider][0]
 
 
-def without_box(axes: Axes) -> None:
-    """Leaves the axes at the left and the bottom."""
-    axes.spines[["top", "right"]].set_visible(False)
+def look(provider: str) -> dict[str, Any]:
+    """Colour and stroke, as keywords of Axes.plot."""
+    shade, stroke = LOOKS[provider]
+    return {"color": shade, "linestyle": stroke}
 
 
 def distinct(rows: Iterable[Mapping[str, str]], column: str) -> list[str]:

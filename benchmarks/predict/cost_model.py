@@ -35,11 +35,15 @@ Letters: N tokens, D hidden size, V vocabulary.
 
 import argparse
 import csv
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from agro_kernels import tiles
 from agro_kernels._triton.head_gradients import chunk_shape
+from agro_train.watch import style
 from benchmarks.head.providers.base import FORM_GEMMS, FORMS
 from benchmarks.measure.rows import RESULTS
 from benchmarks.measure.shapes import GPU_HEADS, GPU_TOKENS, HEADS, Shape
@@ -362,38 +366,39 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 def plot(rows: list[Row], head: str, path: Path) -> None:
     """Time and memory of forward and backward against N; fused full, materialised dashed."""
-    from matplotlib.figure import Figure
-
     chosen = [row for row in rows if row.head == head and row.form == "forward_backward"]
+    style.save(_drawn(chosen), path)
+
+
+@style.sheet()
+def _drawn(chosen: Sequence[Row]) -> Figure:
     devices = list(dict.fromkeys(row.device for row in chosen))
     lengths = sorted({row.tokens for row in chosen})
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    time, memory = figure.subplots(1, 2)
-    figure.suptitle(f"{head}, forward and backward: {TITLE}")
-    for implementation, style in zip(IMPLEMENTATIONS, ("-", "--"), strict=True):
+    figure, (time, memory) = style.panels(2, columns=1, row=3.6)
+    figure.suptitle(f"{chosen[0].head}, forward and backward: {TITLE}", wrap=True)
+    for implementation, stroke in zip(IMPLEMENTATIONS, ("-", "--"), strict=True):
         for i, device in enumerate(devices):
             line = [r for r in chosen if (r.device, r.implementation) == (device, implementation)]
-            milliseconds = [row.predicted_ms for row in line]
-            label = f"{device}, {implementation}"
-            time.plot(lengths, milliseconds, style, color=f"C{i}", label=label)
+            look = style.curve(i) | {"linestyle": stroke}
+            label = device if implementation == "fused" else None
+            time.plot(lengths, [row.predicted_ms for row in line], label=label, **look)
         gigabytes = [row.extra_memory_gb for row in line]  # of the last; nearly the same for all
-        memory.plot(lengths, gigabytes, style, color="black", label=implementation)
+        look = {"color": style.OURS, "linestyle": stroke}
+        memory.plot(lengths, gigabytes, label=implementation, **look)
     of_memory: dict[float, list[str]] = {}
     for known in DEVICES:
         if known.name in devices:
             of_memory.setdefault(known.memory, []).append(known.name)
-    for i, (size, names) in enumerate(sorted(of_memory.items())):
-        memory.axhline(size / 1e9, color="grey", linewidth=0.6)
-        text = f"{', '.join(names)}: {size / 1e9:.0f} GB"
-        place = lengths[i % 2 * (len(lengths) > 1)]  # sizes that are close do not cover each other
-        memory.text(place, size / 1e9, text, fontsize=7, va="bottom")
-    for axes, label in ((time, "predicted time, ms"), (memory, "predicted extra memory, GB")):
-        axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=label)
+    for size, names in sorted(of_memory.items()):
+        ends = [lengths[0], lengths[-1]]
+        label = f"{', '.join(names)} has {size / 1e9:.0f}"
+        memory.plot(ends, [size / 1e9] * 2, color=style.GREY, linewidth=1.0, label=label)
+    for axes, title in ((time, "predicted time, ms"), (memory, "predicted extra memory, GB")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens N", title=title)
         axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
         axes.xaxis.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="lower right", ncols=2)
-    figure.savefig(path, dpi=110)
+    style.finish(figure, note="solid: fused, dashed: materialised")
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> None:

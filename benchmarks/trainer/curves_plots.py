@@ -5,13 +5,14 @@ from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
 
-from benchmarks.measure.plots import COLOURS, distinct, without_box
+from agro_train.watch import style
+from benchmarks.measure.plots import colour, distinct
 from benchmarks.measure.rows import read_csv
 
-TRAINING = {  # label and colour of a trainer
-    "agro": ("agro train", COLOURS["ours"]),
-    "trl": ("TRL's AGROTrainer", COLOURS["torch_compile"]),
-    "agro_slower": ("agro train, half the learning rate", COLOURS["torch"]),
+TRAINING = {  # label, colour and stroke of a trainer
+    "agro": ("agro train", style.OURS, "-"),
+    "trl": ("TRL's AGROTrainer", colour("trl_chunked"), "--"),
+    "agro_slower": ("agro train, half the rate", style.GREY, ":"),
 }
 
 
@@ -20,16 +21,18 @@ def plot_training(path: Path) -> Path:
 
     path: the CSV of curves_trl. Returns the PNG beside it.
     """
-    rows = read_csv(path)
-    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+    return style.save(_drawn(read_csv(path)), path.with_suffix(".png"))
+
+
+@style.sheet()
+def _drawn(rows: list[dict[str, str]]) -> Figure:
+    figure, grid = style.panels(2, row=3.2)
+    seeds = len(distinct(rows, "seed"))
     for axes, column, title in zip(
-        figure.subplots(1, 2),
-        ("reward", "kl"),
-        ("mean reward", "KL, nats a completion"),
-        strict=True,
+        grid, ("reward", "kl"), ("mean reward", "KL, nats a completion"), strict=True
     ):
         for trainer in distinct(rows, "trainer"):
-            label, shade = TRAINING[trainer]
+            label, shade, stroke = TRAINING[trainer]
             by_step: dict[int, list[float]] = {}
             for row in rows:
                 if row["trainer"] == trainer:
@@ -37,15 +40,10 @@ def plot_training(path: Path) -> Path:
             steps = sorted(by_step)
             means = [fmean(by_step[step]) for step in steps]
             errors = [2 * stdev(by_step[step]) / len(by_step[step]) ** 0.5 for step in steps]
-            axes.plot(steps, means, color=shade, label=f"{label}, {len(by_step[1])} seeds")
+            axes.plot(steps, means, color=shade, linestyle=stroke, label=label)
             low = [mean - error for mean, error in zip(means, errors, strict=True)]
             high = [mean + error for mean, error in zip(means, errors, strict=True)]
-            axes.fill_between(steps, low, high, color=shade, alpha=0.2, linewidth=0)
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        without_box(axes)
-    figure.axes[0].legend(frameon=False, fontsize=8)
-    written = path.with_suffix(".png")
-    figure.savefig(written, dpi=110)
-    return written
+            axes.fill_between(steps, low, high, color=shade, alpha=style.BAND, linewidth=0)
+        axes.set(title=title, xlabel="step")
+    style.finish(figure, note=f"mean over {seeds} seeds, band: two standard errors")
+    return figure

@@ -11,6 +11,7 @@ from agro_kernels import agro_coefficients
 from agro_train.experiments import tabular
 from agro_train.experiments.landscape.methods import METHODS, direction_of
 from agro_train.experiments.tabular import Bandits, Claim, Direction, Groups, Row, Sampler
+from agro_train.watch import style
 
 SDS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)  # of the rewards, in units of beta
 QUICK_SDS = (0.5, 2.0, 5.0)
@@ -58,7 +59,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     follow("exact", "exact, step / 5", direction_of("exact", bandits), small, exact_updates)
     tabular.write_csv(output_dir / "landscape_basin.csv", rows)
     tabular.print_table(rows)
-    draw(reached, spreads, num_problems).savefig(output_dir / "landscape_basin.png", dpi=120)
+    style.save(draw(reached, spreads, num_problems), output_dir / "landscape_basin.png")
     missed = {name: num_problems * len(spreads) - sum(reached["exact", name]) for name in METHODS}
     exact_counts = reached["exact", "exact"]
     at_smallest, at_largest = exact_counts[0], exact_counts[-1]
@@ -111,23 +112,23 @@ def sampled_direction_of(name: str, bandits: Bandits) -> Direction:
     return lambda logprobs: sampler.direction(logprobs.exp(), logprobs, coefficients)
 
 
+@style.sheet()
 def draw(
     reached: dict[tuple[str, str], list[int]], spreads: Sequence[float], num_problems: int
 ) -> Figure:
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    figure, grid = style.panels(2, columns=1, row=2.9, sharex=True)
     titles = {"exact": "exact expected updates", "sampled": "updates from sampled groups"}
-    for axes, (updates, title) in zip(
-        figure.subplots(1, 2, sharey=True), titles.items(), strict=True
-    ):
+    for axes, (updates, title) in zip(grid, titles.items(), strict=True):
         for i, (name, method) in enumerate(METHODS.items()):
             places = [k + 0.27 * (i - 1) for k in range(len(spreads))]
             heights = [100 * count / num_problems for count in reached[updates, name]]
             axes.bar(places, heights, 0.25, color=method.colour, label=method.label)
             for place, height in zip(places, heights, strict=True):
                 if height == 0:
-                    axes.text(place, 1, "0", ha="center", fontsize=9, color=method.colour)
+                    axes.text(place, 1, "0", ha="center", color=style.ink(method.colour))
         axes.set_xticks(range(len(spreads)), [f"{sd:g}" for sd in spreads])
-        tabular.tidy(axes, title, "standard deviation of the rewards / beta", "")
-    figure.axes[0].set_ylabel("problems that reach the optimum, %")
-    tabular.legend(figure, ncols=3)
+        axes.set(title=f"problems that reach the optimum, %: {title}")
+        axes.grid(visible=False, axis="x")
+    grid[-1].set_xlabel("standard deviation of the rewards / beta")
+    style.legend(figure)
     return figure

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from agro_train.experiments import tabular
 from agro_train.experiments.tabular import Bandits, Direction
+from agro_train.watch import style
 
 
 class Method(NamedTuple):
@@ -16,9 +17,9 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "exact": Method("exact on-policy gradient (lr_weight=1)", tabular.RED, 1.0, False),
-    "capped": Method("capped (lr_weight=1, lr_cap)", tabular.BLUE, 1.0, True),
-    "policy_gradient": Method("policy gradient (lr_weight=0)", tabular.GREEN, 0.0, False),
+    "exact": Method("exact on-policy", style.BLACK, 1.0, False),
+    "capped": Method("capped on-policy", style.SKY, 1.0, True),
+    "policy_gradient": Method("policy gradient", style.VERMILLION, 0.0, False),
 }
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from agro_train.experiments import tabular
 from agro_train.experiments.landscape.methods import METHODS, direction_of
 from agro_train.experiments.tabular import Bandits, Claim, Row
+from agro_train.watch import style
 
 SETTINGS = ((10, 1.0), (10, 0.3), (100, 1.0), (100, 0.5))  # arms, beta
 SEEDS = 10
@@ -17,8 +18,8 @@ STEPS = tuple(2.0**k for k in range(-3, 11))  # in units of 1 / beta
 UPDATES = 20_000
 LABELS = {
     **{name: (method.label, method.colour) for name, method in METHODS.items()},
-    "off_policy_reference": ("off-policy AGRO, data of pi_ref", tabular.ORANGE),
-    "off_policy_uniform": ("off-policy AGRO, uniform data", tabular.PURPLE),
+    "off_policy_reference": ("AGRO, data of pi_ref", style.OURS),
+    "off_policy_uniform": ("AGRO, uniform data", style.PURPLE),
 }
 
 
@@ -45,7 +46,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     ]
     tabular.write_csv(output_dir / "landscape_speed.csv", rows)
     tabular.print_table(summary(needed))
-    draw(needed, limit).savefig(output_dir / "landscape_speed.png", dpi=120)
+    style.save(draw(needed, limit), output_dir / "landscape_speed.png")
     ratios = [
         exact / gradient
         for (num_arms, beta, name), counts in needed.items()
@@ -114,40 +115,42 @@ def summary(needed: dict[tuple[int, float, str], list[int | None]]) -> list[Row]
     return rows
 
 
+@style.sheet()
 def draw(needed: dict[tuple[int, float, str], list[int | None]], limit: int) -> Figure:
     settings = list(dict.fromkeys((num_arms, beta) for num_arms, beta, _ in needed))
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = style.panels(1, columns=1, row=4.6)
     for i, (name, (label, colour)) in enumerate(LABELS.items()):
         for k, setting in enumerate(settings):
             place = k + 0.16 * (i - 2)
             counts = needed[*setting, name]
             reached = [count for count in counts if count is not None]
             if reached:
-                axes.plot([place] * 2, [min(reached), max(reached)], color=colour, lw=1.5)
+                axes.plot([place] * 2, [min(reached), max(reached)], color=colour)
                 axes.plot(place, statistics.median(reached), "o", color=colour)
             if missing := len(counts) - len(reached):
-                axes.text(place, 1.6 * limit, str(missing), ha="center", va="center", color=colour)
+                axes.text(
+                    place,
+                    2.5 * limit,
+                    str(missing),
+                    ha="center",
+                    va="center",
+                    color=style.ink(colour),
+                )
         axes.plot([], [], "o-", color=colour, label=label)
     axes.set_yscale("log")
     axes.set_xlim(-0.5, len(settings) - 0.5)
-    axes.axhspan(limit, 3 * limit, color=tabular.GREY, alpha=0.2, linewidth=0)
+    axes.axhspan(limit, 7 * limit, color=style.GREY, alpha=style.BAND, linewidth=0)
     axes.text(
         -0.48,
-        1.6 * limit,
+        2.5 * limit,
         f"not in {limit:,} updates:\nnumber of problems",
         va="center",
-        fontsize=9,
     )
-    axes.set_ylim(1, 2.7 * limit)
+    axes.set_ylim(1, 6.5 * limit)
     axes.set_xticks(
-        range(len(settings)), [f"{arms} arms, beta = {beta:g}" for arms, beta in settings]
+        range(len(settings)), [f"{arms} arms,\nbeta = {beta:g}" for arms, beta in settings]
     )
-    tabular.tidy(
-        axes,
-        f"Updates until KL(policy || optimum) is {REACHED:g} of the first",
-        "",
-        "updates",
-    )
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axes.set_title(f"updates until KL(policy || optimum) is {REACHED:g} of the first")
+    axes.grid(visible=False, axis="x")
+    style.legend(figure, "dot: median over problems, bar: fewest to most")
     return figure

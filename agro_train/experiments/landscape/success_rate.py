@@ -11,6 +11,7 @@ from agro_kernels import agro_coefficients
 from agro_train.experiments import tabular
 from agro_train.experiments.landscape.methods import METHODS, Method, direction_of
 from agro_train.experiments.tabular import Bandits, Claim, Row
+from agro_train.watch import style
 
 BETAS = (1.0, 0.3, 0.1, 0.03)
 GROUP_SIZE = 8
@@ -38,7 +39,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     tabular.write_csv(output_dir / "landscape_success_rate.csv", rows)
     updates = 200 if quick else 1_000
     trained = {name: train_success_rates(name, updates) for name in METHODS}
-    draw(rates, speeds, trained).savefig(output_dir / "landscape_success_rate.png", dpi=120)
+    style.save(draw(rates, speeds, trained), output_dir / "landscape_success_rate.png")
     off_rule = max(
         (speeds["exact", beta] - (1 + (2 * rates - 1) / (2 * beta))).abs().amax().item()
         for beta in BETAS
@@ -100,49 +101,42 @@ def train_success_rates(method: str, updates: int) -> Tensor:
     return torch.stack([logprobs[:, 0].exp() for logprobs in policies])
 
 
+@style.sheet()
 def draw(
     rates: Tensor, speeds: dict[tuple[str, float], Tensor], trained: dict[str, Tensor]
 ) -> Figure:
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    first, *others = figure.subplots(1, 4, width_ratios=[1.7, 1, 1, 1])
-    first.axhspan(-5, 0, color=tabular.RED, alpha=0.1, linewidth=0)
-    first.text(0.98, -0.4, "success falls", ha="right", va="center")
-    first.plot([0, 1], [1, 1], color=METHODS["policy_gradient"].colour, lw=2)
-    first.text(0.98, 0.9, "policy gradient", ha="right", va="top", fontsize=9)
-    shades = torch.linspace(0.35, 1.0, len(BETAS)).tolist()
-    for beta, shade in zip(BETAS, shades, strict=True):
+    figure, (first, *others) = style.panels(4, row=3.0)
+    exact, gradient = METHODS["exact"], METHODS["policy_gradient"]
+    first.axhspan(-5, 0, color=style.GREY, alpha=style.BAND, linewidth=0)
+    first.text(0.98, -0.5, "success falls", ha="right", va="center")
+    first.plot([0, 1], [1, 1], color=gradient.colour, label=gradient.label)
+    for beta in BETAS:
         curve = speeds["exact", beta]
-        first.plot(rates, curve, color=tabular.RED, alpha=shade, lw=2)
+        first.plot(rates, curve, color=exact.colour)
         # Beside the leftmost point of the line inside the axes.
         at = int((curve > -4.6).nonzero()[0])
         first.annotate(
-            f"beta = {beta:g}",
+            f"beta {beta:g}",
             (rates[at].item(), curve[at].item()),
             (-5, 0),
             textcoords="offset points",
             ha="right",
             va="center",
-            fontsize=9,
         )
         if beta < 0.5:
-            first.plot([0.5 - beta], [0], "o", color=tabular.RED, zorder=3)
-    first.set_xlim(-0.22, 1)
+            first.plot([0.5 - beta], [0], "o", color=exact.colour, zorder=3)
+    first.set_xlim(-0.45, 1)
     first.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     first.set_ylim(-5, 5)
-    tabular.tidy(
-        first,
-        "First exact on-policy update (dots: p = 1/2 - beta)",
-        "success rate p of pi = pi_ref",
-        "rise of success, policy gradient = 1",
-    )
+    first.set(title="speed at the start, exact; dots: 1/2 - beta", xlabel="success rate of pi_ref")
     titles = ("exact on-policy gradient", "capped", "policy gradient")
     for axes, (name, method), title in zip(others, METHODS.items(), titles, strict=True):
         axes.plot(range(len(trained[name])), trained[name], color=method.colour)
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(0, len(trained[name]) - 1)
         axes.set_ylim(-0.02, 1.02)
-        tabular.tidy(axes, title, f"updates (beta = {TRAINED_BETA:g})", "")
-    others[0].axhline(0.5 - TRAINED_BETA, color="black", lw=0.8, ls=(0, (4, 4)))
-    others[0].text(1.5, 0.5 - TRAINED_BETA, "1/2 - beta", va="bottom", fontsize=9)
-    others[0].set_ylabel("success rate")
+        axes.set(title=f"success rate, {title}", xlabel=f"updates (beta = {TRAINED_BETA:g})")
+    others[0].axhline(0.5 - TRAINED_BETA, color=style.GREY, linewidth=1.0, linestyle="--")
+    others[0].text(1.5, 0.5 - TRAINED_BETA, "1/2 - beta", va="bottom", color=style.GREY)
+    style.finish(figure, [first])
     return figure

@@ -10,6 +10,7 @@ from torch import Tensor
 from agro_train.experiments import tabular
 from agro_train.experiments.landscape.methods import METHODS, direction_of
 from agro_train.experiments.tabular import Bandits, Claim, Row
+from agro_train.watch import style
 
 # Optimum (1/2, 1/2), so that the loss is beta^2 / 2 * p (1 - p) z^2 at log-odds z, p = sigmoid(z).
 RIDGE = 2.3994  # z tanh(z / 2) = 2
@@ -37,9 +38,8 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     ]
     tabular.write_csv(output_dir / "landscape_two_arms.csv", rows)
     ridge = find_ridge()
-    draw(starts[:-2], {name: end[:-2] for name, end in ends.items()}, ridge).savefig(
-        output_dir / "landscape_two_arms.png", dpi=120
-    )
+    drawn = draw(starts[:-2], {name: end[:-2] for name, end in ends.items()}, ridge)
+    style.save(drawn, output_dir / "landscape_two_arms.png")
     inside, outside = ends["exact"][-2].item(), ends["exact"][-1].item()
     others = max(ends[name].abs().amax().item() for name in ("capped", "policy_gradient"))
     return [
@@ -94,52 +94,49 @@ def find_ridge() -> float:
     return low.item()
 
 
+@style.sheet()
 def draw(starts: Tensor, ends: dict[str, Tensor], ridge: float) -> Figure:
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = style.panels(2, row=3.6)
     z = torch.linspace(-6, 6, 601, dtype=torch.float64)
     loss = two_arm_loss(z)
-    left.plot(z, loss, color="black")
+    left.plot(z, loss, color=METHODS["exact"].colour)
     inside = z.abs() <= ridge
     top = 1.25 * loss.amax().item()
-    left.axvspan(-ridge, ridge, color=tabular.GREEN, alpha=0.12, linewidth=0)
-    left.axvspan(-6, -ridge, color=tabular.RED, alpha=0.12, linewidth=0)
-    left.axvspan(ridge, 6, color=tabular.RED, alpha=0.12, linewidth=0)
-    left.plot([-ridge, ridge], [loss[inside].amax()] * 2, "o", color=tabular.RED)
+    left.axvspan(-ridge, ridge, color=style.GREEN, alpha=style.BAND, linewidth=0)
+    for outer in (-6, 6):
+        left.axvspan(math.copysign(ridge, outer), outer, color=style.VERMILLION,
+                     alpha=style.BAND, linewidth=0)  # fmt: skip
+    left.plot([-ridge, ridge], [loss[inside].amax()] * 2, "o", color=METHODS["exact"].colour)
     left.annotate(
-        f"ridge: log-odds {ridge:.4f}",
+        f"ridge\n{ridge:.4f}",
         (ridge, loss.amax().item()),
-        (0, 0.97 * top),
+        (4.4, 0.98 * top),
         ha="center",
         va="top",
-        arrowprops={"arrowstyle": "-", "color": tabular.GREY},
+        arrowprops={"arrowstyle": "-", "color": style.GREY},
     )
-    left.text(0, 0.45 * top, "to the\noptimum", ha="center")
+    left.text(0, 0.98 * top, "to the\noptimum", ha="center", va="top")
     for side in (-1, 1):
-        left.text(4.2 * side, 0.04 * top, "to a deterministic\npolicy", ha="center")
+        left.text(4.2 * side, 0.04 * top, "to one\narm", ha="center")
     left.set_xlim(-6, 6)
     left.set_ylim(0, top)
-    tabular.tidy(left, "The on-policy loss of two arms", "log-odds of the policy", "loss / beta²")
-    for name, line, width in (
-        ("exact", "-", 2.0),
-        ("capped", "-", 2.0),
+    left.set(title="on-policy loss / beta² of two arms", xlabel="log-odds of the policy")
+    left.grid(visible=False)
+    for name, stroke, width in (
+        ("exact", "-", 2.2),
+        ("capped", "-", 3.0),
         ("policy_gradient", ":", 3.0),
     ):
         method = METHODS[name]
         right.plot(
             starts.sigmoid(),
             ends[name].sigmoid(),
-            line,
+            stroke,
             color=method.colour,
-            lw=width,
-            label=method.label,
+            linewidth=width,
+            label=name.replace("_", " "),
         )
     right.set_ylim(-0.05, 1.05)
-    tabular.tidy(
-        right,
-        "Where descent ends; the optimum is 1/2",
-        "probability of the first arm at the start",
-        "at the end",
-    )
-    right.legend(frameon=False, fontsize=9)
+    right.set(title="probability of the first arm, after descent", xlabel="at the start")
+    style.finish(figure)
     return figure
