@@ -394,8 +394,8 @@ def many_target_logprobs(head: Head, targets: Tensor, lse: Tensor) -> tuple[Tens
     """(logits, logits - lse) of targets (N, K), (N, K) each: N K D operations.
 
     The head's own targets are not looked at. Logits are those after softcap and temperature; of an
-    id that the sampler did not keep the second is -inf, of one outside the vocabulary NaN, and of
-    an ignored one 0.
+    id that the sampler did not keep the second is -inf, of one outside the vocabulary NaN; of an
+    ignored one both are 0, whatever its token's hidden states hold.
     """
     dtype, v, (n, k) = lse.dtype, head.weight.shape[0], targets.shape
     inside = (targets >= 0) & (targets < v)
@@ -422,4 +422,5 @@ def many_target_logprobs(head: Head, targets: Tensor, lse: Tensor) -> tuple[Tens
         words = head.kept.gather(1, ids // 32)
         allowed = logits.where((words >> (ids % 32)) & 1 != 0, -torch.inf)
     logprobs = (allowed - lse.unsqueeze(1)).where(inside, torch.nan)
-    return logits, logprobs.where(targets != head.ignore_index, 0.0)
+    counted = targets != head.ignore_index
+    return logits.where(counted, 0.0), logprobs.where(counted, 0.0)

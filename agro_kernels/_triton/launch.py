@@ -19,9 +19,12 @@ def gather_counted(head: Head, counted: Tensor) -> CountedRows:
 
     A CUDA graph that is being captured cannot wait for their number: there all rows stay.
     """
-    bias = None if head.bias is None else head.bias.contiguous()
     wait = waiting_is_possible(head.hidden.device)
-    return counted_rows(head._replace(bias=bias), counted, wait=wait)
+    return counted_rows(head._replace(bias=contiguous(head.bias)), counted, wait=wait)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def waiting_is_possible(device: torch.device) -> bool:

@@ -250,11 +250,12 @@ def of_entropy(ctx: Any, dentropy: Tensor | None) -> Tensor | None:
 library.define("pack_kept_ids(Tensor kept_ids, SymInt vocabulary) -> Tensor kept")
 library.impl("pack_kept_ids", torch_kept_ids.pack_kept_ids, "CompositeExplicitAutograd")
 library.define(f"target_logprobs({HEAD_SCHEMA}, Tensor lse) -> Tensor logprobs")
-library.impl(
-    "target_logprobs",
-    without_autocast(with_head(with_numbers(torch_linear_logprobs.target_logprobs))),
-    "CompositeExplicitAutograd",
-)
+for _key, _kernel in (
+    ("CompositeExplicitAutograd", torch_linear_logprobs.target_logprobs),
+    ("CUDA", triton_if_possible("target_logprobs", "target_logprobs", torch_linear_logprobs)),
+):
+    _kernel = without_autocast(with_head(with_numbers(_kernel)))
+    library.impl("target_logprobs", _kernel, _key)
 
 
 def _pack_kept_ids_fake(kept_ids: Tensor, vocabulary: int) -> Tensor:
