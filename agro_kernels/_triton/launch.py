@@ -45,6 +45,11 @@ def select_config(kernel: str, head: Head) -> configs.TileConfig:
     )
 
 
+def programs_at_once(config: configs.TileConfig, hidden: Tensor) -> int | None:
+    """Of a GEMM kernel on the GPU of these hidden states; None where that is not known."""
+    return configs.programs_at_once(architecture(hidden.device), hidden.element_size(), config)
+
+
 def takes_aligned_rows(head: Head) -> bool:
     """Whether the operands' rows can begin at multiples of 16 bytes, as tensor descriptors need it.
 
@@ -107,6 +112,15 @@ def gemm_arguments(config: configs.TileConfig, head: Head) -> dict[str, object]:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def kept_of_rows(
+    kept_logits: KeptLogits | None, kept_rows: Tensor | None, rows: slice
+) -> tuple[KeptLogits | None, Tensor | None]:
+    """Both for some of the tokens; kept_rows as kept_arguments takes it."""
+    if kept_logits is not None and kept_rows is None:
+        kept_logits = KeptLogits(*(tensor[rows] for tensor in kept_logits))
+    return kept_logits, None if kept_rows is None else kept_rows[rows]
 
 
 def kept_arguments(kept_logits: KeptLogits | None, kept_rows: Tensor | None) -> dict[str, object]:

@@ -104,6 +104,8 @@ BWD_CALLS = {
     "dlogprobs kept": frozenset({"dlogprobs", "kept"}),
     "dlogprobs, all but softcap": EXTRAS | {"dlogprobs"},
     "dlogprobs, everything": EVERYTHING | {"dlogprobs"},
+    "smoothed": frozenset({"dlogprobs", "dlse", "dsum"}),
+    "smoothed, everything": EVERYTHING | {"dlogprobs", "dlse", "dsum"},
     "keep": frozenset({"dlogprobs", "dentropy", "keep"}),
     "keep ragged": frozenset({"dlogprobs", "dlse", "dentropy", "token_temperature"})
     | {"keep", "ragged"},
@@ -258,6 +260,7 @@ def head_cases(target: str, quick: bool) -> list[Case]:
                     dentropy=per_token if "dentropy" in call else None,
                     lse=per_token,
                     entropy=per_token if "dentropy" in call else None,
+                    dsum=per_token if "dsum" in call else None,
                 )
                 head_gradients.head_gradients(
                     upstream, head, [True, True, False], None, *kept_of(call, head)
