@@ -17,9 +17,10 @@ ROUNDED = {None: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 def gather_counted(head: Head, counted: Tensor) -> CountedRows:
     """The rows of the (N,) bool mask `counted`, with a contiguous bias.
 
-    A CUDA graph that is being captured cannot wait for their number: there all rows stay.
+    A CUDA graph that is being captured cannot wait for their number: there all rows stay, as they
+    do in a head without `compact`.
     """
-    wait = waiting_is_possible(head.hidden.device)
+    wait = head.compact and waiting_is_possible(head.hidden.device)
     return counted_rows(head._replace(bias=contiguous(head.bias)), counted, wait=wait)
 
 
