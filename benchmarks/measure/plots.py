@@ -20,6 +20,8 @@ COLOURS = {
     "trl_selective": "#a463f2",
     "trl_chunked": "#7b3fc4",
     "liger_chunked": "#3ca951",
+    "liger_scaled": "#1f7a34",
+    "quack": "#ff9da6",
     "cce": "#97bbf5",
     "cce_torch_compile": "#2b8cbe",
 }
