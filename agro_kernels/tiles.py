@@ -282,7 +282,7 @@ def split_vocabulary(
 
 
 def whole_waves(num_tiles: int, row_blocks: int, most: int, at_once: int) -> int:
-    """Tiles of columns in a chunk, 15/16 of `most` or more: those with the fewest waves.
+    """Tiles of columns in a chunk, 31/32 of `most` or more: those with the fewest waves.
 
     A chunk is a launch with a program for each of its tiles in each of row_blocks, and num_tiles
     are cut into chunks. Of equally good sizes the largest.
@@ -292,4 +292,4 @@ def whole_waves(num_tiles: int, row_blocks: int, most: int, at_once: int) -> int
         chunks, rest = divmod(num_tiles, size)
         return chunks * -(-size * row_blocks // at_once) + -(-rest * row_blocks // at_once)
 
-    return min(range(most, most - most // 16 - 1, -1), key=waves)
+    return min(range(most, most - most // 32 - 1, -1), key=waves)

@@ -231,6 +231,8 @@ def sums(inputs: Inputs) -> Iterator[Choice]:
     for name in (Ours.name, "torch", "torch_compile", "trl_chunked", "liger_scaled", "quack"):
         provider_type = PROVIDERS[name]
         reason = provider_type.missing()
+        if name == "torch_compile" and inputs.hidden.device.type == "cpu":
+            reason = "not for cpu here: compiling takes longer than all else"
         if reason is None:
             provider = provider_type()
             reason = provider.reason_against("known_coefficients", False, equal)
