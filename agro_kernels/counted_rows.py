@@ -34,7 +34,8 @@ def counted_rows(head: Head, counted: Tensor, *, wait: bool = True) -> CountedRo
     """The rows of the (N,) bool mask `counted`, gathered; what the others hold is never read.
 
     How many rows count is known to the device only, so a GPU is waited for, once. Where that is
-    not possible (wait False) all rows stay, the others with zero hidden states and ignored.
+    not possible or not wanted (wait False) all rows stay, the others with zero hidden states and
+    ignored.
     """
     num_tokens = counted.shape[0]
     if not wait:

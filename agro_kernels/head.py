@@ -19,6 +19,8 @@ from agro_kernels.reference import ROUNDED_LOGITS
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 IGNORE_INDEX = -100
+# The ignore_index of a head without `compact`: what says so to the backends. Fits int32.
+ROWS_STAY = -(2**31)
 AUTO = -1  # keep_logits_bytes="auto", as the ops take it
 # What a temperature or a softcap may be: logits of any model divided by it stay numbers. Tensors of
 # temperatures are read in fp32.
@@ -53,6 +55,7 @@ class HeadOptions(TypedDict, total=False):
     kept_ids: Tensor | None
     weight_grad: Tensor | None
     keep_logits_bytes: int | str
+    compact: bool
     shards: Shards | None
 
 
@@ -110,6 +113,7 @@ class Head(NamedTuple):
         ignore_index = checked_ignore_index(ignore_index)
         check_kept_ids(kept_ids, targets)
         check_round_logits(round_logits)
+        compact = checked_compact(options.get("compact", True))
         check_weight_grad(weight_grad, weight)
         checked_keep_logits_bytes(options.get("keep_logits_bytes", 0))
         if shards is not None:
@@ -118,10 +122,13 @@ class Head(NamedTuple):
         if kept_ids is not None:
             ids = kept_ids.reshape(-1, kept_ids.shape[-1])
             kept = pack_kept_ids(ids, weight.shape[0]) if shards is None else shards.kept_bits(ids)
+        flat_targets = targets.reshape(-1)
+        if not compact:
+            flat_targets, ignore_index = rows_stay(flat_targets, ignore_index), ROWS_STAY
         return Head(
             hidden.reshape(targets.numel(), hidden.shape[-1]),
             weight,
-            targets.reshape(-1),
+            flat_targets,
             bias,
             *split_temperature(temperature),
             softcap,
@@ -140,6 +147,11 @@ class Head(NamedTuple):
     def counted(self) -> Tensor:
         """(N,) bool: which targets are not ignore_index."""
         return self.targets != self.ignore_index
+
+    @property
+    def compact(self) -> bool:
+        """Whether rows that do not count may be left out of the products."""
+        return self.ignore_index != ROWS_STAY
 
     def requires_grad(self) -> bool:
         """Whether a backward pass may ask for any gradient."""
@@ -167,6 +179,11 @@ HEAD_SCHEMA = (
     "Tensor? token_temperature, float softcap, int ignore_index, ScalarType? round_logits, "
     "Tensor? kept"
 )
+
+
+def rows_stay(targets: Tensor, ignore_index: int) -> Tensor:
+    """Targets whose ignored ones are ROWS_STAY."""
+    return targets.where(targets != ignore_index, ROWS_STAY)
 
 
 class Upstream(NamedTuple):
@@ -553,6 +570,15 @@ def checked_keep_logits_bytes(keep_logits_bytes: int | str) -> int:
     return int(keep_logits_bytes)
 
 
+def checked_compact(compact: bool) -> bool:
+    if not isinstance(compact, bool):
+        raise TypeError(
+            f"compact: expected True or False, got {compact!r}; False keeps every row, so that a "
+            "GPU is not waited for"
+        )
+    return compact
+
+
 def check_constant(name: str, value: Tensor, targets: Tensor) -> None:
     """A floating (...) tensor beside the targets that no gradient flows into."""
     check_tensor(name, value)
@@ -586,8 +612,9 @@ def check_target_values(targets: Tensor, v: int, ignore_index: int) -> None:
     outside = ((targets < 0) | (targets >= v)) & (targets != ignore_index)
     if outside.any():
         position = int(outside.reshape(-1).nonzero()[0])
+        index = "" if ignore_index == ROWS_STAY else f" = {ignore_index}"
         raise ValueError(
-            f"targets: expected token ids in [0, {v}) or ignore_index = {ignore_index}, got "
+            f"targets: expected token ids in [0, {v}) or ignore_index{index}, got "
             f"{int(targets.reshape(-1)[position])} at position {position}; set tokens that do not "
             "count to ignore_index"
         )

@@ -20,6 +20,7 @@ from agro_kernels.head import (
     checked_ignore_index,
     checked_keep_logits_bytes,
     has_many_targets,
+    rows_stay,
 )
 from agro_kernels.ops.derivatives import refuse_forward_mode
 from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
@@ -56,6 +57,7 @@ def linear_logprobs(
     kept_ids: Tensor | None = None,
     weight_grad: Tensor | None = None,
     keep_logits_bytes: int | str = 0,
+    compact: bool = True,
     shards: Shards | None = None,
 ) -> Tensor:
     """Log-probability of each target token under softmax(hidden @ weight.T / temperature).
@@ -111,6 +113,11 @@ def linear_logprobs(
             entries, on a Hopper (sm90) of hidden sizes below 2048 and of vocabularies that 256 does
             not divide, and on a B200 (sm100): those kernels would spill registers. With shards, the
             bytes are those of each rank.
+        compact: rows that do not count (ignored targets; in the backward pass also those whose
+            gradients are 0) are left out of the products. How many are left only the GPU knows, so
+            each pass waits for it once. False leaves none out, and nothing waits: the same
+            results and gradients, but for the rounding of sums over other numbers of rows. For
+            batches in which all rows count, or nearly all. On a CPU it makes no difference.
         shards: where the rows of weight are spread over ranks (tensor parallelism):
             VocabularyShards.of(weight, group), and weight, bias and weight_grad are this rank's
             part. All ranks call together; `agro_kernels.parallel` says the rest.
@@ -135,6 +142,7 @@ def linear_logprobs(
         kept_ids=kept_ids,
         weight_grad=weight_grad,
         keep_logits_bytes=keep_logits_bytes,
+        compact=compact,
         shards=shards,
     )
     return logprobs
@@ -217,6 +225,8 @@ def _results(
         # The first id of each token stands for all: the checks are the same.
         head = Head.of(hidden, weight, targets[..., 0], **options)
         ids = targets.reshape(-1, targets.shape[-1])
+        if not head.compact:
+            ids = rows_stay(ids, options.get("ignore_index", IGNORE_INDEX))
         logprobs, lse, entropy = flat_results(head, options, with_entropy=with_entropy, ids=ids)
     tokens = hidden.shape[:-1]
     entropy = entropy.view(tokens) if with_entropy else entropy

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agro_kernels.head import Head, Upstream, check_target_values
+from agro_kernels.head import ROWS_STAY, Head, Upstream, check_target_values
 
 NO_ID = -1
 # The log-probability of a banned token where it is multiplied by its probability: 0 * -inf is NaN.
@@ -62,7 +62,8 @@ def of_tokens(head: Head, ids: Tensor, vocabulary: int | None = None) -> Head:
     v = head.weight.shape[0] if vocabulary is None else vocabulary
     outside = (((ids < 0) | (ids >= v)) & counted).any(1)
     targets = outside.to(torch.int64) * v
-    return head._replace(targets=targets.where(counted.any(1), NO_ID), ignore_index=NO_ID)
+    ignored = NO_ID if head.compact else ROWS_STAY
+    return head._replace(targets=targets.where(counted.any(1), ignored), ignore_index=ignored)
 
 
 def check_ids(head: Head, ids: Tensor) -> None:

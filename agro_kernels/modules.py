@@ -174,13 +174,13 @@ def patch_model(model: M, head_dtype: str | torch.dtype | None = None) -> M:
     without storing them. targets[b, t] is the token that position t predicts (`next_tokens` makes
     them of input_ids); positions with -100 cost nothing and give exact zeros, so ask for the
     completions only. Of targets (B, T, K), K ids a position, the logprobs are (B, T, K).
-    ignore_index, round_logits, kept_ids, weight_grad and keep_logits_bytes are taken too, and mean
-    what they mean to `linear_logprobs`; the scale and the cap of the logits are the configuration's
-    (scale, then cap, then temperature; round_logits before all three), a bias the head's. (Where
-    the head is tied to the embeddings, weight_grad gets the head's share of the gradient and
-    weight.grad that of the embeddings.) Other arguments go to the backbone as ever, and one that it
-    does not know is a TypeError; the cache is off. Without `targets` the model's own forward runs:
-    generation and evaluation do not change by a bit.
+    ignore_index, round_logits, kept_ids, weight_grad, keep_logits_bytes and compact are taken too,
+    and mean what they mean to `linear_logprobs`; the scale and the cap of the logits are the
+    configuration's (scale, then cap, then temperature; round_logits before all three), a bias the
+    head's. (Where the head is tied to the embeddings, weight_grad gets the head's share of the
+    gradient and weight.grad that of the embeddings.) Other arguments go to the backbone as ever,
+    and one that it does not know is a TypeError; the cache is off. Without `targets` the model's
+    own forward runs: generation and evaluation do not change by a bit.
 
     head_dtype="float32" computes the head in fp32, tied or not, with and without targets, as
     LogprobHead says.

@@ -43,6 +43,7 @@ from torch.distributed.tensor import DTensor
 
 from agro_kernels.head import (
     FLOATING,
+    ROWS_STAY,
     Head,
     Upstream,
     check_target_values,
@@ -74,7 +75,8 @@ from agro_kernels.weighted_logprobs import weighted_logprob_sum as _weighted_log
 
 R = TypeVar("R")
 
-# The ignore_index of a shard. The caller's may be any number, that of a row of the shard too.
+# The ignore_index of a shard, unless its rows stay. The caller's may be any number, that of a row
+# of the shard too.
 _IGNORED = -1
 # The maximum of no logits. Finite, because -inf - -inf is NaN.
 _LOWEST_MAX = -1e30
@@ -253,7 +255,7 @@ class _ShardedLogprobs(torch.autograd.Function):
             logprobs, lse, entropy = _merge(head, shards, local, with_entropy)
         else:
             with_entropy = False
-            mine = torch.ops.agro.target_logprobs(*_local(head, shards, _IGNORED), lse)
+            mine = torch.ops.agro.target_logprobs(*_local(head, shards, None), lse)
             logprobs = _pick(head, shards, _gather(shards, mine))
             # Autograd marks the results as differentiable; the caller's own tensor must stay as is.
             lse = lse.clone()
@@ -314,11 +316,15 @@ class _ShardedLogprobs(torch.autograd.Function):
         return *[None] * 6, *input_gradients(returned, dhidden, dweight, dbias)
 
 
-def _local(head: Head, shards: VocabularyShards, elsewhere: int) -> Head:
-    """The head of this rank's rows alone; `elsewhere`: the target of a token that another holds."""
+def _local(head: Head, shards: VocabularyShards, elsewhere: int | None) -> Head:
+    """The head of this rank's rows alone; `elsewhere`: the target of a token that another holds.
+
+    None: such a token is ignored.
+    """
+    ignored = _IGNORED if head.compact else ROWS_STAY
     held = shards.of_rank(head.targets, shards.rank) & head.counted()
-    targets = (head.targets - shards.start).where(held, elsewhere)
-    return head._replace(targets=targets.where(head.counted(), _IGNORED), ignore_index=_IGNORED)
+    targets = (head.targets - shards.start).where(held, ignored if elsewhere is None else elsewhere)
+    return head._replace(targets=targets.where(head.counted(), ignored), ignore_index=ignored)
 
 
 def _local_ids(head: Head, ids: Tensor, shards: VocabularyShards) -> Tensor:

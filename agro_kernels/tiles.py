@@ -15,6 +15,7 @@ layout of the weight and on whether there is a softcap or a rounding, never on t
 nor on what is kept of the logits. So the result of a token does not depend on the batch it is in.
 """
 
+import functools
 import sys
 from dataclasses import dataclass
 
@@ -26,8 +27,8 @@ class TileConfig:
     """One tile of (block_n tokens, block_v vocabulary entries), summed over D in steps of block_d.
 
     group_n row blocks pass over the vocabulary together, for the L2 cache; results do not depend on
-    it. The forward pass cuts the vocabulary into at most max_splits parts, a program each: enough
-    to fill a GPU with a thousand tokens, few enough that merging them costs nothing.
+    it. The forward pass cuts the vocabulary into at most max_splits parts, a program each:
+    `split_vocabulary` says into how many.
 
     descriptors: the operands are fetched through tensor descriptors (TMA), which takes hidden
     states and a weight whose rows begin at multiples of 16 bytes.
@@ -42,7 +43,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     group_n: int = 16
-    max_splits: int = 16
+    max_splits: int = 128
     descriptors: bool = False
     flatten: bool = False
 
@@ -113,7 +114,7 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
                     smallest_d=WIDE_FWD,
                 ),
                 Row(
-                    TileConfig(128, 128, 64, 4, 3, max_splits=32, descriptors=True),
+                    TileConfig(128, 128, 64, 4, 3, descriptors=True),
                     with_softcap=False,
                 ),
                 Row(TileConfig(128, 128, 64, 8, 4, descriptors=True)),
@@ -123,7 +124,7 @@ TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
         },
         "sm100": {
             2: (
-                Row(TileConfig(128, 128, 64, 4, 3, max_splits=32, descriptors=True)),
+                Row(TileConfig(128, 128, 64, 4, 3, descriptors=True)),
                 Row(TileConfig(128, 128, 32, 8, 3)),
             ),
             4: FP32,
@@ -225,8 +226,70 @@ def select(
     )
 
 
-def split_vocabulary(vocabulary: int, config: TileConfig) -> tuple[int, int]:
-    """(tiles of a split, number of splits): at most config.max_splits, none of them empty."""
+# --- Whole waves ----------------------------------------------------------------------------------
+#
+# A GPU runs so many programs at once, a wave. Where the last wave has a few programs only, most of
+# the GPU is idle for as long as one program takes.
+
+# Multiprocessors of the GPU that most machines of an architecture have: A100, H100 and H200, B200,
+# MI300X, MI355X. Not asked of the GPU at hand: results would depend on it.
+MULTIPROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "gfx942": 304, "gfx950": 256}
+SPLITS_ELSEWHERE = 16  # enough for a thousand tokens on any GPU
+
+# What it costs to begin a program of the forward pass, in operations that its multiprocessor could
+# have done: 2048 clocks of a Hopper. From a model of its pipeline, not measured.
+START_FLOP = 2**23
+# Row blocks, 1024 to 16384 tokens, over which a choice that must not depend on them is made.
+ROW_BLOCKS = (8, 16, 32, 64, 128)
+
+
+def programs_at_once(architecture: str, itemsize: int, config: TileConfig) -> int | None:
+    """How many programs of a GEMM kernel a GPU runs at once; None of an unknown architecture.
+
+    itemsize: bytes of an operand's element. Eight warps take all registers of a multiprocessor.
+    """
+    if architecture not in MULTIPROCESSORS:
+        return None
+    by_memory = SHARED_BYTES[architecture] // config.shared_bytes(itemsize)
+    return MULTIPROCESSORS[architecture] * max(1, min(by_memory, 8 // config.num_warps))
+
+
+@functools.cache
+def split_vocabulary(
+    vocabulary: int, hidden_size: int, config: TileConfig, at_once: int | None
+) -> tuple[int, int]:
+    """(tiles of a split, number of splits): at most config.max_splits, none of them empty.
+
+    at_once: `programs_at_once`. The split whose waves are fullest, on average over ROW_BLOCKS: many
+    short programs leave less of the last wave empty, and each costs START_FLOP. Of equally good
+    ones the fewest splits.
+    """
     num_tiles = -(-vocabulary // config.block_v)
-    tiles_per_split = -(-num_tiles // config.max_splits)
+    fewest_tiles = -(-num_tiles // config.max_splits)
+    if at_once is None:
+        tiles_per_split = -(-num_tiles // min(config.max_splits, SPLITS_ELSEWHERE))
+        return tiles_per_split, -(-num_tiles // tiles_per_split)
+    start = START_FLOP / (2 * config.block_n * config.block_v * hidden_size)  # in tiles
+
+    def time(tiles_per_split: int) -> float:
+        """The sum over ROW_BLOCKS of the time over that of a GPU without an idle moment."""
+        num_splits = -(-num_tiles // tiles_per_split)
+        waves = (-(-blocks * num_splits // at_once) / blocks for blocks in ROW_BLOCKS)
+        return sum(waves) * (tiles_per_split + start)
+
+    tiles_per_split = min(range(num_tiles, fewest_tiles - 1, -1), key=time)
     return tiles_per_split, -(-num_tiles // tiles_per_split)
+
+
+def whole_waves(num_tiles: int, row_blocks: int, most: int, at_once: int) -> int:
+    """Tiles of columns in a chunk, 31/32 of `most` or more: those with the fewest waves.
+
+    A chunk is a launch with a program for each of its tiles in each of row_blocks, and num_tiles
+    are cut into chunks. Of equally good sizes the largest.
+    """
+
+    def waves(size: int) -> int:
+        chunks, rest = divmod(num_tiles, size)
+        return chunks * -(-size * row_blocks // at_once) + -(-rest * row_blocks // at_once)
+
+    return min(range(most, most - most // 32 - 1, -1), key=waves)

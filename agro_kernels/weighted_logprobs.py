@@ -39,6 +39,8 @@ def weighted_logprob_sum(
             another order than in the pass for lse: with round_logits one in some 10^5 comes out as
             the neighbouring number of that dtype.)
         round_logits, kept_ids: as linear_logprobs.
+        compact: as linear_logprobs. False where few coefficients are 0: their rows are then in the
+            products, too.
         weight_grad, shards: as linear_logprobs.
         keep_logits_bytes: as linear_logprobs. With lse nothing is kept: no pass makes logits before
             the backward pass does.

@@ -143,9 +143,14 @@ def _excluded(kept: Tensor, entries: slice) -> Tensor:
     return ((bits & 1) == 0).flatten(1)[:, columns]
 
 
+def sums_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the computation."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
 def upcast(head: Head) -> Head:
     """With hidden and token_temperature in the dtype of the computation, fp32 or float64."""
-    dtype = torch.float64 if head.hidden.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(head.hidden)
     temperatures = head.token_temperature
     return head._replace(
         hidden=head.hidden.to(dtype),
@@ -357,19 +362,20 @@ def mean_logits(head: Head) -> Tensor:
     It is the logit of the mean row of the weight, 2 N D operations, unless something comes between
     the product and the sum: a softcap or a rounding, with which it is another pass.
     """
-    rows = counted_rows(head, head.counted())
-    counted = upcast(rows.head)
-    dtype, v = counted.hidden.dtype, head.weight.shape[0]
+    dtype, v = sums_dtype(head.hidden), head.weight.shape[0]
     if head.softcap > 0.0 or head.round_logits is not None:
+        rows = counted_rows(head, head.counted())
+        counted = upcast(rows.head)
         sums = counted.hidden.new_zeros(counted.targets.shape)
         for tile in tiles(counted):
             sums[tile.rows] += tile.logits.sum(1)
         return rows.put_back(sums / v)
-    means = (counted.hidden * head.weight.mean(0, dtype=dtype)).sum(1)
+    means = (head.hidden.to(dtype) * head.weight.mean(0, dtype=dtype)).sum(1)
     if head.bias is not None:
         means = means + head.bias.mean(dtype=dtype)
-    temperatures = counted.token_temperature
-    return rows.put_back(means / (head.temperature if temperatures is None else temperatures))
+    temperatures = head.token_temperature
+    means = means / (head.temperature if temperatures is None else temperatures.to(dtype))
+    return means.where(head.counted(), 0.0)
 
 
 def _overwrite(dz: Tensor, tile: Tile, known: KnownEntries) -> None:
@@ -394,8 +400,8 @@ def many_target_logprobs(head: Head, targets: Tensor, lse: Tensor) -> tuple[Tens
     """(logits, logits - lse) of targets (N, K), (N, K) each: N K D operations.
 
     The head's own targets are not looked at. Logits are those after softcap and temperature; of an
-    id that the sampler did not keep the second is -inf, of one outside the vocabulary NaN, and of
-    an ignored one 0.
+    id that the sampler did not keep the second is -inf, of one outside the vocabulary NaN; of an
+    ignored one both are 0, whatever its token's hidden states hold.
     """
     dtype, v, (n, k) = lse.dtype, head.weight.shape[0], targets.shape
     inside = (targets >= 0) & (targets < v)
@@ -422,4 +428,5 @@ def many_target_logprobs(head: Head, targets: Tensor, lse: Tensor) -> tuple[Tens
         words = head.kept.gather(1, ids // 32)
         allowed = logits.where((words >> (ids % 32)) & 1 != 0, -torch.inf)
     logprobs = (allowed - lse.unsqueeze(1)).where(inside, torch.nan)
-    return logits, logprobs.where(targets != head.ignore_index, 0.0)
+    counted = targets != head.ignore_index
+    return logits.where(counted, 0.0), logprobs.where(counted, 0.0)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agro_kernels._triton.launch import contiguous
 from agro_kernels.agro_options import AgroOptions
 
 BLOCK_T = 1024
@@ -400,7 +401,7 @@ def agro_loss_fwd(
                 logprobs_ptr=logprobs.contiguous(),
                 ref_logprobs_ptr=ref_logprobs.contiguous(),
                 cu_seqlens_ptr=cu_seqlens.contiguous(),
-                sampling_logprobs_ptr=_contiguous(sampled),
+                sampling_logprobs_ptr=contiguous(sampled),
                 log_ratios_ptr=log_ratios,
                 sampler_log_ratios_ptr=sampler_log_ratios,
                 num_tokens=logprobs.shape[0],
@@ -476,9 +477,9 @@ def _from_log_ratios(
             group_statistics_kernel[(triton.cdiv(num_sequences, BLOCK_I),)](
                 **rows,
                 groups_ptr=groups.contiguous(),
-                on_policy_ptr=_contiguous(options.on_policy),
-                weights_ptr=_contiguous(options.importance_weights),
-                row_taper_ptr=_contiguous(row_taper),
+                on_policy_ptr=contiguous(options.on_policy),
+                weights_ptr=contiguous(options.importance_weights),
+                row_taper_ptr=contiguous(row_taper),
                 num_sequences=num_sequences,
                 beta=options.beta,
                 lr_weight=options.lr_weight,
@@ -503,7 +504,3 @@ def _from_log_ratios(
             BLOCK_B=BLOCK_B,
         )
     return coefficients, loss, moments, counts
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from agro_kernels import tiles as configs
 from agro_kernels._triton.gemm import add_product, rounded_product
-from agro_kernels._triton.launch import gemm_arguments, kept_arguments, select_config
+from agro_kernels._triton.launch import (
+    gemm_arguments,
+    kept_arguments,
+    kept_of_rows,
+    programs_at_once,
+    select_config,
+)
 from agro_kernels._triton.primitives import (
     BANNED,
     LOG2E,
@@ -33,14 +39,16 @@ from agro_kernels.many_targets import KnownEntries
 
 # Largest size in bytes of a chunk of the logits' gradient, which has at least one tile of columns.
 # Larger is faster: each chunk of columns reads and writes the fp32 dhidden.
-DLOGITS_CHUNK_BYTES = 512 * 2**20
+# With COLUMN_CHUNK: chunks of 33 tiles of 256 columns, or twice or four times as many, are whole
+# waves of the 132 multiprocessors of a Hopper for every number of tokens that 512 divides.
+DLOGITS_CHUNK_BYTES = 528 * 2**20
 
 # Most tokens of a chunk. With 16-bit operands that leaves 8192 columns, a shape at which both GEMMs
 # are efficient: the one that sums over columns and the one that sums over tokens.
 TOKEN_CHUNK = 32768
 
-# Most columns of a chunk. It bounds the fp32 sum of the chunk's dweight: 512 MB where D is 4096.
-COLUMN_CHUNK = 32768
+# Most columns of a chunk. It bounds the fp32 sum of the chunk's dweight: 554 MB where D is 4096.
+COLUMN_CHUNK = 33792
 
 # fp16 gradients are scaled by a power of two so that they do not underflow: the largest gradient of
 # a logprob becomes this in absolute value. The entropy's gradient is at most some ten times larger,
@@ -275,7 +283,9 @@ def head_gradients(
             known = known._replace(values=known.values * scale)
 
     config = select_config("linear_logprobs_bwd", head)
-    rows_per_chunk, columns_per_chunk = chunk_shape(N, V, hidden.element_size(), config)
+    rows_per_chunk, columns_per_chunk = chunk_shape(
+        N, V, hidden.element_size(), config, programs_at_once(config, hidden)
+    )
     row_chunks = _row_chunks(upstream, head, config, rows_per_chunk)
     kept_columns = 0 if kept_logits is None else kept_logits.columns
     dlogits_buffer = hidden.new_empty(rows_per_chunk, columns_per_chunk)
@@ -349,10 +359,7 @@ def _kept_arguments(
     rows: slice,
 ) -> dict[str, object]:
     """The kernel's arguments for some rows whose logits were kept: no product, no operands."""
-    if kept_logits is not None and kept_rows is None:
-        kept_logits = KeptLogits(*(tensor[rows] for tensor in kept_logits))
-    of_rows = None if kept_rows is None else kept_rows[rows]
-    return kept_arguments(kept_logits, of_rows) | {
+    return kept_arguments(*kept_of_rows(kept_logits, kept_rows, rows)) | {
         "hidden": None,
         "weight": None,
         "bias_ptr": None,
@@ -449,15 +456,28 @@ class _WeightSum:
 
 
 def chunk_shape(
-    num_tokens: int, vocabulary: int, itemsize: int, config: configs.TileConfig
+    num_tokens: int,
+    vocabulary: int,
+    itemsize: int,
+    config: configs.TileConfig,
+    at_once: int | None,
 ) -> tuple[int, int]:
-    """(rows, columns) of the logits' gradient that are made at a time, both of whole tiles."""
+    """(rows, columns) of the logits' gradient that are made at a time, both of whole tiles.
+
+    at_once: programs that the GPU runs at once, if known: then the columns are whole waves, as far
+    as that is possible.
+    """
     num_chunks = triton.cdiv(num_tokens, TOKEN_CHUNK)
     rows = triton.cdiv(num_tokens, num_chunks * config.block_n) * config.block_n
     rows = min(rows, num_tokens)
     columns = min(DLOGITS_CHUNK_BYTES // (rows * itemsize), COLUMN_CHUNK)
-    columns = max(columns // config.block_v, 1) * config.block_v
-    return rows, min(columns, triton.cdiv(vocabulary, config.block_v) * config.block_v)
+    most = max(columns // config.block_v, 1)
+    num_tiles = triton.cdiv(vocabulary, config.block_v)
+    if most >= num_tiles:
+        return rows, num_tiles * config.block_v
+    if at_once is not None:
+        most = configs.whole_waves(num_tiles, triton.cdiv(rows, config.block_n), most, at_once)
+    return rows, most * config.block_v
 
 
 def _fp16_scale(gradients: list[Tensor], head: Head, known: KnownEntries | None) -> Tensor:

@@ -17,11 +17,15 @@ ROUNDED = {None: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 def gather_counted(head: Head, counted: Tensor) -> CountedRows:
     """The rows of the (N,) bool mask `counted`, with a contiguous bias.
 
-    A CUDA graph that is being captured cannot wait for their number: there all rows stay.
+    A CUDA graph that is being captured cannot wait for their number: there all rows stay, as they
+    do in a head without `compact`.
     """
-    bias = None if head.bias is None else head.bias.contiguous()
-    wait = waiting_is_possible(head.hidden.device)
-    return counted_rows(head._replace(bias=bias), counted, wait=wait)
+    wait = head.compact and waiting_is_possible(head.hidden.device)
+    return counted_rows(head._replace(bias=contiguous(head.bias)), counted, wait=wait)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def waiting_is_possible(device: torch.device) -> bool:
@@ -40,6 +44,11 @@ def select_config(kernel: str, head: Head) -> configs.TileConfig:
         softcap=head.softcap > 0,
         rounds=head.round_logits is not None,
     )
+
+
+def programs_at_once(config: configs.TileConfig, hidden: Tensor) -> int | None:
+    """Of a GEMM kernel on the GPU of these hidden states; None where that is not known."""
+    return configs.programs_at_once(architecture(hidden.device), hidden.element_size(), config)
 
 
 def takes_aligned_rows(head: Head) -> bool:
@@ -104,6 +113,15 @@ def gemm_arguments(config: configs.TileConfig, head: Head) -> dict[str, object]:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+
+
+def kept_of_rows(
+    kept_logits: KeptLogits | None, kept_rows: Tensor | None, rows: slice
+) -> tuple[KeptLogits | None, Tensor | None]:
+    """Both for some of the tokens; kept_rows as kept_arguments takes it."""
+    if kept_logits is not None and kept_rows is None:
+        kept_logits = KeptLogits(*(tensor[rows] for tensor in kept_logits))
+    return kept_logits, None if kept_rows is None else kept_rows[rows]
 
 
 def kept_arguments(kept_logits: KeptLogits | None, kept_rows: Tensor | None) -> dict[str, object]:

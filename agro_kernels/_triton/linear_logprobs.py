@@ -18,6 +18,8 @@ from agro_kernels._triton.launch import (
     gather_counted,
     gemm_arguments,
     kept_arguments,
+    kept_of_rows,
+    programs_at_once,
     select_config,
 )
 from agro_kernels._triton.primitives import (
@@ -32,7 +34,11 @@ from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import LOWEST, KeptLogits
 from agro_kernels.many_targets import KnownEntries
 
-MERGE_BLOCK_N = 128  # rows of one program that merges splits; results do not depend on it
+MERGE_BLOCK_N = 16  # rows of one program that merges splits; results do not depend on it
+
+# Most tokens of a launch, which has two or three numbers a token and split of the vocabulary: 25 MB
+# for 128 splits. A multiple of every tile, so results do not depend on it.
+TOKEN_CHUNK = 16384
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -209,34 +215,33 @@ def linear_logprobs_fwd_merge_kernel(
     temperature,
     ignore_index,
     # constants
+    BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Merge the splits' (m, s, e) in their order, by the recurrence of the GEMM kernel; to nats.
+    """Merge the splits' (m, s, e), all at once, by the recurrence of the GEMM kernel; to nats.
 
     lse = m / temperature + ln s, logprob = (target logit - m) / temperature - ln s,
     entropy = ln s - ln(2) e / s. A row whose every token is banned gives lse -inf, else NaN.
+    BLOCK_S is num_splits or more.
     """
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     temperatures = tl.full((BLOCK_N,), 1.0, tl.float32) * temperature
     if token_temperature_ptr is not None:
         temperatures = tl.load(token_temperature_ptr + offs_n, mask=mask_n, other=1.0)
-    m = tl.full((BLOCK_N,), BANNED, tl.float32)
-    s = tl.zeros((BLOCK_N,), tl.float32)
-    e = tl.zeros((BLOCK_N,), tl.float32)
-    for i_split in range(num_splits):
-        offs = tl.cast(i_split, tl.int64) * N + offs_n
-        m_split = tl.load(max_ptr + offs, mask=mask_n, other=0.0)
-        s_split = tl.load(sum_ptr + offs, mask=mask_n, other=1.0)
-        m_new = tl.maximum(m, m_split)
-        change = (m - m_new) / temperatures * LOG2E
-        change_split = (m_split - m_new) / temperatures * LOG2E
-        if moment_ptr is not None:
-            e_split = tl.load(moment_ptr + offs, mask=mask_n, other=0.0)
-            e = (e + change * s) * tl.exp2(change)
-            e += (e_split + change_split * s_split) * tl.exp2(change_split)
-        s = s * tl.exp2(change) + s_split * tl.exp2(change_split)
-        m = m_new
+    splits = tl.arange(0, BLOCK_S)
+    offs = splits[:, None].to(tl.int64) * N + offs_n[None, :]
+    mask = (splits < num_splits)[:, None] & mask_n[None, :]
+    m_split = tl.load(max_ptr + offs, mask=mask, other=BANNED)
+    s_split = tl.load(sum_ptr + offs, mask=mask, other=0.0)
+    m = tl.max(m_split, axis=0)
+    change = (m_split - m[None, :]) / temperatures[None, :] * LOG2E
+    s = tl.sum(tl.where(mask, s_split * tl.exp2(change), 0.0), axis=0)
+    s = tl.where(mask_n, s, 1.0)
+    if moment_ptr is not None:
+        e_split = tl.load(moment_ptr + offs, mask=mask, other=0.0)
+        e_split = (e_split + change * s_split) * tl.exp2(change)
+        e = tl.sum(tl.where(mask, e_split, 0.0), axis=0)
 
     log_s = tl.log2(s) * LN2
     all_banned = (m <= BANNED) & (s == s)  # a NaN logit does not change m, but makes s NaN
@@ -283,14 +288,46 @@ def _statistics(
     if N == 0:
         return logprobs, lse, entropy
     config = select_config("linear_logprobs_fwd", head)
-    tiles_per_split, num_splits = configs.split_vocabulary(V, config)
-    partials = hidden.new_empty((3 if with_entropy else 2, num_splits, N), dtype=torch.float32)
+    split = configs.split_vocabulary(V, hidden.shape[1], config, programs_at_once(config, hidden))
+    size = min(N, TOKEN_CHUNK)
+    partials = hidden.new_empty((3 if with_entropy else 2) * split[1] * size, dtype=torch.float32)
+    # No program finds a target outside the vocabulary: its logit and its logprob stay NaN.
+    target_logits = hidden.new_full((N,), float("nan"), dtype=torch.float32)
+    for start in range(0, N, TOKEN_CHUNK):
+        rows = slice(start, min(start + TOKEN_CHUNK, N))
+        n = rows.stop - start
+        of_splits = partials[: partials.shape[0] // size * n].view(-1, split[1], n)
+        results = {
+            "logprobs_ptr": logprobs[rows],
+            "lse_ptr": lse[rows],
+            "entropy_ptr": entropy[rows] if with_entropy else None,
+        }
+        kept = kept_of_rows(kept_logits, kept_rows, rows)
+        _launch(config, split, head.part(rows), of_splits, target_logits[rows], results, *kept)
+    return logprobs, lse, entropy
+
+
+def _launch(
+    config: configs.TileConfig,
+    split: tuple[int, int],
+    head: Head,
+    partials: Tensor,
+    target_logits: Tensor,
+    results: dict[str, Tensor | None],
+    kept_logits: KeptLogits | None,
+    kept_rows: Tensor | None,
+) -> None:
+    """Both kernels for some tokens: partials (2 or 3, splits, N), target_logits (N,) NaN so far.
+
+    split: (tiles of a split, number of splits). results: the merge kernel's arguments.
+    """
+    hidden, (tiles_per_split, num_splits) = head.hidden, split
+    N = hidden.shape[0]
     statistics = {
         "max_ptr": partials[0],
         "sum_ptr": partials[1],
-        "moment_ptr": partials[2] if with_entropy else None,
-        # No program finds a target outside the vocabulary: its logit and its logprob stay NaN.
-        "target_logit_ptr": hidden.new_full((N,), float("nan"), dtype=torch.float32),
+        "moment_ptr": partials[2] if partials.shape[0] > 2 else None,
+        "target_logit_ptr": target_logits,
     }
     with torch.cuda.device_of(hidden):
         linear_logprobs_fwd_kernel[(triton.cdiv(N, config.block_n) * num_splits,)](
@@ -307,17 +344,15 @@ def _statistics(
             **statistics,
             targets_ptr=head.targets,
             token_temperature_ptr=head.token_temperature,
-            logprobs_ptr=logprobs,
-            lse_ptr=lse,
-            entropy_ptr=entropy if with_entropy else None,
+            **results,
             N=N,
             num_splits=num_splits,
             temperature=head.temperature,
             ignore_index=head.ignore_index,
+            BLOCK_S=triton.next_power_of_2(num_splits),
             BLOCK_N=MERGE_BLOCK_N,
-            num_warps=4,
+            num_warps=8,
         )
-    return logprobs, lse, entropy
 
 
 def linear_logprobs_bwd(

@@ -80,10 +80,17 @@ def without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def serve_everywhere(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Gives the op `name(head, ...)` one implementation for all devices, `kernel`, and its shapes,
-    `fake`."""
+def serve_everywhere(
+    name: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    on_gpu: Callable[..., Any] | None = None,
+) -> None:
+    """Gives the op `name(head, ...)` one implementation for all devices, `kernel`, or another one
+    on GPUs, and its shapes, `fake`."""
     library.impl(name, without_autocast(with_head(kernel)), "CompositeExplicitAutograd")
+    if on_gpu is not None:
+        library.impl(name, without_autocast(with_head(on_gpu)), "CUDA")
     torch.library.register_fake(f"agro::{name}", with_head(fake), lib=library)
 
 

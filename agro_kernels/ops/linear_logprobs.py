@@ -265,6 +265,7 @@ serve_everywhere(
     "target_logprobs",
     with_numbers(torch_linear_logprobs.target_logprobs),
     _target_logprobs_fake,
+    with_numbers(triton_if_possible("target_logprobs", "target_logprobs", torch_linear_logprobs)),
 )
 for _name, _fake in (
     ("linear_logprobs_fwd", with_head(_linear_logprobs_fwd_fake)),

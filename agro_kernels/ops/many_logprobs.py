@@ -13,7 +13,7 @@ from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
 from agro_kernels.head import HEAD_SCHEMA, Head, Upstream
 from agro_kernels.many_targets import ManyTargets, check_ids, of_tokens, upstream_and_entries
 from agro_kernels.ops.derivatives import differentiable_once
-from agro_kernels.ops.dispatch import library, results_dtype, serve_everywhere
+from agro_kernels.ops.dispatch import library, results_dtype, serve_everywhere, triton_if_possible
 from agro_kernels.ops.linear_logprobs import (
     input_gradients,
     of_entropy,
@@ -22,6 +22,7 @@ from agro_kernels.ops.linear_logprobs import (
     saved_many,
 )
 
+_with_triton = triton_if_possible("many_target_logprobs", "target_logprobs", torch_linear_logprobs)
 library.define(
     f"many_logprobs_fwd({HEAD_SCHEMA}, Tensor ids, bool with_entropy, int keep_logits_bytes=0) -> "
     "(Tensor logprobs, Tensor lse, Tensor entropy, Tensor logits, Tensor kept_logits, "
@@ -43,10 +44,10 @@ def _many_logprobs_fwd(
 
 def target_logprobs_of(head: Head, ids: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """(logits, logprobs) of ids (N, K), (N, K) each, with lse (N,)."""
-    counted = (ids != head.ignore_index).any(1)
-    # What the others hold is never read: a NaN would stay one in a product with 0.
-    head = head._replace(hidden=head.hidden.masked_fill(~counted.unsqueeze(1), 0.0))
-    return torch_linear_logprobs.many_target_logprobs(head, ids, lse)
+    function = torch_linear_logprobs.many_target_logprobs
+    if ids.device.type == "cuda":
+        function = _with_triton
+    return function(head, ids, lse)
 
 
 def _many_logprobs_fwd_fake(

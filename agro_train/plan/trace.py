@@ -32,7 +32,9 @@ from agro_train.types import MicroBatch
 
 PLANNED = "agro_planned"  # our name among transformers' attentions; theirs ask for a package
 # The head's own buffers: agro_kernels._triton.head_gradients and csrc/README.md say why.
-DLOGITS_BYTES, CHUNK = 512 * 2**20, 32768
+DLOGITS_BYTES, TOKEN_CHUNK, COLUMN_CHUNK = 528 * 2**20, 32768, 33792
+# The statistics of a token and part of the vocabulary: numbers of 4 bytes, 3 for each of 128 parts.
+FORWARD_CHUNK, FORWARD_BYTES = 16384, 12 * 128
 CPU_CHUNK, CPU_SUMS = 2048, 4
 
 
@@ -235,11 +237,11 @@ def head_buffers(func: Any, args: Any, machine: Machine, *, in_place: bool) -> f
         # Hidden packed once or twice, and the sums of its gradient that threads share.
         return 4.0 * rows * size * (1 + wants_weight + min(torch.get_num_threads(), CPU_SUMS))
     if not backward:
-        return 64.0 * rows  # a few statistics a row and part of the vocabulary
-    at_once = min(rows, CHUNK)
-    columns = min(DLOGITS_BYTES // (at_once * itemsize), CHUNK, len(weight))
+        return FORWARD_BYTES * min(rows, FORWARD_CHUNK) + 16.0 * rows
+    at_once = min(rows, TOKEN_CHUNK)
+    columns = min(DLOGITS_BYTES // (at_once * itemsize), COLUMN_CHUNK, len(weight))
     # The sum of one chunk of tokens is rounded by its product; those of several add up in fp32.
-    summed = wants_weight and not in_place and itemsize < 4 and rows > CHUNK
+    summed = wants_weight and not in_place and itemsize < 4 and rows > TOKEN_CHUNK
     sums = 4 * columns * size if summed else 0
     rounded = 4 * rows * size if itemsize < 4 else 0
     return float(at_once * columns * itemsize + rounded + sums)

@@ -149,7 +149,7 @@ def variations(kernel: str, architecture: str, tile: TileConfig) -> list[TileCon
     """The tile in other orders over the vocabulary, and with one loop in place of two or the other
     way round; only the forward pass has these choices and splits the vocabulary."""
     groups, splits = (
-        ((2,), (2,)) if architecture == "interpreter" else ((4, 8, 16, 32), (8, 16, 32))
+        ((2,), (2,)) if architecture == "interpreter" else ((4, 8, 16, 32), (16, 32, 64, 128))
     )
     if kernel != "linear_logprobs_fwd":
         splits = (tile.max_splits,)

@@ -21,6 +21,8 @@ LOOKS = {
     "trl_selective": (style.PURPLE, "-"),
     "trl_chunked": (style.PURPLE, "--"),
     "liger_chunked": (style.GREEN, "-"),
+    "liger_scaled": (style.GREEN, "--"),
+    "quack": (style.SKY, "--"),
     "cce": (style.VERMILLION, "-"),
     "cce_torch_compile": (style.VERMILLION, "--"),
 }

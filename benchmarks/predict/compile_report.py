@@ -42,6 +42,7 @@ from agro_kernels._triton import (
     launch,
     linear_logprobs,
     selective_logprobs,
+    target_logprobs,
 )
 from agro_kernels.agro_options import AgroOptions
 from agro_kernels.head import Head, Upstream
@@ -103,6 +104,8 @@ BWD_CALLS = {
     "dlogprobs kept": frozenset({"dlogprobs", "kept"}),
     "dlogprobs, all but softcap": EXTRAS | {"dlogprobs"},
     "dlogprobs, everything": EVERYTHING | {"dlogprobs"},
+    "smoothed": frozenset({"dlogprobs", "dlse", "dsum"}),
+    "smoothed, everything": EVERYTHING | {"dlogprobs", "dlse", "dsum"},
     "keep": frozenset({"dlogprobs", "dentropy", "keep"}),
     "keep ragged": frozenset({"dlogprobs", "dlse", "dentropy", "token_temperature"})
     | {"keep", "ragged"},
@@ -124,7 +127,7 @@ class Case:
 
     @property
     def tile(self) -> str:
-        if "BLOCK_D" not in self.constants:
+        if not {"BLOCK_N", "BLOCK_V", "BLOCK_D"} <= self.constants.keys():
             return "-"
         blocks = "x".join(str(self.constants[f"BLOCK_{letter}"]) for letter in "NVD")
         return f"{blocks} {self.options['num_warps']} {self.options['num_stages']}"
@@ -257,6 +260,7 @@ def head_cases(target: str, quick: bool) -> list[Case]:
                     dentropy=per_token if "dentropy" in call else None,
                     lse=per_token,
                     entropy=per_token if "dentropy" in call else None,
+                    dsum=per_token if "dsum" in call else None,
                 )
                 head_gradients.head_gradients(
                     upstream, head, [True, True, False], None, *kept_of(call, head)
@@ -365,10 +369,34 @@ def known_entries_cases() -> list[Case]:
     return cases
 
 
+def target_logprobs_cases() -> list[Case]:
+    """The kernel of the logits of given ids, with every option and with none, for each dtype."""
+    cases = []
+    for dtype, (name, call) in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32),
+        {"everything": EVERYTHING, "logprobs": frozenset[str]()}.items(),
+    ):
+        head, lse = (
+            head_of(call, dtype, HIDDEN_SIZES[0], True),
+            torch.empty(NUM_TOKENS, device="meta"),
+        )
+        with contextlib.ExitStack() as stack:
+            recorder = replaced_kernels(target_logprobs, stack)["target_logprobs_kernel"]
+            if call:
+                ids = torch.empty(NUM_TOKENS, 32, dtype=torch.int64, device="meta")
+                target_logprobs.many_target_logprobs(head, ids, lse)
+            else:
+                target_logprobs.target_logprobs(head, lse)
+        name = f"target_logprobs_kernel {name} {canonicalize_dtype(dtype)}"
+        cases.append(case_of(name, recorder.kernel, recorder.launches[0]))
+    return cases
+
+
 def other_cases() -> list[Case]:
     """The kernels beside the head's two, of agro_loss and of selective_logprobs."""
     return (
         known_entries_cases()
+        + target_logprobs_cases()
         + agro_cases()
         + [
             Case(name, kernel, signature, constants, frozenset(), {})

@@ -44,6 +44,7 @@ from matplotlib.figure import Figure
 from agro_kernels import tiles
 from agro_kernels._triton.head_gradients import chunk_shape
 from agro_train.watch import style
+from agro_kernels._triton.linear_logprobs import TOKEN_CHUNK
 from benchmarks.head.providers.base import FORM_GEMMS, FORMS
 from benchmarks.measure.rows import RESULTS
 from benchmarks.measure.shapes import GPU_HEADS, GPU_TOKENS, HEADS, Shape
@@ -172,9 +173,15 @@ def fused_forward(shape: Shape, architecture: str) -> list[Kernel]:
 
 def statistics_bytes(shape: Shape, architecture: str) -> int:
     """Of the maximum and the sum of each token and split of V, and its target's logit."""
+    return FP32 * (splits_numbers(shape, architecture) + 1) * shape.tokens
+
+
+def splits_numbers(shape: Shape, architecture: str) -> int:
+    """Of a token: two for each split of the vocabulary."""
     tile = tile_of("linear_logprobs_fwd", shape, architecture)
-    _, splits = tiles.split_vocabulary(shape.head.vocabulary, tile)
-    return FP32 * (2 * splits + 1) * shape.tokens
+    at_once = tiles.programs_at_once(architecture, BF16, tile)
+    head = shape.head
+    return 2 * tiles.split_vocabulary(head.vocabulary, head.hidden_size, tile, at_once)[1]
 
 
 def tile_of(kernel: str, shape: Shape, architecture: str) -> tiles.TileConfig:
@@ -199,12 +206,11 @@ def fused_gradients(shape: Shape, architecture: str) -> list[Kernel]:
             + FP32 * 2 * chunks_v * hidden
             + (FP32 + BF16) * hidden,
         ),
-        gemm(  # added to an fp32 (chunk, D) for each token chunk, rounded in the end
+        gemm(  # rounded at once; of several token chunks, added to an fp32 (chunk, D) for each
             "dweight",
             shape,
-            BF16 * (logits + chunks_v * hidden)
-            + FP32 * 2 * chunks_n * weight
-            + (FP32 + BF16) * weight,
+            BF16 * (logits + chunks_v * hidden + weight)
+            + (chunks_n > 1) * FP32 * (2 * chunks_n + 1) * weight,
         ),
     ]
 
@@ -212,7 +218,8 @@ def fused_gradients(shape: Shape, architecture: str) -> list[Kernel]:
 def dlogits_chunk(shape: Shape, architecture: str) -> tuple[int, int]:
     """(tokens, vocabulary entries) of a chunk of the gradient of the logits."""
     tile = tile_of("linear_logprobs_bwd", shape, architecture)
-    return chunk_shape(shape.tokens, shape.head.vocabulary, BF16, tile)
+    at_once = tiles.programs_at_once(architecture, BF16, tile)
+    return chunk_shape(shape.tokens, shape.head.vocabulary, BF16, tile, at_once)
 
 
 def materialised_forward(shape: Shape) -> list[Kernel]:
@@ -257,9 +264,11 @@ def extra_bytes(implementation: str, form: str, shape: Shape, architecture: str)
         alive = (2 if form == "forward" else 3) + bool(shape.head.softcap)
         return FP32 * alive * logits
     if form == "forward":
-        return statistics_bytes(shape, architecture)
+        at_once = min(shape.tokens, TOKEN_CHUNK)
+        return FP32 * (splits_numbers(shape, architecture) * at_once + shape.tokens)
     chunk_n, chunk_v = dlogits_chunk(shape, architecture)
-    weight_sums = FP32 * chunk_v * shape.head.hidden_size if "dweight" in FORM_GEMMS[form] else 0
+    summed = "dweight" in FORM_GEMMS[form] and chunk_n < shape.tokens
+    weight_sums = FP32 * chunk_v * shape.head.hidden_size if summed else 0
     lse = 0 if form == "known_coefficients" else FP32 * shape.tokens
     return BF16 * chunk_n * chunk_v + FP32 * hidden + weight_sums + lse
 

@@ -90,7 +90,7 @@ def test_bytes_and_exponentials_by_hand() -> None:
     assert fused["dlogits"].bytes == 2 * (hidden + weight + logits)
     assert fused["dlogits"].exps == fused["logprobs"].exps == logits
     assert fused["dhidden"].bytes == 2 * (logits + weight) + 4 * 2 * hidden + (4 + 2) * hidden
-    assert fused["dweight"].bytes == 2 * (logits + hidden) + 4 * 2 * weight + (4 + 2) * weight
+    assert fused["dweight"].bytes == 2 * (logits + hidden + weight)
     capped = Shape("tiny", 10, Head("tiny", 8, 100, softcap=30.0))
     assert named("fused", "forward", capped)["logprobs"].exps == 3 * logits
 
@@ -148,12 +148,14 @@ def test_fused_forward_memory_is_what_the_launcher_allocates() -> None:
 
 
 def test_fused_memory_of_llama_by_hand() -> None:
-    # 512 MiB of logits' gradient are 32768 columns of 8192 tokens; their fp32 sums; fp32 dhidden.
-    chunk, sums, dhidden, lse = 512 * 2**20, 4 * 32768 * 4096, 4 * 8192 * 4096, 4 * 8192
+    # 528 MiB of logits' gradient are 33792 columns of 8192 tokens; fp32 dhidden.
+    chunk, dhidden, lse = 528 * 2**20, 4 * 8192 * 4096, 4 * 8192
     found = {form: extra_bytes("fused", form, LLAMA, "sm90") for form in FORMS}
-    assert found["forward_backward"] == chunk + sums + dhidden + lse
-    assert found["frozen_weight"] == chunk + dhidden + lse
-    assert found["known_coefficients"] == chunk + sums + dhidden
+    assert found["forward_backward"] == found["frozen_weight"] == chunk + dhidden + lse
+    assert found["known_coefficients"] == chunk + dhidden
+    # Two chunks of tokens, each of 8448 columns: the weight's gradient is summed in fp32.
+    many = extra_bytes("fused", "known_coefficients", replace(LLAMA, tokens=65536), "sm90")
+    assert many == chunk + 8 * dhidden + 4 * 8448 * 4096
 
 
 def test_fused_memory_does_not_grow_with_the_logits() -> None:

@@ -219,7 +219,6 @@ WITHOUT_A_CUDA_KERNEL = {
     "selective_stats_bwd",
     "selective_stats_fwd",
     "smoothed_logprobs_fwd",
-    "target_logprobs",
 }
 
 

@@ -45,6 +45,7 @@ def dtype_id(dtype: torch.dtype) -> str:
 def several_chunks(set_sizes: SetSizes) -> None:
     """Of 16 rows by 32 fp32 columns."""
     set_sizes(head_gradients, DLOGITS_CHUNK_BYTES=2100, TOKEN_CHUNK=16)
+    set_sizes(kernels, TOKEN_CHUNK=16)
 
 
 def token_temperatures(n: int) -> Tensor:
@@ -557,14 +558,15 @@ def test_no_product_for_a_gradient_nobody_asked_for(
         assert torch.equal(our, whole) if asked else our.shape == (0,)
 
 
+@pytest.mark.parametrize("at_once", [None, 132])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("tokens", [1, 1000, 8192, 32768, 40000, 131072, 1000003])
 def test_chunks_are_within_their_limits(
-    tokens: int, itemsize: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, itemsize: int, at_once: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     config = configs.select("linear_logprobs_bwd", "sm90", itemsize, 4096)
-    rows, columns = head_gradients.chunk_shape(tokens, 128256, itemsize, config)
+    rows, columns = head_gradients.chunk_shape(tokens, 128256, itemsize, config, at_once)
     assert columns <= head_gradients.COLUMN_CHUNK
     assert rows * columns * itemsize <= head_gradients.DLOGITS_CHUNK_BYTES
     assert columns % config.block_v == 0
@@ -573,6 +575,37 @@ def test_chunks_are_within_their_limits(
     # Few and large products: no chunk is narrow, and the last one of the tokens is not either.
     assert columns * itemsize >= 16384
     assert tokens % rows == 0 or tokens % rows > rows // 2
+
+
+@pytest.mark.parametrize("tiles_per_split", [1, 2, 3])
+def test_every_cut_of_the_vocabulary_matches_float64(
+    tiles_per_split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_splits = -(-3 // tiles_per_split)  # of the three tiles of 75 entries
+    monkeypatch.setattr(configs, "split_vocabulary", lambda *_: (tiles_per_split, num_splits))
+    check_forward(*case("everything", ODD, torch.bfloat16))
+
+
+def test_how_many_programs_run_at_once_does_not_change_the_weights_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of its rows is in one chunk of columns, whatever that is; dhidden's sums are others."""
+    inputs, options = case("everything", ODD, torch.bfloat16)
+    upstream = (inputs.coefficients,) * 3
+    before = backward(inputs, upstream, options)
+    asked = []
+
+    def chosen(num_tiles: int, row_blocks: int, most: int, at_once: int) -> int:
+        asked.append((num_tiles, row_blocks, most, at_once))
+        return 1
+
+    monkeypatch.setattr(configs, "whole_waves", chosen)
+    monkeypatch.setattr(head_gradients, "programs_at_once", lambda *_: 5)
+    monkeypatch.setattr(head_gradients, "DLOGITS_CHUNK_BYTES", 2 * 16 * 64)  # two tiles
+    _, dweight, dbias = backward(inputs, upstream, options)
+    assert asked == [(3, 1, 2, 5)]
+    assert torch.equal(dweight, before[1]) and torch.equal(dbias, before[2])
+    check_backward(inputs, options)
 
 
 def test_a_row_does_not_depend_on_the_batch_it_is_in() -> None:

@@ -2,7 +2,7 @@
 
 from benchmarks.head.providers.base import Provider
 from benchmarks.head.providers.cce import CutCrossEntropy, CutCrossEntropyCompiled
-from benchmarks.head.providers.liger import LigerChunked
+from benchmarks.head.providers.liger import LigerChunked, LigerScaled
 from benchmarks.head.providers.ours import (
     Ours,
     OursKeepingAll,
@@ -16,6 +16,7 @@ from benchmarks.head.providers.plain_torch import (
     TorchLinearCrossEntropy,
     TorchLinearCrossEntropyTuned,
 )
+from benchmarks.head.providers.quack import Quack
 from benchmarks.head.providers.trl import TrlChunked, TrlSelective
 
 PROVIDERS: dict[str, type[Provider]] = {
@@ -33,6 +34,8 @@ PROVIDERS: dict[str, type[Provider]] = {
         TrlSelective,
         TrlChunked,
         LigerChunked,
+        LigerScaled,
+        Quack,
         CutCrossEntropy,
         CutCrossEntropyCompiled,
     )
