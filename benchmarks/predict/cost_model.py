@@ -43,8 +43,8 @@ from matplotlib.figure import Figure
 
 from agro_kernels import tiles
 from agro_kernels._triton.head_gradients import chunk_shape
-from agro_train.watch import style
 from agro_kernels._triton.linear_logprobs import TOKEN_CHUNK
+from agro_train.watch import style
 from benchmarks.head.providers.base import FORM_GEMMS, FORMS
 from benchmarks.measure.rows import RESULTS
 from benchmarks.measure.shapes import GPU_HEADS, GPU_TOKENS, HEADS, Shape

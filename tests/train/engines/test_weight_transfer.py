@@ -189,7 +189,8 @@ def test_group_that_does_not_come_about_is_one_sentence_with_both_addresses(
     begun = time.monotonic()
     pattern = (
         rf"vllm_weight_transfer: expected the server at {two[0].url} and the trainer at "
-        r"127\.0\.0\.1:\d+ to join a group of gloo within 5 s, got .* status 500: no such backend; let "
+        r"127\.0\.0\.1:\d+ to join a group of gloo within 5 s, got .* status 500: no such "
+        r"backend; let "
     )
     with pytest.raises(BrokenEngine, match=pattern):
         Server(two[0].url, 5.0).join("gloo", CPU)
