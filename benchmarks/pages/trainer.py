@@ -137,6 +137,16 @@ def plan_apart(query: Query) -> list[float]:
     ]
 
 
+def plan_left(_: Query) -> list[float]:
+    """MB that full training takes beyond its plan, the least and the most."""
+    left = [
+        float(row["measured_mb"]) - float(row["planned_mb"])
+        for row in _rows("bench_plan")
+        if "adapter" not in row["case"]
+    ]
+    return [min(left), max(left)]
+
+
 def sharded_start(query: Query) -> list[float]:
     """MB, the most of a rank, of one `way` and one `column`."""
     (way,), (column,) = query["way"], query["column"]
@@ -216,6 +226,7 @@ NUMBERS: dict[str, Numbers] = {
     "curves.apart": curves_apart,
     "long_run.folder": folder_growth,
     "plan.apart": plan_apart,
+    "plan.left": plan_left,
     "sharded_start": sharded_start,
     "step.held": step_held,
 }
