@@ -226,6 +226,20 @@ def less_with_half(query: Query) -> list[float]:
     return [found.mean, found.half]
 
 
+def lost(query: Query) -> list[float]:
+    """`less`, as what is lost."""
+    return [-value for value in less(query)]
+
+
+def gains(query: Query) -> list[float]:
+    """From the start to the end of each seed: the least and the most that a seed gains, and the most
+    that one loses."""
+    points, curves = _runs(query)
+    found = [curves[one][-1]["eval_reward"] - curves[one][0]["eval_reward"] for one in points]
+    gained = [gain for gain in found if gain > 0]
+    return [min(gained), max(gained), -min(found)]
+
+
 def fig1_final(query: Query) -> list[float]:
     """The least of a form, of all runs."""
     (form,) = query["of"]
@@ -265,6 +279,12 @@ def math(query: Query) -> list[float]:
     return [float(rows[{"start": 0, "end": -1}[when]][measure])]
 
 
+def math_right(query: Query) -> list[float]:
+    """How many of the held-out prompts of that run were answered rightly, as it was judged then."""
+    prompts = 119
+    return [prompts * math({"measure": ["eval_accuracy"], **query})[0]]
+
+
 TABLES: Mapping[str, Table] = {
     "reproduce": language,
     "reproduce.fig1": fig1_table,
@@ -279,8 +299,11 @@ NUMBERS: Mapping[str, Numbers] = {
     "start": start,
     "less": less,
     "less.interval": less_with_half,
+    "lost": lost,
+    "gains": gains,
     "fig1.low": fig1_final,
     "landscape.speed": speed_ratio,
     "starts.below": below_half,
     "math": math,
+    "math.right": math_right,
 }
