@@ -65,6 +65,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"measure", "regression"},
         {"head"},
         {"predict", "trainer"},
+        {"pages"},
     ],
 }
 

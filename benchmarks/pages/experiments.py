@@ -232,8 +232,8 @@ def lost(query: Query) -> list[float]:
 
 
 def gains(query: Query) -> list[float]:
-    """From the start to the end of each seed: the least and the most that a seed gains, and the most
-    that one loses."""
+    """From the start to the end of each seed: the least and the most that a seed gains, and the
+    most that one loses."""
     points, curves = _runs(query)
     found = [curves[one][-1]["eval_reward"] - curves[one][0]["eval_reward"] for one in points]
     gained = [gain for gain in found if gain > 0]
@@ -264,7 +264,7 @@ def below_half(_: Query) -> list[float]:
     """Percent of a reported seed's held-out prompts whose pass rate at the start is below one half:
     the least and the most."""
     found = []
-    named, _ = runs_at("fig2")
+    named, _curves = runs_at("fig2")
     for one in next(iter(named.values())):
         rates = committed().pass_rates(one).values()
         found.append(100 * sum(rate < 0.5 for rate in rates) / len(rates))

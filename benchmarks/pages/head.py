@@ -4,7 +4,7 @@ What a marker may narrow them by, each one value or several: of a CPU `csv` (ben
 is said), `entropy` (no), `form`, `dtype`, `shape`, `provider`, `precision` of fp32, `logits` (yes:
 those that store them) and `which` (fastest: of each case, of what is left of its peers; faster:
 those that are faster than ours); of the GPU `form`, `tokens`, `provider`, `logits` and
-`which=fastest`.
+`which=fastest`. `not` leaves providers out, and some words stand for several values, see WORDS.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,15 @@ from benchmarks.head.job import FLOOR_KEPT
 from benchmarks.head.providers.registry import PROVIDERS
 from benchmarks.measure.rows import RESULTS, parsed, read_csv
 from benchmarks.pages.markers import Numbers, Query, Table
+
+WORDS = {
+    ("form", "gradients"): ["forward_backward", "known_coefficients", "frozen_weight"],
+    ("of", "logprobs"): ["logprob_error"],
+    ("of", "entropies"): ["entropy_error"],
+    ("of", "gradients"): ["dhidden_error", "dweight_error"],
+    ("of", "dhidden"): ["dhidden_error"],
+    ("of", "dweight"): ["dweight_error"],
+}
 
 Pair = tuple[Row, Row]
 """A peer and ours, to be compared."""
@@ -114,7 +123,7 @@ def cpu_error(query: Query) -> list[float]:
         float(getattr(row, column))
         for name in _files(query)
         for row in cpu_rows(name, query)
-        for column in query["of"]
+        for column in _errors(query)
         if getattr(row, column) is not None
         and row.entropy == _entropy(query)
         and _is(query, "dtype", row.dtype)
@@ -199,7 +208,7 @@ def gpu_error(query: Query) -> list[float]:
     """The errors of columns, `of`."""
     return [
         value
-        for column in query["of"]
+        for column in _errors(query)
         for value in gpu(lambda row, _, column=column: getattr(row, column))(query)  # type: ignore[misc]
     ]
 
@@ -234,11 +243,21 @@ def _gpu_memory(peer: gpu_rows.Row, ours: gpu_rows.Row) -> float | None:
 # --- What is left, and what is said of it ---------------------------------------------------------
 
 
+def _asked(query: Query, name: str) -> list[str]:
+    return [one for word in query[name] for one in WORDS.get((name, word), [word])]
+
+
+def _errors(query: Query) -> list[str]:
+    return _asked(query, "of")
+
+
 def _is(query: Query, name: str, value: str) -> bool:
-    return name not in query or value in query[name]
+    return name not in query or value in _asked(query, name)
 
 
 def _is_provider(query: Query, name: str) -> bool:
+    if name in query.get("not", []):
+        return False
     if query.get("provider") == ["peers"]:
         return not name.startswith(("ours", "floor"))
     return _is(query, "provider", name)
