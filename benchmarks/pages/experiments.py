@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 
@@ -271,6 +271,17 @@ def below_half(_: Query) -> list[float]:
     return [min(found), max(found)]
 
 
+def took(query: Query) -> list[float]:
+    """Of the runs of a `base` that sample with the weights as they are: how many there are, their
+    median in seconds, and all of them in minutes, each in a thread of its own."""
+    times = {
+        (row["settings"], row["seed"]): float(row["time_s"])
+        for row in committed().rows
+        if row["base"].partition("@")[0] in query["base"] and "max_staleness" not in row["settings"]
+    }
+    return [len(times), median(times.values()), sum(times.values()) / 60]
+
+
 def math(query: Query) -> list[float]:
     """A column of the first or last evaluation of the run on MATH."""
     (measure,), (when,) = query["measure"], query["at"]
@@ -304,6 +315,7 @@ NUMBERS: Mapping[str, Numbers] = {
     "fig1.low": fig1_final,
     "landscape.speed": speed_ratio,
     "starts.below": below_half,
+    "took": took,
     "math": math,
     "math.right": math_right,
 }

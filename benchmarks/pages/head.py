@@ -311,6 +311,7 @@ NUMBERS: dict[str, Numbers] = {
     **said("cpu.keeping.floor", keeping(_kept_floor)),
     **said("gpu.time", gpu(tables.over)),
     **said("gpu.ms", gpu(lambda row, _: row.median_ms)),
+    **said("gpu.ms.three_quarters", gpu(lambda row, _: row.median_ms), 0.75),
     **said("gpu.tflops", gpu(lambda row, _: row.tflops)),
     **said("gpu.mb", gpu(lambda row, _: row.extra_mb)),
     **said("gpu.gb", gpu(lambda row, _: row.extra_mb), 1e-3),
