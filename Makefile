@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
 PIP_TRL = $(VENV)-trl/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo docs gpu gpu-dry gpu-wheels test test-openrlhf test-trl test-verl test-vllm lint regression sanitize clean
+.PHONY: help demo docs tables gpu gpu-dry gpu-wheels test test-openrlhf test-trl test-verl test-vllm lint regression sanitize clean
 
 # The ops once more on a machine without the native CPU kernels: what csrc serves otherwise.
 TORCH_PATH_TESTS = $(addprefix tests/kernels/test_,linear_logprobs.py weighted_logprobs.py ops.py)
@@ -29,6 +29,11 @@ gpu-wheels:  ## what a GPU machine without a network may lack, into wheelhouse/g
 # The variable leaves out an announcement that material prints at each build.
 docs: $(VENV)-docs/installed  ## the pages of docs/ as a site, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+# What is measured is in benchmarks/results and docs/experiments/results; a test holds the pages to it.
+tables: $(VENV)/installed  ## the numbers of README.md and docs/, written anew from the committed results
+	$(VENV)/bin/python -m benchmarks.pages
+	$(VENV)/bin/python -m benchmarks.predict.plan
 
 test: lint  ## lint, and the whole test suite
 	$(VENV)/bin/python -m pytest

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -23,7 +24,8 @@ from agro_train.callbacks import Callback
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+README = ROOT / "README.md"
+TEXTS = [*PAGES, README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 TEXTS += [ROOT / folder / "README.md" for folder in ("benchmarks", "csrc", "examples")]
 
 texts = pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -108,6 +110,10 @@ INTEGRATIONS = "tests/train/integrations"
 # page: {a text of a block: the file of the test that runs it}. Commands of `agro`, configurations
 # and rows of data need no entry: they are read below.
 RUN_BY = {
+    "README.md": dict.fromkeys(
+        ("log_softmax", "import linear_logprobs", "agro_coefficients(", "def short"),
+        "tests/test_docs.py",
+    ),
     "algorithms.md": {"def standardised": "tests/train/test_algorithm.py"},
     "distillation.md": dict.fromkeys(
         ("def topk_distillation", "def reverse_kl", "def on_policy", "def whole_vocabulary"),
@@ -146,13 +152,21 @@ RUN_BY = {
     "watching.md": {"class MyClass": "tests/test_docs.py"},
 }
 SHELL = ("", "sh", "bash")
-# Besides `agro`: tests/benchmarks/test_readme.py looks for the modules of benchmarks, other tests
-# run the self-check and the completion, and what is installed is there before any test.
+# Besides `agro`: tests/benchmarks/test_readme.py looks for the modules of benchmarks,
+# tests/test_layout.py for make's targets, other tests run the self-check and the completion, and
+# what is installed is there before any test.
 READ_COMMANDS = (
     r"agro |python -m (agro_kernels|benchmarks)\b|eval \$\(agro --print-completion |pip install "
+    r"|make \w+$"
 )
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
+
+def name_of(page: Path) -> str:
+    """As RUN_BY calls it."""
+    return page.relative_to(ROOT if page == README else DOCS).as_posix()
+
+
+pages = pytest.mark.parametrize("page", [README, *PAGES], ids=name_of)
 
 
 def commands(block: Block) -> list[list[str]]:
@@ -171,7 +185,7 @@ def read_below(block: Block) -> bool:
 
 @pages
 def test_every_block_is_run_or_says_that_it_is_not(page: Path) -> None:
-    run_by, used = RUN_BY.get(page.relative_to(DOCS).as_posix(), {}), set()
+    run_by, used = RUN_BY.get(name_of(page), {}), set()
     for block in blocks(page):
         texts = {text for text in run_by if text in block.text}
         used |= texts
@@ -187,7 +201,7 @@ def test_every_block_is_run_or_says_that_it_is_not(page: Path) -> None:
 
 @pages
 def test_tests_of_blocks_read_the_page(page: Path) -> None:
-    for test in set(RUN_BY.get(page.relative_to(DOCS).as_posix(), {}).values()):
+    for test in set(RUN_BY.get(name_of(page), {}).values()):
         assert page.name in (ROOT / test).read_text(), test
 
 
@@ -237,22 +251,55 @@ def test_configurations_and_rows_are_valid(page: Path, tmp_path: Path) -> None:
             config.load(tmp_path / "my.yaml")
 
 
-def python_block(page: str, text: str) -> dict[str, Any]:
-    """The names that a block leaves behind."""
-    (block,) = [block for block in blocks(DOCS / page) if text in block.text]
-    names: dict[str, Any] = {}
-    exec(compile(block.text, page, "exec"), names)
+def python_block(page: Path, text: str, **given: Any) -> dict[str, Any]:
+    """The names that a block leaves behind; given: those that it takes for granted."""
+    (block,) = [block for block in blocks(page) if text in block.text]
+    names = dict(given)
+    exec(compile(block.text, str(page), "exec"), names)
     return names
 
 
 def test_first_program_of_the_start_page() -> None:
-    names = python_block("index.md", "import linear_logprobs")
+    names = python_block(DOCS / "index.md", "import linear_logprobs")
     assert names["logprobs"].shape == (6,) and names["logprobs"][5] == 0.0
     assert names["hidden"].grad[:5].abs().sum() > 0.0 and names["hidden"].grad[5].abs().sum() == 0.0
 
 
+def test_readme_replaces_logits_by_an_op_of_the_same_result() -> None:
+    model = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(8, 50, bias=False)})
+    given = {"model": model, "hidden": torch.randn(6, 8), "targets": torch.randint(50, (6,))}
+    before = python_block(README, "log_softmax", **given)["logprobs"]
+    after = python_block(README, "import linear_logprobs", **given)["logprobs"]
+    assert after.shape == (6,) and after.dtype == torch.float32 and after.requires_grad
+    torch.testing.assert_close(after, before)
+
+
+def test_readme_makes_the_gradient_of_agro() -> None:
+    sequence_of_token = torch.arange(4).repeat_interleave(3)
+    given = {
+        "rewards": torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64),
+        "logprobs": torch.zeros(4, dtype=torch.float64),
+        "ref_logprobs": torch.zeros(4, dtype=torch.float64),
+        "groups": torch.tensor([0, 0, 1, 1]),
+        "sequence_of_token": sequence_of_token,
+        "hidden": torch.randn(12, 8),
+        "weight": torch.randn(50, 8, requires_grad=True),
+        "targets": torch.randint(50, (12,)),
+    }
+    names = python_block(README, "agro_coefficients(", **given)
+    # What was right is made likelier, what was wrong less likely, each by as much as its pair.
+    assert names["c"].tolist() == [-x for x in names["c"][[1, 0, 3, 2]].tolist()]
+    assert names["c"][0] < 0 < names["c"][1]
+    assert names["weight"].grad.abs().sum() > 0
+
+
+def test_readme_has_a_reward() -> None:
+    short = python_block(README, "def short")["short"]
+    assert short(["a" * 10, "a" * 500], answer=[1, 2]) == [1.0, 0.0]
+
+
 def test_callbacks_page_has_every_method() -> None:
-    shown = python_block("watching.md", "class MyClass")["MyClass"]
+    shown = python_block(DOCS / "watching.md", "class MyClass")["MyClass"]
     names = [name for name in vars(Callback) if name.startswith("on_")]
     assert [name for name in vars(shown) if name.startswith("on_")] == names
     for name in names:

@@ -65,7 +65,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"measure", "regression"},
         {"head"},
         {"predict", "trainer"},
-        {"gpu_kit"},
+        {"gpu_kit", "pages"},
     ],
 }
 

@@ -36,11 +36,7 @@ COLOURS = dict(
 
 def run(output_dir: Path, quick: bool) -> list[Claim]:
     """Writes ahead_differences.csv, ahead_equal_time.csv and ahead.png."""
-    sweep = Sweep(output_dir, quick)
-    rates = fig2.tune(sweep, NAMES, quick).rates
-    kept = STALENESS[:: 4 if quick else 1]
-    runs = {str(k): fig2.points(rates, quick, **({AXIS: k} if k else {})) for k in kept}
-    curves = sweep.curves(compare.every_point(runs))
+    runs, curves = measured(Sweep(output_dir, quick), quick)
     later = {name: beyond.by_value(runs, name) for name in NAMES}
     differences = [
         {"algorithm": name, **row}
@@ -50,10 +46,24 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     tabular.write_csv(output_dir / "ahead_differences.csv", differences)
     in_time = equal_time(curves, later)
     tabular.write_csv(output_dir / "ahead_equal_time.csv", in_time)
-    for rows in (levels(curves, later), changes(curves, later), in_time):
-        print(*compare.markdown(rows), "", sep="\n")
+    for lines in tables(curves, later):
+        print(*lines, "", sep="\n")
     style.save(draw(curves, later), output_dir / "ahead.png")
     return compare.fair_each(curves, {f"{AXIS}={k}": named for k, named in runs.items()})
+
+
+def measured(sweep: Sweep, quick: bool) -> tuple[dict[str, Named], Curves]:
+    """The runs by k, then algorithm."""
+    rates = fig2.tune(sweep, NAMES, quick).rates
+    kept = STALENESS[:: 4 if quick else 1]
+    runs = {str(k): fig2.points(rates, quick, **({AXIS: k} if k else {})) for k in kept}
+    return runs, sweep.curves(compare.every_point(runs))
+
+
+def tables(curves: Curves, later: Mapping[str, Named]) -> list[list[str]]:
+    """Markdown: where the runs end, what each k changes, and after equal time."""
+    found = (levels(curves, later), changes(curves, later), equal_time(curves, later))
+    return [compare.markdown(rows) for rows in found]
 
 
 def step_time(k: str) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from agro_train.experiments import compare, fig2, fig5, tabular
-from agro_train.experiments.compare import ALGORITHMS, Curves, Named
+from agro_train.experiments.compare import ALGORITHMS, Curves, Named, Tuned
 from agro_train.experiments.language import RECORDED
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim, Row
@@ -108,12 +108,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     sweep = Sweep(output_dir, quick)
     claims: list[Claim] = []
     for name, question in QUESTIONS.items():
-        tuned = {
-            value: fig2.tune(sweep, question.names, quick, **(settings if question.tuned else {}))
-            for value, settings in question.values.items()
-        }
-        runs = points(question, {value: found.rates for value, found in tuned.items()}, quick)
-        curves = sweep.curves(compare.every_point(runs))
+        tuned, runs, curves = measured(sweep, question, quick)
         rows = statements(curves, question, runs)
         tabular.write_csv(output_dir / f"beyond_{name}.csv", rows)
         if question.tuned:
@@ -123,6 +118,18 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
         style.save(draw(curves, question, runs), output_dir / f"beyond_{name}.png")
         claims += compare.fair_each(curves, {f"{name}, {value}": n for value, n in runs.items()})
     return claims
+
+
+def measured(
+    sweep: Sweep, question: Question, quick: bool
+) -> tuple[dict[str, Tuned], dict[str, Named], Curves]:
+    """Learning rates by value, and the runs at the chosen ones."""
+    tuned = {
+        value: fig2.tune(sweep, question.names, quick, **(settings if question.tuned else {}))
+        for value, settings in question.values.items()
+    }
+    runs = points(question, {value: found.rates for value, found in tuned.items()}, quick)
+    return tuned, runs, sweep.curves(compare.every_point(runs))
 
 
 def points(

@@ -123,30 +123,38 @@ def _best(scores: Mapping[float, float]) -> float:
 def report_tuning(path: Path, tuned: Mapping[str, Tuned]) -> None:
     """Writes what the grids of several settings gave, and prints it, chosen rates bold; nothing of
     grids of one."""
-    tried = [(at, name, found.scores[name]) for at, found in tuned.items() for name in found.scores]
-    if not tried:
-        return
-    rows: list[Row] = []
-    table: list[Row] = []
+    rows: list[Row] = [
+        {
+            "setting": at,
+            "algorithm": name,
+            "learning_rate": rate,
+            "regularised_reward": scores[rate],
+            "chosen": "yes" if rate == found.rates[name] else "no",
+        }
+        for at, found in tuned.items()
+        for name, scores in found.scores.items()
+        for rate in sorted(scores)
+    ]
+    if rows:
+        tabular.write_csv(path, rows)
+        print(*tuning_table(tuned), "", sep="\n")
+
+
+def tuning_table(tuned: Mapping[str, Tuned]) -> list[str]:
+    """Markdown: what the grids of several settings gave, chosen rates bold."""
+    tried = [
+        (at, name, found.rates[name], scores)
+        for at, found in tuned.items()
+        for name, scores in found.scores.items()
+    ]
     every = sorted({rate for *_, scores in tried for rate in scores})
-    for at, name, scores in tried:
-        cells = dict.fromkeys(every, "")
-        for rate in sorted(scores):
-            chosen = rate == tuned[at].rates[name]
-            cells[rate] = f"**{scores[rate]:.3f}**" if chosen else f"{scores[rate]:.3f}"
-            rows.append(
-                {
-                    "setting": at,
-                    "algorithm": name,
-                    "learning_rate": rate,
-                    "regularised_reward": scores[rate],
-                    "chosen": "yes" if chosen else "no",
-                }
-            )
-        numbers = {f"{rate:g}": text for rate, text in cells.items()}
-        table.append({"setting": at, "algorithm": name, **numbers})
-    tabular.write_csv(path, rows)
-    print(*markdown(table), "", sep="\n")
+    rows: list[Row] = []
+    for at, name, chosen, scores in tried:
+        texts = {rate: f"{score:.3f}" for rate, score in scores.items()}
+        texts[chosen] = f"**{texts[chosen]}**"
+        numbers = {f"{rate:g}": texts.get(rate, "") for rate in every}
+        rows.append({"setting": at, "algorithm": name, **numbers})
+    return markdown(rows)
 
 
 # --- Numbers --------------------------------------------------------------------------------------

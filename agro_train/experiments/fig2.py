@@ -22,6 +22,7 @@ from agro_train.watch import style
 
 NAMES = ("pg_k2", "agro", "on_policy", "on_policy_small", "on_policy_capped")
 BASELINE = "pg_k2"
+SETTING = "own samples"  # as the table of learning rates calls it
 SEEDS = range(5)
 TUNING_SEEDS = (100, 101)
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
@@ -44,11 +45,8 @@ PANELS = {
 
 def run(output_dir: Path, quick: bool) -> list[Claim]:
     """Writes fig2_learning_rates.csv, fig2_differences.csv, fig2.png and fig3.png."""
-    sweep = Sweep(output_dir, quick)
-    tuned = tune(sweep, NAMES, quick)
-    named = points(tuned.rates, quick)
-    curves = sweep.curves(one for each in named.values() for one in each)
-    compare.report_tuning(output_dir / "fig2_learning_rates.csv", {"own samples": tuned})
+    tuned, named, curves = measured(Sweep(output_dir, quick), quick)
+    compare.report_tuning(output_dir / "fig2_learning_rates.csv", {SETTING: tuned})
     tabular.write_csv(
         output_dir / "fig2_differences.csv", compare.statement_rows(curves, named, BASELINE)
     )
@@ -57,6 +55,13 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     for name, panels in PANELS.items():
         style.save(draw(curves, named, panels), output_dir / f"{name}.png")
     return compare.fair(curves, [one for each in named.values() for one in each])
+
+
+def measured(sweep: Sweep, quick: bool) -> tuple[Tuned, Named, Curves]:
+    """Learning rates, and the runs at the chosen ones."""
+    tuned = tune(sweep, NAMES, quick)
+    named = points(tuned.rates, quick)
+    return tuned, named, sweep.curves(one for each in named.values() for one in each)
 
 
 def scale(quick: bool) -> Mapping[str, object]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from agro_train.experiments import compare, fig2, fig5, tabular
-from agro_train.experiments.compare import ALGORITHMS, Curves, Named
+from agro_train.experiments.compare import ALGORITHMS, Curves, Named, Tuned
 from agro_train.experiments.language import Point, start_samples
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim, Row
@@ -45,7 +45,21 @@ class Tradeoff(NamedTuple):
 
 def run(output_dir: Path, quick: bool) -> list[Claim]:
     """Writes fig4_learning_rates.csv, fig4_points.csv, fig4_differences.csv and fig4.png."""
-    sweep = Sweep(output_dir, quick)
+    tuned, settings, curves, best = measured(Sweep(output_dir, quick), quick)
+    compare.report_tuning(output_dir / "fig4_learning_rates.csv", tuned)
+    tabular.write_csv(output_dir / "fig4_points.csv", point_rows(curves, settings, best))
+    differences = compare.statements(curves, settings, ("samples", "beta"), BASELINE, MEASURES)
+    tabular.write_csv(output_dir / "fig4_differences.csv", differences)
+    for lines in tables(curves, settings, best):
+        print(*lines, "", sep="\n")
+    style.save(draw(curves, settings, best), output_dir / "fig4.png")
+    return compare.fair_each(curves, {_label(setting): each for setting, each in settings.items()})
+
+
+def measured(
+    sweep: Sweep, quick: bool
+) -> tuple[dict[str, Tuned], dict[Setting, Named], Curves, dict[float, Tradeoff]]:
+    """Learning rates by setting, the runs at the chosen ones, and the optimum by beta."""
     tuned = {
         (kind, beta): fig2.tune(sweep, names, quick, beta=beta, **KINDS[kind])
         for beta in BETAS[: 2 if quick else None]
@@ -58,16 +72,7 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     rates = torch.tensor([rate for found in starts.values() for rate in found.values()])
     count = start_samples(every[0].config())
     best = {beta: optimum(rates, count, beta) for beta in frontier()}
-    compare.report_tuning(
-        output_dir / "fig4_learning_rates.csv", {_label(at): found for at, found in tuned.items()}
-    )
-    tabular.write_csv(output_dir / "fig4_points.csv", point_rows(curves, settings, best))
-    differences = compare.statements(curves, settings, ("samples", "beta"), BASELINE, MEASURES)
-    tabular.write_csv(output_dir / "fig4_differences.csv", differences)
-    for lines in tables(curves, settings, best):
-        print(*lines, "", sep="\n")
-    style.save(draw(curves, settings, best), output_dir / "fig4.png")
-    return compare.fair_each(curves, {_label(setting): each for setting, each in settings.items()})
+    return {_label(at): found for at, found in tuned.items()}, settings, curves, best
 
 
 def points(setting: Setting, rates: Mapping[str, float], quick: bool) -> Named:

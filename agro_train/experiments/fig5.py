@@ -37,19 +37,22 @@ Setting = tuple[str, float]  # whose data, beta
 
 def run(output_dir: Path, quick: bool) -> list[Claim]:
     """Writes fig5_learning_rates.csv, fig5_differences.csv and fig5.png."""
-    sweep = Sweep(output_dir, quick)
-    tuned = {setting: tune(sweep, setting, quick) for setting in SETTINGS[:: 2 if quick else 1]}
-    settings = {setting: points(setting, found.rates, quick) for setting, found in tuned.items()}
-    curves = sweep.curves(compare.every_point(settings))
-    compare.report_tuning(
-        output_dir / "fig5_learning_rates.csv", {_label(at): found for at, found in tuned.items()}
-    )
+    tuned, settings, curves = measured(Sweep(output_dir, quick), quick)
+    compare.report_tuning(output_dir / "fig5_learning_rates.csv", tuned)
     differences = compare.statements(curves, settings, ("data", "beta"), BASELINE)
     tabular.write_csv(output_dir / "fig5_differences.csv", differences)
     for lines in tables(curves, settings):
         print(*lines, "", sep="\n")
     style.save(draw(curves, settings), output_dir / "fig5.png")
     return compare.fair_each(curves, {_label(setting): each for setting, each in settings.items()})
+
+
+def measured(sweep: Sweep, quick: bool) -> tuple[dict[str, Tuned], dict[Setting, Named], Curves]:
+    """Learning rates by setting, and the runs at the chosen ones."""
+    tuned = {setting: tune(sweep, setting, quick) for setting in SETTINGS[:: 2 if quick else 1]}
+    settings = {setting: points(setting, found.rates, quick) for setting, found in tuned.items()}
+    curves = sweep.curves(compare.every_point(settings))
+    return {_label(at): found for at, found in tuned.items()}, settings, curves
 
 
 def tune(sweep: Sweep, setting: Setting, quick: bool) -> Tuned:

@@ -7,6 +7,7 @@ prompts are asked before and after. As long as `smollm2`, and as little tuned.
 from pathlib import Path
 
 from agro_train.experiments import fig2, smollm2
+from agro_train.experiments.compare import Named
 from agro_train.experiments.language import RECORDED
 from agro_train.experiments.tabular import Claim
 
@@ -18,5 +19,8 @@ def run(output_dir: Path, quick: bool) -> list[Claim]:
     panels = {"eval_accuracy": "held-out, greedy", **fig2.PANELS["fig2"]}
     del panels["reward"]  # it is the record's
     panels["eval_reward"] = "held-out, sampled"
-    named = smollm2.points(NAMES, quick, {"recorded": RECORDED})
-    return smollm2.run_named(output_dir, quick, "offline", named, panels)
+    return smollm2.run_named(output_dir, quick, "offline", points(quick), panels)
+
+
+def points(quick: bool) -> Named:
+    return smollm2.points(NAMES, quick, {"recorded": RECORDED})

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from agro_train.experiments import compare, fig2, tabular
-from agro_train.experiments.compare import ALGORITHMS, Named
+from agro_train.experiments.compare import ALGORITHMS, Curves, Named
 from agro_train.experiments.language import point
 from agro_train.experiments.sweep import Sweep
 from agro_train.experiments.tabular import Claim
@@ -48,16 +48,19 @@ def run_named(
         output_dir / f"{figure}_differences.csv",
         compare.statement_rows(curves, named, BASELINE, MEASURES),
     )
-    for rows in (
-        [
-            *compare.level_rows(curves, named, MEASURES),
-            compare.start_row(curves, named, MEASURES),
-        ],
-        compare.difference_rows(curves, named, BASELINE, MEASURES),
-    ):
-        print(*compare.markdown(rows), "", sep="\n")
+    for lines in tables(curves, named):
+        print(*lines, "", sep="\n")
     style.save(fig2.draw(curves, named, panels), output_dir / f"{figure}.png")
     return compare.fair(curves, every)
+
+
+def tables(curves: Curves, named: Named) -> list[list[str]]:
+    """Markdown: where the algorithms end, and their differences."""
+    levels = compare.level_rows(curves, named, MEASURES)
+    return [
+        compare.markdown([*levels, compare.start_row(curves, named, MEASURES)]),
+        compare.markdown(compare.difference_rows(curves, named, BASELINE, MEASURES)),
+    ]
 
 
 def points(

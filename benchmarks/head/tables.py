@@ -11,12 +11,13 @@ With --peers every peer's time over ours instead, each at the precision at which
 or of fp32 at --precision alone. A ~ marks a peer that did not take turns with ours, a * one that
 was called once. With --keeping, of a run with `benchmarks.head.cpu --keeping ...`: ours without and
 with kept logits, each its time, that over the products with the logits made once, and its memory
-beyond inputs and results. With --gpu every peer's time over ours, of the same turns, and its memory
-beyond inputs and results.
+beyond inputs and results; and the fastest peer that stores the logits. With --gpu every peer's time
+over ours, of the same turns, and its memory beyond inputs and results.
 """
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.head import gpu_rows
@@ -63,57 +64,103 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A case that has ours and a peer, and its timed rows."""
+
+    form: str
+    dtype: str
+    shape: str
+    rows: Sequence[Row]
+
+    @property
+    def name(self) -> str:
+        return f"{FORM_TITLES[self.form]}, {self.dtype}, {self.shape}"
+
+    @property
+    def peers(self) -> list[Row]:
+        return [row for row in self.rows if row.provider in PEERS]
+
+    @property
+    def without_logits(self) -> list[Row]:
+        return [row for row in self.peers if row.stores_logits == "no"]
+
+    def ours(self, peer: Row | None = None) -> Row:
+        """Of our rows that of the turns with the peer, else with the fastest peer."""
+        first = fastest(self.peers)
+        wanted = [(peer or first).label(), first.label()]
+        return max(
+            (row for row in self.rows if row.provider == "ours"),
+            key=lambda row: [label in row.turns() for label in wanted],
+        )
+
+
 def table(rows: Sequence[Row], entropy: str) -> list[str]:
     """Lines of Markdown; a case in which ours or every peer was not timed has none."""
-    return _markdown(HEADINGS, ([name, *_cells(case)] for name, case in _cases(rows, entropy)))
+    return _markdown(HEADINGS, ([one.name, *_cells(one)] for one in compared(rows, entropy)))
 
 
 def peers_table(rows: Sequence[Row], entropy: str) -> list[str]:
     """Lines of Markdown: a row a case, a column a peer that was timed in one of them."""
-    cases = list(_cases(rows, entropy))
-    timed = {row.provider for _, case in cases for row in case}
+    cases = list(compared(rows, entropy))
+    timed = {row.provider for one in cases for row in one.rows}
     peers = [name for name in PEERS if name in timed]
 
-    def cells(case: Sequence[Row]) -> Iterator[str]:
-        yield f"{_ours(case).median_s:.3g} s"
+    def cells(one: Compared) -> Iterator[str]:
+        yield f"{one.ours().median_s:.3g} s"
         for name in peers:
-            same = [row for row in case if row.provider == name]
-            peer = _fastest(same) if same else None
-            yield "" if peer is None else _ratio(peer, _ours(case, peer))
+            same = [row for row in one.rows if row.provider == name]
+            peer = fastest(same) if same else None
+            yield "" if peer is None else _ratio(peer, one.ours(peer))
 
     headings = ["case", "ours", *(f"`{name}`" for name in peers)]
-    return _markdown(headings, ([name, *cells(case)] for name, case in cases))
+    return _markdown(headings, ([one.name, *cells(one)] for one in cases))
 
 
 def keeping_table(rows: Sequence[Row], entropy: str) -> list[str]:
-    """Lines of Markdown: a row a case, ours without and with kept logits beside the two floors."""
+    """Lines of Markdown: a row a case, ours without and with kept logits over the products that are
+    left once they are kept, and the fastest peer that stores them."""
 
-    def cells(case: Mapping[str, Row]) -> Iterator[str]:
+    def cells(case: Mapping[str, Row], peer: Row | None) -> Iterator[str]:
         bound = median_s(case[FLOOR_KEPT])
         yield f"{bound:.3g} s"
         for name in ("ours", *KEEPING):
-            row = case.get(name)
-            if row is None or row.median_s is None:
-                yield ""
-            else:
-                yield f"{row.median_s:.3g} s, {row.median_s / bound:.2f}, {_megabytes(row)}"
+            yield _over_bound(case[name], bound) if name in case else ""
+        yield "" if peer is None else f"`{peer.label()}`, {_over_bound(peer, bound)}"
 
-    lines: list[list[str]] = []
-    for shape, dtype, form, _ in dict.fromkeys(row.case() for row in rows):
-        key = (shape, dtype, form, entropy)
-        case = {row.provider: row for row in rows if row.case() == key and row.in_turn_with}
-        if FLOOR_KEPT in case and case[FLOOR_KEPT].median_s is not None:
-            lines.append([f"{FORM_TITLES[form]}, {dtype}, {shape}", *cells(case)])
     headings = ["case", "the products without recomputing", "ours"]
-    return _markdown([*headings, *(f"`{name}`" for name in KEEPING)], iter(lines))
+    headings += [name.removeprefix("ours_").replace("_", " ") for name in KEEPING]
+    found = kept_cases(rows, entropy)
+    lines = ([name, *cells(case, storing(rows, case))] for name, case in found.items())
+    return _markdown([*headings, "the fastest peer that stores the logits"], lines)
+
+
+def kept_cases(rows: Sequence[Row], entropy: str) -> dict[str, dict[str, Row]]:
+    """The cases in which the products without recomputing were timed, by name: what took turns with
+    them, by provider."""
+    found = {}
+    for form in FORM_ORDER:
+        for shape, dtype in dict.fromkeys((row.shape, row.dtype) for row in rows):
+            key = (shape, dtype, form, entropy)
+            timed = [row for row in rows if row.case() == key and row.median_s is not None]
+            case = {row.provider: row for row in timed if row.in_turn_with}
+            if FLOOR_KEPT in case:
+                found[f"{FORM_TITLES[form]}, {dtype}, {shape}"] = case
+    return found
+
+
+def storing(rows: Sequence[Row], case: Mapping[str, Row]) -> Row | None:
+    """The fastest peer of one of `kept_cases` that stores the logits, whether or not it took
+    turns."""
+    key = case[FLOOR_KEPT].case()
+    timed = [row for row in rows if row.case() == key and row.median_s is not None]
+    peers = [row for row in timed if row.provider in PEERS and row.stores_logits == "yes"]
+    return fastest(peers) if peers else None
 
 
 def gpu_table(rows: Sequence[gpu_rows.Row]) -> list[str]:
     """Lines of Markdown: a row a case that has ours, a column a peer that was timed in one."""
-    whole = [row for row in rows if row.phase == "whole" and row.median_ms is not None]
-    cases = {case: {row.provider: row for row in whole if row.case() == case}
-             for case in dict.fromkeys(row.case() for row in whole)}  # fmt: skip
-    cases = {case: timed for case, timed in cases.items() if {"ours", FLOOR} <= set(timed)}
+    cases = gpu_cases(rows)
     timed_somewhere = {provider for timed in cases.values() for provider in timed}
     peers = [name for name in PROVIDERS if name in timed_somewhere - {"ours"}]
 
@@ -123,7 +170,7 @@ def gpu_table(rows: Sequence[gpu_rows.Row]) -> list[str]:
         beside = [_gpu_cell(timed[name], mine) if name in timed else "" for name in peers]
         name = f"{FORM_TITLES[form]}, {head}, {tokens:,} tokens"
         return [
-            name, f"{mine.median_ms:.3g} ms", f"{_over(mine, timed[FLOOR]):.2f}",
+            name, f"{mine.median_ms:.3g} ms", f"{over(mine, timed[FLOOR]):.2f}",
             f"{mine.extra_mb:,.0f} MB", *beside,
         ]  # fmt: skip
 
@@ -132,11 +179,21 @@ def gpu_table(rows: Sequence[gpu_rows.Row]) -> list[str]:
     return _markdown([*headings, *(f"`{name}`" for name in peers)], map(cells, ordered))
 
 
+def gpu_cases(rows: Sequence[gpu_rows.Row]) -> dict[tuple[str, int, str], dict[str, gpu_rows.Row]]:
+    """The rows of each case that has ours and the floor, by provider."""
+    whole = [row for row in rows if row.phase == "whole" and row.median_ms is not None]
+    cases = {
+        case: {row.provider: row for row in whole if row.case() == case}
+        for case in dict.fromkeys(row.case() for row in whole)
+    }
+    return {case: timed for case, timed in cases.items() if {"ours", FLOOR} <= set(timed)}
+
+
 def _gpu_cell(peer: gpu_rows.Row, mine: gpu_rows.Row) -> str:
-    return f"{_over(peer, mine):.2f}, {peer.extra_mb:,.0f} MB"
+    return f"{over(peer, mine):.2f}, {peer.extra_mb:,.0f} MB"
 
 
-def _over(one: gpu_rows.Row, other: gpu_rows.Row) -> float:
+def over(one: gpu_rows.Row, other: gpu_rows.Row) -> float:
     assert one.median_ms is not None
     assert other.median_ms is not None
     return one.median_ms / other.median_ms
@@ -146,8 +203,8 @@ def _is_at(row: Row, precision: str) -> bool:
     return row.provider == "ours" or row.dtype != "fp32" or row.precision == precision
 
 
-def _cases(rows: Sequence[Row], entropy: str) -> Iterator[tuple[str, list[Row]]]:
-    """The name and the timed rows of each case that has ours and a peer."""
+def compared(rows: Sequence[Row], entropy: str) -> Iterator[Compared]:
+    """Each case that has ours and a peer."""
     for form in FORM_ORDER:
         for dtype in ("bf16", "fp32"):
             for shape in CPU_SHAPES:
@@ -157,35 +214,23 @@ def _cases(rows: Sequence[Row], entropy: str) -> Iterator[tuple[str, list[Row]]]
                     case += [row for row in rows if row.case() == key and row.provider != "ours"]
                 timed = [row for row in case if row.median_s is not None]
                 if {"ours"} < {row.provider for row in timed} & {"ours", *PEERS}:
-                    yield f"{FORM_TITLES[form]}, {dtype}, {shape}", timed
+                    yield Compared(form, dtype, shape, timed)
 
 
-def _cells(case: Sequence[Row]) -> list[str]:
-    peers = [row for row in case if row.provider in PEERS]
-    without_logits = [row for row in peers if row.stores_logits == "no"]
-    mine = _ours(case)
+def _cells(one: Compared) -> list[str]:
+    mine = one.ours()
     relative = "" if mine.relative is None else f"{mine.relative:.2f}"
     cells = [f"{mine.median_s:.3g} s", relative, _megabytes(mine)]
-    for some in (peers, without_logits):
+    for some in (one.peers, one.without_logits):
         if not some:
             cells += ["", "", ""]
             continue
-        peer = _fastest(some)
+        peer = fastest(some)
         cells += [f"`{peer.label()}`", _ratio(peer, mine), _megabytes(peer)]
     return cells
 
 
-def _ours(case: Sequence[Row], peer: Row | None = None) -> Row:
-    """Of our rows that of the turns with the peer, else with the fastest peer."""
-    fastest = _fastest([row for row in case if row.provider in PEERS])
-    wanted = [(peer or fastest).label(), fastest.label()]
-    return max(
-        (row for row in case if row.provider == "ours"),
-        key=lambda row: [label in row.turns() for label in wanted],
-    )
-
-
-def _fastest(rows: Sequence[Row]) -> Row:
+def fastest(rows: Sequence[Row]) -> Row:
     """Its row in turns where there is one, of the case itself before what stands for it."""
     first = min(rows, key=median_s)
     same = [row for row in rows if row.label() == first.label() and row.in_turn_with]
@@ -197,6 +242,10 @@ def _ratio(peer: Row, mine: Row) -> str:
     in_turn = peer.turns() == mine.turns() and peer.form == mine.form
     ratio = median_s(peer) / median_s(mine)
     return f"{'' if in_turn else '~'}{ratio:.2f}{'' if peer.n > 1 else '*'}"
+
+
+def _over_bound(row: Row, bound: float) -> str:
+    return f"{row.median_s:.3g} s, {median_s(row) / bound:.2f}, {_megabytes(row)}"
 
 
 def _megabytes(row: Row) -> str:
