@@ -2,8 +2,9 @@
 
 Provenance. Triton 3.8 compiled every row for its architecture, and `python -m
 benchmarks.predict.compile_report` inspected the code (benchmarks/results/compile_report.csv): no
-combination of options spills a register but one: the flattened forward pass with the entropy, 16
-bytes a thread. What flattening gains has not been timed. Tiles of sm90 were timed on an H200 for
+combination of options spills a register but two: the flattened forward pass with the entropy, 16
+bytes a thread, and with entropy and softcap, 8. What flattening and whole waves gain has not been
+timed. Tiles of sm90 were timed on an H200 for
 bf16, D 2048 and 4,096 or 16,384 tokens (tune_linear_logprobs_*_sm90_bf16.csv there). The backward
 row was the fastest. Forward, several tiles of 128 x 256 were equally fast within 3 %; the row is
 the one that larger D have too. The rows of D 4096 ran in a benchmark there
