@@ -18,7 +18,7 @@ from agro_train.policy.policy import Policy, head_gradient
 ALONE = Machine(gpus=1, gpu="cpu")
 TOKENS = 48
 ARCHITECTURE = tiny.build_config(15)
-CONFIG = TrainConfig(model="tiny")
+CONFIG = TrainConfig(model="tiny", attn_implementation="sdpa")
 CASES = {
     "plain": CONFIG,
     "checkpointing": replace(CONFIG, gradient_checkpointing=True),
