@@ -74,8 +74,13 @@ class TrainConfig:
         "float32: the lm_head's products in it, here and in transformers' generate, whatever the "
         "weights or the autocast are in",
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = key(
-        "sdpa", "attention, by transformers' name"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = (
+        key(
+            "auto",
+            "attention, by transformers' name; auto: flex_attention on GPUs where the model goes with "
+            "it, else what transformers chooses, sdpa mostly",
+            older="sdpa",
+        )
     )
     gradient_checkpointing: bool = key(False, "recompute activations in the backward pass")
     fsdp: bool = key(
@@ -390,7 +395,7 @@ class TrainConfig:
         if self.share_prompts and self.attn_implementation == "flash_attention_2":
             raise Refusal(
                 "share_prompts: expected false with attn_implementation=flash_attention_2, "
-                "got true; its variable-length kernels know no shared prefix"
+                "got true; its variable-length kernels know no shared prefix, flex_attention does"
             )
 
     def _check_staleness(self) -> None:

@@ -38,10 +38,10 @@ from agro_train.plan.machine import Machine
 from agro_train.plan.memory import plan as plan_memory
 from agro_train.policy import checkpoint
 from agro_train.policy.adapter import AdapterOff, add_adapter, keeps_base
+from agro_train.policy.attention import check_attention, setting_of
 from agro_train.policy.load import (
     barred,
     check_4bit,
-    check_attention,
     end_tokens,
     fingerprint,
     identity,
@@ -52,7 +52,7 @@ from agro_train.policy.load import (
     load_unread,
     set_matmul_precision,
 )
-from agro_train.policy.policy import Policy, shard, with_gathered_model
+from agro_train.policy.policy import Policy, shard, unwrap, with_gathered_model
 from agro_train.policy.reference_cache import check_cache_folder, with_ref_logprobs
 from agro_train.policy.shards import Weights, allocate, fill
 from agro_train.questions import (
@@ -606,7 +606,7 @@ def summarise(
         )
     line += (
         f"; {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"float32 products: {precision}"
+        f"attention: {setting_of(unwrap(models.policy).model)}, float32 products: {precision}"
     )
     if warm_start is not None:
         line += f"; warm start ended at {warm_start.loss:.3f} nats a token"

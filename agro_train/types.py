@@ -129,10 +129,16 @@ class MicroBatch:
     # min_new_tokens; None: nowhere.
     early: Tensor | None = None
 
-    def attends(self) -> Tensor:
-        """(L, L) bool: may the row's token see the column's; never across sequences."""
+    def attends(self, first: Tensor | None = None) -> Tensor:
+        """(L, L) bool: may the row's token see the column's; never across sequences.
+
+        Args:
+            first: (L,) int64, the least position that each token may see; None: 0.
+        """
         related = self.segments[:, None] == self.segments
         related |= self.parents[:, None] == self.segments
+        if first is not None:
+            related &= self.position_ids >= first[:, None]
         return related.tril()
 
     def token_rows(self) -> Tensor:

@@ -14,8 +14,8 @@ from agro_train.engines.transformers_engine import TransformersEngine
 from agro_train.engines.turns import Dialogue
 from agro_train.environments.pool import Environments
 from agro_train.policy import checkpoint
+from agro_train.policy.attention import check_attention
 from agro_train.policy.load import (
-    check_attention,
     end_tokens,
     load_base,
     load_sizes,

@@ -22,6 +22,7 @@ from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
 from agro_train.engines.engine import Sampling
 from agro_train.engines.transformers_engine import generate
+from agro_train.policy.attention import name_at_load, settle
 from agro_train.policy.load import barred, prepare, set_matmul_precision
 from agro_train.policy.policy import Policy
 from agro_train.rewards.worker_main import serve
@@ -39,8 +40,9 @@ def start(folder: Path, device: str, threads: int) -> Callable[[dict[str, Any]],
     model = AutoModelForCausalLM.from_config(
         shape,
         dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
+        attn_implementation=name_at_load(config.attn_implementation),
     ).to(device)
+    settle(model, config.attn_implementation)
     prepare(model, config)
     ends = set(json.loads((folder / END_TOKENS).read_text()))
     return Generator(model, AutoTokenizer.from_pretrained(folder), ends, config).work

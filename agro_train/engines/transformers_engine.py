@@ -25,6 +25,7 @@ from transformers import (
 from agro_train.config import TrainConfig
 from agro_train.engines.engine import PLAIN, Ask, Sampling, completion_seed, cut
 from agro_train.engines.turns import Dialogue, Groups, sampled
+from agro_train.policy.attention import generating
 from agro_train.settings import MOST_KEPT
 from agro_train.types import Prompt, Rollout
 
@@ -97,7 +98,7 @@ def generate(
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
     limits = limits or [max_completion_length] * len(prompts)
     context = getattr(model.config, "max_position_embeddings", None)
-    with torch.no_grad():
+    with torch.no_grad(), generating(model):
         for indices in batches(prompts, limits, prompts_at_once, context):
             # A prompt that may have fewer has its own cut: they are the first of those it gets.
             length = max(limits[i] for i in indices)

@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from agro_train.config import TrainConfig
+from agro_train.plan.machine import Machine
 from agro_train.policy.adapter import add_adapter
+from agro_train.policy.attention import setting_of, why_not_flex
 from agro_train.policy.load import load_architecture, prepare
 from agro_train.refusal import Refusal
 
@@ -66,8 +68,22 @@ def shortened(architecture: Any, layers: int) -> Any:
     return short
 
 
-def build(architecture: Any, config: TrainConfig, attention: str) -> PreTrainedModel:
-    """The policy's model as a run prepares it, an adapter included, on torch's meta device."""
+def attention_of(architecture: Any, config: TrainConfig, machine: Machine) -> str:
+    """The attention that a run computes with, as the setting calls it, `auto` resolved."""
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    model = build(architecture, config, None)
+    if machine.cuda and why_not_flex(model) is None:
+        return "flex_attention"
+    return setting_of(model)
+
+
+def build(architecture: Any, config: TrainConfig, attention: str | None) -> PreTrainedModel:
+    """The policy's model as a run prepares it, an adapter included, on torch's meta device.
+
+    Args:
+        attention: transformers' name; None: what it chooses for the model.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             architecture, dtype=getattr(torch, config.dtype), attn_implementation=attention

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from agro_train.config import TrainConfig
-from agro_train.plan.architecture import build, find_architecture
+from agro_train.plan.architecture import attention_of, build, find_architecture
 from agro_train.plan.machine import Machine
 from agro_train.plan.trace import trace
 from agro_train.policy.policy import layers_of
@@ -69,6 +69,7 @@ class Plan:
 
     weights: Weights
     stages: tuple[Stage, ...]
+    attention: str  # by the setting's name, `auto` resolved
     micro_batch: int  # tokens
     cache_rows: int  # sequences that transformers generates at once, of a GPU; 0: vLLM samples
     cache_row: float  # bytes of the key-value cache of one longest sequence
@@ -208,6 +209,7 @@ def plan(config: TrainConfig, machine: Machine, architecture: Any = None) -> Pla
     return Plan(
         weights=weights,
         stages=stages,
+        attention=attention_of(architecture, config, machine),
         micro_batch=micro,
         cache_rows=rows,
         cache_row=row,

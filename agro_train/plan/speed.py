@@ -29,8 +29,9 @@ def speed(config: TrainConfig, machine: Machine, architecture: Any, planned: Pla
     mine = -(-config.prompts_per_step // machine.gpus) * config.num_generations
     predicted = mine * config.max_completion_length
     longest = config.max_prompt_length + config.max_completion_length
-    # A mask hides products from the softmax and not from the GPU; flash attention leaves them out.
-    sees = longest / 2 if config.attn_implementation == "flash_attention_2" else planned.micro_batch
+    # A dense mask hides products from the softmax and not from the GPU; the others leave them out.
+    masked = planned.attention in ("sdpa", "eager")
+    sees = planned.micro_batch if masked else longest / 2
     forward = read * (
         2 * weights.linear_count + 4 * text.num_hidden_layers * text.hidden_size * sees
     )

@@ -7,6 +7,7 @@ checkpointing and adapter. Each tensor's bytes are counted from when it is made 
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +24,16 @@ from transformers import AttentionInterface
 
 from agro_kernels import ModelHead
 from agro_train.config import TrainConfig
-from agro_train.plan.architecture import build, shortened
+from agro_train.plan.architecture import attention_of, build, shortened
 from agro_train.plan.machine import Machine
+from agro_train.policy.attention import BLOCK
 from agro_train.policy.policy import Policy, layers_of
 from agro_train.refusal import Refusal
 from agro_train.settings import MOST_KEPT
 from agro_train.types import MicroBatch
 
-PLANNED = "agro_planned"  # our name among transformers' attentions; theirs ask for a package
+# Our names among transformers' attentions, for those of theirs that need a package or a device.
+PLANNED = {"flash_attention_2": "agro_planned", "flex_attention": "agro_planned_by_blocks"}
 # The head's own buffers: agro_kernels._triton.head_gradients and csrc/README.md say why.
 DLOGITS_BYTES, TOKEN_CHUNK, COLUMN_CHUNK = 528 * 2**20, 32768, 33792
 # The statistics of a token and part of the vocabulary: numbers of 4 bytes, 3 for each of 128 parts.
@@ -94,6 +97,8 @@ def trace(
     whose pass depends on what its tensors hold.
     """
     layers = architecture.get_text_config().num_hidden_layers
+    # Of all layers, since the first ones may be of fewer kinds.
+    config = replace(config, attn_implementation=attention_of(architecture, config, machine))
     try:
         if layers <= 3:
             return _traced(architecture, config, machine, tokens, predicted)
@@ -116,15 +121,18 @@ def trace(
 def _traced(
     architecture: Any, config: TrainConfig, machine: Machine, tokens: int, predicted: int
 ) -> Pass:
-    flash = config.attn_implementation == "flash_attention_2"
-    model = build(architecture, config, "sdpa" if flash else config.attn_implementation)
-    if flash:
-        model.set_attn_implementation(PLANNED)
+    attention = attention_of(architecture, config, machine)
+    without_mask = attention in PLANNED
+    model = build(architecture, config, None if without_mask else attention)
+    if without_mask:
+        model.set_attn_implementation(PLANNED[attention])
+    if attention == "flex_attention":
+        tokens += -tokens % BLOCK
     with FakeTensorMode():
         gathered_low = config.fsdp and config.mixed_precision == "bf16"
         onto_cpu(model, torch.bfloat16 if gathered_low else None)
         # A form is found by running a model on contents. None takes memory worth counting.
-        policy = (FlashPolicy if flash else Policy)(model, form=ModelHead())
+        policy = (MasklessPolicy if without_mask else Policy)(model, form=ModelHead())
         micro = micro_batch(config, tokens, predicted)
         head = model.get_output_embeddings().weight
         weight_grad = _prepare_gradients(policy, head, config, machine)
@@ -247,8 +255,9 @@ def head_buffers(func: Any, args: Any, machine: Machine, *, in_place: bool) -> f
     return float(at_once * columns * itemsize + rounded + sums)
 
 
-class FlashPolicy(Policy):
-    """A policy whose attention reads boundaries in place of a mask."""
+class MasklessPolicy(Policy):
+    """A policy whose attention reads boundaries, or which blocks to read, in place of a mask: a few
+    numbers for each block of tokens, which are not counted."""
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         output = self.model.base_model(
@@ -261,8 +270,8 @@ class FlashPolicy(Policy):
         return hidden
 
 
-class _Flash(torch.autograd.Function):
-    """What flash attention keeps: its three inputs, its result, and lse."""
+class _Fused(torch.autograd.Function):
+    """What flash and flex attention keep: their three inputs, their result, and lse."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -281,9 +290,25 @@ def _flash(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     del module, attention_mask, options
-    low = torch.is_autocast_enabled("cpu")
     parts = (part.transpose(1, 2).contiguous() for part in (query, key, value))
-    return _Flash.apply(*(part.to(torch.bfloat16) if low else part for part in parts)), None
+    return _Fused.apply(*_as_autocast(parts)), None
 
 
-AttentionInterface.register(PLANNED, _flash)
+def _flex(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    del module, attention_mask, options
+    heads = query.shape[1]
+    if heads & (heads - 1):  # transformers repeats keys and values for such a number
+        key, value = (part.repeat_interleave(heads // part.shape[1], 1) for part in (key, value))
+    result: Tensor = _Fused.apply(*_as_autocast((query, key, value)))
+    return result.transpose(1, 2).contiguous(), None
+
+
+def _as_autocast(parts: Iterable[Tensor]) -> list[Tensor]:
+    low = torch.is_autocast_enabled("cpu")
+    return [part.to(torch.bfloat16) if low else part for part in parts]
+
+
+AttentionInterface.register(PLANNED["flash_attention_2"], _flash)
+AttentionInterface.register(PLANNED["flex_attention"], _flex)

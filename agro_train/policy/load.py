@@ -41,6 +41,7 @@ from agro_train.data.chat import turn_end
 from agro_train.policy import shards, tiny
 from agro_train.policy.activations import recompute_mlp_products
 from agro_train.policy.adapter import base_of, keeps_base, with_adapter_merged
+from agro_train.policy.attention import name_at_load, settle
 from agro_train.policy.shards import Weights, why_not
 from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed
@@ -106,7 +107,7 @@ def load_base(
         steps=config.warm_start_steps,
         seed=derive_seed(config.seed, "warm start"),
     )
-    set_attention(model, config.attn_implementation)
+    settle(model, config.attn_implementation)
     prepare(model, config)
     return model.to(getattr(torch, config.dtype)), loss
 
@@ -129,13 +130,14 @@ def load_model(source: str, config: TrainConfig) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
+            attn_implementation=name_at_load(config.attn_implementation),
             **gguf,
             **_in_4bit(config),
         )
     if gguf:  # dequantised while loading; forget where it came from, so that it can be saved
         model.hf_quantizer = None
         del model.config.quantization_config
+    settle(model, config.attn_implementation)
     prepare(model, config)
     for module in model.modules():
         # On some CPUs bitsandbytes rounds to bfloat16 where there are no gradients. The reference
@@ -170,6 +172,7 @@ def load_unread(source: str, config: TrainConfig, say: Callable[[str], None]) ->
     if reason is not None or weights is None:
         say(f"model: every process loads {source} whole before it is sharded: {reason}")
         return Loaded(load_model(source, config))
+    settle(model, config.attn_implementation)
     prepare(model, config)
     return Loaded(model, weights)
 
@@ -180,7 +183,7 @@ def _without_weights(source: str, config: TrainConfig) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(source),
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
+            attn_implementation=name_at_load(config.attn_implementation),
         )
     model.tie_weights()
     model.config.name_or_path = source
@@ -288,34 +291,6 @@ def _loading(source: str) -> Iterator[None]:
             f"model: expected tiny, smollm2, a folder, a hub id or a .gguf file, got {source!r}: "
             f"{reason[:400]}"
         ) from error
-
-
-def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Raises Refusal where the attention needs a package or a device that is not there."""
-    try:
-        model.set_attn_implementation(name)
-    except (ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise Refusal(
-            f"attn_implementation: expected one that works here, got {name}: {reason[:400]}"
-        ) from error
-
-
-def check_attention(name: str) -> None:
-    """Raises Refusal for an attention whose package or device is not there, before there is a
-    model to try it on."""
-    if name != "flash_attention_2":
-        return
-    missing = None
-    if not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
-        missing = "the package flash-attn is not installed: pip install flash-attn"
-    elif not torch.cuda.is_available():
-        missing = "there is no GPU that torch sees"
-    if missing is not None:
-        raise Refusal(
-            f"attn_implementation: expected one that works here, got {name}: {missing}, or set "
-            "attn_implementation=sdpa"
-        )
 
 
 def check_4bit(config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from agro_kernels import ModelHead, linear_logprobs_with_stats, weighted_logprob_sum
+from agro_train.policy.attention import packed_inputs
 from agro_train.refusal import Refusal
 from agro_train.types import MicroBatch
 
@@ -111,35 +112,10 @@ class Policy(nn.Module):
         return weighted_logprob_sum(hidden, weight, targets, coefficients[rows], **options)
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
-        """(L, D) final hidden states of a packed micro-batch.
-
-        The mask or the sequence boundaries are always given explicitly, and use_cache is off:
-        with a cache and no mask, transformers lets tokens attend across packed sequences.
-        """
-        kwargs: dict[str, Any] = {}
-        implementation = self.model.config._attn_implementation
-        if implementation == "flash_attention_2":
-            longest = int(micro.position_ids.max()) + 1
-            kwargs.update(
-                cu_seq_lens_q=micro.cu_inputs,
-                cu_seq_lens_k=micro.cu_inputs,
-                max_length_q=longest,
-                max_length_k=longest,
-            )
-        elif implementation == "eager":
-            lowest = torch.finfo(self.model.dtype).min
-            attends = micro.attends()
-            mask = torch.zeros_like(attends, dtype=self.model.dtype)
-            kwargs["attention_mask"] = mask.masked_fill(~attends, lowest)[None, None]
-        else:
-            kwargs["attention_mask"] = micro.attends()[None, None]
-        output = self.model.base_model(
-            input_ids=micro.input_ids[None],
-            position_ids=micro.position_ids[None],
-            use_cache=False,
-            **kwargs,
-        )
-        hidden: Tensor = output.last_hidden_state[0]
+        """(L, D) final hidden states of a packed micro-batch."""
+        inputs = packed_inputs(micro, self.model)
+        output = self.model.base_model(**inputs, use_cache=False)
+        hidden: Tensor = output.last_hidden_state[0, : len(micro.input_ids)]
         return hidden
 
 

@@ -19,7 +19,7 @@ from tests.train.models import SIZES
 ALONE = Machine(gpus=1, gpu="cpu")
 TOKENS = 48
 ARCHITECTURE = tiny.build_config(15)
-CONFIG = TrainConfig(model="tiny")
+CONFIG = TrainConfig(model="tiny", attn_implementation="sdpa")
 CASES = {
     "plain": CONFIG,
     "checkpointing": replace(CONFIG, gradient_checkpointing=True),
