@@ -39,7 +39,7 @@ SHEET = Path(__file__).with_name("agro.mplstyle")
 _SETTINGS = matplotlib.rc_params_from_file(SHEET, use_default_template=False)
 
 COLOURS: tuple[str, ...] = tuple(map(to_hex, _SETTINGS["axes.prop_cycle"].by_key()["color"]))
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLOURS
+BLUE, VERMILLION, GREEN, SKY, ORANGE, PURPLE, BLACK = COLOURS
 OURS = BLUE  # in every picture: AGRO among algorithms, this project among its peers
 PAPER: str = to_hex(_SETTINGS["figure.facecolor"])
 INK: str = to_hex(_SETTINGS["text.color"])
@@ -137,21 +137,23 @@ def finish(figure: Figure, among: Sequence[Axes] | None = None, note: str | None
     among = list(figure.axes if among is None else among)
     if all(_has_room(axes) for axes in among):
         for axes in among:
-            _name_ends(axes)
+            _name_ends(figure, axes)
         if note:
             figure.supxlabel(note, color=GREY)
     else:
         legend(figure, note)
 
 
-def name_points(axes: Axes, points: Sequence[tuple[str, float, float, str]]) -> None:
+def name_points(
+    figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, str]]
+) -> None:
     """Writes a name beside each point where it covers no other point and no other name: to its
     right if there is room, else around it. After `finish`.
 
     points: (name, x, y, colour).
     """
-    axes.figure.draw_without_rendering()  # where the points are
-    unit = axes.figure.dpi / 72  # pixels of a point of print
+    figure.draw_without_rendering()  # where the points are
+    unit = figure.dpi / 72  # pixels of a point of print
     width, height = CHARACTER * _SETTINGS["font.size"] * unit, 1.15 * _SETTINGS["font.size"] * unit
     places = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in places]
@@ -269,6 +271,7 @@ def _broken(text: str, width: int) -> str:
 def _characters(axes: Axes) -> float:
     """How many go side by side in a panel, its ticks included."""
     place = axes.get_subplotspec()
+    assert place is not None, "a panel is one of a grid"
     share = len(place.colspan) / place.get_gridspec().ncols
     return float(72 * WIDTH * share / (CHARACTER * _SETTINGS["font.size"]))
 
@@ -289,7 +292,7 @@ def _has_room(axes: Axes) -> bool:
     return sum(_heights(axes)) <= 1.0
 
 
-def _name_ends(axes: Axes) -> None:
+def _name_ends(figure: Figure, axes: Axes) -> None:
     ends, labels, heights = _ends(axes), _labels(axes), _heights(axes)
     to_axes = axes.transData + axes.transAxes.inverted()
     at = [np.clip(to_axes.transform(end), 0.0, 1.0) for *_, end in ends]
@@ -308,7 +311,8 @@ def _name_ends(axes: Axes) -> None:
         leader = {
             "arrowstyle": "-",
             "color": colour,
-            "linewidth": 0.9,
+            "linestyle": ends[number][1].get_linestyle(),  # tells curves of one colour apart
+            "linewidth": 1.1,
             "shrinkA": 1,
             "shrinkB": 3,
             "relpos": (0, 0.5),
@@ -326,6 +330,7 @@ def _name_ends(axes: Axes) -> None:
             arrowprops=leader if apart else None,
         )
     name_points(
+        figure,
         axes,
         [
             (label, *end, to_hex(line.get_color()))

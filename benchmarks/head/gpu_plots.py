@@ -30,9 +30,8 @@ def _drawn(chosen: Sequence[Row], title: str) -> Figure:
             memory.setdefault(row.provider, []).append((row.tokens, row.extra_mb))
     for name in times:
         band = [(r.tokens, r.p20_ms, r.p80_ms) for r in chosen if r.provider == name and r.n > 0]
-        above.fill_between(
-            *zip(*band, strict=True), color=colour(name), alpha=style.BAND, linewidth=0
-        )
+        tokens, low, high = zip(*band, strict=True)
+        above.fill_between(tokens, low, high, color=colour(name), alpha=style.BAND, linewidth=0)
     lengths = sorted({row.tokens for row in chosen})
     for axes, curves, label in (
         (above, times, "median time, ms"),

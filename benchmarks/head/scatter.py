@@ -84,6 +84,7 @@ def draw(panels: Mapping[str, Sequence[Point]]) -> Figure:
     for axes, points in zip(grid, panels.values(), strict=True):
         ours = next(seconds for provider, seconds, _ in points if provider == "ours")
         style.name_points(
+            figure,
             axes,
             [(name, max(memory, 1.0), s / ours, colour(name)) for name, s, memory in points],
         )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from agro_train.cli import main
 from agro_train.config import TrainConfig
 from agro_train.watch.panels import PANELS, Panel, points
-from agro_train.watch.plots import COMPARED, _draw, _draw_comparison, compare, over_seeds
+from agro_train.watch.plots import COMPARED, _draw_comparison, _drawn, compare, over_seeds
 
 ROWS = [
     {"step": 0, "eval_reward": 0.1, "eval_accuracy": 0.2, "eval_length": 3.0},
@@ -35,16 +35,23 @@ def rewards(*values: float) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.name)
 def test_panel_draws_and_names_its_curves(panel: Panel) -> None:
-    axes = Figure().subplots()
-    _draw(axes, panel, ROWS)
-    assert axes.get_xlabel() == "step" and axes.get_ylabel() == panel.label
+    (axes,) = _drawn([panel], ROWS).axes
+    assert axes.get_xlabel() == "step" and axes.get_title(loc="left") == panel.label
     drawn = {line.get_label(): list(line.get_xydata().tolist()) for line in axes.lines}
     for column, legend in panel.curves:
         expected = [[r["step"], r[column]] for r in ROWS if r.get(column) is not None]
         assert drawn[legend] == expected
         low, high = axes.get_ylim()
         assert all(low <= value <= high for _, value in expected)
-    assert (axes.get_legend() is not None) == (len(panel.curves) > 1)
+    named = [text.get_text().replace("\n", " ") for text in axes.texts]
+    assert named == ([legend for _, legend in panel.curves] if len(panel.curves) > 1 else [])
+
+
+def test_what_two_panels_show_has_one_colour() -> None:
+    reward, *_, length = _drawn(PANELS, ROWS).axes
+    colours = {line.get_label(): line.get_color() for line in reward.lines}
+    assert len(set(colours.values())) == 3
+    assert {line.get_label(): line.get_color() for line in length.lines}.items() <= colours.items()
 
 
 def test_runs_that_differ_in_seed_and_names_are_one_curve(tmp_path: Path) -> None:
