@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from agro_train.config import TrainConfig
 from agro_train.policy.adapter import add_adapter
-from agro_train.policy.load import load_architecture, prepare
+from agro_train.policy.load import load_architecture, prepare, set_attention
 from agro_train.refusal import Refusal
 
 # Public numbers, so that a plan needs no file of these: hidden size, layers, heads, key-value
@@ -67,11 +67,13 @@ def shortened(architecture: Any, layers: int) -> Any:
 
 
 def build(architecture: Any, config: TrainConfig, attention: str) -> PreTrainedModel:
-    """The policy's model as a run prepares it, an adapter included, on torch's meta device."""
+    """The policy's model as a run prepares it, an adapter included, on torch's meta device. Raises
+    Refusal for an attention that the model has not."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            architecture, dtype=getattr(torch, config.dtype), attn_implementation=attention
+            architecture, dtype=getattr(torch, config.dtype), attn_implementation="eager"
         )
+        set_attention(model, attention)
         prepare(model, config)
         if config.use_peft:
             add_adapter(model, config, None)
