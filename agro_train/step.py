@@ -21,6 +21,7 @@ from agro_train.config import TrainConfig
 from agro_train.metrics import measure
 from agro_train.policy.logprobs import even_out, row_sums, sequence_logprobs
 from agro_train.policy.policy import head_gradient
+from agro_train.transfer import download, upload
 from agro_train.types import MicroBatch, Scores, StepStats, TrainBatch
 
 
@@ -46,10 +47,11 @@ def update(
     mine = weights[first : first + len(scores.rewards)] * world
     head_grad = head_gradient(policy)
     for number, (piece, piece_lse) in enumerate(zip(micro, lse, strict=True), start=1):
-        piece = piece.to(accelerator.device)
-        per_token = mine.to(piece_lse.device, piece_lse.dtype)[piece.token_rows()]
+        per_token = mine.to(piece_lse.dtype)[piece.token_rows()]
         if number > len(batch.micro):  # an extra one, to keep step with the other ranks
             per_token = torch.zeros_like(per_token)
+        (per_token,) = upload([per_token], accelerator.device)
+        piece = piece.to(accelerator.device)
         with accelerator.no_sync(policy) if number < len(micro) else nullcontext():
             accelerator.backward(policy(piece, config.temperature, per_token, piece_lse, head_grad))
     gradients = [p.grad for p in policy.parameters() if p.grad is not None]
@@ -86,20 +88,21 @@ def score_batch(
     logprobs = torch.zeros(len(batch.rewards), dtype=torch.float64)
     lengths = torch.zeros(len(batch.rewards), dtype=torch.int64)
     entropy, num_tokens, lse = 0.0, 0, []
-    mismatch = [torch.zeros(0, dtype=torch.float64)]
+    mismatch, found = [torch.zeros(0, dtype=torch.float64)], []
     with torch.no_grad():
-        for number, piece in enumerate(micro, start=1):
-            piece = piece.to(device)
-            ours = policy(piece, config.temperature)
+        for piece in micro:
+            ours = policy(piece.to(device), config.temperature)
             lse.append(ours.lse)
-            if number > len(batch.micro):
-                continue
-            logprobs += row_sums(ours.logprobs, piece.token_rows(), len(logprobs))
-            entropy += float(ours.entropy.double().sum())
-            num_tokens += len(piece.targets)
-            lengths[piece.rows.cpu()] = piece.cu_seqlens.diff().long().cpu()
-            apart = (ours.logprobs - piece.sampling_logprobs).abs().double().cpu()
-            mismatch.append(apart[piece.sampling_logprobs.cpu().isfinite()])
+            found.append(torch.stack([ours.logprobs, ours.entropy]))
+    # Read when all passes are on their way; the extra ones are not.
+    told = download(found[: len(batch.micro)])
+    for piece, (of_tokens, entropies) in zip(batch.micro, told, strict=True):
+        logprobs += row_sums(of_tokens, piece.token_rows(), len(logprobs))
+        entropy += float(entropies.double().sum())
+        num_tokens += len(piece.targets)
+        lengths[piece.rows] = piece.cu_seqlens.diff().long()
+        apart = (of_tokens - piece.sampling_logprobs).abs().double()
+        mismatch.append(apart[piece.sampling_logprobs.isfinite()])
     unknown = tuple(piece for piece in batch.micro if batch.ref_logprobs[piece.rows].isnan().any())
     asked = sequence_logprobs(reference, unknown, len(logprobs), config, device)
     ref_logprobs = torch.where(batch.ref_logprobs.isnan(), asked, batch.ref_logprobs)

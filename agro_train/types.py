@@ -17,11 +17,13 @@ the end of "4", and the one at 5 the end of "5":
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
+
+from agro_train.transfer import upload
 
 Finish = Literal["stop", "length"]
 Source = Literal["fresh", "recorded", "replayed", "demonstration"]
@@ -122,12 +124,14 @@ class MicroBatch:
     sampling_logprobs: Tensor  # (n,) float32, nats: of the engine that sampled them; NaN: unknown
     cu_seqlens: Tensor  # (S + 1,) int32: completion boundaries in targets
     rows: Tensor  # (S,) int64: the completion's row in TrainBatch
+    longest: int  # tokens of the longest sequence; for varlen attention
     # (n, K) int32, padded with -1: the ids that targets[i] was drawn from, all where a row has
     # none; None: all everywhere.
     kept_ids: Tensor | None = None
-    # (n,) bool: whether targets[i] was drawn from all ids but the end tokens, being among the first
-    # min_new_tokens; None: nowhere.
+    # int64, which of the n were drawn from all ids but the end tokens, being among the first
+    # min_new_tokens, and which are the others; None: none was.
     early: Tensor | None = None
+    later: Tensor | None = None
 
     def attends(self, first: Tensor | None = None) -> Tensor:
         """(L, L) bool: may the row's token see the column's; never across sequences.
@@ -143,14 +147,18 @@ class MicroBatch:
 
     def token_rows(self) -> Tensor:
         """(n,) int64: the row in TrainBatch of the completion that each predicted token is in."""
-        return self.rows.repeat_interleave(self.cu_seqlens.diff())
+        # Told how many there are, a GPU is not asked.
+        return self.rows.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.targets))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that it has, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on `device`."""
-        moved: dict[str, Any] = {
-            name: None if value is None else value.to(device) for name, value in vars(self).items()
-        }
-        return MicroBatch(**moved)
+        """The same, from the host to `device`."""
+        found = self.tensors()
+        moved: dict[str, Any] = dict(zip(found, upload([*found.values()], device), strict=True))
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"__main__"},
     ],
     "agro_train": [
+        {"transfer"},
         {"types", "refusal", "seeds", "durable", "interrupt"},
         {"keys", "lock", "ranks", "run_folder", "user_function"},
         {"settings"},

@@ -96,7 +96,8 @@ class _Packing:
     targets: list[int] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
     kept: list[Sequence[int]] = field(default_factory=list)  # for each target; empty: all ids
-    early: list[bool] = field(default_factory=list)
+    early: list[int] = field(default_factory=list)
+    later: list[int] = field(default_factory=list)
     cu_inputs: list[int] = field(default_factory=list)
     cu_seqlens: list[int] = field(default_factory=lambda: [0])
     rows: list[int] = field(default_factory=list)
@@ -119,11 +120,13 @@ class _Packing:
         predictors = [self.last_prompt_token, *range(start, len(self.input_ids))]
         count = 0
         for places in rollout.sampled:
+            first = len(self.targets)
             self.predictors += predictors[places.start : places.stop]
             self.targets += ids[places.start : places.stop]
             # What was kept at an early token has no end token in it anyway.
             barred = 0 if rollout.kept_ids else min(self.min_new_tokens, len(places))
-            self.early += [True] * barred + [False] * (len(places) - barred)
+            self.early += range(first, first + barred)
+            self.later += range(first + barred, first + len(places))
             count += len(places)
         self.sampling_logprobs += rollout.sampling_logprobs or [float("nan")] * count
         self.kept += kept_ids.decode(rollout.kept_ids) if rollout.kept_ids else [()] * count
@@ -150,8 +153,10 @@ class _Packing:
             sampling_logprobs=torch.tensor(self.sampling_logprobs),
             cu_seqlens=torch.tensor(self.cu_seqlens, dtype=torch.int32),
             rows=torch.tensor(self.rows),
+            longest=max(self.position_ids) + 1,
             kept_ids=self._kept_ids(),
-            early=torch.tensor(self.early) if any(self.early) else None,
+            early=torch.tensor(self.early) if self.early else None,
+            later=torch.tensor(self.later, dtype=torch.int64) if self.early else None,
         )
 
     def _kept_ids(self) -> Tensor | None:

@@ -27,6 +27,7 @@ from agro_train.engines.engine import PLAIN, Ask, Sampling, completion_seed, cut
 from agro_train.engines.turns import Dialogue, Groups, sampled
 from agro_train.policy.attention import generating
 from agro_train.settings import MOST_KEPT
+from agro_train.transfer import upload
 from agro_train.types import Prompt, Rollout
 
 
@@ -110,7 +111,8 @@ def generate(
                     for i in indices
                     for number in range(num_generations)
                 ]
-                draw = Draw(torch.stack(streams).to(model.device), temperature, sampling)
+                (keys,) = upload([torch.stack(streams)], model.device)
+                draw = Draw(keys, temperature, sampling)
             ids = [prompts[i].ids for i in indices]
             stop = StopStrings(sampling, tokenizer, max(map(len, ids))) if sampling.stop else None
             completions = _complete(model, config, ids, num_generations, draw, stop)
@@ -286,8 +288,8 @@ def _complete(
 ) -> list[list[list[int]]]:
     """Completion ids (prompts, num_generations, up to max_new_tokens), padding included. Greedy
     without `draw`."""
-    input_ids, attention_mask = _left_pad(prompts, generation_config.pad_token_id)
-    input_ids, attention_mask = input_ids.to(model.device), attention_mask.to(model.device)
+    padded = _left_pad(prompts, generation_config.pad_token_id)
+    input_ids, attention_mask = upload(padded, model.device)
     cache = DynamicCache(config=model.config)
     if input_ids.shape[1] > 1:
         # All but the last token of each prompt, once; generate() reads the last one per completion.

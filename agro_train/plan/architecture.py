@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from agro_train.config import TrainConfig
 from agro_train.plan.machine import Machine
 from agro_train.policy.adapter import add_adapter
-from agro_train.policy.attention import setting_of, why_not_flex
+from agro_train.policy.attention import setting_of, settle, why_not_flex
 from agro_train.policy.load import load_architecture, prepare
 from agro_train.refusal import Refusal
 
@@ -83,11 +83,17 @@ def build(architecture: Any, config: TrainConfig, attention: str | None) -> PreT
 
     Args:
         attention: transformers' name; None: what it chooses for the model.
+
+    Raises Refusal for an attention that the model has not.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            architecture, dtype=getattr(torch, config.dtype), attn_implementation=attention
+            architecture,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=None if attention is None else "eager",
         )
+        if attention is not None:
+            settle(model, attention)
         prepare(model, config)
         if config.use_peft:
             add_adapter(model, config, None)

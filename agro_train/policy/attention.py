@@ -180,12 +180,11 @@ def packed_inputs(micro: MicroBatch, model: PreTrainedModel) -> dict[str, Any]:
     if implementation == FLEX:
         return _with_block_masks(micro, text)
     if is_flash_attention_requested(requested_attention_implementation=implementation):
-        longest = int(micro.position_ids.max()) + 1
         return inputs | {
             "cu_seq_lens_q": micro.cu_inputs,
             "cu_seq_lens_k": micro.cu_inputs,
-            "max_length_q": longest,
-            "max_length_k": longest,
+            "max_length_q": micro.longest,
+            "max_length_k": micro.longest,
         }
 
     def dense(first: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
+from agro_train.transfer import download
 from agro_train.types import MicroBatch, Rollout
 
 # What a rank without a micro-batch of its own reads to keep step with the others: token 0 after
@@ -30,11 +31,11 @@ def sequence_logprobs(
     """(count,) float64 log-probabilities of whole completions, nats; 0 for rows not in `micro`."""
     sums = torch.zeros(count, dtype=torch.float64)
     with torch.no_grad():
-        for number, piece in enumerate(even_out(micro), start=1):
-            piece = piece.to(device)
-            logprobs = model(piece, config.temperature).logprobs
-            if number <= len(micro):
-                sums += row_sums(logprobs, piece.token_rows(), count)
+        everyone = even_out(micro)
+        found = [model(piece.to(device), config.temperature).logprobs for piece in everyone]
+    # Read when all passes are on their way; the extra ones are not.
+    for piece, logprobs in zip(micro, download(found[: len(micro)]), strict=True):
+        sums += row_sums(logprobs, piece.token_rows(), count)
     return sums
 
 
@@ -60,6 +61,6 @@ def even_out(micro: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
 
 
 def row_sums(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """(count,) float64 sums of per-token values over each completion, on the CPU."""
+    """(count,) float64 sums of per-token values over each completion, all of it on the host."""
     sums = torch.zeros(count, dtype=torch.float64)
-    return sums.index_add_(0, rows.cpu(), values.double().cpu())
+    return sums.index_add_(0, rows, values.double())

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from agro_kernels import ModelHead, linear_logprobs_with_stats, weighted_logprob_sum
 from agro_train.policy.attention import packed_inputs
 from agro_train.refusal import Refusal
+from agro_train.transfer import upload
 from agro_train.types import MicroBatch
 
 T = TypeVar("T")
@@ -75,11 +76,13 @@ class Policy(nn.Module):
         with self.form.precision(head, hidden):
             terms = self.form.terms(head, hidden)
             more = (temperature, coefficients, lse, weight_grad)
-            if micro.early is None:
+            if micro.early is None or micro.later is None:
                 return self._head(micro, terms, slice(None), *more)
             first = self._head(micro, terms, micro.early, *more, ban=True)
-            rest = self._head(micro, terms, ~micro.early, *more)
-        return _interleaved(micro.early, first, rest) if coefficients is None else first + rest
+            rest = self._head(micro, terms, micro.later, *more)
+        if coefficients is not None:
+            return first + rest
+        return _interleaved(micro.early, micro.later, first, rest)
 
     def _head(
         self,
@@ -99,7 +102,8 @@ class Policy(nn.Module):
         if ban:
             assert self.barred, "early tokens are scored by a policy that knows what is barred"
             banned = weight.new_zeros(len(weight))
-            banned[self.barred] = -torch.inf
+            (barred,) = upload([torch.tensor(self.barred)], weight.device)
+            banned.index_fill_(0, barred, -torch.inf)
             bias = banned if bias is None else bias + banned
         options: dict[str, Any] = {
             "bias": bias,
@@ -119,12 +123,12 @@ class Policy(nn.Module):
         return hidden
 
 
-def _interleaved(first: Tensor, of_first: Any, of_rest: Any) -> Any:
-    """One record of (n,) tensors from that of the rows where `first` (n,) holds and the rest's."""
+def _interleaved(first: Tensor, rest: Tensor, of_first: Any, of_rest: Any) -> Any:
+    """One record of (n,) tensors from that of the rows `first`, int64, and that of the rest."""
     whole = []
     for a, b in zip(of_first, of_rest, strict=True):
-        values = a.new_empty(first.shape)
-        values[first], values[~first] = a, b
+        values = a.new_empty(len(first) + len(rest))
+        values[first], values[rest] = a, b
         whole.append(values)
     return type(of_first)(*whole)
 

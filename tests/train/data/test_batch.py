@@ -101,4 +101,5 @@ def test_end_tokens_are_barred_at_the_beginning_of_each_turn() -> None:
         turns=tuple({"by": by, "tokens": tokens, "text": ""} for by, tokens in turns),
     )
     (micro,) = pack([several], token_budget=100, share_prompts=True, min_new_tokens=2)
-    assert micro.early is not None and micro.early.tolist() == [True, True, False, True]
+    assert micro.early is not None and micro.early.tolist() == [0, 1, 3]
+    assert micro.later is not None and micro.later.tolist() == [2]

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen3MoeConfig,
+)
 
 from agro_train.config import TrainConfig
 from agro_train.plan import trace
@@ -14,6 +22,7 @@ from agro_train.policy import tiny
 from agro_train.policy.adapter import add_adapter
 from agro_train.policy.load import prepare
 from agro_train.policy.policy import Policy, head_gradient
+from agro_train.refusal import Refusal
 from tests.train.models import SIZES
 
 ALONE = Machine(gpus=1, gpu="cpu")
@@ -35,7 +44,17 @@ FAMILIES = {
     "opt": OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **SIZES, vocab_size=15, **IDS),
     "phi3": Phi3Config(intermediate_size=48, **SIZES, vocab_size=15, **IDS),
     "llama": LlamaConfig(intermediate_size=48, **SIZES, vocab_size=15),
+    "qwen3_moe": Qwen3MoeConfig(
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        **SIZES,
+        vocab_size=15,
+    ),
 }
+GEMMA2 = Gemma2Config(intermediate_size=48, num_key_value_heads=2, head_dim=8, **SIZES)
 
 
 def really_kept(config: TrainConfig, architecture: Any = ARCHITECTURE) -> float:
@@ -54,7 +73,7 @@ def really_kept(config: TrainConfig, architecture: Any = ARCHITECTURE) -> float:
     micro = trace.micro_batch(config, TOKENS, TOKENS)
     ones = torch.ones(TOKENS)
     held = [*policy.parameters(), *policy.buffers(), ones]
-    held += [value for value in vars(micro).values() if value is not None]
+    held += micro.tensors().values()
     low = config.mixed_precision == "bf16"
     with trace.Live(held, lambda func, args: 0.0) as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
@@ -76,6 +95,17 @@ def test_any_familys_pass_is_planned(family: str) -> None:
     architecture = FAMILIES[family]
     found = trace.trace(architecture, CONFIG, ALONE, TOKENS, TOKENS)
     assert found.kept == really_kept(CONFIG, architecture) > 0
+
+
+def test_an_attention_that_the_model_has_not_is_one_sentence() -> None:
+    with pytest.raises(Refusal, match="attn_implementation: expected one that works here, got sdp"):
+        trace.trace(GEMMA2, CONFIG, ALONE, TOKENS, TOKENS)
+    eager = replace(CONFIG, attn_implementation="eager")
+    flash = replace(CONFIG, attn_implementation="flash_attention_2", share_prompts=False)
+    by_eager, by_flash = (
+        trace.trace(GEMMA2, each, ALONE, TOKENS, TOKENS).kept for each in (eager, flash)
+    )
+    assert by_eager == really_kept(eager, GEMMA2) > by_flash > 0
 
 
 def own_bytes(rows: int, cuda: bool, asked: bool, dtype: torch.dtype, in_place: bool) -> float:

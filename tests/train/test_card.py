@@ -1,0 +1,166 @@
+"""Between host and device: what a step copies and waits for, counted on a device that is not there.
+
+A tensor left on the host, or a number that is read on the way, fails here, where there is no GPU.
+"""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.train.card import Event
+
+GENERATE = "agro_train/engines/transformers_engine.py"
+TOKENS, LAYERS, WEIGHTS = 6, 3, 29
+MICRO = 2  # micro-batches of a step
+
+# By phase, kind and place, how often.
+SCORE = {
+    # Policy and reference read each micro-batch; what they found is read once all of them have.
+    ("score", "upload", "agro_train/transfer.py upload"): 2 * MICRO,
+    ("score", "download", "agro_train/transfer.py download"): 2,
+    # The head's kernels ask how many tokens count.
+    ("score", "shape", "agro_kernels/linear_logprobs.py flat_results"): 2 * MICRO,
+}
+UPDATE = {
+    ("update", "upload", "agro_train/transfer.py upload"): 2 * MICRO,  # and the coefficients
+    ("update", "shape", "agro_kernels/ops/linear_logprobs.py _logprobs_backward"): MICRO,
+    ("update", "read", "agro_train/step.py update"): 1,  # the gradient's norm
+}
+
+
+def generation(phase: str, *, sampled: bool) -> dict[tuple[str, str, str], int]:
+    """Of one batch of prompts; without what transformers itself asks for."""
+    found = {
+        (phase, "upload", "agro_train/transfer.py upload"): 1 + sampled,  # prompts; random bits
+        (phase, "download", f"{GENERATE} _complete"): 1,
+    }
+    if sampled:  # which rows draw a token that is none of the likeliest
+        found[phase, "shape", f"{GENERATE} __call__"] = TOKENS
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("card")
+    command = [sys.executable, "-m", "tests.train.card_main", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "found.json").read_text())
+
+
+def events(rows: list[list[str]]) -> list[Event]:
+    return [Event(*row) for row in rows]
+
+
+def counted(rows: list[list[str]]) -> Counter[tuple[str, str, str]]:
+    """How often each thing happens; without transformers' own."""
+    ours = [event for event in events(rows) if not event.site.endswith("transformers")]
+    return Counter((event.phase, event.kind, event.site) for event in ours)
+
+
+def lines(rows: list[list[str]]) -> str:
+    """What a failure shows: where each thing happens."""
+    found = Counter((event.phase, event.kind, event.op, event.line) for event in events(rows))
+    return "\n".join(f"{count} x {', '.join(what)}" for what, count in sorted(found.items()))
+
+
+@pytest.mark.parametrize(
+    ("operation", "kinds"),
+    [
+        ("item", ["read"]),
+        ("bool", ["read"]),
+        ("tolist", ["download"]),
+        ("cpu", ["download"]),
+        ("equal", ["read"]),
+        ("nonzero", ["shape"]),
+        ("unique", ["shape"]),
+        ("masked_select", ["shape"]),
+        ("mask read", ["shape"]),
+        ("mask written", ["shape"]),
+        ("mask filled", []),
+        ("list", ["blocking upload"]),
+        ("places", []),
+        ("repeat_interleave", ["shape"]),
+        ("repeat_interleave of known size", []),
+        ("new", []),
+        ("number", []),
+        ("upload", ["blocking upload"]),
+        ("upload, not pinned", ["blocking upload"]),
+        ("upload, pinned", ["upload"]),
+        ("write", ["blocking upload"]),
+        ("read", ["download"]),
+        ("gradient", []),
+    ],
+)
+def test_what_the_host_waits_for_is_noted(operation: str, kinds: list[str], found: Any) -> None:
+    assert found["operations"][operation] == kinds
+
+
+def test_tensors_of_two_devices_do_not_mix(found: Any) -> None:
+    (error,) = found["operations"]["host's"]
+    assert "aten.add.Tensor: expected all tensors on one device" in error
+
+
+def test_a_run_on_the_device_is_the_run_on_the_host(found: Any) -> None:
+    """Two steps, metrics and all, and the checkpoint after them, bitwise."""
+    host, card = found["host"], found["card"]
+    assert card["metrics"] == host["metrics"] and len(host["metrics"]) == 2
+    assert host["metrics"][1]["grad_norm"] > 0
+    assert (card["moments"], card["weights"]) == (host["moments"], host["weights"])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_step_waits_for_the_device_a_known_number_of_times(number: int, found: Any) -> None:
+    """Three times, but for the head's kernels and for generation, which waits for each token."""
+    step = found["card"][f"step {number}"]
+    assert counted(step) == {**generation("generate", sampled=True), **SCORE, **UPDATE}, lines(step)
+
+
+def test_evaluation_waits_as_generation_does(found: Any) -> None:
+    evaluation = found["card"]["evaluate"]
+    both = Counter(generation("", sampled=False)) + Counter(generation("", sampled=True))
+    assert counted(evaluation) == both, lines(evaluation)
+
+
+def test_transformers_waits_for_each_token_a_few_times(found: Any) -> None:
+    """Its generate asks whether every row has ended, and what its masks hold."""
+    waits = [
+        event for event in events(found["card"]["step 0"]) if "transformers" in event.site[-12:]
+    ]
+    assert 0 < len(waits) <= 4 * TOKENS
+    assert {event.phase for event in waits} == {"generate"}
+
+
+def test_weights_go_to_the_device_once_and_into_a_checkpoint_once(found: Any) -> None:
+    started, saved = counted(found["card"]["set-up"]), counted(found["card"]["save"])
+    assert started == {
+        ("set-up", "blocking upload", "agro_train/setup.py <listcomp>"): 2 * WEIGHTS
+    }, lines(found["card"]["set-up"])
+    assert saved == {
+        ("save", "download", "agro_train/policy/checkpoint.py save"): 3 * WEIGHTS  # and moments
+    }, lines(found["card"]["save"])
+
+
+def test_other_settings_wait_no_more_in_the_update(found: Any) -> None:
+    """With sets of kept ids, and with first tokens that cannot be the end."""
+    step = Counter(
+        {key: n for key, n in counted(found["mistakes"]["other"]).items() if key[0] != "generate"}
+    )
+    assert sum(n for (_, kind, _), n in step.items() if kind == "download") == 2
+    assert sum(n for (_, kind, _), n in step.items() if kind == "read") == 1
+    assert not any(kind == "blocking upload" for _, kind, _ in step)
+
+
+def test_a_number_read_by_mistake_is_one_event_more(found: Any) -> None:
+    before, after = (counted(found["mistakes"][name]) for name in ("other", "asked"))
+    more = after - before
+    key = ("score", "read", "agro_train/policy/logprobs.py sequence_logprobs")
+    assert more[key] == MICRO
+
+
+def test_a_tensor_left_on_the_host_by_mistake_is_refused(found: Any) -> None:
+    assert "expected all tensors on one device" in found["mistakes"]["left"]
