@@ -77,8 +77,8 @@ class TrainConfig:
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = (
         key(
             "auto",
-            "attention, by transformers' name; auto: flex_attention on GPUs where the model goes with "
-            "it, else what transformers chooses, sdpa mostly",
+            "attention, by transformers' name; auto: flex_attention on GPUs where the model goes "
+            "with it, else what transformers chooses, sdpa mostly",
             older="sdpa",
         )
     )
