@@ -96,7 +96,8 @@ def trace(
     """
     layers = architecture.get_text_config().num_hidden_layers
     # Of all layers, since the first ones may be of fewer kinds.
-    config = replace(config, attn_implementation=attention_of(architecture, config, machine))
+    attention: Any = attention_of(architecture, config, machine)
+    config = replace(config, attn_implementation=attention)
     try:
         if layers <= 3:
             return _traced(architecture, config, machine, tokens, predicted)
