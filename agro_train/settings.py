@@ -262,7 +262,7 @@ class TrainConfig:
     generation_batch_size: int = key(64, "sequences generated at once, per rank", least=1)
     token_budget: int = key(1024, "tokens per micro-batch", least=1)
     share_prompts: bool = key(
-        True, "pack a prompt once for its completions; not with flash attention"
+        True, "pack a prompt once for its completions; not with flash_attention_2"
     )
 
     use_vllm: bool = key(False, "vLLM in place of transformers' generate", heading="vLLM")
