@@ -308,7 +308,7 @@ def check_attention(name: str) -> None:
         return
     missing = None
     if not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
-        missing = "the package flash-attn is not installed: pip install flash-attn"
+        missing = "the package flash-attn is not installed: pip install --no-build-isolation flash-attn"
     elif not torch.cuda.is_available():
         missing = "there is no GPU that torch sees"
     if missing is not None:
