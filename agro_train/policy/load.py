@@ -308,7 +308,8 @@ def check_attention(name: str) -> None:
         return
     missing = None
     if not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
-        missing = "the package flash-attn is not installed: pip install --no-build-isolation flash-attn"
+        how = "pip install --no-build-isolation flash-attn"  # its build imports torch
+        missing = f"the package flash-attn is not installed: {how}"
     elif not torch.cuda.is_available():
         missing = "there is no GPU that torch sees"
     if missing is not None:
