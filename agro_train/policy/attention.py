@@ -90,7 +90,8 @@ def check_attention(name: str) -> None:
     missing = None
     if name == "flash_attention_2":
         if not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
-            missing = "the package flash-attn is not installed: pip install flash-attn"
+            how = "pip install --no-build-isolation flash-attn"  # its build imports torch
+            missing = f"the package flash-attn is not installed: {how}"
         elif not torch.cuda.is_available():
             missing = "there is no GPU that torch sees"
     elif name == "flex_attention" and not trains_flex():

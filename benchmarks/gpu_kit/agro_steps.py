@@ -13,6 +13,7 @@ from agro_train.engines import transformers_engine
 from agro_train.plan.advice import fits
 from agro_train.plan.machine import Machine
 from agro_train.plan.memory import Plan, plan
+from agro_train.policy.attention import name_at_load, settle
 from agro_train.policy.load import load_architecture, prepare
 from benchmarks.gpu_kit import shapes
 from benchmarks.gpu_kit.parts import Job
@@ -39,8 +40,12 @@ def run(report: Report, folder: Path, job: Job) -> None:
 
     def load_base(source: str, config: TrainConfig, tokenizer: Any) -> tuple[Any, None]:
         model = shapes.random_model(
-            load_architecture(source), config.dtype, device, config.attn_implementation
+            load_architecture(source),
+            config.dtype,
+            device,
+            name_at_load(config.attn_implementation),
         )
+        settle(model, config.attn_implementation)
         prepare(model, config)
         return model, None
 

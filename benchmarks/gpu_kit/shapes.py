@@ -90,8 +90,11 @@ def write_prompts(job: Job, vocabulary: int, path: Path) -> list[str]:
     return prompts
 
 
-def random_model(config: Any, dtype: str, device: str, attention: str = "sdpa") -> Any:
-    """A model of the configuration, made on the device, the same for every trainer."""
+def random_model(config: Any, dtype: str, device: str, attention: str | None = "sdpa") -> Any:
+    """A model of the configuration, made on the device, the same for every trainer.
+
+    attention: transformers' name; None: its own choice.
+    """
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(

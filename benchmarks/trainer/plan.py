@@ -45,6 +45,7 @@ from agro_train.plan.machine import Machine
 from agro_train.plan.memory import plan
 from agro_train.policy import tiny
 from agro_train.policy.adapter import AdapterOff, add_adapter
+from agro_train.policy.attention import name_at_load, settle
 from agro_train.policy.load import load_architecture, prepare, set_matmul_precision
 from agro_train.policy.policy import Policy
 from agro_train.run import Start
@@ -129,8 +130,9 @@ def models(config: TrainConfig) -> tuple[Policy, torch.nn.Module]:
     base: Any = AutoModelForCausalLM.from_config(
         load_architecture(config.model, offline=True),
         dtype=torch.float32,
-        attn_implementation=config.attn_implementation,
+        attn_implementation=name_at_load(config.attn_implementation),
     )
+    settle(base, config.attn_implementation)
     prepare(base, config)
     if config.use_peft:
         add_adapter(base, config, None)

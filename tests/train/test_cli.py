@@ -282,7 +282,7 @@ def test_attention_that_is_not_installed_is_refused(
     said = refusal(["train", *settings, *small], capsys)
     assert said == (
         "agro: attn_implementation: expected one that works here, got flash_attention_2: the "
-        "package flash-attn is not installed: pip install flash-attn, or set "
+        "package flash-attn is not installed: pip install --no-build-isolation flash-attn, or set "
         "attn_implementation=sdpa\n"
     )
 

@@ -20,6 +20,7 @@ from agro_train.plan import trace
 from agro_train.plan.machine import Machine
 from agro_train.policy import tiny
 from agro_train.policy.adapter import add_adapter
+from agro_train.policy.attention import name_at_load
 from agro_train.policy.load import prepare
 from agro_train.policy.policy import Policy, head_gradient
 from agro_train.refusal import Refusal
@@ -62,7 +63,7 @@ def really_kept(config: TrainConfig, architecture: Any = ARCHITECTURE) -> float:
     model = AutoModelForCausalLM.from_config(
         architecture,
         dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
+        attn_implementation=name_at_load(config.attn_implementation),
     )
     prepare(model, config)
     if config.use_peft:
