@@ -109,8 +109,16 @@ def version(base: str) -> str:
     return f"{base}@{hashlib.sha256(configuration.find(base).read_bytes()).hexdigest()[:8]}"
 
 
-# What a run's numbers do not depend on.
-COSMETIC = ("output_dir", "samples_every", "report_to", "project", "run_name", "save_total_limit")
+# What a run's numbers do not depend on; on the attention no more than on the machine.
+COSMETIC = (
+    "output_dir",
+    "samples_every",
+    "report_to",
+    "project",
+    "run_name",
+    "save_total_limit",
+    "attn_implementation",
+)
 
 
 def defaults() -> dict[str, object]:

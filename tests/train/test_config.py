@@ -354,6 +354,7 @@ def test_what_may_change_when_a_run_is_resumed() -> None:
         "vllm_server_base_url",
         "vllm_server_timeout",
         "vllm_weights_dir",
+        "vllm_weight_transfer",
         "vllm_gpu_memory_utilization",
         "samples_every",
         "report_to",
