@@ -1,9 +1,11 @@
+
 """What the vLLM engine does around vLLM: weights go out, are seen to have arrived, and whatever
 answers wrongly, or not at all, ends in one sentence. vLLM's place is taken by a model of the same
 shape with weights of its own; vLLM itself is in tests/train/engines/vllm.
 """
 
 import copy
+import importlib.util
 import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -501,6 +503,11 @@ class Place:
 URLS = ["http://127.0.0.1:9", "http://127.0.0.1:10"]
 
 
+def with_vllm(name: str, found: Any = importlib.util.find_spec) -> Any:
+    """find_spec where vLLM is installed; others ask it, too, of their own packages."""
+    return object() if name == "vllm" else found(name)
+
+
 @pytest.mark.parametrize(
     ("wanted", "device", "kind"),
     [
@@ -517,7 +524,7 @@ def test_group_is_the_one_that_both_sides_can_join(
 ) -> None:
     joined: list[str] = []
     monkeypatch.setattr(Server, "join", lambda self, kind, device: joined.append(kind))
-    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", with_vllm)
     config = replace(CONFIG, vllm_weight_transfer=wanted)
     found = vllm_engine.join_group(config, Servers(URLS, 5.0), Place(device))
     assert found == (kind is not None) and joined == ([kind] * 2 if kind else [])
@@ -533,7 +540,7 @@ def test_files_take_the_groups_place_only_where_nobody_asked_for_it(
 
     monkeypatch.setattr(Server, "join", fail)
     monkeypatch.setattr(Server, "take_files", lambda self: files.append(self.base_url))
-    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", with_vllm)
     for wanted in ("nccl", "gloo"):
         config = replace(CONFIG, vllm_weight_transfer=wanted)
         with pytest.raises(BrokenEngine, match="server at A and the trainer at B"):
