@@ -1,4 +1,3 @@
-
 """What the vLLM engine does around vLLM: weights go out, are seen to have arrived, and whatever
 answers wrongly, or not at all, ends in one sentence. vLLM's place is taken by a model of the same
 shape with weights of its own; vLLM itself is in tests/train/engines/vllm.
