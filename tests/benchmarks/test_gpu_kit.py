@@ -28,7 +28,7 @@ def test_the_whole_kit_runs_dry(tmp_path: Path) -> None:
     """As it is typed, in its own process: the libraries are then imported once for all parts."""
     again = ("agro_train_preset", "smollm2_135m_lora")  # dry they are what others are
     names = [part.name for part in table(dry=True) if part.name not in again]
-    words = ["--dry", "--out", str(tmp_path / "kit"), "--parts", *names]
+    words = ["--dry", "--budget-s", "3000", "--out", str(tmp_path / "kit"), "--parts", *names]
     command_line = [sys.executable, "-m", "benchmarks.gpu_kit", *words]
     done = subprocess.run(command_line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
