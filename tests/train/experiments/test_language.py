@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from agro_train import experiments
 from agro_train.cli import main
@@ -33,6 +32,7 @@ from agro_train.experiments.language import QUICK, Curve, Point, Start, measure,
 from agro_train.experiments.sweep import Sweep
 from agro_train.refusal import Refusal
 from agro_train.seeds import shuffled
+from agro_train.watch import style
 
 HOME = Path(__file__).parents[3] / "docs" / "experiments"
 FIGURES = ("fig2", "fig5", "fig4", "beyond")
@@ -418,7 +418,7 @@ def test_readme_has_the_tables_of_the_committed_runs_or_says_there_are_none(
         shutil.copy(HOME / "results" / name, tmp_path)
     monkeypatch.setattr(Sweep, "_run", lambda _, missing: pytest.fail("a run") if missing else None)
     # The quick runs write pictures; these would take longer than all tables.
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    monkeypatch.setattr(style, "save", lambda *_: None)
     assert main(["reproduce", figure, f"output_dir={tmp_path}"]) == 0
     tables = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert tables
