@@ -17,7 +17,7 @@ GENERATE = "agro_train/engines/transformers_engine.py"
 TOKENS = 6
 WEIGHTS, BUFFERS = 30, 2  # of the tiny model
 MICRO = 2  # micro-batches of a step
-FP32 = 2**-23
+ROUNDING = 2**-16  # of float32, added up over two steps
 
 # By phase, kind and place, how often.
 SCORE = {
@@ -108,16 +108,16 @@ def test_tensors_of_two_devices_do_not_mix(found: Any) -> None:
 
 
 def test_a_run_on_the_device_is_the_run_on_the_host(found: Any) -> None:
-    """Two steps' metrics, and the checkpoint after them, bitwise. The entropy alone, which nothing
-    is made of, is added up in another order."""
+    """Two steps' metrics, and the checkpoint after them. The device's sums are in another order
+    than those of the host's own kernels."""
     host, card = found["host"], found["card"]
-    assert len(host["metrics"]) == len(card["metrics"]) == 2
+    assert len(host["metrics"]) == 2 and host["metrics"][1]["grad_norm"] > 0
     for here, there in zip(host["metrics"], card["metrics"], strict=True):
-        assert here.pop("entropy") == pytest.approx(there.pop("entropy"), rel=FP32)
-        assert here.pop("memory_gb") > 0 < there.pop("memory_gb")
-        assert repr(here) == repr(there)  # NaN is equal to none
-    assert host["metrics"][1]["grad_norm"] > 0
-    assert (card["moments"], card["weights"]) == (host["moments"], host["weights"])
+        del here["memory_gb"], there["memory_gb"]
+        assert here == pytest.approx(there, rel=ROUNDING, nan_ok=True)
+    assert len(host["weights"]) == len(host["moments"]) == WEIGHTS
+    for part in ("weights", "moments"):
+        assert host[part] == pytest.approx(card[part], rel=ROUNDING)
 
 
 @pytest.mark.parametrize("number", [0, 1])
