@@ -1,5 +1,6 @@
 """vLLM's own code for NCCL reads what the trainer broadcasts; here over gloo, on a CPU."""
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import SimpleNamespace
@@ -18,14 +19,14 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 def joined() -> tuple[GlooGroup, GlooGroup]:
     """Two ends of a group in this process."""
     store = dist.HashStore()
-    store.set_timeout(timedelta(seconds=10))
+    store.set_timeout(timedelta(seconds=60))
     ends = [
         weight_transfer.in_background(
-            lambda rank=rank: GlooGroup(store, rank, 2, "127.0.0.1", 10, 10)  # type: ignore[misc]
+            lambda rank=rank: GlooGroup(store, rank, 2, "127.0.0.1", 60, 60)  # type: ignore[misc]
         )
         for rank in range(2)
     ]
-    trainer, worker = (end.result(20) for end in ends)
+    trainer, worker = (end.result(60) for end in ends)
     return trainer, worker
 
 
@@ -40,6 +41,9 @@ def test_vllms_nccl_backend_reads_each_parcel(
         NCCLWeightTransferUpdateInfo,
     )
 
+    # Imported when weights arrive, which takes a while the first time.
+    from vllm.model_executor.model_loader import mtp_validation  # noqa: F401
+
     # Of NCCL's, only what a CPU lacks: streams, and the communicator.
     streams = (SimpleNamespace(synchronize=lambda: None),)
     monkeypatch.setattr(packed_tensor, "_get_streams", lambda *_: streams)
@@ -50,7 +54,7 @@ def test_vllms_nccl_backend_reads_each_parcel(
         assert src == 0
         done = worker.start(packed)
         while not done():
-            pass
+            time.sleep(0.001)
 
     info = NCCLWeightTransferInitInfo(
         master_address="127.0.0.1",
@@ -78,7 +82,7 @@ def test_vllms_nccl_backend_reads_each_parcel(
         engine.receive_weights(NCCLWeightTransferUpdateInfo(**update))
 
     sent = {"a": torch.randn(3, 5).to(dtype), "b": torch.randn(5, 2).to(dtype).T}
-    transfer, receive = Transfer(trainer, 10.0), take
+    transfer, receive = Transfer(trainer, 60.0), take
     check: Callable[[], bool] = lambda: all(torch.equal(arrived[n], w) for n, w in sent.items())  # noqa: E731
     for _ in range(2):
         transfer.send(sent, receive)
