@@ -44,6 +44,11 @@ class Shards(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+def results_dtype(inputs: Tensor) -> torch.dtype:
+    """Of sums and results: fp32, and float64 of float64 inputs."""
+    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
+
+
 class HeadOptions(TypedDict, total=False):
     """The keywords that every head op takes; `linear_logprobs` says what they mean."""
 
@@ -539,7 +544,7 @@ def check_weight_grad(weight_grad: Tensor | None, weight: Tensor) -> None:
             f"weight_grad: expected the shape of weight {tuple(weight.shape)}, got "
             f"{tuple(weight_grad.shape)}; pass weight.main_grad or torch.zeros(weight.shape)"
         )
-    expected = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    expected = results_dtype(weight)
     if weight_grad.dtype != expected:
         raise TypeError(
             f"weight_grad: expected {expected}, got {weight_grad.dtype}; sums over micro-batches "

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from agro_kernels._torch.agro_loss import check_cu_seqlens, group_index
 from agro_kernels.agro_options import AgroOptions, check_sequences, check_tokens
+from agro_kernels.head import results_dtype
 
 # exp of more nats overflows fp32. A weight of this size outweighs every other one already, so that
 # clipping the log-ratio here changes nothing.
@@ -196,7 +197,7 @@ def reward_to_go_coefficients(
     in_groups = _Groups(groups, kept)
     advantage = beta * in_groups.less_others(to_go)
     coefficients = in_groups.mean_loss(advantage, options)[counted]
-    return coefficients.to(torch.float64 if logprobs.dtype == torch.float64 else torch.float32)
+    return coefficients.to(results_dtype(logprobs))
 
 
 class _Groups:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels.agro_options import AgroOptions
+from agro_kernels.head import results_dtype
 
 
 def agro_coefficients(
@@ -53,9 +54,7 @@ def agro_loss_fwd(
     coefficients, loss, _, _ = _from_log_ratios(
         rewards, log_ratios, sampler_log_ratios, groups, options
     )
-    return loss.to(
-        torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    ), coefficients
+    return loss.to(results_dtype(logprobs)), coefficients
 
 
 def agro_loss_bwd(

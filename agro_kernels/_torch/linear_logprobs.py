@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels.counted_rows import CountedRows, counted_rows
-from agro_kernels.head import Head, Upstream
+from agro_kernels.head import Head, Upstream, results_dtype
 from agro_kernels.kept_logits import LOWEST, KeptLogits
 from agro_kernels.many_targets import NOTHING, KnownEntries
 
@@ -143,14 +143,9 @@ def _excluded(kept: Tensor, entries: slice) -> Tensor:
     return ((bits & 1) == 0).flatten(1)[:, columns]
 
 
-def sums_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the computation."""
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
 def upcast(head: Head) -> Head:
     """With hidden and token_temperature in the dtype of the computation, fp32 or float64."""
-    dtype = sums_dtype(head.hidden)
+    dtype = results_dtype(head.hidden)
     temperatures = head.token_temperature
     return head._replace(
         hidden=head.hidden.to(dtype),
@@ -362,7 +357,7 @@ def mean_logits(head: Head) -> Tensor:
     It is the logit of the mean row of the weight, 2 N D operations, unless something comes between
     the product and the sum: a softcap or a rounding, with which it is another pass.
     """
-    dtype, v = sums_dtype(head.hidden), head.weight.shape[0]
+    dtype, v = results_dtype(head.hidden), head.weight.shape[0]
     if head.softcap > 0.0 or head.round_logits is not None:
         rows = counted_rows(head, head.counted())
         counted = upcast(rows.head)

@@ -6,7 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agro_kernels.head import check_target_values, check_token_temperature_values
+from agro_kernels.head import (
+    check_target_values,
+    check_token_temperature_values,
+    results_dtype,
+)
 from agro_kernels.many_targets import NOTHING
 
 # Elements of the fp32 copy that exists at a time: 16 MB, at least one row.
@@ -65,7 +69,7 @@ def _results(
     (rows, 1), and 0 where ignored. Checks the values of targets and temperatures."""
     check_target_values(targets, logits.shape[-1], ignore_index)
     check_token_temperature_values(token_temperature, targets.reshape(-1), ignore_index)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = results_dtype(logits)
     results = tuple(logits.new_zeros(targets.shape, dtype=dtype) for _ in range(count))
     for chunk in _chunks_of_targets(logits, targets):
         counted = (chunk.targets != ignore_index).unsqueeze(1)
@@ -90,7 +94,7 @@ def _scaled(
     chunk: Tensor, rows: slice, temperature: float, token_temperature: Tensor | None
 ) -> Tensor:
     """A fresh copy of the chunk in fp32 (float64 stays), divided by the temperature."""
-    dtype = torch.float64 if chunk.dtype == torch.float64 else torch.float32
+    dtype = results_dtype(chunk)
     scaled = chunk.to(dtype, copy=True)
     if token_temperature is not None:
         return scaled.div_(token_temperature.reshape(-1, 1)[rows].to(dtype))
@@ -105,7 +109,7 @@ def _capped(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """(z, dz/dlogits) of a chunk in fp32 (float64 stays), the second (rows, 1) without a cap."""
-    dtype = torch.float64 if chunk.dtype == torch.float64 else torch.float32
+    dtype = results_dtype(chunk)
     inverse = torch.full((chunk.shape[0], 1), 1.0 / temperature, dtype=dtype, device=chunk.device)
     if token_temperature is not None:
         inverse = 1.0 / token_temperature.reshape(-1, 1)[rows].to(dtype)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from agro_kernels._triton.launch import contiguous
 from agro_kernels.agro_options import AgroOptions
+from agro_kernels.head import results_dtype
 
 BLOCK_T = 1024
 BLOCK_I, BLOCK_J = 16, 32  # 16 x 64 spilled registers on sm_80 and sm_90
@@ -414,7 +415,7 @@ def agro_loss_fwd(
         groups,
         options,
         coefficients_dtype=torch.float64,
-        loss_dtype=torch.float64 if logprobs.dtype == torch.float64 else torch.float32,
+        loss_dtype=results_dtype(logprobs),
     )
     return loss, coefficients
 

@@ -72,6 +72,22 @@ def has_aligned_rows(matrix: Tensor) -> bool:
     )
 
 
+def head_arguments(hidden: Tensor, head: Head) -> dict[str, object]:
+    """What every kernel that makes logits is told of these hidden states and the head."""
+    weight = head.weight
+    return {
+        "V": weight.shape[0],
+        "D": weight.shape[1],
+        "stride_hidden_n": hidden.stride(0),
+        "stride_hidden_d": hidden.stride(1),
+        "stride_weight_v": weight.stride(0),
+        "stride_weight_d": weight.stride(1),
+        "temperature": head.temperature,
+        "softcap": head.softcap if head.softcap > 0 else None,
+        "ROUND_LOGITS": ROUNDED[head.round_logits],
+    }
+
+
 def gemm_arguments(config: configs.TileConfig, head: Head) -> dict[str, object]:
     """The keyword arguments that the launches of the two GEMM kernels share."""
     hidden, weight = head.hidden, head.weight
@@ -91,14 +107,7 @@ def gemm_arguments(config: configs.TileConfig, head: Head) -> dict[str, object]:
         token_temperature_ptr=head.token_temperature,
         kept_ptr=head.kept,
         N=N,
-        V=V,
-        D=D,
-        stride_hidden_n=hidden.stride(0),
-        stride_hidden_d=hidden.stride(1),
-        stride_weight_v=weight.stride(0),
-        stride_weight_d=weight.stride(1),
-        temperature=head.temperature,
-        softcap=head.softcap if head.softcap > 0 else None,
+        **head_arguments(hidden, head),
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         BLOCK_D=config.block_d,
@@ -106,7 +115,6 @@ def gemm_arguments(config: configs.TileConfig, head: Head) -> dict[str, object]:
         EVEN_V=V % config.block_v == 0,
         EVEN_D=D % config.block_d == 0,
         DESCRIPTORS=config.descriptors,
-        ROUND_LOGITS=ROUNDED[head.round_logits],
         # Triton's default would round fp32 operands to tf32; bf16 and fp16 ones are not affected.
         INPUT_PRECISION="ieee",
         INTERPRETED=hidden.device.type == "cpu",

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agro_kernels._triton.launch import ROUNDED, contiguous
+from agro_kernels._triton.launch import contiguous, head_arguments
 from agro_kernels._triton.primitives import rounded, tanh
 from agro_kernels.head import Head
 
@@ -138,19 +138,11 @@ def _launch(head: Head, ids: Tensor, lse: Tensor, logits: Tensor | None, logprob
             logprobs_ptr=logprobs,
             num_ids=ids.numel(),
             K=ids.shape[1],
-            V=weight.shape[0],
-            D=D,
-            stride_hidden_n=hidden.stride(0),
-            stride_hidden_d=hidden.stride(1),
-            stride_weight_v=weight.stride(0),
-            stride_weight_d=weight.stride(1),
-            temperature=head.temperature,
-            softcap=head.softcap if head.softcap > 0 else None,
+            **head_arguments(hidden, head),
             ignore_index=head.ignore_index,
             BLOCK_IDS=BLOCK_IDS,
             BLOCK_D=BLOCK_D,
             EVEN_D=D % BLOCK_D == 0,
-            ROUND_LOGITS=ROUNDED[head.round_logits],
             INTERPRETED=hidden.device.type == "cpu",
             num_warps=4,
         )

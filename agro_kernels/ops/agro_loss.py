@@ -7,10 +7,10 @@ from torch import Tensor
 
 from agro_kernels._torch import agro_loss as torch_agro_loss
 from agro_kernels.agro_options import AGRO_SCHEMA, AgroOptions
+from agro_kernels.head import results_dtype
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
     library,
-    results_dtype,
     triton_if_possible,
     with_numbers,
     with_record,

@@ -119,7 +119,3 @@ def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
             yield from argument
         else:
             yield argument
-
-
-def results_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32

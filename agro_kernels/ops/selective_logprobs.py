@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from agro_kernels._torch import selective_logprobs as torch_selective_logprobs
-from agro_kernels.head import one_number
+from agro_kernels.head import one_number, results_dtype
 from agro_kernels.ops.derivatives import differentiable_once
-from agro_kernels.ops.dispatch import library, results_dtype, triton_if_possible, without_autocast
+from agro_kernels.ops.dispatch import library, triton_if_possible, without_autocast
 
 library.define(
     "selective_logprobs_fwd(Tensor logits, Tensor targets, float temperature, "

@@ -96,7 +96,7 @@ class VllmEngine:
             self.send(prompts[0])
             self.sent = ask["step"]
         found = self.sample(prompts, **ask)
-        groups = self.together(lambda: dict(found))
+        groups = together(lambda: dict(found))
         return [rollout for place in range(len(prompts)) for rollout in groups[place]]
 
     def sample(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> Iterator[Group]:
@@ -212,12 +212,12 @@ class VllmEngine:
 
     def send(self, prompt: Prompt) -> None:
         """Sends the weights, and raises BrokenEngine if vLLM then does not compute with them."""
-        self.together(self.deliver)
+        together(self.deliver)
         self.agree(None)
         if self.probe is None:  # only now: vLLM's first weights may be arbitrary ones
-            (self.probe,) = broadcast_object_list([self.together(lambda: self.new_probe(prompt))])
+            (self.probe,) = broadcast_object_list([together(lambda: self.new_probe(prompt))])
         ours = self.our_logprobs()
-        self.before = ours, self.together(lambda: self.check(ours))
+        self.before = ours, together(lambda: self.check(ours))
 
     def snapshot(self, step: int, prompt: Prompt) -> Snapshot:
         """The first weights go out at once, because the probe takes them; later ones wait in files
@@ -230,7 +230,7 @@ class VllmEngine:
             self.send(prompt)
             self.sent = step
             return Snapshot(step)
-        ours, files = self.our_logprobs(), self.together(self.write)
+        ours, files = self.our_logprobs(), together(self.write)
         if self.beside_all:  # one rank of each machine has written
             rank, local_rank = self.accelerator.process_index, self.accelerator.local_process_index
             files = gathered(files, None)[rank - local_rank]
@@ -278,10 +278,10 @@ class VllmEngine:
         assert ours is not None, "there is a probe since the first weights"
         loads = self.loads
         # Requests of the weights before must be answered on all ranks first.
-        self.together(lambda: None, self.beside)
-        self.together(lambda: self.client.load(snapshot.files) if loads else None, self.beside)
+        together(lambda: None, self.beside)
+        together(lambda: self.client.load(snapshot.files) if loads else None, self.beside)
         self.agree(self.beside)
-        self.before = ours, self.together(lambda: self.check(ours), self.beside)
+        self.before = ours, together(lambda: self.check(ours), self.beside)
         self.sent = snapshot.step
         if not self.writes:
             return
@@ -393,9 +393,6 @@ class VllmEngine:
                 f"{theirs.tolist()}; use vllm>=0.32, and start a server with `agro serve MODEL`"
             )
         return theirs
-
-    def together(self, function: Callable[[], T], group: Any = None) -> T:
-        return together(function, group)
 
 
 def together(function: Callable[[], T], group: Any = None) -> T:

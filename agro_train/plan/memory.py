@@ -7,7 +7,7 @@ counted where it shares the GPU.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,8 @@ def plan(config: TrainConfig, machine: Machine, architecture: Any = None) -> Pla
     """
     architecture = architecture or find_architecture(config.model)
     check(config, machine, architecture)
+    attention: Any = attention_of(architecture, config, machine)
+    config = replace(config, attn_implementation=attention)
     weights = weigh(architecture, config)
     world, low = machine.gpus, config.mixed_precision == "bf16"
     share = 1 / world if config.fsdp else 1.0
@@ -209,7 +211,7 @@ def plan(config: TrainConfig, machine: Machine, architecture: Any = None) -> Pla
     return Plan(
         weights=weights,
         stages=stages,
-        attention=attention_of(architecture, config, machine),
+        attention=attention,
         micro_batch=micro,
         cache_rows=rows,
         cache_row=row,

@@ -136,7 +136,7 @@ def trace(
 def _traced(
     architecture: Any, config: TrainConfig, machine: Machine, tokens: int, predicted: int
 ) -> Pass:
-    attention = attention_of(architecture, config, machine)
+    attention = config.attn_implementation
     model = build(architecture, config, PLANNED.get(attention, attention))
     if attention == "flex_attention":
         tokens += -tokens % BLOCK

@@ -49,6 +49,7 @@ from benchmarks.head.gpu_rows import Row
 from benchmarks.head.providers.base import FORMS
 from benchmarks.head.providers.registry import PROVIDERS
 from benchmarks.measure import timing
+from benchmarks.measure.arguments import lacks_gpu
 from benchmarks.measure.dtypes import DTYPES
 from benchmarks.measure.rows import RESULTS, column_names, parsed, read_csv, texts
 from benchmarks.measure.shapes import (
@@ -90,12 +91,8 @@ class Run:
 def main(arguments: list[str] | None = None) -> int:
     """The process's exit status: 1 if ours failed or was wrong somewhere, 2 without a GPU."""
     options = parse(arguments)
-    if not options.smoke and not torch.cuda.is_available():
-        print(
-            "benchmarks.head.gpu: torch finds no GPU here; run it on a machine with one, or add "
-            "--smoke to run its code on this CPU",
-            file=sys.stderr,
-        )
+    next_step = "; run it on a machine with one, or add --smoke to run its code on this CPU"
+    if lacks_gpu("benchmarks.head.gpu", next_step, smoke=options.smoke):
         return 2
     run = run_of(options)
     facts = timing.machine_facts(run.device)

@@ -27,7 +27,6 @@ tokens that are named last first, and said at the end.
 
 import argparse
 import csv
-import os
 import re
 import sys
 import time
@@ -40,6 +39,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import timing
+from benchmarks.measure.arguments import kernels_device, lacks_gpu
 from benchmarks.measure.clocks import Clocks
 from benchmarks.measure.rows import RESULTS, column_names, error_text, texts
 from benchmarks.measure.shapes import HEADS, Head, Shape
@@ -106,17 +106,10 @@ class Run:
 def main(arguments: list[str] | None = None) -> int:
     """The process's exit status: 2 where there is no GPU."""
     options = parse(arguments)
-    has_gpu = torch.cuda.is_available()
-    if not options.smoke and not has_gpu:
-        print(
-            "benchmarks.head.gpu_parts: torch finds no GPU here; run it on a machine with one, or "
-            "add --smoke to run its code on this CPU",
-            file=sys.stderr,
-        )
+    next_step = "; run it on a machine with one, or add --smoke to run its code on this CPU"
+    if lacks_gpu("benchmarks.head.gpu_parts", next_step, smoke=options.smoke):
         return 2
-    device = "cuda" if has_gpu and not options.smoke else "cpu"
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+    device = kernels_device(smoke=options.smoke)
     facts = timing.machine_facts(device)
     folder = options.results / folder_name(facts)
     folder.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,7 @@ from agro_kernels.tiles import TileConfig, architecture
 from benchmarks.head.tune_kernel import KERNELS, describe
 from benchmarks.head.tune_search import REPETITIONS, SMOKE, Candidate, search
 from benchmarks.measure import timing
+from benchmarks.measure.arguments import kernels_device, lacks_gpu
 from benchmarks.measure.dtypes import DTYPES
 from benchmarks.measure.rows import RESULTS
 from benchmarks.measure.shapes import HEADS, Head, Shape
@@ -59,17 +60,13 @@ WORKERS = min(16, os.cpu_count() or 1)  # each with a weight of its own on the G
 def main(arguments: list[str] | None = None) -> int:
     """The process's exit status: 2 where there is no GPU, and for wrong arguments."""
     options = parse(arguments)
-    has_gpu = torch.cuda.is_available()
-    if not options.smoke and not has_gpu:
-        print(
-            "benchmarks.head.tune: torch finds no GPU here, and tiles are tuned on the GPU that "
-            "they are for; run it there, or add --smoke to run its code on this CPU",
-            file=sys.stderr,
-        )
+    next_step = (
+        ", and tiles are tuned on the GPU that they are for; run it there, or add --smoke to run "
+        "its code on this CPU"
+    )
+    if lacks_gpu("benchmarks.head.tune", next_step, smoke=options.smoke):
         return 2
-    device = "cuda" if has_gpu and not options.smoke else "cpu"
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+    device = kernels_device(smoke=options.smoke)
 
     heads = heads_of(options)
     tokens = options.tokens or (SMOKE_TOKENS if options.smoke else TOKENS)

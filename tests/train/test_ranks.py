@@ -1,8 +1,5 @@
 """Two processes (gloo, CPU) give the run that one gives: replicated and sharded."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,7 @@ from agro_train.cli import main
 from agro_train.data.rows import read_jsonl
 from tests.train.forked import Server, said
 from tests.train.models import save_llama3_miniature, small_run
-
-ROOT = Path(__file__).parents[2]
+from tests.train.torchrun import on_two_ranks
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -25,22 +21,8 @@ def settings(folder: Path, model: Path, *more: str) -> list[str]:
     return small_run(model, folder, *short, "eval_every=2", "eval_prompts=5", *more)
 
 
-def launch_by_torchrun(arguments: list[str]) -> None:
-    """Two ranks, one thread each, that begin and end as a user's do."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.train.rank_main", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def launch(server: Server, folder: Path, arguments: list[str]) -> None:
-    """The same in a tenth of the time."""
+    """Two ranks, as torchrun starts them, in a tenth of the time."""
     assert server.launch(folder, arguments, ranks=2) == 0, said(folder)
 
 
@@ -90,7 +72,10 @@ def test_two_ranks_take_the_steps_of_one(
     fsdp: str, model: Path, recorded: tuple[Path, Path], tmp_path: Path
 ) -> None:
     log, alone = recorded
-    launch_by_torchrun(settings(tmp_path / "two", model, f"recorded=[{log}]", f"fsdp={fsdp}"))
+    on_two_ranks(
+        "tests.train.rank_main",
+        *settings(tmp_path / "two", model, f"recorded=[{log}]", f"fsdp={fsdp}"),
+    )
     assert_same_steps(tmp_path / "two", alone, model)
 
 

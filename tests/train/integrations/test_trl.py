@@ -3,10 +3,7 @@
 Run by `make test-trl`, in an environment with TRL.
 """
 
-import os
 import re
-import subprocess
-import sys
 import types
 from collections.abc import Callable
 from functools import partial
@@ -53,6 +50,7 @@ from agro_train.types import Scores  # noqa: E402
 from benchmarks.trainer import curves_trl  # noqa: E402
 from tests.numerics import assert_close_to_truth, head_inputs  # noqa: E402
 from tests.train.integrations import OLD_NAMES  # noqa: E402
+from tests.train.torchrun import on_two_ranks  # noqa: E402
 
 pytestmark = [pytest.mark.trl, *OLD_NAMES]
 
@@ -317,17 +315,9 @@ def compare(
 
 def test_two_ranks_have_the_whole_batchs_gradient(folder: Path, tmp_path: Path) -> None:
     """DDP, groups spread over both ranks; the asserts are in ranks_trl.py."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.train.integrations.ranks_trl", str(folder), str(tmp_path)],
-        cwd=DOCS.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("both ranks: same") == 2
+    module = "tests.train.integrations.ranks_trl"
+    printed = on_two_ranks(module, str(folder), str(tmp_path))
+    assert printed.count("both ranks: same") == 2
 
 
 def sums(model: LlamaForCausalLM, batch: dict[str, Any]) -> Tensor:

@@ -26,6 +26,7 @@ from agro_train.policy.load import end_tokens, load_model, load_tokenizer
 from agro_train.policy.policy import Policy
 from agro_train.types import Rollout
 from tests.train.models import small_run
+from tests.train.torchrun import on_two_ranks
 
 # vLLM and what it imports warn of many things.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
@@ -209,19 +210,6 @@ def check_run(folder: Path, steps: int = 2) -> None:
     assert (folder / f"checkpoint-{steps}" / "model.safetensors").is_file()
 
 
-def run_on_two_ranks(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "agro_train", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.parametrize(
     "more",
     [["fsdp=true"], ["fsdp=true", "vllm_tensor_parallel_size=2"]],
@@ -230,7 +218,8 @@ def run_on_two_ranks(arguments: list[str]) -> None:
 def test_run_of_two_processes_with_vllm_beside_them(
     more: list[str], model: Path, tmp_path: Path
 ) -> None:
-    run_on_two_ranks(settings(model, tmp_path / "run", "vllm_mode=colocate", *more))
+    arguments = settings(model, tmp_path / "run", "vllm_mode=colocate", *more)
+    on_two_ranks("agro_train", *arguments, timeout_s=600)
     check_run(tmp_path / "run")
 
 
@@ -252,7 +241,8 @@ def test_sharded_run_of_two_processes_and_a_server_that_is_killed(
     address, group = serve()
     server = ["vllm_mode=server", f"vllm_server_base_url={address}", "vllm_server_timeout=120"]
     sharded = ["fsdp=true", "vllm_weight_transfer=gloo"]
-    run_on_two_ranks(settings(model, tmp_path / "two", *server, *sharded))
+    arguments = settings(model, tmp_path / "two", *server, *sharded)
+    on_two_ranks("agro_train", *arguments, timeout_s=600)
     check_run(tmp_path / "two")
 
     # The reward function kills the server while the third step is scored; the step is completed,
