@@ -28,6 +28,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"reference", "tiles", "packing"},
         {"head"},
         {"agro_options", "counted_rows", "kept_logits", "many_targets", "model_head"},
+        {"backward"},
         {"_torch", "_triton"},
         {"_cpu"},
         {"ops"},

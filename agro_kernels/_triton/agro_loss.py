@@ -33,15 +33,13 @@ LOWERED = tl.constexpr(8)  # by the pathwise coefficient, before the taper
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def sequence_log_ratios_kernel(
-    logprobs_ptr,
-    ref_logprobs_ptr,
-    cu_seqlens_ptr,
-    sampling_logprobs_ptr,
-    log_ratios_ptr,
-    sampler_log_ratios_ptr,
-    num_tokens,
-    BLOCK_T: tl.constexpr,
-):
+    # inputs
+    logprobs_ptr, ref_logprobs_ptr, cu_seqlens_ptr, sampling_logprobs_ptr,
+    # outputs
+    log_ratios_ptr, sampler_log_ratios_ptr,
+    # sizes and constants
+    num_tokens, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """log_ratio_b = sum over tokens t of sequence b of (logprob_t - ref_logprob_t).
 
     sampler_log_ratio_b = sum over the same of logprob_t, less sampling_logprob_b, unless
@@ -70,20 +68,16 @@ def sequence_log_ratios_kernel(
 
 
 @triton.jit
-def load_rows(
-    rewards_ptr,
-    log_ratios_ptr,
-    weights_ptr,
-    offs,
-    mask,
-    beta,
-):
+def load_rows(rows, offs):
     """(regularised reward, importance weight, kept) of the rows at offs.
 
-    The first two of a row that is not kept may be anything, NaN included: the caller has to select
-    by `kept`. Selecting here would save it that, but Triton before 3.8 cannot compile a selection
-    whose result is used both as rows and as columns of a tile.
+    rows: the pointers to all of them and what they are judged by, as group_statistics_kernel has
+    it. The first two of a row that is not kept may be anything, NaN included: the caller has to
+    select by `kept`. Selecting here would save it that, but Triton before 3.8 cannot compile a
+    selection whose result is used both as rows and as columns of a tile.
     """
+    rewards_ptr, log_ratios_ptr, _, weights_ptr, num_sequences, beta = rows
+    mask = offs < num_sequences
     infinity = float("inf")
     rewards = tl.load(rewards_ptr + offs, mask=mask, other=0.0).to(tl.float64)
     log_ratios = tl.load(log_ratios_ptr + offs, mask=mask, other=0.0)
@@ -97,22 +91,13 @@ def load_rows(
 
 
 @triton.jit
-def load_members(
-    rewards_ptr,
-    log_ratios_ptr,
-    groups_ptr,
-    weights_ptr,
-    groups_i,
-    offs_j,
-    mask_j,
-    beta,
-):
+def load_members(rows, groups_i, offs_j):
     """Which of the rows at offs_j are of the groups of rows i, and which of those are kept, (I, J);
     the regularised rewards of rows j, (J,); their weights where they are kept members, (I, J)."""
+    _, _, groups_ptr, _, num_sequences, _ = rows
+    mask_j = offs_j < num_sequences
     groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
-    regularized_j, weights_j, kept_j = load_rows(
-        rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta
-    )
+    regularized_j, weights_j, kept_j = load_rows(rows, offs_j)
     same = (groups_i[:, None] == groups_j[None, :]) & mask_j[None, :]
     member = same & kept_j[None, :]
     return same, member, regularized_j, tl.where(member, weights_j[None, :], 0.0)
@@ -120,29 +105,18 @@ def load_members(
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def group_statistics_kernel(
-    rewards_ptr,
-    log_ratios_ptr,
-    groups_ptr,
-    on_policy_ptr,
-    weights_ptr,
-    sampler_log_ratios_ptr,
-    row_taper_ptr,
-    raw_coefficients_ptr,
-    variances_ptr,
-    deviations_ptr,
-    tapers_ptr,
-    statuses_ptr,
-    num_sequences,
-    beta: tl.float64,
-    lr_weight: tl.float64,
-    lr_baseline: tl.float64,
+    # inputs
+    rewards_ptr, log_ratios_ptr, groups_ptr, on_policy_ptr, weights_ptr,
+    sampler_log_ratios_ptr, row_taper_ptr,
+    # outputs
+    raw_coefficients_ptr, variances_ptr, deviations_ptr, tapers_ptr, statuses_ptr,
+    # sizes and options
+    num_sequences, beta: tl.float64, lr_weight: tl.float64, lr_baseline: tl.float64,
     taper: tl.float64,
-    HAS_LR: tl.constexpr,
-    LR_CAP: tl.constexpr,
-    AUTO_BASELINE: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
+    # constants
+    HAS_LR: tl.constexpr, LR_CAP: tl.constexpr, AUTO_BASELINE: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
     """Rows i against all rows j: first the group's count and mean, then its squared deviations.
 
     Two passes, because the mean square less the squared mean cancels. Writes, for each row, the
@@ -153,9 +127,8 @@ def group_statistics_kernel(
     offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask_i = offs_i < num_sequences
     groups_i = tl.load(groups_ptr + offs_i, mask=mask_i, other=0)
-    regularized_i, weights_i, kept_i = load_rows(
-        rewards_ptr, log_ratios_ptr, weights_ptr, offs_i, mask_i, beta
-    )
+    rows = rewards_ptr, log_ratios_ptr, groups_ptr, weights_ptr, num_sequences, beta
+    regularized_i, weights_i, kept_i = load_rows(rows, offs_i)
 
     size = tl.zeros((BLOCK_I,), tl.float64)
     weight = tl.zeros((BLOCK_I,), tl.float64)
@@ -163,10 +136,7 @@ def group_statistics_kernel(
     earlier = tl.zeros((BLOCK_I,), tl.int32)
     for start_j in range(0, num_sequences, BLOCK_J):
         offs_j = start_j + tl.arange(0, BLOCK_J)
-        same, member, regularized_j, member_weights = load_members(
-            rewards_ptr, log_ratios_ptr, groups_ptr, weights_ptr, groups_i, offs_j,
-            offs_j < num_sequences, beta,
-        )  # fmt: skip
+        same, member, regularized_j, member_weights = load_members(rows, groups_i, offs_j)
         size += tl.sum(member.to(tl.float64), 1)
         weight += tl.sum(member_weights, 1)
         total += tl.sum(member_weights * tl.where(member, regularized_j[None, :], 0.0), 1)
@@ -177,10 +147,7 @@ def group_statistics_kernel(
     largest = tl.zeros((BLOCK_I,), tl.float64)
     for start_j in range(0, num_sequences, BLOCK_J):
         offs_j = start_j + tl.arange(0, BLOCK_J)
-        _, member, regularized_j, member_weights = load_members(
-            rewards_ptr, log_ratios_ptr, groups_ptr, weights_ptr, groups_i, offs_j,
-            offs_j < num_sequences, beta,
-        )  # fmt: skip
+        _, member, regularized_j, member_weights = load_members(rows, groups_i, offs_j)
         deviations = tl.where(member, regularized_j[None, :] - mean[:, None], 0.0)
         squares += tl.sum(member_weights * deviations * deviations, 1)
         if LR_CAP:
@@ -238,24 +205,14 @@ def group_statistics_kernel(
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def finalise_kernel(
-    rewards_ptr,
-    log_ratios_ptr,
-    sampler_log_ratios_ptr,
-    raw_coefficients_ptr,
-    variances_ptr,
-    deviations_ptr,
-    tapers_ptr,
-    statuses_ptr,
-    num_groups_ptr,
-    coefficients_ptr,
-    loss_ptr,
-    moments_ptr,
-    counts_ptr,
-    num_sequences,
-    beta: tl.float64,
-    scale: tl.float64,
-    BLOCK_B: tl.constexpr,
-):
+    # inputs
+    rewards_ptr, log_ratios_ptr, sampler_log_ratios_ptr, raw_coefficients_ptr, variances_ptr,
+    deviations_ptr, tapers_ptr, statuses_ptr, num_groups_ptr,
+    # outputs
+    coefficients_ptr, loss_ptr, moments_ptr, counts_ptr,
+    # sizes, options and constants
+    num_sequences, beta: tl.float64, scale: tl.float64, BLOCK_B: tl.constexpr,
+):  # fmt: skip
     """One program: sums over rows in a fixed order, then every coefficient by its denominator."""
     reward = tl.zeros((BLOCK_B,), tl.float64)
     log_ratio = tl.zeros((BLOCK_B,), tl.float64)
@@ -333,15 +290,13 @@ def finalise_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_steps"])
 def token_gradients_kernel(
-    dloss_ptr,
-    coefficients_ptr,
-    cu_seqlens_ptr,
+    # inputs
+    dloss_ptr, coefficients_ptr, cu_seqlens_ptr,
+    # outputs
     dlogprobs_ptr,
-    num_tokens,
-    num_sequences,
-    num_steps,
-    BLOCK_T: tl.constexpr,
-):
+    # sizes and constants
+    num_tokens, num_sequences, num_steps, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """dlogprob_t = dloss * coefficient of the sequence of token t, found by bisection.
 
     The sequence of t is the number of b >= 1 with cu_seqlens[b] <= t; num_steps halvings of [0, B]

@@ -115,9 +115,6 @@ def gemm_arguments(config: configs.TileConfig, head: Head) -> dict[str, object]:
         EVEN_V=V % config.block_v == 0,
         EVEN_D=D % config.block_d == 0,
         DESCRIPTORS=config.descriptors,
-        # Triton's default would round fp32 operands to tf32; bf16 and fp16 ones are not affected.
-        INPUT_PRECISION="ieee",
-        INTERPRETED=hidden.device.type == "cpu",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -29,25 +29,15 @@ def row_pointers(ptr, rows, rows_inner, stride_outer, stride_inner):
 @triton.jit(do_not_specialize=["N", "rows_inner", "ignore_index"])
 def selective_logprobs_fwd_kernel(
     # inputs
-    logits_ptr,
-    targets_ptr,
-    token_temperature_ptr,
+    logits_ptr, targets_ptr, token_temperature_ptr,
     # outputs
-    logprobs_ptr,
-    lse_ptr,
+    logprobs_ptr, lse_ptr,
     # sizes and strides
-    N,
-    V,
-    rows_inner,
-    stride_logits_outer,
-    stride_logits_inner,
-    stride_logits_v,
-    temperature,
-    ignore_index,
+    N, V, rows_inner, stride_logits_outer, stride_logits_inner, stride_logits_v,
+    temperature, ignore_index,
     # constants
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """logprob = (x_y - m) / temperature - ln s and lse = m / temperature + ln s of BLOCK_N rows.
 
     With k = log2(e) / temperature, m the running maximum of the logits x, s = sum_v 2^k(x_v - m): a
@@ -97,26 +87,15 @@ def selective_logprobs_fwd_kernel(
 @triton.jit(do_not_specialize=["N", "rows_inner", "ignore_index"])
 def selective_logprobs_bwd_kernel(
     # inputs
-    dlogprobs_ptr,
-    logits_ptr,
-    targets_ptr,
-    token_temperature_ptr,
-    lse_ptr,
+    dlogprobs_ptr, logits_ptr, targets_ptr, token_temperature_ptr, lse_ptr,
     # outputs
     dlogits_ptr,
     # sizes and strides
-    N,
-    V,
-    rows_inner,
-    stride_logits_outer,
-    stride_logits_inner,
-    stride_logits_v,
-    temperature,
-    ignore_index,
+    N, V, rows_inner, stride_logits_outer, stride_logits_inner, stride_logits_v,
+    temperature, ignore_index,
     # constants
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """dlogits (N, V) = dlogprob (1[v = y] - p_v) / temperature, p_v = exp(x_v / temperature - lse).
 
     1 - p_y is formed in fp32 before any rounding. Ignored rows, and rows whose upstream gradient is

@@ -8,7 +8,7 @@ float64, and where Triton or the native part is missing.
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels.agro_options import AgroOptions
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head
 
 library = torch.library.Library("agro", "DEF")
@@ -62,7 +63,7 @@ def with_numbers(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(kernel)
     def call(*args: Any) -> Any:
-        records = (Head, AgroOptions)
+        records = (Head, Backward, AgroOptions)
         return kernel(*(arg.with_numbers() if isinstance(arg, records) else arg for arg in args))
 
     return call
@@ -103,8 +104,7 @@ def triton_if_possible(
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        in_float64 = any(getattr(arg, "dtype", None) == torch.float64 for arg in _flat(args))
-        if (in_float64 and not float64) or triton_import_error() is not None:
+        if (not float64 and _in_float64(args)) or triton_import_error() is not None:
             return getattr(fallback, name)(*args, **kwargs)
         kernels = importlib.import_module(f"agro_kernels._triton.{module}")
         return getattr(kernels, name)(*args, **kwargs)
@@ -112,10 +112,8 @@ def triton_if_possible(
     return call
 
 
-def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
-    """The arguments, and the fields of those that are records."""
-    for argument in arguments:
-        if isinstance(argument, tuple):
-            yield from argument
-        else:
-            yield argument
+def _in_float64(argument: Any) -> bool:
+    """Whether it is a float64 tensor, or has one among its fields if it is a record."""
+    if isinstance(argument, tuple):
+        return any(map(_in_float64, argument))
+    return getattr(argument, "dtype", None) == torch.float64

@@ -15,7 +15,7 @@ from agro_kernels.ops.dispatch import (
     with_record,
     without_autocast,
 )
-from agro_kernels.ops.linear_logprobs import input_gradients
+from agro_kernels.ops.linear_logprobs import empty_gradients, input_gradients
 
 _FIELDS = len(Head._fields)
 _TEACHER = ", ".join(
@@ -40,13 +40,7 @@ def _divergence_fwd_fake(head: Head, *others: Any) -> tuple[Tensor, Tensor]:
 def _divergence_bwd_fake(
     upstream: Tensor, head: Head, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = others[-1]
-    hidden, weight = head.hidden, head.weight
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
-    )
+    return empty_gradients(head, others[-1])
 
 
 def _two_heads(kernel: Any, at: int) -> Any:

@@ -20,6 +20,7 @@ from agro_kernels import (
     tail_probability,
     weighted_logprob_sum,
 )
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from agro_kernels.ops.buffer_locks import in_turn
 from tests.numerics import head_inputs
@@ -399,7 +400,7 @@ def triton_linear_logprobs() -> tuple[Tensor, ...]:
     head = Head.of(hidden, weight, Inputs(12).targets, bias=bias, temperature=0.7)
     logprobs, lse, entropy = kernels.linear_logprobs_fwd(head, True)
     upstream = Upstream(logprobs, None, None, lse, None)
-    gradients = kernels.linear_logprobs_bwd(upstream, head, [True, True, True])
+    gradients = kernels.linear_logprobs_bwd(Backward(upstream, head, [True, True, True]))
     return logprobs, lse, entropy, *gradients
 
 
