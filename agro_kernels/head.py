@@ -36,11 +36,7 @@ class Shards(Protocol):
     def results(
         self,
         head: "Head",
-        with_entropy: bool,
-        lse: Tensor | None,
-        weight_grad: Tensor | None,
-        keep_logits_bytes: int,
-        ids: Tensor | None,
+        asked: "Asked",
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -49,15 +45,20 @@ def results_dtype(inputs: Tensor) -> torch.dtype:
     return torch.float64 if inputs.dtype == torch.float64 else torch.float32
 
 
-class HeadOptions(TypedDict, total=False):
-    """The keywords that every head op takes; `linear_logprobs` says what they mean."""
+class LogitOptions(TypedDict, total=False):
+    """The keywords that say what the logits are; `linear_logprobs` says what they mean."""
 
     bias: Tensor | None
     temperature: float | Tensor
     softcap: float | None
-    ignore_index: int
     round_logits: str | None
     kept_ids: Tensor | None
+
+
+class HeadOptions(LogitOptions, total=False):
+    """The keywords that every head op with targets takes."""
+
+    ignore_index: int
     weight_grad: Tensor | None
     keep_logits_bytes: int | str
     compact: bool
@@ -189,6 +190,21 @@ HEAD_SCHEMA = (
 def rows_stay(targets: Tensor, ignore_index: int) -> Tensor:
     """Targets whose ignored ones are ROWS_STAY."""
     return targets.where(targets != ignore_index, ROWS_STAY)
+
+
+class Asked(NamedTuple):
+    """What is asked of a forward pass, beside the log-probabilities of a head."""
+
+    with_entropy: bool = False
+    """Of every token, too; otherwise it is (0,)."""
+    lse: Tensor | None = None
+    """(N,) from an earlier pass: then the logprobs cost no matrix product; entropy is (0,)."""
+    weight_grad: Tensor | None = None
+    """(V, D): the buffer that the backward pass adds the weight's gradient to."""
+    keep_logits_bytes: int = 0
+    """Memory for logits that the backward pass then need not make again; AUTO."""
+    ids: Tensor | None = None
+    """(N, K), without lse: many targets a token, in place of the head's; the logprobs (N, K)."""
 
 
 class Upstream(NamedTuple):

@@ -27,7 +27,14 @@ FLOORS: dict[str, list[set[str]]] = {
     "agro_kernels": [
         {"reference", "tiles", "packing"},
         {"head"},
-        {"agro_options", "counted_rows", "kept_logits", "many_targets", "model_head"},
+        {
+            "agro_options",
+            "counted_rows",
+            "kept_logits",
+            "logit_rows",
+            "many_targets",
+            "model_head",
+        },
         {"backward"},
         {"_torch", "_triton"},
         {"_cpu"},

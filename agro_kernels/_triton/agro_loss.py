@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from agro_kernels._triton.launch import contiguous
-from agro_kernels.agro_options import AgroOptions
+from agro_kernels.agro_options import AgroOptions, AgroRows, AgroTokens
 from agro_kernels.head import results_dtype
 
 BLOCK_T = 1024
@@ -325,12 +325,8 @@ def agro_coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients (B,), moments (7,) float64, counts (3,) int64; `AgroStats` has both in it."""
     all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
-    sampled = options.sampling_logprobs
     coefficients, _, moments, counts = _from_log_ratios(
-        rewards,
-        logprobs.double() - ref_logprobs.double(),
-        None if sampled is None else logprobs.double() - sampled.double(),
-        groups,
+        AgroRows.of_sums(rewards, logprobs, ref_logprobs, groups, options.sampling_logprobs),
         options,
         coefficients_dtype=torch.float64 if all_double else torch.float32,
         loss_dtype=torch.float64,
@@ -338,15 +334,9 @@ def agro_coefficients(
     return coefficients, moments, counts
 
 
-def agro_loss_fwd(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    rewards: Tensor,
-    groups: Tensor,
-    cu_seqlens: Tensor,
-    options: AgroOptions,
-) -> tuple[Tensor, Tensor]:
+def agro_loss_fwd(tokens: AgroTokens, options: AgroOptions) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and the coefficients (B,) float64 that the backward needs."""
+    logprobs, ref_logprobs, rewards, groups, cu_seqlens = tokens
     num_sequences = rewards.shape[0]
     log_ratios = torch.empty(num_sequences, dtype=torch.float64, device=rewards.device)
     sampled = options.sampling_logprobs
@@ -364,10 +354,7 @@ def agro_loss_fwd(
                 BLOCK_T=BLOCK_T,
             )
     coefficients, loss, _, _ = _from_log_ratios(
-        rewards,
-        log_ratios,
-        sampler_log_ratios,
-        groups,
+        AgroRows(rewards, groups, log_ratios, sampler_log_ratios),
         options,
         coefficients_dtype=torch.float64,
         loss_dtype=results_dtype(logprobs),
@@ -397,16 +384,14 @@ def agro_loss_bwd(
 
 
 def _from_log_ratios(
-    rewards: Tensor,
-    log_ratios: Tensor,
-    sampler_log_ratios: Tensor | None,
-    groups: Tensor,
+    rows: AgroRows,
     options: AgroOptions,
     *,
     coefficients_dtype: torch.dtype,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Coefficients (B,), loss, moments and counts from log_ratios (B,) float64."""
+    """Coefficients (B,), loss, moments and counts."""
+    rewards, groups, log_ratios, sampler_log_ratios = rows
     num_sequences, device = rewards.shape[0], rewards.device
     row_taper = options.row_taper if options.tapers else None
     if row_taper is not None:
@@ -414,7 +399,7 @@ def _from_log_ratios(
         log_ratios = log_ratios.where(row_taper >= 0, math.nan)
     raw_coefficients = torch.empty(num_sequences, dtype=torch.float64, device=device)
     # What both kernels take: the inputs of the first, and what it writes and the second reads.
-    rows = {
+    shared = {
         "rewards_ptr": rewards.contiguous(),
         "log_ratios_ptr": log_ratios,
         "sampler_log_ratios_ptr": sampler_log_ratios,
@@ -431,7 +416,7 @@ def _from_log_ratios(
     with torch.cuda.device_of(rewards):
         if num_sequences > 0:
             group_statistics_kernel[(triton.cdiv(num_sequences, BLOCK_I),)](
-                **rows,
+                **shared,
                 groups_ptr=groups.contiguous(),
                 on_policy_ptr=contiguous(options.on_policy),
                 weights_ptr=contiguous(options.importance_weights),
@@ -448,7 +433,7 @@ def _from_log_ratios(
                 BLOCK_J=BLOCK_J,
             )
         finalise_kernel[(1,)](
-            **rows,
+            **shared,
             num_groups_ptr=None if options.num_groups is None else options.num_groups.double(),
             coefficients_ptr=coefficients,
             loss_ptr=loss,

@@ -21,7 +21,6 @@ from agro_kernels._triton.gemm import add_product, rounded_product
 from agro_kernels._triton.launch import (
     gemm_arguments,
     kept_arguments,
-    kept_of_rows,
     programs_at_once,
     select_config,
 )
@@ -271,7 +270,7 @@ def _row_chunks(
     for start in range(0, head.hidden.shape[0], size):
         rows = slice(start, min(start + size, head.hidden.shape[0]))
         arguments = gemm_arguments(config, head.part(rows))
-        arguments |= kept_arguments(None, None)
+        arguments |= kept_arguments()
         arguments["ignore_index"] = head.ignore_index
         for name, values in upstream._asdict().items():
             arguments[f"{name}_ptr"] = None if values is None else values[rows]
@@ -298,7 +297,7 @@ def _kept_arguments(
     rows: slice,
 ) -> dict[str, object]:
     """The kernel's arguments for some rows whose logits were kept: no product, no operands."""
-    return kept_arguments(*kept_of_rows(kept_logits, kept_rows, rows)) | {
+    return kept_arguments(kept_logits, kept_rows, rows) | {
         "hidden": None,
         "weight": None,
         "bias_ptr": None,

@@ -18,7 +18,6 @@ from agro_kernels._triton.launch import (
     gather_counted,
     gemm_arguments,
     kept_arguments,
-    kept_of_rows,
     programs_at_once,
     select_config,
 )
@@ -241,8 +240,9 @@ def _statistics(
             "lse_ptr": lse[rows],
             "entropy_ptr": entropy[rows] if with_entropy else None,
         }
-        kept = kept_of_rows(kept_logits, kept_rows, rows)
-        _launch(config, split, head.part(rows), of_splits, target_logits[rows], results, *kept)
+        kept = kept_arguments(kept_logits, kept_rows, rows)
+        kept["kept_columns"] = 0 if kept_logits is None else kept_logits.columns
+        _launch(config, split, head.part(rows), of_splits, target_logits[rows], results, kept)
     return logprobs, lse, entropy
 
 
@@ -253,12 +253,12 @@ def _launch(
     partials: Tensor,
     target_logits: Tensor,
     results: dict[str, Tensor | None],
-    kept_logits: KeptLogits | None,
-    kept_rows: Tensor | None,
+    kept: dict[str, object],
 ) -> None:
     """Both kernels for some tokens: partials (2 or 3, splits, N), target_logits (N,) NaN so far.
 
-    split: (tiles of a split, number of splits). results: the merge kernel's arguments.
+    split: (tiles of a split, number of splits). results, kept: arguments of the merge kernel and
+    of the other.
     """
     hidden, (tiles_per_split, num_splits) = head.hidden, split
     N = hidden.shape[0]
@@ -273,8 +273,7 @@ def _launch(
             **statistics,
             tiles_per_split=tiles_per_split,
             num_splits=num_splits,
-            kept_columns=0 if kept_logits is None else kept_logits.columns,
-            **kept_arguments(kept_logits, kept_rows),
+            **kept,
             LOWEST_KEPT=LOWEST,
             FLATTEN=config.flatten,
             **gemm_arguments(config, head),

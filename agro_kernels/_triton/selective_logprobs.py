@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agro_kernels._triton.launch import contiguous
 from agro_kernels._triton.primitives import BANNED, LN2, LOG2E
+from agro_kernels.logit_rows import LogitRows
 
 # One program takes BLOCK_N rows and BLOCK_V columns at a time: with Triton's default of 4 warps 16
 # elements a thread, so that many programs fit a multiprocessor and cover each other's memory
@@ -136,72 +138,36 @@ def selective_logprobs_bwd_kernel(
         )
 
 
-def selective_logprobs_fwd(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
+def selective_logprobs_fwd(given: LogitRows) -> tuple[Tensor, Tensor]:
     """(logprobs, lse), each in the shape of targets, fp32, nats; lse is of logits / temperature.
 
-    logits (..., V): bf16, fp16 or fp32; targets (...) int32 or int64; token_temperature (N,) fp32,
-    N the number of targets, or None. A target outside [0, V) that is not ignore_index gives a
-    logprob of NaN: looking at it here would stall the device.
+    bf16, fp16 or fp32. A target outside [0, V) that is not ignore_index gives a logprob of NaN:
+    looking at it here would stall the device.
     """
-    logprobs = logits.new_empty(targets.shape, dtype=torch.float32)
+    logprobs = given.logits.new_empty(given.targets.shape, dtype=torch.float32)
     lse = torch.empty_like(logprobs)
     if logprobs.numel() > 0:
-        _launch(
-            selective_logprobs_fwd_kernel,
-            logits,
-            targets,
-            token_temperature,
-            logprobs_ptr=logprobs,
-            lse_ptr=lse,
-            temperature=temperature,
-            ignore_index=ignore_index,
-        )
+        _launch(selective_logprobs_fwd_kernel, given, logprobs_ptr=logprobs, lse_ptr=lse)
     return logprobs, lse
 
 
-def selective_logprobs_bwd(
-    dlogprobs: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    ignore_index: int,
-    lse: Tensor,
-) -> Tensor:
-    """dlogits (..., V), contiguous, in the dtype of logits, from dlogprobs and lse (...) fp32.
-
-    The rest is selective_logprobs_fwd's.
-    """
-    dlogits = logits.new_empty(logits.shape)
+def selective_logprobs_bwd(dlogprobs: Tensor, given: LogitRows, lse: Tensor) -> Tensor:
+    """dlogits (..., V), contiguous, in the dtype of logits, from dlogprobs and lse (...) fp32."""
+    dlogits = given.logits.new_empty(given.logits.shape)
     if dlogits.numel() > 0:
         _launch(
             selective_logprobs_bwd_kernel,
-            logits,
-            targets,
-            token_temperature,
+            given,
             dlogprobs_ptr=dlogprobs.contiguous(),
             lse_ptr=lse.contiguous(),
             dlogits_ptr=dlogits,
-            temperature=temperature,
-            ignore_index=ignore_index,
         )
     return dlogits
 
 
-def _launch(
-    kernel: triton.JITFunction,
-    logits: Tensor,
-    targets: Tensor,
-    token_temperature: Tensor | None,
-    **arguments: object,
-) -> None:
+def _launch(kernel: triton.JITFunction, given: LogitRows, **arguments: Tensor) -> None:
     """Launch over all rows of logits; a view such as logits[:, :-1] of (B, T, V) is not copied."""
+    logits, targets = given.logits, given.targets
     V = logits.shape[-1]
     # Copied only if the axes before the last two have no common stride.
     blocks = logits.reshape(-1, targets.shape[-1] if targets.ndim else 1, V)
@@ -211,15 +177,15 @@ def _launch(
         kernel[(triton.cdiv(N, BLOCK_N),)](
             logits_ptr=blocks,
             targets_ptr=targets.contiguous(),
-            token_temperature_ptr=None
-            if token_temperature is None
-            else token_temperature.contiguous(),
+            token_temperature_ptr=contiguous(given.token_temperature),
             N=N,
             V=V,
             rows_inner=rows_inner,
             stride_logits_outer=blocks.stride(0) if num_outer > 1 else 0,
             stride_logits_inner=blocks.stride(1),
             stride_logits_v=blocks.stride(2),
+            temperature=given.temperature,
+            ignore_index=given.ignore_index,
             **arguments,
             BLOCK_N=BLOCK_N,
             BLOCK_V=BLOCK_V,

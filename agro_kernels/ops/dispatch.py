@@ -18,6 +18,7 @@ from torch import Tensor
 from agro_kernels.agro_options import AgroOptions
 from agro_kernels.backward import Backward
 from agro_kernels.head import Head
+from agro_kernels.logit_rows import LogitRows
 
 library = torch.library.Library("agro", "DEF")
 
@@ -38,13 +39,20 @@ def triton_import_error() -> ImportError | None:
 
 
 def with_record(
-    record: Callable[..., tuple[Any, ...]], kernel: Callable[..., Any], *, at: int = 0
+    record: Callable[..., tuple[Any, ...]],
+    kernel: Callable[..., Any],
+    *,
+    at: int = 0,
+    fields: int | None = None,
 ) -> Callable[..., Any]:
     """`kernel`, which takes a NamedTuple as its argument number `at`, as the dispatcher calls it.
 
-    The dispatcher has no records: it passes the fields, flat.
+    The dispatcher has no records: it passes the fields, flat. fields: how many `record` is made of,
+    if not all that it has.
     """
-    stop = at + len(record._fields)  # type: ignore[attr-defined]
+    if fields is None:
+        fields = len(record._fields)  # type: ignore[attr-defined]
+    stop = at + fields
 
     @functools.wraps(kernel)
     def call(*flat: Any) -> Any:
@@ -63,7 +71,7 @@ def with_numbers(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(kernel)
     def call(*args: Any) -> Any:
-        records = (Head, Backward, AgroOptions)
+        records = (Head, Backward, AgroOptions, LogitRows)
         return kernel(*(arg.with_numbers() if isinstance(arg, records) else arg for arg in args))
 
     return call

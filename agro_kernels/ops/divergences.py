@@ -65,10 +65,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-@differentiable_once("linear_kl and linear_jsd")
-def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * len(ctx.numbers)
+@differentiable_once("linear_kl and linear_jsd", of_first=True)
+def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
     *tensors, inner = ctx.saved_tensors
     inputs = [
         number if tensor is None else tensor

@@ -44,7 +44,7 @@ from agro_kernels._triton import (
     selective_logprobs,
     target_logprobs,
 )
-from agro_kernels.agro_options import AgroOptions
+from agro_kernels.agro_options import AgroOptions, AgroTokens
 from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import GPU_STEP, GPU_TILE, KeptLogits
@@ -345,7 +345,8 @@ def agro_cases() -> list[Case]:
     with contextlib.ExitStack() as stack:
         kernels = replaced_kernels(agro_loss, stack)
         agro_loss.agro_coefficients(sums, sums, sums, groups, options)
-        _, coefficients = agro_loss.agro_loss_fwd(tokens, tokens, sums, groups, cu_seqlens, options)
+        of_tokens = AgroTokens(tokens, tokens, sums, groups, cu_seqlens)
+        _, coefficients = agro_loss.agro_loss_fwd(of_tokens, options)
         agro_loss.agro_loss_bwd(empty(1), coefficients, cu_seqlens, num_tokens, torch.float32)
         return [
             case_of(name, kernel.kernel, kernel.launches[0]) for name, kernel in kernels.items()

@@ -406,23 +406,24 @@ def triton_linear_logprobs() -> tuple[Tensor, ...]:
 
 def triton_selective_logprobs() -> tuple[Tensor, ...]:
     from agro_kernels._triton import selective_logprobs as kernels
+    from agro_kernels.logit_rows import LogitRows
 
     hidden, weight, _ = (leaf.detach() for leaf in Inputs(12).leaves)
-    arguments = (hidden @ weight.T, Inputs(12).targets, 0.7, None, -100)
-    logprobs, lse = kernels.selective_logprobs_fwd(*arguments)
-    return logprobs, lse, kernels.selective_logprobs_bwd(logprobs, *arguments, lse)
+    given = LogitRows(hidden @ weight.T, Inputs(12).targets, 0.7, None, -100)
+    logprobs, lse = kernels.selective_logprobs_fwd(given)
+    return logprobs, lse, kernels.selective_logprobs_bwd(logprobs, given, lse)
 
 
 def triton_agro_loss() -> tuple[Tensor, ...]:
     from agro_kernels._triton import agro_loss as kernels
-    from agro_kernels.agro_options import AgroOptions
+    from agro_kernels.agro_options import AgroOptions, AgroTokens
 
     inputs = Inputs(12)
     logprobs = torch.linspace(-2.0, -0.1, 12)
     rows = (inputs.rewards, inputs.groups, inputs.cu_seqlens)
     options = AgroOptions.of(inputs.rewards, beta=0.3, lr_weight=1.0, lr_cap=True)
     zeros = torch.zeros(12)
-    value, coefficients = kernels.agro_loss_fwd(logprobs, zeros, *rows, options)
+    value, coefficients = kernels.agro_loss_fwd(AgroTokens(logprobs, zeros, *rows), options)
     dloss = torch.tensor(1.0)
     gradient = kernels.agro_loss_bwd(dloss, coefficients, inputs.cu_seqlens, 12, torch.float32)
     return value, coefficients, gradient
