@@ -91,13 +91,14 @@ def report() -> tuple[list[str], bool]:
 def software() -> list[str]:
     """Versions and machine, one line each: a name and its value."""
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()}"
+    beside = [f"{name} {found}" for name in BESIDE if (found := installed_version(name))]
     rows = {
-        "agro": _version("agro") or "(not installed, run from its sources)",
+        "agro": installed_version("agro") or "(not installed, run from its sources)",
         "torch": torch.__version__,
-        "triton": _version("triton") or "(not installed)",
-        "beside": ", ".join(f"{name} {v}" for name in BESIDE if (v := _version(name))) or "nothing",
+        "triton": installed_version("triton") or "(not installed)",
+        "beside": ", ".join(beside) or "nothing",
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "cpu": f"{_cpu_name()}, {threads}",
+        "cpu": f"{cpu_name()}, {threads}",
         "gpu": _gpu(),
         "set": ", ".join(f"{k}={os.environ[k]}" for k in VARIABLES if k in os.environ) or "nothing",
     }
@@ -224,14 +225,16 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None of a package that is not there."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the kernel says it, or as Python does where there is no /proc/cpuinfo."""
     listing = Path("/proc/cpuinfo")
     if listing.exists():
         for line in listing.read_text(errors="replace").splitlines():
