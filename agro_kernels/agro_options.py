@@ -13,14 +13,8 @@ from typing import NamedTuple, Required, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from agro_kernels.head import (
-    HeadOptions,
-    as_number,
-    as_tensor,
-    check_device,
-    check_positive,
-    check_tensor,
-)
+from agro_kernels.arguments import as_number, check_device, check_positive, check_tensor
+from agro_kernels.head import HeadOptions, as_tensor
 
 
 class AgroKeywords(TypedDict, total=False):

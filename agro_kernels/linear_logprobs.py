@@ -9,20 +9,14 @@ import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.head import (
-    IGNORE_INDEX,
-    Asked,
-    Head,
-    HeadOptions,
-    Shards,
-    check_names,
+from agro_kernels.arguments import (
     check_target_dtype,
     check_tensor,
     checked_ignore_index,
     checked_keep_logits_bytes,
     has_many_targets,
-    rows_stay,
 )
+from agro_kernels.head import IGNORE_INDEX, Asked, Head, HeadOptions, Shards, check_names, rows_stay
 from agro_kernels.ops.derivatives import refuse_forward_mode
 from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.head import Head, LogitOptions, check_matrices, check_names
+from agro_kernels.arguments import check_matrices
+from agro_kernels.head import Head, LogitOptions, check_names
 
 
 class TopLogprobs(NamedTuple):

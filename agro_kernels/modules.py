@@ -22,11 +22,9 @@ from torch import Tensor, nn
 
 from agro_kernels.agro_loss import linear_agro_loss
 from agro_kernels.agro_options import LinearAgroKeywords
-from agro_kernels.head import IGNORE_INDEX, HeadOptions, check_names, check_tensor
-from agro_kernels.linear_logprobs import LogprobStats, linear_logprobs_with_stats
-from agro_kernels.model_head import (
-    ModelHead,
-    backbone,
+from agro_kernels.arguments import check_tensor
+from agro_kernels.head import IGNORE_INDEX, HeadOptions, check_names
+from agro_kernels.head_modules import (
     checked_head_dtype,
     head_linears,
     head_precision,
@@ -35,6 +33,8 @@ from agro_kernels.model_head import (
     is_saved_copy,
     qualified,
 )
+from agro_kernels.linear_logprobs import LogprobStats, linear_logprobs_with_stats
+from agro_kernels.model_head import ModelHead, backbone
 
 M = TypeVar("M", bound=nn.Module)
 

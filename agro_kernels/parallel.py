@@ -41,16 +41,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from agro_kernels.head import (
-    FLOATING,
-    ROWS_STAY,
-    Asked,
-    Head,
-    Upstream,
-    check_target_values,
-    check_tensor,
-    pack_kept_ids,
-)
+from agro_kernels.arguments import FLOATING, ROWS_STAY, check_target_values, check_tensor
+from agro_kernels.head import Asked, Head, Upstream, pack_kept_ids
 from agro_kernels.linear_logprobs import linear_logprobs as _linear_logprobs
 from agro_kernels.linear_logprobs import (
     linear_logprobs_with_entropy as _linear_logprobs_with_entropy,

@@ -26,7 +26,8 @@ ALLOWED = {
 FLOORS: dict[str, list[set[str]]] = {
     "agro_kernels": [
         {"reference", "tiles", "packing"},
-        {"head"},
+        {"arguments"},
+        {"head", "head_modules"},
         {
             "agro_options",
             "counted_rows",
@@ -72,6 +73,7 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "benchmarks": [
         {"measure", "regression"},
+        {"arguments"},
         {"head"},
         {"predict", "trainer"},
         {"gpu_kit", "pages"},

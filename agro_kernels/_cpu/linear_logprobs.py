@@ -13,8 +13,9 @@ from torch import Tensor
 
 from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
+from agro_kernels.arguments import check_target_values
 from agro_kernels.backward import Backward
-from agro_kernels.head import Head, check_target_values
+from agro_kernels.head import Head
 from agro_kernels.kept_logits import KeptLogits
 from agro_kernels.many_targets import KnownEntries
 

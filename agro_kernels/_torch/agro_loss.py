@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels.agro_options import AgroOptions, AgroRows, AgroTokens
-from agro_kernels.head import results_dtype
+from agro_kernels.arguments import results_dtype
 
 
 def agro_coefficients(

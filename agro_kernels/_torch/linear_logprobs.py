@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agro_kernels.arguments import results_dtype
 from agro_kernels.backward import Backward
 from agro_kernels.counted_rows import CountedRows, counted_rows
-from agro_kernels.head import Head, results_dtype
+from agro_kernels.head import Head
 from agro_kernels.kept_logits import LOWEST, KeptLogits
 from agro_kernels.many_targets import NOTHING, KnownEntries
 

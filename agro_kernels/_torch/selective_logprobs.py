@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agro_kernels.head import (
-    Upstream,
+from agro_kernels.arguments import (
     check_target_values,
     check_token_temperature_values,
     results_dtype,
 )
+from agro_kernels.head import Upstream
 from agro_kernels.logit_rows import LogitRows
 from agro_kernels.many_targets import NOTHING
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from agro_kernels._triton.launch import contiguous
 from agro_kernels.agro_options import AgroOptions, AgroRows, AgroTokens
-from agro_kernels.head import results_dtype
+from agro_kernels.arguments import results_dtype
 
 BLOCK_T = 1024
 BLOCK_I, BLOCK_J = 16, 32  # 16 x 64 spilled registers on sm_80 and sm_90

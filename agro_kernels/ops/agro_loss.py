@@ -8,7 +8,7 @@ from torch import Tensor
 
 from agro_kernels._torch import agro_loss as torch_agro_loss
 from agro_kernels.agro_options import AGRO_SCHEMA, AgroOptions, AgroTokens
-from agro_kernels.head import results_dtype
+from agro_kernels.arguments import results_dtype
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
     library,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from agro_kernels._torch import divergences as torch_divergences
-from agro_kernels.head import HEAD_SCHEMA, Head, results_dtype
+from agro_kernels.arguments import results_dtype
+from agro_kernels.head import HEAD_SCHEMA, Head
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
     library,

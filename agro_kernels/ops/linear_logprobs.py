@@ -14,8 +14,9 @@ from torch import Tensor
 from agro_kernels._cpu import linear_logprobs as cpu_linear_logprobs
 from agro_kernels._torch import kept_ids as torch_kept_ids
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
+from agro_kernels.arguments import results_dtype
 from agro_kernels.backward import Backward
-from agro_kernels.head import HEAD_SCHEMA, Head, Upstream, results_dtype
+from agro_kernels.head import HEAD_SCHEMA, Head, Upstream
 from agro_kernels.kept_logits import KeptLogits, empty_kept_logits
 from agro_kernels.many_targets import KnownEntries, ManyTargets
 from agro_kernels.ops.buffer_locks import in_turn

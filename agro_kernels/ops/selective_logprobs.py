@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from agro_kernels._torch import selective_logprobs as torch_selective_logprobs
-from agro_kernels.head import Upstream, results_dtype
+from agro_kernels.arguments import results_dtype
+from agro_kernels.head import Upstream
 from agro_kernels.logit_rows import LogitRows
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
