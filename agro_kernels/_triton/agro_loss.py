@@ -91,10 +91,12 @@ def load_rows(rows, offs):
 
 
 @triton.jit
-def load_members(rows, groups_i, offs_j):
-    """Which of the rows at offs_j are of the groups of rows i, and which of those are kept, (I, J);
-    the regularised rewards of rows j, (J,); their weights where they are kept members, (I, J)."""
+def load_members(rows, groups_i, start_j, BLOCK_J: tl.constexpr):
+    """Which of the rows j, from start_j on, are of the groups of rows i, and which of those are
+    kept, (I, J); the regularised rewards of rows j, (J,); their weights where they are kept
+    members, (I, J)."""
     _, _, groups_ptr, _, num_sequences, _ = rows
+    offs_j = start_j + tl.arange(0, BLOCK_J)
     mask_j = offs_j < num_sequences
     groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
     regularized_j, weights_j, kept_j = load_rows(rows, offs_j)
@@ -135,19 +137,18 @@ def group_statistics_kernel(
     total = tl.zeros((BLOCK_I,), tl.float64)
     earlier = tl.zeros((BLOCK_I,), tl.int32)
     for start_j in range(0, num_sequences, BLOCK_J):
-        offs_j = start_j + tl.arange(0, BLOCK_J)
-        same, member, regularized_j, member_weights = load_members(rows, groups_i, offs_j)
+        same, member, regularized_j, member_weights = load_members(rows, groups_i, start_j, BLOCK_J)
         size += tl.sum(member.to(tl.float64), 1)
         weight += tl.sum(member_weights, 1)
         total += tl.sum(member_weights * tl.where(member, regularized_j[None, :], 0.0), 1)
+        offs_j = start_j + tl.arange(0, BLOCK_J)
         earlier += tl.sum((same & (offs_j[None, :] < offs_i[:, None])).to(tl.int32), 1)
     mean = total / tl.where(weight > 0, weight, 1.0)
 
     squares = tl.zeros((BLOCK_I,), tl.float64)
     largest = tl.zeros((BLOCK_I,), tl.float64)
     for start_j in range(0, num_sequences, BLOCK_J):
-        offs_j = start_j + tl.arange(0, BLOCK_J)
-        _, member, regularized_j, member_weights = load_members(rows, groups_i, offs_j)
+        _, member, regularized_j, member_weights = load_members(rows, groups_i, start_j, BLOCK_J)
         deviations = tl.where(member, regularized_j[None, :] - mean[:, None], 0.0)
         squares += tl.sum(member_weights * deviations * deviations, 1)
         if LR_CAP:
