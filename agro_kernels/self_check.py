@@ -91,14 +91,13 @@ def report() -> tuple[list[str], bool]:
 def software() -> list[str]:
     """Versions and machine, one line each: a name and its value."""
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()}"
-    beside = [f"{name} {found}" for name in BESIDE if (found := installed_version(name))]
     rows = {
-        "agro": installed_version("agro") or "(not installed, run from its sources)",
+        "agro": _version("agro") or "(not installed, run from its sources)",
         "torch": torch.__version__,
-        "triton": installed_version("triton") or "(not installed)",
-        "beside": ", ".join(beside) or "nothing",
+        "triton": _version("triton") or "(not installed)",
+        "beside": ", ".join(f"{name} {v}" for name in BESIDE if (v := _version(name))) or "nothing",
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "cpu": f"{cpu_name()}, {threads}",
+        "cpu": f"{_cpu_name()}, {threads}",
         "gpu": _gpu(),
         "set": ", ".join(f"{k}={os.environ[k]}" for k in VARIABLES if k in os.environ) or "nothing",
     }
@@ -225,16 +224,14 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
-def installed_version(package: str) -> str | None:
-    """None of a package that is not there."""
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def cpu_name() -> str:
-    """As the kernel says it, or as Python does where there is no /proc/cpuinfo."""
+def _cpu_name() -> str:
     listing = Path("/proc/cpuinfo")
     if listing.exists():
         for line in listing.read_text(errors="replace").splitlines():

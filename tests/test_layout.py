@@ -73,7 +73,6 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
     "benchmarks": [
         {"measure", "regression"},
-        {"arguments"},
         {"head"},
         {"predict", "trainer"},
         {"gpu_kit", "pages"},

@@ -8,12 +8,12 @@ import sys
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agro_kernels.self_check import cpu_name, installed_version
 from agro_train import durable
 from agro_train.run_folder import RunFolder
 
@@ -78,7 +78,7 @@ def describe_program(command: str) -> dict[str, Any]:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
-        **{name: installed_version(name) for name in PACKAGES},
+        **{name: _version(name) for name in PACKAGES},
         "git_commit": git_commit(Path(__file__).with_name("__init__.py")),
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -111,3 +111,20 @@ def git_commit(file: Path) -> str | None:
     commit = git("rev-parse", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no")
     return None if commit is None else commit + ("+" if changed else "")
+
+
+def cpu_name() -> str:
+    """As the kernel says it, or as Python does where there is no /proc/cpuinfo."""
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
