@@ -39,6 +39,7 @@ import agro_kernels.ops  # noqa: F401  (registers the ops)
 from agro_kernels.agro_options import (
     AgroKeywords,
     AgroOptions,
+    AgroTokens,
     LinearAgroKeywords,
     check_sequences,
     check_tokens,
@@ -238,7 +239,8 @@ def agro_loss(
     check_sequences(rewards, groups)
     check_tokens(cu_seqlens, rewards, logprobs=logprobs, ref_logprobs=ref_logprobs)
     record = AgroOptions.of(rewards, **options)
-    return _loss_of_tokens(logprobs, (ref_logprobs, rewards, groups, cu_seqlens), record)
+    tokens = AgroTokens(logprobs, ref_logprobs, rewards, groups, cu_seqlens)
+    return _loss_of_tokens(tokens, record)
 
 
 def linear_agro_loss(
@@ -276,13 +278,13 @@ def linear_agro_loss(
     of_head: Any = {k: v for k, v in options.items() if k in HeadOptions.__annotations__}
     record = AgroOptions.of(rewards, **of_loss)
     logprobs = linear_logprobs(hidden, weight, targets, **of_head)
-    return _loss_of_tokens(logprobs, (ref_logprobs, rewards, groups, cu_seqlens), record)
+    tokens = AgroTokens(logprobs, ref_logprobs, rewards, groups, cu_seqlens)
+    return _loss_of_tokens(tokens, record)
 
 
-def _loss_of_tokens(
-    logprobs: Tensor, constants: tuple[Tensor, ...], options: AgroOptions
-) -> Tensor:
-    """The loss, 0-d, of arguments that have been checked; constants: the others of `agro_loss`."""
+def _loss_of_tokens(tokens: AgroTokens, options: AgroOptions) -> Tensor:
+    """The loss, 0-d, of arguments that have been checked; all but logprobs are constants."""
+    logprobs, *constants = tokens
     refuse_forward_mode("agro_loss", logprobs=logprobs)
     outputs: tuple[Tensor, Tensor] = torch.ops.agro.agro_loss_fwd(
         logprobs, *(tensor.detach() for tensor in constants), *options

@@ -1,4 +1,4 @@
-"""The options of AGRO's ops, one record of them: made and checked once, passed on whole.
+"""The inputs and the options of AGRO's ops, records of them: made once, passed on whole.
 
 The public functions make an `AgroOptions` of their keywords; the ops' schemas and the backends take
 it from there. The checks of the public arguments are here too. One sentence each: argument,
@@ -13,14 +13,8 @@ from typing import NamedTuple, Required, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from agro_kernels.head import (
-    HeadOptions,
-    as_number,
-    as_tensor,
-    check_device,
-    check_positive,
-    check_tensor,
-)
+from agro_kernels.arguments import as_number, check_device, check_positive, check_tensor
+from agro_kernels.head import HeadOptions, as_tensor
 
 
 class AgroKeywords(TypedDict, total=False):
@@ -142,6 +136,47 @@ class AgroOptions(NamedTuple):
     def tapers(self) -> bool:
         """Whether any coefficient may shrink: exponents of 0 shrink none."""
         return self.sampling_logprobs is not None and (self.row_taper is not None or self.taper > 0)
+
+
+class AgroTokens(NamedTuple):
+    """What the loss is of, the tokens of all sequences end to end. In the order of the schema."""
+
+    logprobs: Tensor
+    """(N,) any float dtype."""
+    ref_logprobs: Tensor
+    """(N,)"""
+    rewards: Tensor
+    """(B,) any float dtype."""
+    groups: Tensor
+    """(B,) integers."""
+    cu_seqlens: Tensor
+    """(B + 1,) int32 or int64: sequence b is tokens cu_seqlens[b]:cu_seqlens[b + 1]."""
+
+
+class AgroRows(NamedTuple):
+    """What the coefficients are made of, one row a sequence."""
+
+    rewards: Tensor
+    """(B,) any float dtype."""
+    groups: Tensor
+    """(B,) integers."""
+    log_ratios: Tensor
+    """(B,) float64: log(pi / pi_ref)."""
+    sampler_log_ratios: Tensor | None
+    """(B,) float64: log(pi / mu). None: of no row is it known."""
+
+    @staticmethod
+    def of_sums(
+        rewards: Tensor,
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        groups: Tensor,
+        sampling_logprobs: Tensor | None,
+    ) -> "AgroRows":
+        """Of sums over each sequence's tokens, (B,) of any float dtype."""
+        logprobs = logprobs.double()
+        sampled = None if sampling_logprobs is None else logprobs - sampling_logprobs.double()
+        return AgroRows(rewards, groups, logprobs - ref_logprobs.double(), sampled)
 
 
 AGRO_SCHEMA = (

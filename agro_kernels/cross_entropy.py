@@ -5,13 +5,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from agro_kernels.head import (
-    Head,
-    HeadOptions,
-    as_number,
-    check_names,
-    checked_keep_logits_bytes,
-)
+from agro_kernels.arguments import as_number, checked_keep_logits_bytes
+from agro_kernels.head import Head, HeadOptions, check_names
 from agro_kernels.linear_logprobs import flat_results
 from agro_kernels.ops.derivatives import refuse_forward_mode
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
 from agro_kernels._torch.divergences import Kind
-from agro_kernels.head import IGNORE_INDEX, Head, as_number, check_names, check_tensor
+from agro_kernels.arguments import as_number, check_tensor
+from agro_kernels.head import IGNORE_INDEX, Head, check_names
 from agro_kernels.ops.derivatives import refuse_forward_mode
 
 

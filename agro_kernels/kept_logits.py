@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agro_kernels.head import AUTO, Head
+from agro_kernels.arguments import AUTO
+from agro_kernels.head import Head
 from agro_kernels.tiles import architecture, keeps_logits
 
 # fp16's lowest number. Finite, because a banned token's -inf times a probability of 0 is NaN.

@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.head import (
-    IGNORE_INDEX,
-    Head,
-    HeadOptions,
-    Shards,
-    check_names,
+from agro_kernels.arguments import (
     check_target_dtype,
     check_tensor,
     checked_ignore_index,
     checked_keep_logits_bytes,
     has_many_targets,
-    rows_stay,
 )
+from agro_kernels.head import IGNORE_INDEX, Asked, Head, HeadOptions, Shards, check_names, rows_stay
 from agro_kernels.ops.derivatives import refuse_forward_mode
 from agro_kernels.ops.weight_grad import AccumulatingLogprobs, refuse_under_compile
 
@@ -241,22 +236,21 @@ def flat_results(
     lse: Tensor | None = None,
     ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, lse, entropy), (N,) each; entropy is (0,) unless with_entropy.
+    """(logprobs, lse, entropy), (N,) each; `Asked` says what with_entropy, lse and ids change.
 
-    options: those that `head` was made of. lse (N,): from an earlier pass; then the logprobs cost
-    no matrix product, and entropy is (0,). ids (N, K), without lse: many targets a token, in place
-    of the head's; the logprobs are (N, K).
+    options: those that `head` was made of.
     """
     weight_grad, shards = options.get("weight_grad"), options.get("shards")
     refuse_forward_mode("linear_logprobs", hidden=head.hidden, weight=head.weight, bias=head.bias)
     keep = 0
     if torch.is_grad_enabled() and head.requires_grad():
         keep = checked_keep_logits_bytes(options.get("keep_logits_bytes", 0))
+    asked = Asked(with_entropy, lse, weight_grad, keep, ids)
     if shards is not None:
-        return shards.results(head, with_entropy, lse, weight_grad, keep, ids)
+        return shards.results(head, asked)
     if weight_grad is not None:
         refuse_under_compile()
-        results = AccumulatingLogprobs.apply(weight_grad, with_entropy, lse, keep, ids, *head)
+        results = AccumulatingLogprobs.apply(*asked, *head)
     elif ids is not None:
         results = torch.ops.agro.many_logprobs_fwd(*head, ids, with_entropy, keep)[:3]
     elif lse is None:

@@ -1,13 +1,14 @@
 """The likeliest tokens straight from hidden states, without storing the (N, V) logits."""
 
 import numbers
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.head import Head, check_matrices
+from agro_kernels.arguments import check_matrices
+from agro_kernels.head import Head, LogitOptions, check_names
 
 
 class TopLogprobs(NamedTuple):
@@ -25,12 +26,7 @@ def linear_topk(
     hidden: Tensor,
     weight: Tensor,
     k: int,
-    *,
-    bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    round_logits: str | None = None,
-    kept_ids: Tensor | None = None,
+    **options: Unpack[LogitOptions],
 ) -> TopLogprobs:
     """The k largest log-probabilities under softmax(hidden @ weight.T / temperature), and whose.
 
@@ -47,11 +43,12 @@ def linear_topk(
 
     Args:
         k: from 1 to V.
-        hidden, weight, bias, temperature, softcap, round_logits, kept_ids: as linear_logprobs; with
-            kept_ids the k largest of those that are kept.
+        hidden, weight and the options, bias, temperature, softcap, round_logits and kept_ids: as
+            linear_logprobs; with kept_ids the k largest of those that are kept.
 
     There is no gradient: for one, pass the ids to linear_logprobs (..., K).
     """
+    check_names("linear_topk", options, LogitOptions)
     check_matrices(hidden, weight)
     vocabulary = weight.shape[0]
     if isinstance(k, bool) or not isinstance(k, numbers.Integral):
@@ -69,11 +66,7 @@ def linear_topk(
             hidden.detach(),
             weight.detach(),
             torch.zeros(tokens, dtype=torch.int64, device=hidden.device),
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            round_logits=round_logits,
-            kept_ids=kept_ids,
+            **options,
         )
         logprobs, ids, lse = torch.ops.agro.linear_topk(*head, int(k))
     return TopLogprobs(logprobs.view(*tokens, k), ids.view(*tokens, k), lse.view(tokens))

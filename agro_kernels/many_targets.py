@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agro_kernels.head import ROWS_STAY, Head, Upstream, check_target_values
+from agro_kernels.arguments import ROWS_STAY, check_target_values
+from agro_kernels.head import Head, Upstream
 
 NO_ID = -1
 # The log-probability of a banned token where it is multiplied by its probability: 0 * -inf is NaN.

@@ -22,11 +22,9 @@ from torch import Tensor, nn
 
 from agro_kernels.agro_loss import linear_agro_loss
 from agro_kernels.agro_options import LinearAgroKeywords
-from agro_kernels.head import IGNORE_INDEX, HeadOptions, check_names, check_tensor
-from agro_kernels.linear_logprobs import LogprobStats, linear_logprobs_with_stats
-from agro_kernels.model_head import (
-    ModelHead,
-    backbone,
+from agro_kernels.arguments import check_tensor
+from agro_kernels.head import IGNORE_INDEX, HeadOptions, check_names
+from agro_kernels.head_modules import (
     checked_head_dtype,
     head_linears,
     head_precision,
@@ -35,6 +33,8 @@ from agro_kernels.model_head import (
     is_saved_copy,
     qualified,
 )
+from agro_kernels.linear_logprobs import LogprobStats, linear_logprobs_with_stats
+from agro_kernels.model_head import ModelHead, backbone
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -378,29 +378,13 @@ class LinearAgroLoss(nn.Module):
         check_names("LinearAgroLoss", options, LinearAgroKeywords)
         self.options: dict[str, Any] = dict(options)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ref_logprobs: Tensor,
-        rewards: Tensor,
-        groups: Tensor,
-        cu_seqlens: Tensor,
-        **per_batch: Any,
-    ) -> Tensor:
-        """0-d loss. per_batch: bias, on_policy, importance_weights, sampling_logprobs, num_groups,
-        or an option that this batch has its own value of."""
-        return linear_agro_loss(
-            hidden,
-            weight,
-            targets,
-            ref_logprobs,
-            rewards,
-            groups,
-            cu_seqlens,
-            **{**self.options, **per_batch},
-        )
+    def forward(self, *tensors: Tensor, **per_batch: Any) -> Tensor:
+        """0-d loss of the tensors of `linear_agro_loss`, by position or by name.
+
+        per_batch also: bias, on_policy, importance_weights, sampling_logprobs, num_groups, or an
+        option that this batch has its own value of.
+        """
+        return linear_agro_loss(*tensors, **{**self.options, **per_batch})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.options.items())

@@ -41,15 +41,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from agro_kernels.head import (
-    FLOATING,
-    ROWS_STAY,
-    Head,
-    Upstream,
-    check_target_values,
-    check_tensor,
-    pack_kept_ids,
-)
+from agro_kernels.arguments import FLOATING, ROWS_STAY, check_target_values, check_tensor
+from agro_kernels.head import Asked, Head, Upstream, pack_kept_ids
 from agro_kernels.linear_logprobs import linear_logprobs as _linear_logprobs
 from agro_kernels.linear_logprobs import (
     linear_logprobs_with_entropy as _linear_logprobs_with_entropy,
@@ -78,6 +71,7 @@ R = TypeVar("R")
 # The ignore_index of a shard, unless its rows stay. The caller's may be any number, that of a row
 # of the shard too.
 _IGNORED = -1
+_ASKED = len(Asked._fields)
 # The maximum of no logits. Finite, because -inf - -inf is NaN.
 _LOWEST_MAX = -1e30
 
@@ -184,26 +178,15 @@ class VocabularyShards:
             )
         check_target_values(targets, self.vocabulary, ignore_index)
 
-    def results(
-        self,
-        head: Head,
-        with_entropy: bool,
-        lse: Tensor | None,
-        weight_grad: Tensor | None,
-        keep_logits_bytes: int,
-        ids: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def results(self, head: Head, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
         """(logprobs, lse, entropy) over the whole vocabulary, (N,) each; entropy may be (0,).
 
-        head: this rank's weight, bias and kept, and targets of the whole vocabulary. entropy is
-        (0,) unless with_entropy. lse (N,): from an earlier pass; then entropy is (0,). ids (N, K),
-        without lse: many targets a token, in place of the head's; the logprobs are (N, K).
+        head: this rank's weight, bias and kept, and targets of the whole vocabulary, of which lse
+        and ids of `asked` are, too.
         """
-        if ids is not None:
-            check_target_values(ids, self.vocabulary, head.ignore_index)
-        results: tuple[Tensor, Tensor, Tensor] = _ShardedLogprobs.apply(
-            self, with_entropy, lse, weight_grad, keep_logits_bytes, ids, *head
-        )
+        if asked.ids is not None:
+            check_target_values(asked.ids, self.vocabulary, head.ignore_index)
+        results: tuple[Tensor, Tensor, Tensor] = _ShardedLogprobs.apply(self, *asked, *head)
         return results
 
 
@@ -219,20 +202,12 @@ def _refuse_dtensor(**tensors: Tensor | None) -> None:
 
 
 class _ShardedLogprobs(torch.autograd.Function):
-    """`VocabularyShards.results`; apply takes a Head's fields, as it sees no tensor inside."""
+    """`VocabularyShards.results`; apply takes the records' fields, as it sees no tensor inside."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        shards: VocabularyShards,
-        with_entropy: bool,
-        lse: Tensor | None,
-        weight_grad: Tensor | None,
-        keep_logits_bytes: int,
-        ids: Tensor | None,
-        *fields: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        head = Head(*fields)
+    def forward(ctx: Any, shards: VocabularyShards, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with_entropy, lse, weight_grad, keep_logits_bytes, ids = Asked(*flat[:_ASKED])
+        head = Head(*flat[_ASKED:])
         kept: tuple[Tensor, ...] = ()
         many = None
         if ids is not None:
@@ -267,9 +242,8 @@ class _ShardedLogprobs(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("linear_logprobs")
-    def backward(
-        ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *of_results: Tensor | None) -> tuple[Tensor | None, ...]:
+        dlogprobs, dlse, dentropy = of_results
         head, lse, entropy, *kept = saved_head(ctx)
         shards: VocabularyShards = ctx.shards
         dentropy = of_entropy(ctx, dentropy)
@@ -297,7 +271,7 @@ class _ShardedLogprobs(torch.autograd.Function):
             in_vocabulary = (head.targets >= 0) & (head.targets < shards.vocabulary)
             dlse = dlse.where(in_vocabulary | ~head.counted(), torch.nan)
             dlogprobs = dlogprobs.where(held, 0.0)
-        _, _, _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+        need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad[1 + _ASKED :]
         asked = [need_hidden, need_weight, need_bias]
         of_rank = _local(head, shards, 0)
         arguments = (dlogprobs, dlse, dentropy, *of_rank, lse, entropy, asked, *kept)
@@ -313,7 +287,7 @@ class _ShardedLogprobs(torch.autograd.Function):
             dist.all_reduce(total, group=shards.group)
             dhidden = total.to(dhidden.dtype)
         returned = [need_hidden, need_weight and ctx.weight_grad is None, need_bias]
-        return *[None] * 6, *input_gradients(returned, dhidden, dweight, dbias)
+        return *[None] * (1 + _ASKED), *input_gradients(returned, dhidden, dweight, dbias)
 
 
 def _local(head: Head, shards: VocabularyShards, elsewhere: int | None) -> Head:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from agro_kernels._torch.agro_loss import check_cu_seqlens, group_index
 from agro_kernels.agro_options import AgroOptions, check_sequences, check_tokens
-from agro_kernels.head import results_dtype
+from agro_kernels.arguments import results_dtype
 
 # exp of more nats overflows fp32. A weight of this size outweighs every other one already, so that
 # clipping the log-ratio here changes nothing.

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
-from agro_kernels.head import IGNORE_INDEX, check_logits, checked_softcap, split_temperature
+from agro_kernels.arguments import check_logits, checked_softcap
+from agro_kernels.head import IGNORE_INDEX, split_temperature
 from agro_kernels.linear_logprobs import LogprobStats
 from agro_kernels.ops.derivatives import refuse_forward_mode
 

@@ -18,7 +18,7 @@ nor on what is kept of the logits. So the result of a token does not depend on t
 
 import functools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -86,6 +86,12 @@ SHARED_BYTES = {
 # and both operands are in registers, and the same row serves every architecture.
 FP32 = (Row(TileConfig(128, 64, 32, 8, 2)),)
 
+
+def with_fp32(*rows: Row) -> dict[int, tuple[Row, ...]]:
+    """Those of 16-bit operands and, beside them, those of fp32 ones."""
+    return {2: rows, 4: FP32}
+
+
 # Triton's interpreter, which runs the kernels on CPU tensors in the tests.
 INTERPRETER = (
     Row(TileConfig(16, 32, 32, 1, 1, group_n=2, max_splits=2, descriptors=True)),
@@ -99,80 +105,48 @@ INTERPRETER = (
 # With a softcap that is still too few, as the logits are kept beside their gradient. Operands that
 # are not aligned pass through registers on their way to shared memory: hence the smaller last rows.
 WIDE_FWD, WIDE_BWD = 2048, 2049  # hidden sizes from here on are large
+WIDE = TileConfig(128, 256, 64, 8, 4, descriptors=True)
 TILES: dict[str, dict[str, dict[int, tuple[Row, ...]]]] = {
     "linear_logprobs_fwd": {
-        "sm80": {
-            2: (
-                Row(TileConfig(128, 128, 64, 8, 3), aligned=True),
-                Row(TileConfig(128, 128, 32, 8, 3)),
-            ),
-            4: FP32,
-        },
-        "sm90": {
-            2: (
-                Row(
-                    TileConfig(128, 256, 64, 8, 4, descriptors=True, flatten=True),
-                    smallest_d=WIDE_FWD,
-                ),
-                Row(
-                    TileConfig(128, 128, 64, 4, 3, descriptors=True),
-                    with_softcap=False,
-                ),
-                Row(TileConfig(128, 128, 64, 8, 4, descriptors=True)),
-                Row(TileConfig(128, 128, 64, 8, 3)),
-            ),
-            4: FP32,
-        },
-        "sm100": {
-            2: (
-                Row(TileConfig(128, 128, 64, 4, 3, descriptors=True)),
-                Row(TileConfig(128, 128, 32, 8, 3)),
-            ),
-            4: FP32,
-        },
-        "gfx942": {2: (Row(TileConfig(128, 128, 64, 8, 2)),), 4: FP32},
-        "gfx950": {
-            2: (
-                Row(TileConfig(128, 256, 64, 8, 2), aligned=True),
-                Row(TileConfig(128, 128, 64, 8, 2)),
-            ),
-            4: FP32,
-        },
-        "other": {2: (Row(TileConfig(128, 128, 32, 8, 3)),), 4: FP32},
+        "sm80": with_fp32(
+            Row(TileConfig(128, 128, 64, 8, 3), aligned=True),
+            Row(TileConfig(128, 128, 32, 8, 3)),
+        ),
+        "sm90": with_fp32(
+            Row(replace(WIDE, flatten=True), smallest_d=WIDE_FWD),
+            Row(TileConfig(128, 128, 64, 4, 3, descriptors=True), with_softcap=False),
+            Row(TileConfig(128, 128, 64, 8, 4, descriptors=True)),
+            Row(TileConfig(128, 128, 64, 8, 3)),
+        ),
+        "sm100": with_fp32(
+            Row(TileConfig(128, 128, 64, 4, 3, descriptors=True)),
+            Row(TileConfig(128, 128, 32, 8, 3)),
+        ),
+        "gfx942": with_fp32(Row(TileConfig(128, 128, 64, 8, 2))),
+        "gfx950": with_fp32(
+            Row(TileConfig(128, 256, 64, 8, 2), aligned=True),
+            Row(TileConfig(128, 128, 64, 8, 2)),
+        ),
+        "other": with_fp32(Row(TileConfig(128, 128, 32, 8, 3))),
         "interpreter": {2: INTERPRETER, 4: INTERPRETER},
     },
     "linear_logprobs_bwd": {
-        "sm80": {2: (Row(TileConfig(128, 128, 64, 8, 3)),), 4: FP32},
-        "sm90": {
-            2: (
-                # Where it rounds, Triton 3.6's ptxas serialises this one's products.
-                Row(
-                    TileConfig(128, 256, 64, 8, 4, descriptors=True),
-                    smallest_d=WIDE_BWD,
-                    with_softcap=False,
-                    with_rounding=False,
-                ),
-                Row(TileConfig(128, 128, 64, 4, 3, descriptors=True), with_softcap=False),
-                Row(TileConfig(128, 128, 64, 8, 3, descriptors=True)),
-                Row(TileConfig(128, 128, 64, 8, 3)),
-            ),
-            4: FP32,
-        },
-        "sm100": {
-            2: (
-                Row(
-                    TileConfig(128, 256, 64, 8, 4, descriptors=True),
-                    smallest_d=WIDE_BWD,
-                    with_softcap=False,
-                ),
-                Row(TileConfig(128, 128, 64, 8, 3, descriptors=True)),
-                Row(TileConfig(128, 128, 64, 8, 3)),
-            ),
-            4: FP32,
-        },
-        "gfx942": {2: (Row(TileConfig(128, 128, 64, 8, 2)),), 4: FP32},
-        "gfx950": {2: (Row(TileConfig(128, 128, 64, 8, 2)),), 4: FP32},
-        "other": {2: (Row(TileConfig(128, 128, 32, 8, 3)),), 4: FP32},
+        "sm80": with_fp32(Row(TileConfig(128, 128, 64, 8, 3))),
+        "sm90": with_fp32(
+            # Where it rounds, Triton 3.6's ptxas serialises this one's products.
+            Row(WIDE, smallest_d=WIDE_BWD, with_softcap=False, with_rounding=False),
+            Row(TileConfig(128, 128, 64, 4, 3, descriptors=True), with_softcap=False),
+            Row(TileConfig(128, 128, 64, 8, 3, descriptors=True)),
+            Row(TileConfig(128, 128, 64, 8, 3)),
+        ),
+        "sm100": with_fp32(
+            Row(WIDE, smallest_d=WIDE_BWD, with_softcap=False),
+            Row(TileConfig(128, 128, 64, 8, 3, descriptors=True)),
+            Row(TileConfig(128, 128, 64, 8, 3)),
+        ),
+        "gfx942": with_fp32(Row(TileConfig(128, 128, 64, 8, 2))),
+        "gfx950": with_fp32(Row(TileConfig(128, 128, 64, 8, 2))),
+        "other": with_fp32(Row(TileConfig(128, 128, 32, 8, 3))),
         "interpreter": {2: INTERPRETER, 4: INTERPRETER},
     },
 }

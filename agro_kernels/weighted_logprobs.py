@@ -5,7 +5,8 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from agro_kernels.head import Head, HeadOptions, check_constant, check_names
+from agro_kernels.arguments import check_constant
+from agro_kernels.head import Head, HeadOptions, check_names
 from agro_kernels.linear_logprobs import flat_results
 
 

@@ -6,6 +6,13 @@
 namespace agro {
 namespace {
 
+#ifndef AGRO_HAVE_STREAM  // an instruction set without stores past the caches
+inline void stream(float* p, Vec x) { store(p, x); }
+inline void stream_bf16(uint16_t* p, Vec x) { store_bf16(p, x); }
+inline void stream_fp16(uint16_t* p, Vec x) { store_fp16(p, x); }
+inline void stream_end() {}
+#endif
+
 // The input types: loaded as fp32, stored with one rounding.
 struct Float32 {
   typedef float Element;

@@ -68,6 +68,7 @@ inline void store_bf16(uint16_t* p, Vec x) {
 inline void store_fp16(uint16_t* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+#define AGRO_HAVE_STREAM 1
 // Past the caches: for results that nobody reads soon. p is a multiple of the vector's size.
 inline void stream(float* p, Vec x) { _mm256_stream_ps(p, x); }
 inline void stream_bf16(uint16_t* p, Vec x) {

@@ -107,10 +107,6 @@ inline void store_bf16(uint16_t* p, Vec x) {
 inline void store_fp16(uint16_t* p, Vec x) {
   for (int i = 0; i < kWidth; ++i) p[i] = fp16_of_float(x[i]);
 }
-inline void stream(float* p, Vec x) { store(p, x); }
-inline void stream_bf16(uint16_t* p, Vec x) { store_bf16(p, x); }
-inline void stream_fp16(uint16_t* p, Vec x) { store_fp16(p, x); }
-inline void stream_end() {}
 
 }  // namespace
 }  // namespace agro

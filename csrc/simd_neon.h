@@ -51,10 +51,6 @@ inline void store_bf16(uint16_t* p, Vec x) {
   vst1_u16(p, vshrn_n_u32(rounded, 16));
 }
 inline void store_fp16(uint16_t* p, Vec x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
-inline void stream(float* p, Vec x) { store(p, x); }
-inline void stream_bf16(uint16_t* p, Vec x) { store_bf16(p, x); }
-inline void stream_fp16(uint16_t* p, Vec x) { store_fp16(p, x); }
-inline void stream_end() {}
 
 }  // namespace
 }  // namespace agro

@@ -26,8 +26,17 @@ ALLOWED = {
 FLOORS: dict[str, list[set[str]]] = {
     "agro_kernels": [
         {"reference", "tiles", "packing"},
-        {"head"},
-        {"agro_options", "counted_rows", "kept_logits", "many_targets", "model_head"},
+        {"arguments"},
+        {"head", "head_modules"},
+        {
+            "agro_options",
+            "counted_rows",
+            "kept_logits",
+            "logit_rows",
+            "many_targets",
+            "model_head",
+        },
+        {"backward"},
         {"_torch", "_triton"},
         {"_cpu"},
         {"ops"},

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
-from agro_kernels.head import Head, Upstream, check_target_values
+from agro_kernels.arguments import check_target_values
+from agro_kernels.backward import Backward
+from agro_kernels.head import Head
 from agro_kernels.kept_logits import KeptLogits
 from agro_kernels.many_targets import KnownEntries
 
@@ -122,24 +124,12 @@ def linear_logprobs_fwd(
     return logprobs, lse, entropy
 
 
-def linear_logprobs_bwd(
-    upstream: Upstream,
-    head: Head,
-    output_mask: list[bool],
-    weight_grad: Tensor | None = None,
-    kept_logits: KeptLogits | None = None,
-    known: KnownEntries | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
-
-    With weight_grad (V, D) fp32 the weight's gradient is added to it instead and dweight is (0,).
-    kept_logits: what the forward pass wrote. known: written over those of the logits' gradient.
-    """
+def linear_logprobs_bwd(backward: Backward) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias)."""
+    upstream, head, output_mask, weight_grad, kept_logits, known = backward
     library = _library(head)
     if library is None:
-        return blocked.linear_logprobs_bwd(
-            upstream, head, output_mask, weight_grad, kept_logits, known
-        )
+        return blocked.linear_logprobs_bwd(backward)
     # The targets may have been changed since the forward pass checked them.
     check_target_values(head.targets, head.weight.shape[0], head.ignore_index)
     upstream = upstream.each(_floats)

@@ -9,51 +9,36 @@ import math
 import torch
 from torch import Tensor
 
-from agro_kernels.agro_options import AgroOptions
-from agro_kernels.head import results_dtype
+from agro_kernels.agro_options import AgroOptions, AgroRows, AgroTokens
+from agro_kernels.arguments import results_dtype
 
 
 def agro_coefficients(
-    rewards: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    groups: Tensor,
-    options: AgroOptions,
+    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, groups: Tensor, options: AgroOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients (B,), moments (7,) float64, counts (3,) int64; `AgroStats` has both in it."""
     all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
-    log_ratios = logprobs.double() - ref_logprobs.double()
-    sampled = options.sampling_logprobs
-    sampler_log_ratios = None if sampled is None else logprobs.double() - sampled.double()
-    coefficients, _, moments, counts = _from_log_ratios(
-        rewards, log_ratios, sampler_log_ratios, groups, options
-    )
+    rows = AgroRows.of_sums(rewards, logprobs, ref_logprobs, groups, options.sampling_logprobs)
+    coefficients, _, moments, counts = _from_log_ratios(rows, options)
     return coefficients.to(torch.float64 if all_double else torch.float32), moments, counts
 
 
-def agro_loss_fwd(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    rewards: Tensor,
-    groups: Tensor,
-    cu_seqlens: Tensor,
-    options: AgroOptions,
-) -> tuple[Tensor, Tensor]:
+def agro_loss_fwd(tokens: AgroTokens, options: AgroOptions) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and the coefficients (B,) float64 that the backward needs."""
+    logprobs, ref_logprobs, rewards, groups, cu_seqlens = tokens
     check_cu_seqlens(cu_seqlens, logprobs.shape[0])
     owner = sequence_of_token(cu_seqlens, logprobs.shape[0])
 
-    def per_sequence(tokens: Tensor) -> Tensor:
-        return tokens.new_zeros(rewards.shape[0]).index_add_(0, owner, tokens)
+    def per_sequence(values: Tensor) -> Tensor:
+        return values.new_zeros(rewards.shape[0]).index_add_(0, owner, values)
 
     # The log-ratio of every token comes first: two sums of thousands of nats would cancel.
     log_ratios = per_sequence(logprobs.double() - ref_logprobs.double())
     sampled, sampler_log_ratios = options.sampling_logprobs, None
     if sampled is not None:
         sampler_log_ratios = per_sequence(logprobs.double()) - sampled.double()
-    coefficients, loss, _, _ = _from_log_ratios(
-        rewards, log_ratios, sampler_log_ratios, groups, options
-    )
+    rows = AgroRows(rewards, groups, log_ratios, sampler_log_ratios)
+    coefficients, loss, _, _ = _from_log_ratios(rows, options)
     return loss.to(results_dtype(logprobs)), coefficients
 
 
@@ -73,14 +58,9 @@ def group_index(groups: Tensor) -> Tensor:
     return torch.empty_like(starts).scatter_(0, order, starts.cumsum(0) - 1)
 
 
-def _from_log_ratios(
-    rewards: Tensor,
-    log_ratios: Tensor,
-    sampler_log_ratios: Tensor | None,
-    groups: Tensor,
-    options: AgroOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Coefficients (B,), loss, moments and counts from log_ratios (B,) float64; all float64."""
+def _from_log_ratios(rows: AgroRows, options: AgroOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coefficients (B,), loss, moments and counts; all float64."""
+    rewards, groups, log_ratios, sampler_log_ratios = rows
     beta, importance_weights = options.beta, options.importance_weights
     rewards = rewards.double()
     weights = (

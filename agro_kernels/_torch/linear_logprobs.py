@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agro_kernels.arguments import results_dtype
+from agro_kernels.backward import Backward
 from agro_kernels.counted_rows import CountedRows, counted_rows
-from agro_kernels.head import Head, Upstream, results_dtype
+from agro_kernels.head import Head
 from agro_kernels.kept_logits import LOWEST, KeptLogits
 from agro_kernels.many_targets import NOTHING, KnownEntries
 
@@ -269,45 +271,30 @@ def softcap_slope(head: Head, tile: Tile) -> Tensor | None:
     return tile.logits.mul(t).div_(head.softcap).square_().neg_().add_(1.0)
 
 
-def linear_logprobs_bwd(
-    upstream: Upstream,
-    head: Head,
-    output_mask: list[bool],
-    weight_grad: Tensor | None = None,
-    kept_logits: KeptLogits | None = None,
-    known: KnownEntries | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden, dweight, dbias) in the dtypes of their tensors; (0,) where output_mask is False.
-
-    With weight_grad (V, D), fp32 or float64, the weight's gradient is added to it instead and
-    dweight is (0,). kept_logits: what the forward pass wrote. known: written over those of the
-    logits' gradient.
-    """
+def linear_logprobs_bwd(backward: Backward) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias)."""
+    head, known = backward.head, backward.known
     rows = counted_rows(head, head.counted())
     counted = upcast(rows.head)
-    upstream = upstream.each(lambda values: rows.take(values).to(counted.hidden.dtype))
-    kept = _kept(kept_logits, rows)
-    known = None if known is None else known.each(rows.take)
-    dhidden, dweight, dbias = _gradients(upstream, counted, output_mask, weight_grad, kept, known)
+    of_rows = backward._replace(
+        upstream=backward.upstream.each(lambda values: rows.take(values).to(counted.hidden.dtype)),
+        head=counted,
+        known=None if known is None else known.each(rows.take),
+    )
+    dhidden, dweight, dbias = _gradients(of_rows, _kept(backward.kept_logits, rows))
     # The only rounding: the sums above are fp32.
     dhidden = dhidden.to(head.hidden.dtype)
-    return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias
+    return rows.put_back(dhidden) if backward.output_mask[0] else dhidden, dweight, dbias
 
 
-def _gradients(
-    upstream: Upstream,
-    head: Head,
-    output_mask: list[bool],
-    weight_grad: Tensor | None,
-    kept: _Kept | None,
-    known: KnownEntries | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(backward: Backward, kept: _Kept | None) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden fp32, dweight, dbias) of M rows that all count, from logits kept or made again.
 
     With l_v = z_v - lse and p_v = exp(l_v):
     dz_v = dlogprob (1[v=y] - p_v) - dentropy p_v (l_v + entropy) + dlse p_v + dsum, times dz/dx for
     the product x = hidden @ weight.T + bias that z was made of.
     """
+    upstream, head, output_mask, weight_grad, _, known = backward
     sums = GradientSums(head, output_mask, weight_grad)
     if not any(output_mask):
         return sums.results()

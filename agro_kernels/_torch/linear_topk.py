@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from agro_kernels._torch.linear_logprobs import LOWEST_MAX, tiles, upcast
-from agro_kernels.head import Head, check_token_temperature_values
+from agro_kernels.arguments import check_token_temperature_values
+from agro_kernels.head import Head
 
 NO_ID = -1
 

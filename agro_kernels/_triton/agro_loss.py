@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from agro_kernels._triton.launch import contiguous
-from agro_kernels.agro_options import AgroOptions
-from agro_kernels.head import results_dtype
+from agro_kernels.agro_options import AgroOptions, AgroRows, AgroTokens
+from agro_kernels.arguments import results_dtype
 
 BLOCK_T = 1024
 BLOCK_I, BLOCK_J = 16, 32  # 16 x 64 spilled registers on sm_80 and sm_90
@@ -33,15 +33,13 @@ LOWERED = tl.constexpr(8)  # by the pathwise coefficient, before the taper
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def sequence_log_ratios_kernel(
-    logprobs_ptr,
-    ref_logprobs_ptr,
-    cu_seqlens_ptr,
-    sampling_logprobs_ptr,
-    log_ratios_ptr,
-    sampler_log_ratios_ptr,
-    num_tokens,
-    BLOCK_T: tl.constexpr,
-):
+    # inputs
+    logprobs_ptr, ref_logprobs_ptr, cu_seqlens_ptr, sampling_logprobs_ptr,
+    # outputs
+    log_ratios_ptr, sampler_log_ratios_ptr,
+    # sizes and constants
+    num_tokens, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """log_ratio_b = sum over tokens t of sequence b of (logprob_t - ref_logprob_t).
 
     sampler_log_ratio_b = sum over the same of logprob_t, less sampling_logprob_b, unless
@@ -70,20 +68,16 @@ def sequence_log_ratios_kernel(
 
 
 @triton.jit
-def load_rows(
-    rewards_ptr,
-    log_ratios_ptr,
-    weights_ptr,
-    offs,
-    mask,
-    beta,
-):
+def load_rows(rows, offs):
     """(regularised reward, importance weight, kept) of the rows at offs.
 
-    The first two of a row that is not kept may be anything, NaN included: the caller has to select
-    by `kept`. Selecting here would save it that, but Triton before 3.8 cannot compile a selection
-    whose result is used both as rows and as columns of a tile.
+    rows: the pointers to all of them and what they are judged by, as group_statistics_kernel has
+    it. The first two of a row that is not kept may be anything, NaN included: the caller has to
+    select by `kept`. Selecting here would save it that, but Triton before 3.8 cannot compile a
+    selection whose result is used both as rows and as columns of a tile.
     """
+    rewards_ptr, log_ratios_ptr, _, weights_ptr, num_sequences, beta = rows
+    mask = offs < num_sequences
     infinity = float("inf")
     rewards = tl.load(rewards_ptr + offs, mask=mask, other=0.0).to(tl.float64)
     log_ratios = tl.load(log_ratios_ptr + offs, mask=mask, other=0.0)
@@ -97,22 +91,15 @@ def load_rows(
 
 
 @triton.jit
-def load_members(
-    rewards_ptr,
-    log_ratios_ptr,
-    groups_ptr,
-    weights_ptr,
-    groups_i,
-    offs_j,
-    mask_j,
-    beta,
-):
-    """Which of the rows at offs_j are of the groups of rows i, and which of those are kept, (I, J);
-    the regularised rewards of rows j, (J,); their weights where they are kept members, (I, J)."""
+def load_members(rows, groups_i, start_j, BLOCK_J: tl.constexpr):
+    """Which of the rows j, from start_j on, are of the groups of rows i, and which of those are
+    kept, (I, J); the regularised rewards of rows j, (J,); their weights where they are kept
+    members, (I, J)."""
+    _, _, groups_ptr, _, num_sequences, _ = rows
+    offs_j = start_j + tl.arange(0, BLOCK_J)
+    mask_j = offs_j < num_sequences
     groups_j = tl.load(groups_ptr + offs_j, mask=mask_j, other=0)
-    regularized_j, weights_j, kept_j = load_rows(
-        rewards_ptr, log_ratios_ptr, weights_ptr, offs_j, mask_j, beta
-    )
+    regularized_j, weights_j, kept_j = load_rows(rows, offs_j)
     same = (groups_i[:, None] == groups_j[None, :]) & mask_j[None, :]
     member = same & kept_j[None, :]
     return same, member, regularized_j, tl.where(member, weights_j[None, :], 0.0)
@@ -120,29 +107,18 @@ def load_members(
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def group_statistics_kernel(
-    rewards_ptr,
-    log_ratios_ptr,
-    groups_ptr,
-    on_policy_ptr,
-    weights_ptr,
-    sampler_log_ratios_ptr,
-    row_taper_ptr,
-    raw_coefficients_ptr,
-    variances_ptr,
-    deviations_ptr,
-    tapers_ptr,
-    statuses_ptr,
-    num_sequences,
-    beta: tl.float64,
-    lr_weight: tl.float64,
-    lr_baseline: tl.float64,
+    # inputs
+    rewards_ptr, log_ratios_ptr, groups_ptr, on_policy_ptr, weights_ptr,
+    sampler_log_ratios_ptr, row_taper_ptr,
+    # outputs
+    raw_coefficients_ptr, variances_ptr, deviations_ptr, tapers_ptr, statuses_ptr,
+    # sizes and options
+    num_sequences, beta: tl.float64, lr_weight: tl.float64, lr_baseline: tl.float64,
     taper: tl.float64,
-    HAS_LR: tl.constexpr,
-    LR_CAP: tl.constexpr,
-    AUTO_BASELINE: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
+    # constants
+    HAS_LR: tl.constexpr, LR_CAP: tl.constexpr, AUTO_BASELINE: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
     """Rows i against all rows j: first the group's count and mean, then its squared deviations.
 
     Two passes, because the mean square less the squared mean cancels. Writes, for each row, the
@@ -153,34 +129,26 @@ def group_statistics_kernel(
     offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask_i = offs_i < num_sequences
     groups_i = tl.load(groups_ptr + offs_i, mask=mask_i, other=0)
-    regularized_i, weights_i, kept_i = load_rows(
-        rewards_ptr, log_ratios_ptr, weights_ptr, offs_i, mask_i, beta
-    )
+    rows = rewards_ptr, log_ratios_ptr, groups_ptr, weights_ptr, num_sequences, beta
+    regularized_i, weights_i, kept_i = load_rows(rows, offs_i)
 
     size = tl.zeros((BLOCK_I,), tl.float64)
     weight = tl.zeros((BLOCK_I,), tl.float64)
     total = tl.zeros((BLOCK_I,), tl.float64)
     earlier = tl.zeros((BLOCK_I,), tl.int32)
     for start_j in range(0, num_sequences, BLOCK_J):
-        offs_j = start_j + tl.arange(0, BLOCK_J)
-        same, member, regularized_j, member_weights = load_members(
-            rewards_ptr, log_ratios_ptr, groups_ptr, weights_ptr, groups_i, offs_j,
-            offs_j < num_sequences, beta,
-        )  # fmt: skip
+        same, member, regularized_j, member_weights = load_members(rows, groups_i, start_j, BLOCK_J)
         size += tl.sum(member.to(tl.float64), 1)
         weight += tl.sum(member_weights, 1)
         total += tl.sum(member_weights * tl.where(member, regularized_j[None, :], 0.0), 1)
+        offs_j = start_j + tl.arange(0, BLOCK_J)
         earlier += tl.sum((same & (offs_j[None, :] < offs_i[:, None])).to(tl.int32), 1)
     mean = total / tl.where(weight > 0, weight, 1.0)
 
     squares = tl.zeros((BLOCK_I,), tl.float64)
     largest = tl.zeros((BLOCK_I,), tl.float64)
     for start_j in range(0, num_sequences, BLOCK_J):
-        offs_j = start_j + tl.arange(0, BLOCK_J)
-        _, member, regularized_j, member_weights = load_members(
-            rewards_ptr, log_ratios_ptr, groups_ptr, weights_ptr, groups_i, offs_j,
-            offs_j < num_sequences, beta,
-        )  # fmt: skip
+        _, member, regularized_j, member_weights = load_members(rows, groups_i, start_j, BLOCK_J)
         deviations = tl.where(member, regularized_j[None, :] - mean[:, None], 0.0)
         squares += tl.sum(member_weights * deviations * deviations, 1)
         if LR_CAP:
@@ -238,24 +206,14 @@ def group_statistics_kernel(
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def finalise_kernel(
-    rewards_ptr,
-    log_ratios_ptr,
-    sampler_log_ratios_ptr,
-    raw_coefficients_ptr,
-    variances_ptr,
-    deviations_ptr,
-    tapers_ptr,
-    statuses_ptr,
-    num_groups_ptr,
-    coefficients_ptr,
-    loss_ptr,
-    moments_ptr,
-    counts_ptr,
-    num_sequences,
-    beta: tl.float64,
-    scale: tl.float64,
-    BLOCK_B: tl.constexpr,
-):
+    # inputs
+    rewards_ptr, log_ratios_ptr, sampler_log_ratios_ptr, raw_coefficients_ptr, variances_ptr,
+    deviations_ptr, tapers_ptr, statuses_ptr, num_groups_ptr,
+    # outputs
+    coefficients_ptr, loss_ptr, moments_ptr, counts_ptr,
+    # sizes, options and constants
+    num_sequences, beta: tl.float64, scale: tl.float64, BLOCK_B: tl.constexpr,
+):  # fmt: skip
     """One program: sums over rows in a fixed order, then every coefficient by its denominator."""
     reward = tl.zeros((BLOCK_B,), tl.float64)
     log_ratio = tl.zeros((BLOCK_B,), tl.float64)
@@ -333,15 +291,13 @@ def finalise_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_sequences", "num_steps"])
 def token_gradients_kernel(
-    dloss_ptr,
-    coefficients_ptr,
-    cu_seqlens_ptr,
+    # inputs
+    dloss_ptr, coefficients_ptr, cu_seqlens_ptr,
+    # outputs
     dlogprobs_ptr,
-    num_tokens,
-    num_sequences,
-    num_steps,
-    BLOCK_T: tl.constexpr,
-):
+    # sizes and constants
+    num_tokens, num_sequences, num_steps, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """dlogprob_t = dloss * coefficient of the sequence of token t, found by bisection.
 
     The sequence of t is the number of b >= 1 with cu_seqlens[b] <= t; num_steps halvings of [0, B]
@@ -370,12 +326,8 @@ def agro_coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients (B,), moments (7,) float64, counts (3,) int64; `AgroStats` has both in it."""
     all_double = rewards.dtype == logprobs.dtype == ref_logprobs.dtype == torch.float64
-    sampled = options.sampling_logprobs
     coefficients, _, moments, counts = _from_log_ratios(
-        rewards,
-        logprobs.double() - ref_logprobs.double(),
-        None if sampled is None else logprobs.double() - sampled.double(),
-        groups,
+        AgroRows.of_sums(rewards, logprobs, ref_logprobs, groups, options.sampling_logprobs),
         options,
         coefficients_dtype=torch.float64 if all_double else torch.float32,
         loss_dtype=torch.float64,
@@ -383,15 +335,9 @@ def agro_coefficients(
     return coefficients, moments, counts
 
 
-def agro_loss_fwd(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    rewards: Tensor,
-    groups: Tensor,
-    cu_seqlens: Tensor,
-    options: AgroOptions,
-) -> tuple[Tensor, Tensor]:
+def agro_loss_fwd(tokens: AgroTokens, options: AgroOptions) -> tuple[Tensor, Tensor]:
     """Loss, 0-d, and the coefficients (B,) float64 that the backward needs."""
+    logprobs, ref_logprobs, rewards, groups, cu_seqlens = tokens
     num_sequences = rewards.shape[0]
     log_ratios = torch.empty(num_sequences, dtype=torch.float64, device=rewards.device)
     sampled = options.sampling_logprobs
@@ -409,10 +355,7 @@ def agro_loss_fwd(
                 BLOCK_T=BLOCK_T,
             )
     coefficients, loss, _, _ = _from_log_ratios(
-        rewards,
-        log_ratios,
-        sampler_log_ratios,
-        groups,
+        AgroRows(rewards, groups, log_ratios, sampler_log_ratios),
         options,
         coefficients_dtype=torch.float64,
         loss_dtype=results_dtype(logprobs),
@@ -442,16 +385,14 @@ def agro_loss_bwd(
 
 
 def _from_log_ratios(
-    rewards: Tensor,
-    log_ratios: Tensor,
-    sampler_log_ratios: Tensor | None,
-    groups: Tensor,
+    rows: AgroRows,
     options: AgroOptions,
     *,
     coefficients_dtype: torch.dtype,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Coefficients (B,), loss, moments and counts from log_ratios (B,) float64."""
+    """Coefficients (B,), loss, moments and counts."""
+    rewards, groups, log_ratios, sampler_log_ratios = rows
     num_sequences, device = rewards.shape[0], rewards.device
     row_taper = options.row_taper if options.tapers else None
     if row_taper is not None:
@@ -459,7 +400,7 @@ def _from_log_ratios(
         log_ratios = log_ratios.where(row_taper >= 0, math.nan)
     raw_coefficients = torch.empty(num_sequences, dtype=torch.float64, device=device)
     # What both kernels take: the inputs of the first, and what it writes and the second reads.
-    rows = {
+    shared = {
         "rewards_ptr": rewards.contiguous(),
         "log_ratios_ptr": log_ratios,
         "sampler_log_ratios_ptr": sampler_log_ratios,
@@ -476,7 +417,7 @@ def _from_log_ratios(
     with torch.cuda.device_of(rewards):
         if num_sequences > 0:
             group_statistics_kernel[(triton.cdiv(num_sequences, BLOCK_I),)](
-                **rows,
+                **shared,
                 groups_ptr=groups.contiguous(),
                 on_policy_ptr=contiguous(options.on_policy),
                 weights_ptr=contiguous(options.importance_weights),
@@ -493,7 +434,7 @@ def _from_log_ratios(
                 BLOCK_J=BLOCK_J,
             )
         finalise_kernel[(1,)](
-            **rows,
+            **shared,
             num_groups_ptr=None if options.num_groups is None else options.num_groups.double(),
             coefficients_ptr=coefficients,
             loss_ptr=loss,

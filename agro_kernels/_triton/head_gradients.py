@@ -21,7 +21,6 @@ from agro_kernels._triton.gemm import add_product, rounded_product
 from agro_kernels._triton.launch import (
     gemm_arguments,
     kept_arguments,
-    kept_of_rows,
     programs_at_once,
     select_config,
 )
@@ -33,6 +32,7 @@ from agro_kernels._triton.primitives import (
     logits_tile,
     rounded,
 )
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import KeptLogits
 from agro_kernels.many_targets import KnownEntries
@@ -65,52 +65,20 @@ KEPT_BLOCK_N = 32
 @triton.jit(do_not_specialize=["N", "start_chunk", "num_columns"])
 def linear_logprobs_bwd_kernel(
     # inputs
-    hidden,
-    weight,
-    bias_ptr,
-    targets_ptr,
-    token_temperature_ptr,
-    kept_ptr,
-    lse_ptr,
-    entropy_ptr,
-    dlogprobs_ptr,
-    dlse_ptr,
-    dentropy_ptr,
-    dsum_ptr,
-    kept_logits_ptr,
-    kept_maxima_ptr,
-    kept_rows_ptr,
+    hidden, weight, bias_ptr, targets_ptr, token_temperature_ptr, kept_ptr,
+    lse_ptr, entropy_ptr, dlogprobs_ptr, dlse_ptr, dentropy_ptr, dsum_ptr,
+    kept_logits_ptr, kept_maxima_ptr, kept_rows_ptr,
     # outputs
     dlogits_ptr,
     # sizes and strides
-    N,
-    V,
-    D,
-    start_chunk,
-    num_columns,
-    stride_kept_logits_n,
-    stride_kept_maxima_n,
-    stride_hidden_n,
-    stride_hidden_d,
-    stride_weight_v,
-    stride_weight_d,
-    stride_dlogits_n,
-    temperature,
-    softcap,
-    ignore_index,
+    N, V, D, start_chunk, num_columns, stride_kept_logits_n, stride_kept_maxima_n,
+    stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, stride_dlogits_n,
+    temperature, softcap, ignore_index,
     # constants
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP_N: tl.constexpr,
-    EVEN_V: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    ROUND_LOGITS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    KEPT_TILE: tl.constexpr,
-):
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    EVEN_V: tl.constexpr, EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ROUND_LOGITS: tl.constexpr, KEPT_TILE: tl.constexpr,
+):  # fmt: skip
     """One (BLOCK_N, BLOCK_V) tile of the gradient of hidden @ weight.T + bias.
 
     With the logits z, made again or, given kept_logits_ptr, those that the forward pass kept,
@@ -148,29 +116,10 @@ def linear_logprobs_bwd_kernel(
         logits /= inverse_temperature[:, None]
     else:
         logits = logits_tile(
-            hidden=hidden,
-            weight=weight,
-            bias_ptr=bias_ptr,
-            start_n=start_n,
-            start_v=start_v,
-            N=N,
-            V=V,
-            D=D,
-            stride_hidden_n=stride_hidden_n,
-            stride_hidden_d=stride_hidden_d,
-            stride_weight_v=stride_weight_v,
-            stride_weight_d=stride_weight_d,
-            softcap=softcap,
-            BLOCK_N=BLOCK_N,
-            BLOCK_V=BLOCK_V,
-            BLOCK_D=BLOCK_D,
-            EVEN_V=EVEN_V,
-            EVEN_D=EVEN_D,
-            DESCRIPTORS=DESCRIPTORS,
-            ROUND_LOGITS=ROUND_LOGITS,
-            INPUT_PRECISION=INPUT_PRECISION,
-            INTERPRETED=INTERPRETED,
-        )
+            hidden, weight, bias_ptr, start_n, start_v, N, V, D,
+            stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, softcap,
+            BLOCK_N, BLOCK_V, BLOCK_D, EVEN_V, EVEN_D, DESCRIPTORS, ROUND_LOGITS,
+        )  # fmt: skip
     allowed = logits
     if kept_ptr is not None:
         kept = kept_tile(kept_ptr, start_n, start_v, N, V, BLOCK_N, BLOCK_V)
@@ -213,7 +162,7 @@ def linear_logprobs_bwd_kernel(
         dlogits_ptr
         + (start_n * stride_dlogits_n + i_v * BLOCK_V)
         + (offs_n[:, None] * stride_dlogits_n + offs_v[None, :]),
-        rounded(dlogits, dlogits_ptr.dtype.element_ty, INTERPRETED),
+        rounded(dlogits, dlogits_ptr.dtype.element_ty),
         mask=mask,
     )
 
@@ -221,20 +170,14 @@ def linear_logprobs_bwd_kernel(
 @triton.jit(do_not_specialize=["num_entries", "start_chunk", "num_columns"])
 def write_known_entries_kernel(
     # inputs
-    ids_ptr,
-    values_ptr,
+    ids_ptr, values_ptr,
     # outputs
     dlogits_ptr,
     # sizes and strides
-    num_entries,
-    K,
-    start_chunk,
-    num_columns,
-    stride_dlogits_n,
+    num_entries, K, start_chunk, num_columns, stride_dlogits_n,
     # constants
     BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+):  # fmt: skip
     """Writes values (N, K) over the entries ids (N, K) of dlogits (N, num_columns).
 
     The columns of dlogits are the vocabulary's from start_chunk on; other ids are left out. An id
@@ -247,24 +190,19 @@ def write_known_entries_kernel(
     values = tl.load(values_ptr + offs, mask=mask, other=0.0)
     tl.store(
         dlogits_ptr + (offs // K) * stride_dlogits_n + columns,
-        rounded(values, dlogits_ptr.dtype.element_ty, INTERPRETED),
+        rounded(values, dlogits_ptr.dtype.element_ty),
         mask=mask,
     )
 
 
 def head_gradients(
-    upstream: Upstream,
-    head: Head,
-    output_mask: list[bool],
-    weight_grad: Tensor | None = None,
-    kept_logits: KeptLogits | None = None,
-    kept_rows: Tensor | None = None,
-    known: KnownEntries | None = None,
+    backward: Backward, kept_rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """linear_logprobs_bwd of rows that all count; what upstream and known hold is contiguous.
 
     kept_rows (N,): their rows in kept_logits; None: all of them in order.
     """
+    upstream, head, output_mask, weight_grad, kept_logits, known = backward
     hidden, weight = head.hidden, head.weight
     (N, D), V = hidden.shape, weight.shape[0]
     need_hidden, need_weight, need_bias = output_mask
@@ -332,7 +270,7 @@ def _row_chunks(
     for start in range(0, head.hidden.shape[0], size):
         rows = slice(start, min(start + size, head.hidden.shape[0]))
         arguments = gemm_arguments(config, head.part(rows))
-        arguments |= kept_arguments(None, None)
+        arguments |= kept_arguments()
         arguments["ignore_index"] = head.ignore_index
         for name, values in upstream._asdict().items():
             arguments[f"{name}_ptr"] = None if values is None else values[rows]
@@ -359,7 +297,7 @@ def _kept_arguments(
     rows: slice,
 ) -> dict[str, object]:
     """The kernel's arguments for some rows whose logits were kept: no product, no operands."""
-    return kept_arguments(*kept_of_rows(kept_logits, kept_rows, rows)) | {
+    return kept_arguments(kept_logits, kept_rows, rows) | {
         "hidden": None,
         "weight": None,
         "bias_ptr": None,
@@ -398,7 +336,6 @@ def _write_known(dlogits: Tensor, start_v: int, known: KnownEntries) -> None:
         num_columns=dlogits.shape[1],
         stride_dlogits_n=dlogits.stride(0),
         BLOCK=KNOWN_BLOCK,
-        INTERPRETED=dlogits.device.type == "cpu",
         num_warps=4,
     )
 

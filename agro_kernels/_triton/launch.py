@@ -115,32 +115,28 @@ def gemm_arguments(config: configs.TileConfig, head: Head) -> dict[str, object]:
         EVEN_V=V % config.block_v == 0,
         EVEN_D=D % config.block_d == 0,
         DESCRIPTORS=config.descriptors,
-        # Triton's default would round fp32 operands to tf32; bf16 and fp16 ones are not affected.
-        INPUT_PRECISION="ieee",
-        INTERPRETED=hidden.device.type == "cpu",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
 
 
-def kept_of_rows(
-    kept_logits: KeptLogits | None, kept_rows: Tensor | None, rows: slice
-) -> tuple[KeptLogits | None, Tensor | None]:
-    """Both for some of the tokens; kept_rows as kept_arguments takes it."""
-    if kept_logits is not None and kept_rows is None:
-        kept_logits = KeptLogits(*(tensor[rows] for tensor in kept_logits))
-    return kept_logits, None if kept_rows is None else kept_rows[rows]
+def kept_arguments(
+    kept_logits: KeptLogits | None = None,
+    kept_rows: Tensor | None = None,
+    rows: slice = slice(None),
+) -> dict[str, object]:
+    """What both kernels are told of the kept logits of some rows of the N tokens.
 
-
-def kept_arguments(kept_logits: KeptLogits | None, kept_rows: Tensor | None) -> dict[str, object]:
-    """What both kernels are told of the kept logits; kept_rows (N,): where a token's are.
-
-    None is all of them in order.
+    kept_rows (N,): where a token's logits are. None is all of them in order.
     """
     if kept_logits is None:
         nothing = ("kept_logits_ptr", "kept_maxima_ptr", "kept_rows_ptr", "KEPT_TILE")
         numbers = ("stride_kept_logits_n", "stride_kept_maxima_n")
         return dict.fromkeys(nothing) | dict.fromkeys(numbers, 0)
+    if kept_rows is None:
+        kept_logits = KeptLogits(*(tensor[rows] for tensor in kept_logits))
+    else:
+        kept_rows = kept_rows[rows]
     return {
         "kept_logits_ptr": kept_logits.logits,
         "kept_maxima_ptr": kept_logits.maxima,

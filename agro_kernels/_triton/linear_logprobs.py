@@ -18,7 +18,6 @@ from agro_kernels._triton.launch import (
     gather_counted,
     gemm_arguments,
     kept_arguments,
-    kept_of_rows,
     programs_at_once,
     select_config,
 )
@@ -30,9 +29,9 @@ from agro_kernels._triton.primitives import (
     kept_tile,
     logits_tile,
 )
-from agro_kernels.head import Head, Upstream
+from agro_kernels.backward import Backward
+from agro_kernels.head import Head
 from agro_kernels.kept_logits import LOWEST, KeptLogits
-from agro_kernels.many_targets import KnownEntries
 
 MERGE_BLOCK_N = 16  # rows of one program that merges splits; results do not depend on it
 
@@ -44,50 +43,19 @@ TOKEN_CHUNK = 16384
 @triton.jit(do_not_specialize=["N"])
 def linear_logprobs_fwd_kernel(
     # inputs
-    hidden,
-    weight,
-    bias_ptr,
-    targets_ptr,
-    token_temperature_ptr,
-    kept_ptr,
-    kept_rows_ptr,
+    hidden, weight, bias_ptr, targets_ptr, token_temperature_ptr, kept_ptr, kept_rows_ptr,
     # outputs
-    max_ptr,
-    sum_ptr,
-    moment_ptr,
-    target_logit_ptr,
-    kept_logits_ptr,
-    kept_maxima_ptr,
+    max_ptr, sum_ptr, moment_ptr, target_logit_ptr, kept_logits_ptr, kept_maxima_ptr,
     # sizes and strides
-    N,
-    V,
-    D,
-    tiles_per_split,
-    num_splits,
-    kept_columns,
-    stride_kept_logits_n,
-    stride_kept_maxima_n,
-    stride_hidden_n,
-    stride_hidden_d,
-    stride_weight_v,
-    stride_weight_d,
-    temperature,
-    softcap,
+    N, V, D, tiles_per_split, num_splits,
+    kept_columns, stride_kept_logits_n, stride_kept_maxima_n,
+    stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, temperature, softcap,
     # constants
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP_N: tl.constexpr,
-    EVEN_V: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    ROUND_LOGITS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    KEPT_TILE: tl.constexpr,
-    LOWEST_KEPT: tl.constexpr,
-):
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    EVEN_V: tl.constexpr, EVEN_D: tl.constexpr, FLATTEN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ROUND_LOGITS: tl.constexpr,
+    KEPT_TILE: tl.constexpr, LOWEST_KEPT: tl.constexpr,
+):  # fmt: skip
     """Softmax statistics of BLOCK_N rows over one split of the vocabulary.
 
     With k = log2(e) / temperature, m the running maximum of the logits, d_v = k (logit_v - m):
@@ -130,29 +98,10 @@ def linear_logprobs_fwd_kernel(
     for start_v in tl.range(start_split, end_split, BLOCK_V, flatten=FLATTEN):
         offs_v = tl.arange(0, BLOCK_V)
         logits = logits_tile(
-            hidden=hidden,
-            weight=weight,
-            bias_ptr=bias_ptr,
-            start_n=start_n,
-            start_v=start_v,
-            N=N,
-            V=V,
-            D=D,
-            stride_hidden_n=stride_hidden_n,
-            stride_hidden_d=stride_hidden_d,
-            stride_weight_v=stride_weight_v,
-            stride_weight_d=stride_weight_d,
-            softcap=softcap,
-            BLOCK_N=BLOCK_N,
-            BLOCK_V=BLOCK_V,
-            BLOCK_D=BLOCK_D,
-            EVEN_V=EVEN_V,
-            EVEN_D=EVEN_D,
-            DESCRIPTORS=DESCRIPTORS,
-            ROUND_LOGITS=ROUND_LOGITS,
-            INPUT_PRECISION=INPUT_PRECISION,
-            INTERPRETED=INTERPRETED,
-        )
+            hidden, weight, bias_ptr, start_n, start_v, N, V, D,
+            stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, softcap,
+            BLOCK_N, BLOCK_V, BLOCK_D, EVEN_V, EVEN_D, DESCRIPTORS, ROUND_LOGITS,
+        )  # fmt: skip
         # Columns without a token are masked after the softcap: it turns BANNED into -softcap.
         if not EVEN_V:
             logits = tl.where(offs_v[None, :] < V - start_v, logits, BANNED)
@@ -199,25 +148,14 @@ def linear_logprobs_fwd_kernel(
 @triton.jit(do_not_specialize=["N"])
 def linear_logprobs_fwd_merge_kernel(
     # inputs
-    max_ptr,
-    sum_ptr,
-    moment_ptr,
-    target_logit_ptr,
-    targets_ptr,
-    token_temperature_ptr,
+    max_ptr, sum_ptr, moment_ptr, target_logit_ptr, targets_ptr, token_temperature_ptr,
     # outputs
-    logprobs_ptr,
-    lse_ptr,
-    entropy_ptr,
+    logprobs_ptr, lse_ptr, entropy_ptr,
     # sizes and strides
-    N,
-    num_splits,
-    temperature,
-    ignore_index,
+    N, num_splits, temperature, ignore_index,
     # constants
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Merge the splits' (m, s, e), all at once, by the recurrence of the GEMM kernel; to nats.
 
     lse = m / temperature + ln s, logprob = (target logit - m) / temperature - ln s,
@@ -302,8 +240,9 @@ def _statistics(
             "lse_ptr": lse[rows],
             "entropy_ptr": entropy[rows] if with_entropy else None,
         }
-        kept = kept_of_rows(kept_logits, kept_rows, rows)
-        _launch(config, split, head.part(rows), of_splits, target_logits[rows], results, *kept)
+        kept = kept_arguments(kept_logits, kept_rows, rows)
+        kept["kept_columns"] = 0 if kept_logits is None else kept_logits.columns
+        _launch(config, split, head.part(rows), of_splits, target_logits[rows], results, kept)
     return logprobs, lse, entropy
 
 
@@ -314,12 +253,12 @@ def _launch(
     partials: Tensor,
     target_logits: Tensor,
     results: dict[str, Tensor | None],
-    kept_logits: KeptLogits | None,
-    kept_rows: Tensor | None,
+    kept: dict[str, object],
 ) -> None:
     """Both kernels for some tokens: partials (2 or 3, splits, N), target_logits (N,) NaN so far.
 
-    split: (tiles of a split, number of splits). results: the merge kernel's arguments.
+    split: (tiles of a split, number of splits). results, kept: arguments of the merge kernel and
+    of the other.
     """
     hidden, (tiles_per_split, num_splits) = head.hidden, split
     N = hidden.shape[0]
@@ -334,8 +273,7 @@ def _launch(
             **statistics,
             tiles_per_split=tiles_per_split,
             num_splits=num_splits,
-            kept_columns=0 if kept_logits is None else kept_logits.columns,
-            **kept_arguments(kept_logits, kept_rows),
+            **kept,
             LOWEST_KEPT=LOWEST,
             FLATTEN=config.flatten,
             **gemm_arguments(config, head),
@@ -355,32 +293,19 @@ def _launch(
         )
 
 
-def linear_logprobs_bwd(
-    upstream: Upstream,
-    head: Head,
-    output_mask: list[bool],
-    weight_grad: Tensor | None = None,
-    kept_logits: KeptLogits | None = None,
-    known: KnownEntries | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden (N, D), dweight (V, D), dbias (V,)); (0,) for each that output_mask leaves out.
-
-    With weight_grad (V, D) fp32 the gradient of weight is added to it and dweight is (0,).
-    kept_logits: what the forward pass wrote. known: written over those of the logits' gradient.
-    """
+def linear_logprobs_bwd(backward: Backward) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias); rows whose upstream gradients are all 0 are left out, too."""
+    upstream, head, known = backward.upstream, backward.head, backward.known
     live = torch.zeros_like(head.targets, dtype=torch.bool)
     for gradient in upstream.gradients():
         live |= gradient != 0
     if known is not None:
         live |= (known.values != 0).any(1)
     rows = gather_counted(head, live & head.counted())
-    dhidden, dweight, dbias = head_gradients(
-        upstream.each(rows.take),
-        rows.head,
-        output_mask,
-        weight_grad,
-        kept_logits,
-        rows.index,
-        None if known is None else known.each(rows.take),
+    of_rows = backward._replace(
+        upstream=upstream.each(rows.take),
+        head=rows.head,
+        known=None if known is None else known.each(rows.take),
     )
-    return rows.put_back(dhidden) if output_mask[0] else dhidden, dweight, dbias
+    dhidden, dweight, dbias = head_gradients(of_rows, rows.index)
+    return rows.put_back(dhidden) if backward.output_mask[0] else dhidden, dweight, dbias

@@ -6,6 +6,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# Whether Triton's interpreter runs the kernels: `triton.jit` asks the same, once, where it stands.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 # Stands for -inf: the logit of a banned token or past the end of the vocabulary, and the maximum of
 # no logits. It is finite so that exp2(BANNED - m) and 0 * BANNED are 0, where -inf would give NaN.
 BANNED = tl.constexpr(-1e30)
@@ -45,7 +48,7 @@ def tanh(x):
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+def rounded(x, DTYPE: tl.constexpr):
     """x, fp32, to the nearest number of a dtype, ties to even; of that dtype."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         # Triton's interpreter truncates; here the bits that it drops are zeros already.
@@ -57,38 +60,19 @@ def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def logits_tile(
-    # inputs
-    hidden,
-    weight,
-    bias_ptr,
-    start_n,
-    start_v,
-    # sizes and strides
-    N,
-    V,
-    D,
-    stride_hidden_n,
-    stride_hidden_d,
-    stride_weight_v,
-    stride_weight_d,
-    softcap,
-    # constants
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_V: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    ROUND_LOGITS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    hidden, weight, bias_ptr, start_n, start_v, N, V, D,
+    stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_V: tl.constexpr, EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ROUND_LOGITS: tl.constexpr,
+):  # fmt: skip
     """softcap * tanh(round(hidden @ weight.T + bias) / softcap), (BLOCK_N, BLOCK_V) fp32.
 
     The tile begins at row start_n (int64) and token start_v. With DESCRIPTORS hidden and weight are
     tensor descriptors with blocks (BLOCK_N, BLOCK_D) and (BLOCK_V, BLOCK_D), else pointers. Rows
     and columns past the end hold numbers without meaning. bias_ptr, softcap and ROUND_LOGITS (a
     16-bit dtype) may be None. A bias of -inf gives BANNED, or -softcap if there is one.
+    Products of fp32 operands are fp32's, which Triton would round to tf32 unless told not to.
     """
     offs_v = tl.arange(0, BLOCK_V)
     # Columns past the end load the last one, as rows do below, so that the loads of the main loop
@@ -103,7 +87,7 @@ def logits_tile(
             if INTERPRETED:
                 # Triton's interpreter would multiply the bit patterns of bf16 operands.
                 hidden_tile, weight_tile = hidden_tile.to(tl.float32), weight_tile.to(tl.float32)
-            logits = tl.dot(hidden_tile, weight_tile, logits, input_precision=INPUT_PRECISION)
+            logits = tl.dot(hidden_tile, weight_tile, logits, input_precision="ieee")
     else:
         offs_d = tl.arange(0, BLOCK_D)
         rows = tl.minimum(tl.arange(0, BLOCK_N), (N - 1 - start_n).to(tl.int32))
@@ -128,13 +112,13 @@ def logits_tile(
                 weight_tile = tl.load(weight_ptrs, mask=mask_d[:, None], other=0.0)
             if INTERPRETED:
                 hidden_tile, weight_tile = hidden_tile.to(tl.float32), weight_tile.to(tl.float32)
-            logits = tl.dot(hidden_tile, weight_tile, logits, input_precision=INPUT_PRECISION)
+            logits = tl.dot(hidden_tile, weight_tile, logits, input_precision="ieee")
             hidden_ptrs += BLOCK_D * stride_hidden_d
             weight_ptrs += BLOCK_D * stride_weight_d
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + start_v + columns)[None, :].to(tl.float32)
     if ROUND_LOGITS is not None:
-        logits = rounded(logits, ROUND_LOGITS, INTERPRETED).to(tl.float32)
+        logits = rounded(logits, ROUND_LOGITS).to(tl.float32)
     if softcap is not None:
         logits = softcap * tanh(logits / softcap)
     elif bias_ptr is not None:
@@ -143,18 +127,7 @@ def logits_tile(
 
 
 @triton.jit
-def kept_tile(
-    # inputs
-    kept_ptr,
-    start_n,
-    start_v,
-    # sizes and strides
-    N,
-    V,
-    # constants
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+def kept_tile(kept_ptr, start_n, start_v, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """Which tokens of a tile the sampler kept, (BLOCK_N, BLOCK_V) bool.
 
     kept (N, ceil(V / 32)) int32: bit v % 32 of word v // 32 is token v. start_v and BLOCK_V are

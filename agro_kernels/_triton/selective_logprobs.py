@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agro_kernels._triton.launch import contiguous
 from agro_kernels._triton.primitives import BANNED, LN2, LOG2E
+from agro_kernels.logit_rows import LogitRows
 
 # One program takes BLOCK_N rows and BLOCK_V columns at a time: with Triton's default of 4 warps 16
 # elements a thread, so that many programs fit a multiprocessor and cover each other's memory
@@ -29,25 +31,15 @@ def row_pointers(ptr, rows, rows_inner, stride_outer, stride_inner):
 @triton.jit(do_not_specialize=["N", "rows_inner", "ignore_index"])
 def selective_logprobs_fwd_kernel(
     # inputs
-    logits_ptr,
-    targets_ptr,
-    token_temperature_ptr,
+    logits_ptr, targets_ptr, token_temperature_ptr,
     # outputs
-    logprobs_ptr,
-    lse_ptr,
+    logprobs_ptr, lse_ptr,
     # sizes and strides
-    N,
-    V,
-    rows_inner,
-    stride_logits_outer,
-    stride_logits_inner,
-    stride_logits_v,
-    temperature,
-    ignore_index,
+    N, V, rows_inner, stride_logits_outer, stride_logits_inner, stride_logits_v,
+    temperature, ignore_index,
     # constants
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """logprob = (x_y - m) / temperature - ln s and lse = m / temperature + ln s of BLOCK_N rows.
 
     With k = log2(e) / temperature, m the running maximum of the logits x, s = sum_v 2^k(x_v - m): a
@@ -97,26 +89,15 @@ def selective_logprobs_fwd_kernel(
 @triton.jit(do_not_specialize=["N", "rows_inner", "ignore_index"])
 def selective_logprobs_bwd_kernel(
     # inputs
-    dlogprobs_ptr,
-    logits_ptr,
-    targets_ptr,
-    token_temperature_ptr,
-    lse_ptr,
+    dlogprobs_ptr, logits_ptr, targets_ptr, token_temperature_ptr, lse_ptr,
     # outputs
     dlogits_ptr,
     # sizes and strides
-    N,
-    V,
-    rows_inner,
-    stride_logits_outer,
-    stride_logits_inner,
-    stride_logits_v,
-    temperature,
-    ignore_index,
+    N, V, rows_inner, stride_logits_outer, stride_logits_inner, stride_logits_v,
+    temperature, ignore_index,
     # constants
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """dlogits (N, V) = dlogprob (1[v = y] - p_v) / temperature, p_v = exp(x_v / temperature - lse).
 
     1 - p_y is formed in fp32 before any rounding. Ignored rows, and rows whose upstream gradient is
@@ -157,72 +138,36 @@ def selective_logprobs_bwd_kernel(
         )
 
 
-def selective_logprobs_fwd(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
+def selective_logprobs_fwd(given: LogitRows) -> tuple[Tensor, Tensor]:
     """(logprobs, lse), each in the shape of targets, fp32, nats; lse is of logits / temperature.
 
-    logits (..., V): bf16, fp16 or fp32; targets (...) int32 or int64; token_temperature (N,) fp32,
-    N the number of targets, or None. A target outside [0, V) that is not ignore_index gives a
-    logprob of NaN: looking at it here would stall the device.
+    bf16, fp16 or fp32. A target outside [0, V) that is not ignore_index gives a logprob of NaN:
+    looking at it here would stall the device.
     """
-    logprobs = logits.new_empty(targets.shape, dtype=torch.float32)
+    logprobs = given.logits.new_empty(given.targets.shape, dtype=torch.float32)
     lse = torch.empty_like(logprobs)
     if logprobs.numel() > 0:
-        _launch(
-            selective_logprobs_fwd_kernel,
-            logits,
-            targets,
-            token_temperature,
-            logprobs_ptr=logprobs,
-            lse_ptr=lse,
-            temperature=temperature,
-            ignore_index=ignore_index,
-        )
+        _launch(selective_logprobs_fwd_kernel, given, logprobs_ptr=logprobs, lse_ptr=lse)
     return logprobs, lse
 
 
-def selective_logprobs_bwd(
-    dlogprobs: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    token_temperature: Tensor | None,
-    ignore_index: int,
-    lse: Tensor,
-) -> Tensor:
-    """dlogits (..., V), contiguous, in the dtype of logits, from dlogprobs and lse (...) fp32.
-
-    The rest is selective_logprobs_fwd's.
-    """
-    dlogits = logits.new_empty(logits.shape)
+def selective_logprobs_bwd(dlogprobs: Tensor, given: LogitRows, lse: Tensor) -> Tensor:
+    """dlogits (..., V), contiguous, in the dtype of logits, from dlogprobs and lse (...) fp32."""
+    dlogits = given.logits.new_empty(given.logits.shape)
     if dlogits.numel() > 0:
         _launch(
             selective_logprobs_bwd_kernel,
-            logits,
-            targets,
-            token_temperature,
+            given,
             dlogprobs_ptr=dlogprobs.contiguous(),
             lse_ptr=lse.contiguous(),
             dlogits_ptr=dlogits,
-            temperature=temperature,
-            ignore_index=ignore_index,
         )
     return dlogits
 
 
-def _launch(
-    kernel: triton.JITFunction,
-    logits: Tensor,
-    targets: Tensor,
-    token_temperature: Tensor | None,
-    **arguments: object,
-) -> None:
+def _launch(kernel: triton.JITFunction, given: LogitRows, **arguments: Tensor) -> None:
     """Launch over all rows of logits; a view such as logits[:, :-1] of (B, T, V) is not copied."""
+    logits, targets = given.logits, given.targets
     V = logits.shape[-1]
     # Copied only if the axes before the last two have no common stride.
     blocks = logits.reshape(-1, targets.shape[-1] if targets.ndim else 1, V)
@@ -232,15 +177,15 @@ def _launch(
         kernel[(triton.cdiv(N, BLOCK_N),)](
             logits_ptr=blocks,
             targets_ptr=targets.contiguous(),
-            token_temperature_ptr=None
-            if token_temperature is None
-            else token_temperature.contiguous(),
+            token_temperature_ptr=contiguous(given.token_temperature),
             N=N,
             V=V,
             rows_inner=rows_inner,
             stride_logits_outer=blocks.stride(0) if num_outer > 1 else 0,
             stride_logits_inner=blocks.stride(1),
             stride_logits_v=blocks.stride(2),
+            temperature=given.temperature,
+            ignore_index=given.ignore_index,
             **arguments,
             BLOCK_N=BLOCK_N,
             BLOCK_V=BLOCK_V,

@@ -21,35 +21,16 @@ BLOCK_IDS, BLOCK_D = 4, 1024
 @triton.jit(do_not_specialize=["num_ids"])
 def target_logprobs_kernel(
     # inputs
-    hidden_ptr,
-    weight_ptr,
-    bias_ptr,
-    ids_ptr,
-    token_temperature_ptr,
-    kept_ptr,
-    lse_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, ids_ptr, token_temperature_ptr, kept_ptr, lse_ptr,
     # outputs
-    logits_ptr,
-    logprobs_ptr,
+    logits_ptr, logprobs_ptr,
     # sizes and strides
-    num_ids,
-    K,
-    V,
-    D,
-    stride_hidden_n,
-    stride_hidden_d,
-    stride_weight_v,
-    stride_weight_d,
-    temperature,
-    softcap,
-    ignore_index,
+    num_ids, K, V, D, stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d,
+    temperature, softcap, ignore_index,
     # constants
-    BLOCK_IDS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    BLOCK_IDS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
     ROUND_LOGITS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+):  # fmt: skip
     """BLOCK_IDS of the ids (N, K): their logits after softcap and temperature, and logit - lse.
 
     An ignored id has 0 for both and its rows are not read; one outside [0, V) has the logprob NaN,
@@ -81,7 +62,7 @@ def target_logprobs_kernel(
     if bias_ptr is not None:
         logits += tl.load(bias_ptr + ids).to(tl.float32)
     if ROUND_LOGITS is not None:
-        logits = rounded(logits, ROUND_LOGITS, INTERPRETED).to(tl.float32)
+        logits = rounded(logits, ROUND_LOGITS).to(tl.float32)
     if softcap is not None:
         logits = softcap * tanh(logits / softcap)
     if token_temperature_ptr is not None:
@@ -143,6 +124,5 @@ def _launch(head: Head, ids: Tensor, lse: Tensor, logits: Tensor | None, logprob
             BLOCK_IDS=BLOCK_IDS,
             BLOCK_D=BLOCK_D,
             EVEN_D=D % BLOCK_D == 0,
-            INTERPRETED=hidden.device.type == "cpu",
             num_warps=4,
         )

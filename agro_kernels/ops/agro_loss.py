@@ -1,13 +1,14 @@
 """AGRO's coefficients and loss: schemas, shapes, gradients."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agro_kernels._torch import agro_loss as torch_agro_loss
-from agro_kernels.agro_options import AGRO_SCHEMA, AgroOptions
-from agro_kernels.head import results_dtype
+from agro_kernels.agro_options import AGRO_SCHEMA, AgroOptions, AgroTokens
+from agro_kernels.arguments import results_dtype
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
     library,
@@ -28,13 +29,27 @@ library.define(
     "agro_loss_bwd(Tensor dloss, Tensor coefficients, Tensor cu_seqlens, SymInt num_tokens, "
     "ScalarType dtype) -> Tensor dlogprobs"
 )
-for _name, _at in (("agro_coefficients", 4), ("agro_loss_fwd", 5), ("agro_loss_bwd", None)):
+
+
+def with_options(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel(rewards, logprobs, ref_logprobs, groups, options)` as the dispatcher calls it."""
+    return with_record(AgroOptions, with_numbers(kernel), at=4)
+
+
+def with_tokens(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel(tokens, options)` as the dispatcher calls it."""
+    return with_record(AgroTokens, with_record(AgroOptions, with_numbers(kernel), at=1))
+
+
+for _name, _flat in (
+    ("agro_coefficients", with_options),
+    ("agro_loss_fwd", with_tokens),
+    ("agro_loss_bwd", None),
+):
     _everywhere = getattr(torch_agro_loss, _name)
     _cuda = triton_if_possible(_name, "agro_loss", torch_agro_loss, float64=True)
     for _key, _kernel in (("CompositeExplicitAutograd", _everywhere), ("CUDA", _cuda)):
-        if _at is not None:
-            _kernel = with_record(AgroOptions, with_numbers(_kernel), at=_at)
-        library.impl(_name, _kernel, _key)
+        library.impl(_name, _kernel if _flat is None else _flat(_kernel), _key)
 
 
 def _agro_coefficients_fake(
@@ -51,21 +66,17 @@ def _agro_coefficients_fake(
 torch.library.register_fake("agro::agro_coefficients", _agro_coefficients_fake, lib=library)
 
 
-def _agro_loss_fwd_fake(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    rewards: Tensor,
-    groups: Tensor,
-    cu_seqlens: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
+def _agro_loss_fwd_fake(tokens: AgroTokens, *options: Any) -> tuple[Tensor, Tensor]:
+    logprobs, rewards = tokens.logprobs, tokens.rewards
     return (
         logprobs.new_empty((), dtype=results_dtype(logprobs)),
         rewards.new_empty(rewards.shape, dtype=torch.float64),
     )
 
 
-torch.library.register_fake("agro::agro_loss_fwd", _agro_loss_fwd_fake, lib=library)
+torch.library.register_fake(
+    "agro::agro_loss_fwd", with_record(AgroTokens, _agro_loss_fwd_fake), lib=library
+)
 
 
 def _agro_loss_bwd_fake(
@@ -81,7 +92,6 @@ def _agro_loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     logprobs, cu_seqlens, coefficients = inputs[0], inputs[4], output[1]
     ctx.save_for_backward(coefficients, cu_seqlens)
     ctx.shape_and_dtype = logprobs.shape[0], logprobs.dtype
-    ctx.num_inputs = len(inputs)
     # What the coefficients depend on, for a second derivative to find. Not with save_for_backward,
     # as the gradient does not need its values, which the caller may change.
     ctx.others = (logprobs,)
@@ -89,18 +99,14 @@ def _agro_loss_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
 
 
-@differentiable_once("agro_loss")
-def _agro_loss_backward(
-    ctx: Any, dloss: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if dloss is None:
-        return (None,) * int(ctx.num_inputs)
+@differentiable_once("agro_loss", of_first=True)
+def _agro_loss_backward(ctx: Any, dloss: Tensor, _: None) -> tuple[Tensor | None, ...]:
     coefficients, cu_seqlens = ctx.saved_tensors
     num_tokens, dtype = ctx.shape_and_dtype
     dlogprobs: Tensor = torch.ops.agro.agro_loss_bwd(
         dloss, coefficients, cu_seqlens, num_tokens, dtype
     )
-    return dlogprobs, *[None] * (ctx.num_inputs - 1)
+    return dlogprobs, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 torch.library.register_autograd(

@@ -27,15 +27,18 @@ def refuse_forward_mode(op: str, **inputs: Tensor | None) -> None:
             )
 
 
-def differentiable_once(op: str) -> Callable[[Backward], Backward]:
+def differentiable_once(op: str, *, of_first: bool = False) -> Callable[[Backward], Backward]:
     """A backward pass, `backward(ctx, *gradients)`, whose results raise where they are derived.
 
     What they depend on: the gradients, ctx.saved_tensors, and ctx.others, if there is such a list.
+    of_first: only the first result is differentiable; without its gradient no input has one.
     """
 
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def call(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            if of_first and gradients[0] is None:
+                return (None,) * len(ctx.needs_input_grad)
             if not torch.is_grad_enabled():  # without create_graph
                 return backward(ctx, *gradients)
             with torch.no_grad():

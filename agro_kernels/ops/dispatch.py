@@ -8,7 +8,7 @@ float64, and where Triton or the native part is missing.
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from agro_kernels.agro_options import AgroOptions
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head
+from agro_kernels.logit_rows import LogitRows
 
 library = torch.library.Library("agro", "DEF")
 
@@ -37,13 +39,20 @@ def triton_import_error() -> ImportError | None:
 
 
 def with_record(
-    record: Callable[..., tuple[Any, ...]], kernel: Callable[..., Any], *, at: int = 0
+    record: Callable[..., tuple[Any, ...]],
+    kernel: Callable[..., Any],
+    *,
+    at: int = 0,
+    fields: int | None = None,
 ) -> Callable[..., Any]:
     """`kernel`, which takes a NamedTuple as its argument number `at`, as the dispatcher calls it.
 
-    The dispatcher has no records: it passes the fields, flat.
+    The dispatcher has no records: it passes the fields, flat. fields: how many `record` is made of,
+    if not all that it has.
     """
-    stop = at + len(record._fields)  # type: ignore[attr-defined]
+    if fields is None:
+        fields = len(record._fields)  # type: ignore[attr-defined]
+    stop = at + fields
 
     @functools.wraps(kernel)
     def call(*flat: Any) -> Any:
@@ -62,7 +71,7 @@ def with_numbers(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(kernel)
     def call(*args: Any) -> Any:
-        records = (Head, AgroOptions)
+        records = (Head, Backward, AgroOptions, LogitRows)
         return kernel(*(arg.with_numbers() if isinstance(arg, records) else arg for arg in args))
 
     return call
@@ -103,8 +112,7 @@ def triton_if_possible(
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        in_float64 = any(getattr(arg, "dtype", None) == torch.float64 for arg in _flat(args))
-        if (in_float64 and not float64) or triton_import_error() is not None:
+        if (not float64 and _in_float64(args)) or triton_import_error() is not None:
             return getattr(fallback, name)(*args, **kwargs)
         kernels = importlib.import_module(f"agro_kernels._triton.{module}")
         return getattr(kernels, name)(*args, **kwargs)
@@ -112,10 +120,8 @@ def triton_if_possible(
     return call
 
 
-def _flat(arguments: Iterable[Any]) -> Iterator[Any]:
-    """The arguments, and the fields of those that are records."""
-    for argument in arguments:
-        if isinstance(argument, tuple):
-            yield from argument
-        else:
-            yield argument
+def _in_float64(argument: Any) -> bool:
+    """Whether it is a float64 tensor, or has one among its fields if it is a record."""
+    if isinstance(argument, tuple):
+        return any(map(_in_float64, argument))
+    return getattr(argument, "dtype", None) == torch.float64

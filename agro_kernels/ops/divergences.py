@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from agro_kernels._torch import divergences as torch_divergences
-from agro_kernels.head import HEAD_SCHEMA, Head, results_dtype
+from agro_kernels.arguments import results_dtype
+from agro_kernels.head import HEAD_SCHEMA, Head
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import (
     library,
@@ -15,7 +16,7 @@ from agro_kernels.ops.dispatch import (
     with_record,
     without_autocast,
 )
-from agro_kernels.ops.linear_logprobs import input_gradients
+from agro_kernels.ops.linear_logprobs import empty_gradients, input_gradients
 
 _FIELDS = len(Head._fields)
 _TEACHER = ", ".join(
@@ -40,13 +41,7 @@ def _divergence_fwd_fake(head: Head, *others: Any) -> tuple[Tensor, Tensor]:
 def _divergence_bwd_fake(
     upstream: Tensor, head: Head, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = others[-1]
-    hidden, weight = head.hidden, head.weight
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        weight.new_empty(weight.shape[:1] if need_bias else (0,)),
-    )
+    return empty_gradients(head, others[-1])
 
 
 def _two_heads(kernel: Any, at: int) -> Any:
@@ -71,10 +66,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-@differentiable_once("linear_kl and linear_jsd")
-def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if upstream is None:
-        return (None,) * len(ctx.numbers)
+@differentiable_once("linear_kl and linear_jsd", of_first=True)
+def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
     *tensors, inner = ctx.saved_tensors
     inputs = [
         number if tensor is None else tensor

@@ -14,7 +14,9 @@ from torch import Tensor
 from agro_kernels._cpu import linear_logprobs as cpu_linear_logprobs
 from agro_kernels._torch import kept_ids as torch_kept_ids
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
-from agro_kernels.head import HEAD_SCHEMA, Head, Upstream, results_dtype
+from agro_kernels.arguments import results_dtype
+from agro_kernels.backward import Backward
+from agro_kernels.head import HEAD_SCHEMA, Head, Upstream
 from agro_kernels.kept_logits import KeptLogits, empty_kept_logits
 from agro_kernels.many_targets import KnownEntries, ManyTargets
 from agro_kernels.ops.buffer_locks import in_turn
@@ -65,7 +67,7 @@ def with_kept(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_upstream(kernel: Callable[..., Any], *, accumulates: bool = False) -> Callable[..., Any]:
-    """`kernel(upstream, head, output_mask, weight_grad, kept_logits, known)`, as a schema above.
+    """`kernel(backward)`, which takes a `Backward`, as a schema above.
 
     accumulates: as that with a weight_grad.
     """
@@ -83,7 +85,8 @@ def with_upstream(kernel: Callable[..., Any], *, accumulates: bool = False) -> C
         ids, values, dsum = (*others, None, None, None)[:3]
         upstream = Upstream(dlogprobs, dlse, dentropy, lse, entropy, dsum)
         known = None if ids is None or values is None else KnownEntries(ids, values)
-        return kernel(upstream, Head(*flat[:stop]), output_mask, weight_grad, kept, known)
+        head = Head(*flat[:stop])
+        return kernel(Backward(upstream, head, output_mask, weight_grad, kept, known))
 
     return call
 
@@ -123,13 +126,8 @@ def _linear_logprobs_fwd_fake(
     )
 
 
-def _linear_logprobs_bwd_fake(
-    upstream: Upstream,
-    head: Head,
-    output_mask: list[bool],
-    weight_grad: Tensor | None,
-    kept_logits: KeptLogits | None,
-    known: KnownEntries | None,
+def empty_gradients(
+    head: Head, output_mask: list[bool], weight_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, unwritten; those not asked for have shape (0,)."""
     need_hidden, need_weight, need_bias = output_mask
@@ -139,6 +137,10 @@ def _linear_logprobs_bwd_fake(
         weight.new_empty(weight.shape if need_weight and weight_grad is None else (0,)),
         weight.new_empty(weight.shape[:1] if need_bias else (0,)),
     )
+
+
+def _linear_logprobs_bwd_fake(backward: Backward) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(backward.head, backward.output_mask, backward.weight_grad)
 
 
 def save_head(

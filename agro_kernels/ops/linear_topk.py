@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from agro_kernels._torch import linear_topk as torch_linear_topk
-from agro_kernels.head import HEAD_SCHEMA, Head, results_dtype
+from agro_kernels.arguments import results_dtype
+from agro_kernels.head import HEAD_SCHEMA, Head
 from agro_kernels.ops.dispatch import library, serve_everywhere, with_numbers
 
 library.define(f"linear_topk({HEAD_SCHEMA}, SymInt k) -> (Tensor logprobs, Tensor ids, Tensor lse)")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
-from agro_kernels.head import HEAD_SCHEMA, Head, Upstream, results_dtype
+from agro_kernels.arguments import results_dtype
+from agro_kernels.head import HEAD_SCHEMA, Head, Upstream
 from agro_kernels.many_targets import ManyTargets, check_ids, of_tokens, upstream_and_entries
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.dispatch import library, serve_everywhere, triton_if_possible

@@ -1,6 +1,5 @@
 """selective_logprobs: schemas, shapes, gradients."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +7,17 @@ import torch
 from torch import Tensor
 
 from agro_kernels._torch import selective_logprobs as torch_selective_logprobs
-from agro_kernels.head import one_number, results_dtype
+from agro_kernels.arguments import results_dtype
+from agro_kernels.head import Upstream
+from agro_kernels.logit_rows import LogitRows
 from agro_kernels.ops.derivatives import differentiable_once
-from agro_kernels.ops.dispatch import library, triton_if_possible, without_autocast
+from agro_kernels.ops.dispatch import (
+    library,
+    triton_if_possible,
+    with_numbers,
+    with_record,
+    without_autocast,
+)
 
 library.define(
     "selective_logprobs_fwd(Tensor logits, Tensor targets, float temperature, "
@@ -22,21 +29,16 @@ library.define(
 )
 
 
-def _with_temperature(kernel: Callable[..., Any], at: int) -> Callable[..., Any]:
-    """`kernel` where its arguments `at` and the next, the temperatures, may be a number's two."""
-
-    @functools.wraps(kernel)
-    def call(*args: Any) -> Any:
-        return kernel(*args[:at], *one_number(*args[at : at + 2]), *args[at + 2 :])
-
-    return call
+def _flat(kernel: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """`kernel`, whose argument `at` is a `LogitRows` without a softcap, as the schemas have it."""
+    return without_autocast(with_record(LogitRows, with_numbers(kernel), at=at, fields=5))
 
 
-for _name, _at in (("selective_logprobs_fwd", 2), ("selective_logprobs_bwd", 3)):
+for _name, _at in (("selective_logprobs_fwd", 0), ("selective_logprobs_bwd", 1)):
     _everywhere = getattr(torch_selective_logprobs, _name)
     _cuda = triton_if_possible(_name, "selective_logprobs", torch_selective_logprobs)
     for _key, _kernel in (("CompositeExplicitAutograd", _everywhere), ("CUDA", _cuda)):
-        library.impl(_name, without_autocast(_with_temperature(_kernel, _at)), _key)
+        library.impl(_name, _flat(_kernel, _at), _key)
 
 
 # The statistics, in plain torch on every device.
@@ -49,9 +51,26 @@ library.define(
     f"selective_stats_bwd(Tensor? dlogprobs, Tensor? dlse, Tensor? dentropy, {_STATS}, Tensor lse, "
     "Tensor entropy) -> Tensor dlogits"
 )
-for _name, _at in (("selective_stats_fwd", 2), ("selective_stats_bwd", 5)):
-    _kernel = without_autocast(_with_temperature(getattr(torch_selective_logprobs, _name), _at))
-    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+def _selective_stats_bwd(
+    dlogprobs: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    given: LogitRows,
+    lse: Tensor,
+    entropy: Tensor,
+) -> Tensor:
+    upstream = Upstream(dlogprobs, dlse, dentropy, lse, entropy)
+    return torch_selective_logprobs.selective_stats_bwd(upstream, given)
+
+
+for _name, _function, _at in (
+    ("selective_stats_fwd", torch_selective_logprobs.selective_stats_fwd, 0),
+    ("selective_stats_bwd", _selective_stats_bwd, 3),
+):
+    _kernel = with_record(LogitRows.capped, with_numbers(_function), at=_at, fields=6)
+    library.impl(_name, without_autocast(_kernel), "CompositeExplicitAutograd")
 
 
 def _selective_stats_fwd_fake(logits: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, ...]:
@@ -130,12 +149,8 @@ def _selective_logprobs_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
     ctx.set_materialize_grads(False)
 
 
-@differentiable_once("selective_logprobs")
-def _selective_logprobs_backward(
-    ctx: Any, dlogprobs: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if dlogprobs is None:
-        return (None,) * 5
+@differentiable_once("selective_logprobs", of_first=True)
+def _selective_logprobs_backward(ctx: Any, dlogprobs: Tensor, _: None) -> tuple[Tensor | None, ...]:
     logits, targets, token_temperature, lse = ctx.saved_tensors
     temperature, ignore_index = ctx.options
     dlogits = torch.ops.agro.selective_logprobs_bwd(

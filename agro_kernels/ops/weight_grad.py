@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agro_kernels.head import Head
+from agro_kernels.head import Asked, Head
 from agro_kernels.many_targets import ManyTargets
 from agro_kernels.ops.derivatives import differentiable_once
 from agro_kernels.ops.linear_logprobs import input_gradients, of_entropy, save_head, saved_head
 from agro_kernels.ops.many_logprobs import backward_arguments
+
+_ASKED = len(Asked._fields)
 
 
 def refuse_under_compile() -> None:
@@ -30,22 +32,14 @@ def refuse_under_compile() -> None:
 class AccumulatingLogprobs(torch.autograd.Function):
     """linear_logprobs_fwd whose backward adds to weight_grad (V, D) instead of returning dweight.
 
-    Takes the fields of a Head last, as apply sees no tensors inside a record. With lse (N,) from an
-    earlier pass over the same inputs the logprobs are (target logit - lse): no matrix product.
-    ids (N, K): many targets a token, without lse; the head's own is not looked at.
-    Returns (logprobs, lse, entropy), entropy (0,) unless with_entropy.
+    Takes the fields of an Asked and of a Head, as apply sees no tensors inside a record. Returns
+    (logprobs, lse, entropy).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight_grad: Tensor,
-        with_entropy: bool,
-        lse: Tensor | None,
-        keep_logits_bytes: int,
-        ids: Tensor | None,
-        *fields: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+        fields = flat[_ASKED:]
+        with_entropy, lse, weight_grad, keep_logits_bytes, ids = Asked(*flat[:_ASKED])
         kept: tuple[Tensor, ...] = ()
         many = None
         if ids is not None:
@@ -70,10 +64,9 @@ class AccumulatingLogprobs(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once("linear_logprobs")
-    def backward(
-        ctx: Any, dlogprobs: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        _, _, _, _, _, need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        dlogprobs, dlse, dentropy = upstream
+        need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad[_ASKED:]
         asked = [need_hidden, need_weight, need_bias]
         if ctx.many:
             arguments, known = backward_arguments(ctx, asked, dlogprobs, dlse, dentropy)
@@ -86,6 +79,6 @@ class AccumulatingLogprobs(torch.autograd.Function):
             *arguments, ctx.weight_grad, *known
         )
         return (
-            *[None] * 5,
+            *[None] * _ASKED,
             *input_gradients([need_hidden, False, need_bias], dhidden, dweight, dbias),
         )

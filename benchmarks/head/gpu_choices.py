@@ -14,6 +14,7 @@ from torch import Tensor
 
 from agro_kernels import tiles
 from agro_kernels._torch import linear_logprobs as torch_linear_logprobs
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from benchmarks.head.providers.base import Inputs, Step
 from benchmarks.head.providers.ours import Ours
@@ -81,7 +82,7 @@ def activity(inputs: Inputs) -> dict[str, Callable[[], Result]]:
 
     def recompute() -> Result:
         # The bias's gradient alone: the kernel and none of the products.
-        return linear_logprobs.linear_logprobs_bwd(upstream, head, [False, False, True])
+        return linear_logprobs.linear_logprobs_bwd(Backward(upstream, head, [False, False, True]))
 
     def product(function: Callable[..., Any], *arguments: Any, **options: Any) -> Result:
         function(*arguments, **options)
@@ -169,7 +170,7 @@ def forward_and_backward(
         logprobs, lse, _ = linear_logprobs.linear_logprobs_fwd(head, False, room)
         upstream = Upstream(inputs.coefficients, None, None, lse, None)
         dhidden, dweight, _ = linear_logprobs.linear_logprobs_bwd(
-            upstream, head, [True, True, False], None, room
+            Backward(upstream, head, [True, True, False], None, room)
         )
         return logprobs, dhidden, dweight
 

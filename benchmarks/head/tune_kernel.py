@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agro_kernels import reference, tiles
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from agro_kernels.tiles import TileConfig
 from benchmarks.head.providers.base import Inputs
@@ -26,8 +27,8 @@ def call_of(kernel: str, inputs: Inputs) -> Callable[[], Tensor]:
         return lambda: torch.stack(linear_logprobs.linear_logprobs_fwd(head, with_entropy=True))
     _, lse, _ = linear_logprobs.linear_logprobs_fwd(head, with_entropy=False)
     upstream = Upstream(inputs.coefficients, None, None, lse, None)
-    only_bias = [False, False, True]
-    return lambda: linear_logprobs.linear_logprobs_bwd(upstream, head, only_bias)[2]
+    only_bias = Backward(upstream, head, [False, False, True])
+    return lambda: linear_logprobs.linear_logprobs_bwd(only_bias)[2]
 
 
 def truth_of(kernel: str, inputs: Inputs) -> Tensor:

@@ -44,7 +44,8 @@ from agro_kernels._triton import (
     selective_logprobs,
     target_logprobs,
 )
-from agro_kernels.agro_options import AgroOptions
+from agro_kernels.agro_options import AgroOptions, AgroTokens
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import GPU_STEP, GPU_TILE, KeptLogits
 from agro_kernels.many_targets import KnownEntries
@@ -262,9 +263,9 @@ def head_cases(target: str, quick: bool) -> list[Case]:
                     entropy=per_token if "dentropy" in call else None,
                     dsum=per_token if "dsum" in call else None,
                 )
-                head_gradients.head_gradients(
-                    upstream, head, [True, True, False], None, *kept_of(call, head)
-                )
+                kept, kept_rows = kept_of(call, head)
+                backward = Backward(upstream, head, [True, True, False], None, kept)
+                head_gradients.head_gradients(backward, kept_rows)
                 # Of kept logits there is no product.
                 kernel = "dlogits_of_kept" if "keep" in call else "linear_logprobs_bwd"
                 add(f"{kernel} {name} {suffix}", kernels["linear_logprobs_bwd_kernel"])
@@ -344,7 +345,8 @@ def agro_cases() -> list[Case]:
     with contextlib.ExitStack() as stack:
         kernels = replaced_kernels(agro_loss, stack)
         agro_loss.agro_coefficients(sums, sums, sums, groups, options)
-        _, coefficients = agro_loss.agro_loss_fwd(tokens, tokens, sums, groups, cu_seqlens, options)
+        of_tokens = AgroTokens(tokens, tokens, sums, groups, cu_seqlens)
+        _, coefficients = agro_loss.agro_loss_fwd(of_tokens, options)
         agro_loss.agro_loss_bwd(empty(1), coefficients, cu_seqlens, num_tokens, torch.float32)
         return [
             case_of(name, kernel.kernel, kernel.launches[0]) for name, kernel in kernels.items()

@@ -22,6 +22,7 @@ from torch import Tensor
 from agro_kernels import reference, weighted_logprob_sum
 from agro_kernels._cpu import linear_logprobs as cpu
 from agro_kernels._cpu import native
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import empty_kept_logits
 from tests.numerics import assert_close_to_truth, plain_linear_logprobs
@@ -213,7 +214,9 @@ def by_native(case: Case) -> tuple[list[Tensor], list[Tensor], Tensor]:
     logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True, kept)
     weight_grad = None if case.weight_grad is None else case.weight_grad.clone()
     upstream = Upstream(*case.upstream, lse, entropy)
-    gradients = cpu.linear_logprobs_bwd(upstream, head, case.output_mask, weight_grad, kept)
+    gradients = cpu.linear_logprobs_bwd(
+        Backward(upstream, head, case.output_mask, weight_grad, kept)
+    )
     if weight_grad is not None and case.weight_grad is not None:
         assert gradients[1].shape == (0,)
         if case.output_mask[1]:

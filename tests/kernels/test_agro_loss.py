@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agro_kernels import reference
 from agro_kernels.agro_loss import AgroStats, agro_coefficients, agro_loss, linear_agro_loss
-from agro_kernels.agro_options import AGRO_SCHEMA, AgroKeywords, AgroOptions
+from agro_kernels.agro_options import AGRO_SCHEMA, AgroKeywords, AgroOptions, AgroTokens
 from agro_kernels.modules import LinearAgroLoss
 
 BETA = 0.3
@@ -79,8 +79,9 @@ class Batch:
         return AgroOptions.of(self.rewards, **self.options(name))
 
     @property
-    def tokens(self) -> tuple[Tensor, ...]:
-        return self.logprobs, self.ref_logprobs, self.rewards, self.groups, self.cu_seqlens
+    def tokens(self) -> AgroTokens:
+        rows = self.rewards, self.groups, self.cu_seqlens
+        return AgroTokens(self.logprobs, self.ref_logprobs, *rows)
 
     @property
     def sums(self) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from agro_kernels import (
     tail_probability,
     weighted_logprob_sum,
 )
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from agro_kernels.ops.buffer_locks import in_turn
 from tests.numerics import head_inputs
@@ -399,29 +400,30 @@ def triton_linear_logprobs() -> tuple[Tensor, ...]:
     head = Head.of(hidden, weight, Inputs(12).targets, bias=bias, temperature=0.7)
     logprobs, lse, entropy = kernels.linear_logprobs_fwd(head, True)
     upstream = Upstream(logprobs, None, None, lse, None)
-    gradients = kernels.linear_logprobs_bwd(upstream, head, [True, True, True])
+    gradients = kernels.linear_logprobs_bwd(Backward(upstream, head, [True, True, True]))
     return logprobs, lse, entropy, *gradients
 
 
 def triton_selective_logprobs() -> tuple[Tensor, ...]:
     from agro_kernels._triton import selective_logprobs as kernels
+    from agro_kernels.logit_rows import LogitRows
 
     hidden, weight, _ = (leaf.detach() for leaf in Inputs(12).leaves)
-    arguments = (hidden @ weight.T, Inputs(12).targets, 0.7, None, -100)
-    logprobs, lse = kernels.selective_logprobs_fwd(*arguments)
-    return logprobs, lse, kernels.selective_logprobs_bwd(logprobs, *arguments, lse)
+    given = LogitRows(hidden @ weight.T, Inputs(12).targets, 0.7, None, -100)
+    logprobs, lse = kernels.selective_logprobs_fwd(given)
+    return logprobs, lse, kernels.selective_logprobs_bwd(logprobs, given, lse)
 
 
 def triton_agro_loss() -> tuple[Tensor, ...]:
     from agro_kernels._triton import agro_loss as kernels
-    from agro_kernels.agro_options import AgroOptions
+    from agro_kernels.agro_options import AgroOptions, AgroTokens
 
     inputs = Inputs(12)
     logprobs = torch.linspace(-2.0, -0.1, 12)
     rows = (inputs.rewards, inputs.groups, inputs.cu_seqlens)
     options = AgroOptions.of(inputs.rewards, beta=0.3, lr_weight=1.0, lr_cap=True)
     zeros = torch.zeros(12)
-    value, coefficients = kernels.agro_loss_fwd(logprobs, zeros, *rows, options)
+    value, coefficients = kernels.agro_loss_fwd(AgroTokens(logprobs, zeros, *rows), options)
     dloss = torch.tensor(1.0)
     gradient = kernels.agro_loss_bwd(dloss, coefficients, inputs.cu_seqlens, 12, torch.float32)
     return value, coefficients, gradient

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import agro_kernels
 from agro_kernels._cpu import linear_logprobs as cpu
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import CPU_TILE, KeptLogits, empty_kept_logits
 from tests.kernels.isas import ISAS, chosen
@@ -50,7 +51,7 @@ def backward(
     _, lse, entropy = results
     asked = [True, True, head.bias is not None]
     gradients = Upstream(*upstream(len(lse)), lse, entropy)
-    return list(cpu.linear_logprobs_bwd(gradients, head, asked, weight_grad, kept))
+    return list(cpu.linear_logprobs_bwd(Backward(gradients, head, asked, weight_grad, kept)))
 
 
 # --- Closeness ------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import Tensor
 from agro_kernels import weighted_logprob_sum
 from agro_kernels._cpu import linear_logprobs as cpu
 from agro_kernels._cpu import native
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from tests.kernels import fuzz_linear_logprobs as fuzz
 from tests.kernels.isas import ISAS, LIBRARY, chosen
@@ -72,7 +73,9 @@ def by_native(inputs: HeadInputs, **options: Any) -> list[Tensor]:
 def results_of(head: Head) -> list[Tensor]:
     logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
     asked = [True, True, head.bias is not None]
-    gradients = cpu.linear_logprobs_bwd(Upstream(*upstream(len(lse)), lse, entropy), head, asked)
+    gradients = cpu.linear_logprobs_bwd(
+        Backward(Upstream(*upstream(len(lse)), lse, entropy), head, asked)
+    )
     return [logprobs, lse, entropy, *gradients[: 2 + (head.bias is not None)]]
 
 
@@ -474,8 +477,8 @@ def test_every_output_mask(isa: str, mask: list[int]) -> None:
     head = inputs.head()
     asked = [bool(one) for one in mask]
     _logprobs, lse, entropy = cpu.linear_logprobs_fwd(head, True)
-    everything = cpu.linear_logprobs_bwd(Upstream(*upstream(37), lse, entropy), head, ALL)
-    some = cpu.linear_logprobs_bwd(Upstream(*upstream(37), lse, entropy), head, asked)
+    everything = cpu.linear_logprobs_bwd(Backward(Upstream(*upstream(37), lse, entropy), head, ALL))
+    some = cpu.linear_logprobs_bwd(Backward(Upstream(*upstream(37), lse, entropy), head, asked))
     for ours, expected, wanted in zip(some, everything, asked, strict=True):
         assert ours.shape == (expected.shape if wanted else (0,))
         assert torch.equal(ours, expected[: len(ours)] if wanted else expected.new_empty(0))
@@ -488,8 +491,8 @@ def test_missing_upstream_is_zero(isa: str, given: list[int]) -> None:
     _, lse, entropy = cpu.linear_logprobs_fwd(head, True)
     some = [u if one else None for u, one in zip(upstream(37), given, strict=True)]
     zeros = [u * one for u, one in zip(upstream(37), given, strict=True)]
-    ours = cpu.linear_logprobs_bwd(Upstream(*some, lse, entropy), head, ALL)
-    expected = cpu.linear_logprobs_bwd(Upstream(*zeros, lse, entropy), head, ALL)
+    ours = cpu.linear_logprobs_bwd(Backward(Upstream(*some, lse, entropy), head, ALL))
+    expected = cpu.linear_logprobs_bwd(Backward(Upstream(*zeros, lse, entropy), head, ALL))
     for name, a, b in zip(NAMES[3:], ours, expected, strict=True):
         if not any(given):
             assert torch.equal(a, torch.zeros_like(a)), name
@@ -515,11 +518,11 @@ def test_weight_grad_is_added_to_in_fp32(isa: str, dtype: torch.dtype) -> None:
     plain = by_plain_torch(inputs, dtype)[4].float() + held
     for weight_grad in (held.clone(), held.T.contiguous().T):
         arguments = Upstream(*upstream(37), lse, entropy), inputs.head()
-        gradients = cpu.linear_logprobs_bwd(*arguments, ALL, weight_grad)
+        gradients = cpu.linear_logprobs_bwd(Backward(*arguments, ALL, weight_grad))
         assert gradients[1].shape == (0,)
         assert_close_to_truth(weight_grad, truth, plain, "weight_grad")
         before = weight_grad.clone()
-        cpu.linear_logprobs_bwd(*arguments, [True, False, True], weight_grad)
+        cpu.linear_logprobs_bwd(Backward(*arguments, [True, False, True], weight_grad))
         assert torch.equal(weight_grad, before)
 
 
@@ -672,8 +675,10 @@ def test_small_tensors_may_have_any_layout_and_integer_type(isa: str) -> None:
     _, lse, entropy = cpu.linear_logprobs_fwd(head, True)
     ones = [torch.ones(37)] * 3
     expanded = [torch.ones(()).expand(37)] * 3
-    expected = cpu.linear_logprobs_bwd(Upstream(*ones, lse, entropy), head, ALL)
-    ours = cpu.linear_logprobs_bwd(Upstream(*expanded, spread(lse), spread(entropy)), head, ALL)
+    expected = cpu.linear_logprobs_bwd(Backward(Upstream(*ones, lse, entropy), head, ALL))
+    ours = cpu.linear_logprobs_bwd(
+        Backward(Upstream(*expanded, spread(lse), spread(entropy)), head, ALL)
+    )
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
@@ -699,7 +704,7 @@ def test_the_torch_path_serves_the_rest(why: str, monkeypatch: pytest.MonkeyPatc
     )
     logprobs, lse, _entropy = cpu.linear_logprobs_fwd(head, True)
     ones = torch.ones_like(logprobs)
-    gradients = cpu.linear_logprobs_bwd(Upstream(ones, None, None, lse, None), head, ALL)
+    gradients = cpu.linear_logprobs_bwd(Backward(Upstream(ones, None, None, lse, None), head, ALL))
     assert all(result.isfinite().all() for result in (logprobs, *gradients))
 
 
@@ -715,7 +720,7 @@ def test_rejects_out_of_range_targets(value: int) -> None:
     with pytest.raises(ValueError, match=message):
         known_form(inputs, None)
     with pytest.raises(ValueError, match=message):
-        cpu.linear_logprobs_bwd(Upstream(*upstream(7), lse, entropy), head, ALL)
+        cpu.linear_logprobs_bwd(Backward(Upstream(*upstream(7), lse, entropy), head, ALL))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])

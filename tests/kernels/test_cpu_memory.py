@@ -16,6 +16,7 @@ N, D, V = 2048, 256, 24576
 PROGRAM = f"""
 import sys, torch
 from agro_kernels._cpu import linear_logprobs as cpu
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from benchmarks.measure.timing import peak_bytes
 
@@ -26,7 +27,8 @@ results = []
 torch.set_num_threads(int(sys.argv[1]))
 
 def backward():
-    results[:] = cpu.linear_logprobs_bwd(Upstream(ones, None, None, lse, None), head, asked)
+    upstream = Upstream(ones, None, None, lse, None)
+    results[:] = cpu.linear_logprobs_bwd(Backward(upstream, head, asked))
 
 peak = peak_bytes(backward)
 print(peak - sum(4 * result.numel() for result in results))

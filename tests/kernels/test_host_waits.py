@@ -25,9 +25,9 @@ from agro_kernels import (
 from agro_kernels._triton import agro_loss as agro_kernels_of_triton
 from agro_kernels._triton import head_gradients, target_logprobs
 from agro_kernels._triton import linear_logprobs as kernels
-from agro_kernels.agro_options import AgroOptions
 from agro_kernels.ops import many_logprobs, smoothed_logprobs
-from agro_kernels.ops.dispatch import with_head, with_record
+from agro_kernels.ops.agro_loss import with_options, with_tokens
+from agro_kernels.ops.dispatch import with_head
 from agro_kernels.ops.linear_logprobs import (
     with_kept,
     with_upstream,
@@ -56,8 +56,8 @@ TRITON: dict[str, Callable[..., Any]] = {
     "target_logprobs": with_head(target_logprobs.target_logprobs),
     "many_logprobs_fwd": with_head(many_logprobs._many_logprobs_fwd),
     "smoothed_logprobs_fwd": with_head(smoothed_logprobs._smoothed_logprobs_fwd),
-    "agro_coefficients": with_record(AgroOptions, agro_kernels_of_triton.agro_coefficients, at=4),
-    "agro_loss_fwd": with_record(AgroOptions, agro_kernels_of_triton.agro_loss_fwd, at=5),
+    "agro_coefficients": with_options(agro_kernels_of_triton.agro_coefficients),
+    "agro_loss_fwd": with_tokens(agro_kernels_of_triton.agro_loss_fwd),
     "agro_loss_bwd": agro_kernels_of_triton.agro_loss_bwd,
 }
 

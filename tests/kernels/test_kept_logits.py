@@ -21,7 +21,8 @@ from agro_kernels import (
 )
 from agro_kernels._cpu import native
 from agro_kernels._torch import linear_logprobs as blocked
-from agro_kernels.head import AUTO, Head
+from agro_kernels.arguments import AUTO
+from agro_kernels.head import Head
 from agro_kernels.kept_logits import empty_kept_logits, kept_columns
 from tests.conftest import SetSizes
 from tests.kernels.recorder import Recorder

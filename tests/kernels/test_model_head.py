@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from agro_kernels import LogprobHead, LogprobStats, ModelHead, next_tokens, patch_model
-from agro_kernels.model_head import head_terms
+from agro_kernels.head_modules import head_terms
 from tests.kernels import architectures
 from tests.kernels.small_models import build, token_batch
 from tests.numerics import assert_close_to_truth

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agro_kernels import reference, selective_logprobs, selective_logprobs_with_stats
 from agro_kernels._torch import selective_logprobs as blocked
+from agro_kernels.logit_rows import LogitRows
 from tests.conftest import SetSizes
 from tests.numerics import assert_close_to_truth
 
@@ -110,7 +111,8 @@ def test_views_of_logits_are_not_copied() -> None:
     logits, targets = logits_and_targets(4, 9, 50)
     shifted = logits[:, :-1].requires_grad_()
     with _Largest() as recorder:
-        ours = blocked.selective_logprobs_fwd(shifted.detach(), targets[:, 1:], 1.0, None, -100)[0]
+        given = LogitRows(shifted.detach(), targets[:, 1:], 1.0, None, -100)
+        ours = blocked.selective_logprobs_fwd(given)[0]
     assert recorder.largest <= blocked.CHUNK_ELEMENTS
     assert torch.equal(ours, selective_logprobs(shifted.contiguous(), targets[:, 1:]))
     leaf = logits.clone().requires_grad_()
@@ -135,7 +137,7 @@ class _Largest(TorchDispatchMode):
 def test_no_fp32_copy_of_all_logits() -> None:
     logits, targets = logits_and_targets(64, 50, dtype=torch.bfloat16)
     with _Largest() as recorder:
-        blocked.selective_logprobs_fwd(logits, targets, 1.0, None, -100)
+        blocked.selective_logprobs_fwd(LogitRows(logits, targets, 1.0, None, -100))
     assert 0 < recorder.largest <= blocked.CHUNK_ELEMENTS < logits.numel()
 
 

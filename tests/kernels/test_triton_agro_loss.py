@@ -17,7 +17,7 @@ from agro_kernels import reference
 from agro_kernels._torch import agro_loss as torch_path
 from agro_kernels._triton import agro_loss as kernels
 from agro_kernels.agro_loss import agro_coefficients, agro_loss
-from agro_kernels.agro_options import AgroOptions
+from agro_kernels.agro_options import AgroOptions, AgroTokens
 from tests.conftest import SetSizes
 from tests.kernels.test_agro_loss import BETA, OPTIONS, Batch
 from tests.numerics import assert_close_to_truth
@@ -38,7 +38,7 @@ def on_device(values: tuple, device: str = DEVICE) -> tuple:
     """The tensors among them, and those in records, moved."""
     moved = (
         type(v)(*on_device(v, device))
-        if isinstance(v, AgroOptions)
+        if isinstance(v, (AgroOptions, AgroTokens))
         else v.to(device)
         if isinstance(v, Tensor)
         else v
@@ -68,7 +68,7 @@ def spoiled(batch: Batch) -> Batch:
 @pytest.mark.parametrize("prepare", [lambda batch: batch, spoiled], ids=["valid", "invalid-rows"])
 def test_op_matches_torch_path(name: str, op: str, prepare) -> None:
     batch = prepare(Batch())
-    rows = batch.sums if op == "agro_coefficients" else batch.tokens
+    rows = batch.sums if op == "agro_coefficients" else (batch.tokens,)
     arguments = (*rows, batch.op_options(name))
     ours = getattr(kernels, op)(*on_device(arguments))
     assert_same(ours, getattr(torch_path, op)(*arguments))
@@ -102,7 +102,7 @@ def test_combinations_of_options_match_the_reference(prepare, set_sizes: SetSize
         # The reference says None for "auto".
         public = {name: value for name, value in named.items() if value is not None}
         record = AgroOptions.of(batch.rewards, beta=BETA, **public)
-        loss, coefficients = kernels.agro_loss_fwd(*on_device((*batch.tokens, record)))
+        loss, coefficients = kernels.agro_loss_fwd(*on_device((batch.tokens, record)))
         exact = (
             reference.agro_loss(*batch.tokens, beta=BETA, **named).detach(),
             reference.agro_coefficients(*batch.sums, beta=BETA, **named),
@@ -142,9 +142,9 @@ def test_log_ratios_are_formed_token_by_token() -> None:
     logprobs = torch.full((6,), -1e9, dtype=torch.float64)
     ref_logprobs = logprobs - 1e-3 * torch.tensor([1.0, 1, 1, 2, 2, 2], dtype=torch.float64)
     rewards, groups = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
-    arguments = (logprobs, ref_logprobs, rewards, groups, torch.tensor([0, 3, 6]))
+    tokens = AgroTokens(logprobs, ref_logprobs, rewards, groups, torch.tensor([0, 3, 6]))
     record = AgroOptions.of(rewards, beta=1.0)
-    _, ours = kernels.agro_loss_fwd(*on_device((*arguments, record)))
+    _, ours = kernels.agro_loss_fwd(*on_device((tokens, record)))
     first, second = (logprobs - ref_logprobs).view(2, 3).sum(1)
     exact = torch.stack([first - second, second - first]) / 2
     torch.testing.assert_close(ours.cpu(), exact, rtol=1e-12, atol=0.0)
@@ -174,7 +174,7 @@ def test_launchers_look_at_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in OPTIONS:
         kernels.agro_coefficients(*on_meta(*batch.sums, batch.op_options(name)))
-        _, coefficients = kernels.agro_loss_fwd(*on_meta(*batch.tokens, batch.op_options(name)))
+        _, coefficients = kernels.agro_loss_fwd(*on_meta(batch.tokens, batch.op_options(name)))
         dloss, cu_seqlens = on_meta(torch.tensor(1.0), batch.cu_seqlens)
         kernels.agro_loss_bwd(dloss, coefficients, cu_seqlens, 41, torch.float32)
     assert set(launched) == KERNELS
@@ -186,8 +186,9 @@ def test_launchers_look_at_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_low_precision_inputs_match_torch_path(dtype: torch.dtype) -> None:
     batch = Batch()
     logprobs, ref_logprobs, rewards, groups, cu_seqlens = batch.tokens
-    tokens = (logprobs.to(dtype), ref_logprobs.to(dtype), rewards.to(dtype))
-    arguments = (*tokens, groups.int(), cu_seqlens.long(), batch.op_options("on-policy"))
+    floats = (logprobs.to(dtype), ref_logprobs.to(dtype), rewards.to(dtype))
+    tokens = AgroTokens(*floats, groups.int(), cu_seqlens.long())
+    arguments = (tokens, batch.op_options("on-policy"))
     loss, coefficients = kernels.agro_loss_fwd(*on_device(arguments))
     exact_loss, exact_coefficients = torch_path.agro_loss_fwd(*arguments)
     assert_same((coefficients,), (exact_coefficients,))
@@ -213,8 +214,8 @@ def test_tiny_batches_match_torch_path(num_rows: int) -> None:
         3, num_rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     groups, cu_seqlens = torch.zeros(num_rows).long(), torch.arange(num_rows + 1)
-    arguments = (logprobs, ref_logprobs, rewards, groups, cu_seqlens)
-    arguments += (Batch().op_options("capped"),)
+    tokens = AgroTokens(logprobs, ref_logprobs, rewards, groups, cu_seqlens)
+    arguments = (tokens, Batch().op_options("capped"))
     ours = kernels.agro_loss_fwd(*on_device(arguments))
     exact = torch_path.agro_loss_fwd(*arguments)
     assert_same(ours, exact)
@@ -229,10 +230,11 @@ def test_a_sequence_with_impossible_bounds_is_dropped() -> None:
     batch = Batch()
     wrong = batch.cu_seqlens.clone()
     wrong[-1] = len(batch.logprobs) + 1000
-    arguments = (*batch.tokens[:-1], wrong, batch.op_options("off-policy"))
+    tokens = batch.tokens._replace(cu_seqlens=wrong)
+    arguments = (tokens, batch.op_options("off-policy"))
     loss, coefficients = kernels.agro_loss_fwd(*on_device(arguments))
     batch.rewards[-1] = math.nan
-    exact = torch_path.agro_loss_fwd(*batch.tokens, batch.op_options("off-policy"))
+    exact = torch_path.agro_loss_fwd(batch.tokens, batch.op_options("off-policy"))
     assert_same((loss, coefficients), exact)
 
 
@@ -266,7 +268,7 @@ def test_noncontiguous_inputs_match_torch_path() -> None:
 
 def test_repeat_is_bitwise_equal() -> None:
     batch = Batch()
-    arguments = on_device((*batch.tokens, batch.op_options("on-policy")))
+    arguments = on_device((batch.tokens, batch.op_options("on-policy")))
     first, second = (kernels.agro_loss_fwd(*arguments) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 

@@ -18,6 +18,7 @@ from agro_kernels import kept_logits, reference
 from agro_kernels import tiles as configs
 from agro_kernels._triton import gemm, head_gradients, launch
 from agro_kernels._triton import linear_logprobs as kernels
+from agro_kernels.backward import Backward
 from agro_kernels.head import Head, Upstream
 from agro_kernels.kept_logits import KeptLogits
 from tests.conftest import SetSizes
@@ -113,8 +114,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias) of the kernels for upstream (dlogprobs, dlse, dentropy)."""
     lse, entropy = forward(inputs, options)[1:] if statistics is None else statistics
+    head = inputs.head(**options)
     return kernels.linear_logprobs_bwd(
-        Upstream(*upstream, lse, entropy), inputs.head(**options), output_mask, weight_grad
+        Backward(Upstream(*upstream, lse, entropy), head, output_mask, weight_grad)
     )
 
 
@@ -751,9 +753,9 @@ def test_gradients_of_kept_logits(options: str, dtype: torch.dtype, columns: int
     inputs = replace(inputs, targets=later)
     c = inputs.coefficients
     upstream = c, c.cos(), 0.3 * c.flip(0)
-    arguments = Upstream(*upstream, *results[1:]), inputs.head(**keywords), ALL
-    kept = kernels.linear_logprobs_bwd(*arguments, None, room)
-    again = kernels.linear_logprobs_bwd(*arguments)
+    arguments = Backward(Upstream(*upstream, *results[1:]), inputs.head(**keywords), ALL)
+    kept = kernels.linear_logprobs_bwd(arguments._replace(kept_logits=room))
+    again = kernels.linear_logprobs_bwd(arguments)
     check_kept(inputs, upstream, keywords, kept)
     if dtype == torch.bfloat16:  # in fp16 logits made again are better than what is kept of them
         truth = exact_gradients(inputs, upstream, keywords)
@@ -773,8 +775,9 @@ def test_kept_banned_tokens() -> None:
     room = kept_room(inputs, 64)
     _, lse, entropy = kernels.linear_logprobs_fwd(inputs.head(), True, room)
     c = inputs.coefficients
-    arguments = Upstream(c, None, c, lse, entropy), inputs.head(), ALL
-    check_kept(inputs, (c, None, c), {}, kernels.linear_logprobs_bwd(*arguments, None, room))
+    upstream = Upstream(c, None, c, lse, entropy)
+    arguments = Backward(upstream, inputs.head(), ALL, kept_logits=room)
+    check_kept(inputs, (c, None, c), {}, kernels.linear_logprobs_bwd(arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)

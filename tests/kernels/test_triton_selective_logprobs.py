@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 from agro_kernels import reference
 from agro_kernels._torch import selective_logprobs as torch_path
 from agro_kernels._triton import selective_logprobs as kernels
+from agro_kernels.logit_rows import LogitRows
 from tests.conftest import SetSizes
 from tests.kernels.test_selective_logprobs import logits_and_targets
 from tests.numerics import assert_close_to_truth
@@ -51,9 +52,9 @@ def ours(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, lse, dlogits for upstream_of) of the kernels."""
     logits, targets = logits.to(DEVICE), targets.to(DEVICE)
-    rest = (logits, targets, *op_temperature(temperature), -100)
-    logprobs, lse = path.selective_logprobs_fwd(*rest)
-    return logprobs, lse, path.selective_logprobs_bwd(upstream_of(targets), *rest, lse)
+    given = LogitRows(logits, targets, *op_temperature(temperature), -100)
+    logprobs, lse = path.selective_logprobs_fwd(given)
+    return logprobs, lse, path.selective_logprobs_bwd(upstream_of(targets), given, lse)
 
 
 def by_autograd(
@@ -154,7 +155,7 @@ def test_a_shifted_view_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "selective_logprobs_fwd_kernel", Recorder())
     shifted = logits.to(DEVICE)[:, :-1]
     rest = (targets[:, 1:].to(DEVICE), 1.0, None, -100)
-    kernels.selective_logprobs_fwd(shifted, *rest)
+    kernels.selective_logprobs_fwd(LogitRows(shifted, *rest))
     assert seen[1] == shifted.data_ptr()
 
 
@@ -171,8 +172,8 @@ def test_ignored_rows_and_rows_without_upstream_give_exact_zeros(garbage: float)
         assert not result[out].any()
     logits[idle] = garbage
     upstream = upstream_of(targets.to(DEVICE)).masked_fill(idle.to(DEVICE), 0.0)
-    rest = (logits.to(DEVICE), targets.to(DEVICE), 1.0, None, -100, lse)
-    dlogits = kernels.selective_logprobs_bwd(upstream, *rest)
+    given = LogitRows(logits.to(DEVICE), targets.to(DEVICE), 1.0, None, -100)
+    dlogits = kernels.selective_logprobs_bwd(upstream, given, lse)
     assert torch.equal(dlogits[~out & ~idle], expected[2][~out & ~idle])
     assert not dlogits[out | idle].any()
 
@@ -225,9 +226,9 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     expected, again = ours(logits, targets), ours(logits, targets)
     upstream = upstream_of(targets).to(DEVICE)
     for part in (slice(3, 4), slice(2, 9), slice(12, 13)):
-        rest = (logits[part].to(DEVICE), targets[part].to(DEVICE), 1.0, None, -100)
-        logprobs, lse = kernels.selective_logprobs_fwd(*rest)
-        dlogits = kernels.selective_logprobs_bwd(upstream[part], *rest, lse)
+        given = LogitRows(logits[part].to(DEVICE), targets[part].to(DEVICE), 1.0, None, -100)
+        logprobs, lse = kernels.selective_logprobs_fwd(given)
+        dlogits = kernels.selective_logprobs_bwd(upstream[part], given, lse)
         for ours_, all_rows in zip((logprobs, lse, dlogits), expected, strict=True):
             assert torch.equal(ours_, all_rows[part])
     for first, second in zip(expected, again, strict=True):
