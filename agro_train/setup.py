@@ -23,7 +23,8 @@ from agro_train.callbacks import load_callbacks
 from agro_train.config import TrainConfig, load_resumed
 from agro_train.data.demonstrations import load_demonstrations
 from agro_train.data.mix import Mix, in_recorded_order, plan, steps_of_epochs
-from agro_train.data.recorded import Recorded, load_recorded, read_rollouts
+from agro_train.data.recorded import Recorded, load_recorded
+from agro_train.data.rollout_log import read_rollouts
 from agro_train.engines.engine import Engine
 from agro_train.engines.process_engine import ProcessEngine
 from agro_train.engines.transformers_engine import TransformersEngine
