@@ -138,7 +138,7 @@ def test_transformers_waits_for_each_token_a_few_times(found: Any) -> None:
 def test_weights_go_to_the_device_once_and_into_a_checkpoint_once(found: Any) -> None:
     started, saved = counted(found["card"]["set-up"]), counted(found["card"]["save"])
     assert started == {
-        ("set-up", "blocking upload", "agro_train/setup.py <listcomp>"): 2 * (WEIGHTS + BUFFERS)
+        ("set-up", "blocking upload", "agro_train/models.py <listcomp>"): 2 * (WEIGHTS + BUFFERS)
     }, lines(found["card"]["set-up"])
     assert saved == {
         # And of each its two moments and its count of steps.
