@@ -85,8 +85,8 @@ def load_models(
     unread = (trained_unread, base_unread)
     models = Models(
         *place_on_devices(trained, base, config, accelerator, first_without, unread),
-        tokenizer=tokenizer,
-        end_tokens=ends,
+        tokenizer,
+        ends,
         base_model=base_model,
         reference_id=reference_id,
         num_weights=num_weights,

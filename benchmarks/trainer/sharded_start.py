@@ -46,7 +46,7 @@ from agro_train.config import TrainConfig
 from agro_train.policy import tiny
 from agro_train.policy.load import Loaded, load_model
 from agro_train.run import Models, Start
-from benchmarks.measure.arguments import parser_of
+from benchmarks.measure.arguments import add_numbers, parser_of
 from benchmarks.measure.rows import RESULTS
 
 WAYS = ("shards", "whole")
@@ -142,9 +142,7 @@ def measure(folder: Path, ranks: int, layers: int, hidden: int) -> list[dict[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=512)
+    add_numbers(parser, ranks=2, layers=12, hidden=512)
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_sharded_start.csv")
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
