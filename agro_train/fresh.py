@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar, Unpack
 
 from agro_train.config import TrainConfig
 from agro_train.data.mix import Mix
-from agro_train.data.recorded import rollout_of, sampling_logprob
+from agro_train.data.rollout_log import rollout_of, sampling_logprob
 from agro_train.engines.engine import Ask, BrokenEngine, Engine, EngineAhead, Snapshot
 from agro_train.ranks import Ranks
 from agro_train.refusal import Refusal

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from agro_train import durable
-from agro_train.refusal import Refusal
+from agro_train.refusal import Refusal, writing_to
 
 # What a file system says that has no such locks, as some network ones have none.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -38,18 +38,14 @@ class FolderLock:
         """
         folder = self.path.parent
         try:
-            self._made = durable.missing(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            while not self._taken():
-                pass
-        except BaseException as error:
+            with writing_to(folder, "output_dir"):
+                self._made = durable.missing(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                while not self._taken():
+                    pass
+        except BaseException:
             self.release()
-            if not isinstance(error, OSError):
-                raise
-            raise Refusal(
-                f"output_dir: expected a folder that can be written, got {str(folder)!r}: "
-                f"{error.strerror}; choose another"
-            ) from error
+            raise
 
     def release(self) -> None:
         """Drops the lock, its file, and the folders that were made for it and are still empty. Does

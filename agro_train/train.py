@@ -11,7 +11,7 @@ from agro_train import durable
 from agro_train.callbacks import BrokenCallback
 from agro_train.data.batch import build_batch
 from agro_train.data.mix import in_recorded_order, replayed_groups
-from agro_train.data.recorded import read_rollouts, sampling_logprob, write_rollouts
+from agro_train.data.rollout_log import read_rollouts, sampling_logprob, write_rollouts
 from agro_train.engines.engine import BrokenEngine
 from agro_train.evaluate import Evaluation, evaluate, passes, summarise
 from agro_train.fresh import groups_to_json

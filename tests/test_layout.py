@@ -63,7 +63,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"engines", "plan"},
         {"algorithm", "callbacks", "completion", "evaluate", "fresh", "questions"},
         {"metrics", "run"},
-        {"step"},
+        {"checks", "models", "resume", "step"},
         {"setup", "train"},
         {"commands"},
         {"experiments"},

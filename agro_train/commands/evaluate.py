@@ -14,7 +14,7 @@ from agro_train.commands.sampler import (
     in_words,
     load_sampler,
 )
-from agro_train.data.recorded import write_rollouts
+from agro_train.data.rollout_log import write_rollouts
 from agro_train.evaluate import Estimate, Evaluation, estimates, evaluate
 from agro_train.metrics import proportion
 from agro_train.policy import checkpoint

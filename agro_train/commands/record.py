@@ -7,7 +7,7 @@ from agro_train import config as configuration
 from agro_train import durable
 from agro_train.commands.sampler import check_free, in_words, load_sampler
 from agro_train.config import TrainConfig
-from agro_train.data.recorded import rollout_to_json
+from agro_train.data.rollout_log import rollout_to_json
 from agro_train.policy.load import barred, end_tokens
 from agro_train.policy.logprobs import with_sampling_logprobs
 from agro_train.policy.policy import Policy

@@ -23,7 +23,7 @@ from agro_train.policy.load import (
     set_matmul_precision,
 )
 from agro_train.questions import Questions, check_files, load_questions, start_dialogue
-from agro_train.refusal import Refusal
+from agro_train.refusal import Refusal, writing_to
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,5 @@ def check_free(path: Path, key: str) -> None:
         raise Refusal(
             f"{key}: expected a new name, got {str(path)!r}, which exists; choose another"
         )
-    try:
+    with writing_to(path.parent, key):
         durable.check_writable(path.parent)
-    except OSError as error:
-        raise Refusal(
-            f"{key}: expected a folder that can be written, got {str(path.parent)!r}: "
-            f"{error.strerror}; choose another"
-        ) from error

@@ -12,7 +12,7 @@ from agro_train.commands.sampler import check_free
 from agro_train.config import TrainConfig
 from agro_train.data.chat import spoken
 from agro_train.data.prompts import with_answer
-from agro_train.data.recorded import by_our_names, has_turns
+from agro_train.data.recorded_row import by_our_names, has_turns
 from agro_train.data.rows import numbered_rows
 from agro_train.data.tasks import Row
 from agro_train.refusal import Refusal

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from agro_train.config import TrainConfig
-from agro_train.data.recorded import read_rollouts
+from agro_train.data.rollout_log import read_rollouts
 from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed, shuffled
 from agro_train.types import Rollout

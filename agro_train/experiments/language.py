@@ -24,7 +24,7 @@ from agro_train.commands.record import record
 from agro_train.commands.sampler import load_sampler
 from agro_train.config import TrainConfig
 from agro_train.data.batch import build_batch
-from agro_train.data.recorded import write_rollouts
+from agro_train.data.rollout_log import write_rollouts
 from agro_train.evaluate import by_prompt, evaluate, mean_reward, summarise
 from agro_train.policy.load import load_base, load_tokenizer, set_matmul_precision
 from agro_train.rewards.functions import load_rewards, score

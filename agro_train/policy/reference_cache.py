@@ -23,7 +23,7 @@ from agro_train.data.batch import pack
 from agro_train.data.recorded import Recorded, RecordedFile
 from agro_train.policy.logprobs import sequence_logprobs
 from agro_train.ranks import Ranks
-from agro_train.refusal import Refusal
+from agro_train.refusal import Refusal, writing_to
 from agro_train.types import Rollout
 
 # What the reference is asked: a prompt's ids, a completion's, which of these were sampled, and what
@@ -121,14 +121,9 @@ def cache_folder() -> Path:
 def check_cache_folder() -> None:
     """Raises Refusal if the cache cannot be written. Called before anything is computed for it."""
     folder = cache_folder()
-    try:
+    with writing_to(folder, "XDG_CACHE_HOME", "set it to another"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise Refusal(
-            f"XDG_CACHE_HOME: expected a folder that can be written, got {str(folder)!r}: "
-            f"{error.strerror}; set it to another"
-        ) from error
 
 
 def key(file: RecordedFile, reference_id: str, config: TrainConfig) -> str:

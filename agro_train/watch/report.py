@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from agro_train import durable
 from agro_train.config import TrainConfig
-from agro_train.data.recorded import read_rollouts
+from agro_train.data.rollout_log import read_rollouts
 from agro_train.data.rows import read_jsonl
 from agro_train.run_folder import RunFolder
 from agro_train.types import Rollout

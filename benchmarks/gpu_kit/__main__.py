@@ -161,19 +161,16 @@ def check_gpu(*, dry: bool) -> None:
 
 def new_folder(given: Path | None, *, dry: bool) -> Path:
     """An empty folder that can be written to. Raises Refusal where there is none."""
-    from agro_train.refusal import Refusal
+    from agro_train.refusal import Refusal, writing_to
 
     name = f"gpu-kit-{'dry-' if dry else ''}{datetime.now():%Y%m%d-%H%M%S}"
     folder = (given or ROOT / "runs" / name).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "logs").mkdir()
-    except FileExistsError as error:
-        raise Refusal(f"--out: expected a new or empty folder, got {folder}") from error
-    except OSError as error:
-        raise Refusal(
-            f"--out: expected a folder that can be written to, got {folder}: {error.strerror}"
-        ) from error
+    with writing_to(folder, "--out"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "logs").mkdir()
+        except FileExistsError as error:
+            raise Refusal(f"--out: expected a new or empty folder, got {folder}") from error
     return folder
 
 

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 
 from agro_train import config as configuration
-from agro_train import setup, step, train
+from agro_train import models, setup, step, train
 from agro_train.config import TrainConfig
 from agro_train.engines import transformers_engine
 from agro_train.plan.advice import fits
@@ -50,7 +50,7 @@ def run(report: Report, folder: Path, job: Job) -> None:
         return model, None
 
     with (
-        mock.patch.object(setup, "load_base", load_base),
+        mock.patch.object(models, "load_base", load_base),
         mock.patch.object(
             transformers_engine, "generate", watch.timed("generate", transformers_engine.generate)
         ),

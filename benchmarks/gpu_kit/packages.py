@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agro_train.refusal import Refusal
+from agro_train.refusal import Refusal, writing_to
 
 ROOT = Path(__file__).parents[2]
 WHEELS = ROOT / "wheelhouse" / "gpu-kit"
@@ -72,12 +72,8 @@ def version(name: str) -> str | None:
 def gather(folder: Path, python: str) -> None:
     """Downloads the wheels of what the kit needs, TRL's among them, for one version of Python and
     this machine's kind. Raises Refusal where pip cannot."""
-    try:
+    with writing_to(folder, "--wheels"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(
-            f"--wheels: expected a folder that can be made, got {folder}: {error.strerror}"
-        ) from error
     download = [
         *("download", "--only-binary", ":all:", "--python-version", python),
         *("--constraint", str(ROOT / "constraints.txt"), "--dest", str(folder)),

@@ -41,16 +41,8 @@ class Job:
 
     def dry(self) -> "Job":
         """The same on a shape for which a CPU takes no time."""
-        return replace(
-            self,
-            shapes=(DRY_SHAPE,),
-            prompts=2,
-            generations=2,
-            prompt_length=5,
-            completion_length=4,
-            groups_at_once=1,
-            steps=1,
-        )
+        small = Job(self.trainer, (DRY_SHAPE,), self.lora, 2, 2, 5, 4, groups_at_once=1, steps=1)
+        return replace(small, gradient_checkpointing=self.gradient_checkpointing)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from benchmarks.gpu_kit.reward import reward
 from benchmarks.gpu_kit.stopwatch import Stopwatch
 from benchmarks.gpu_kit.supervise import Report
 from benchmarks.measure import timing
+from benchmarks.trainer.step_loops import trl_settings
 
 
 def run(report: Report, folder: Path, job: Job) -> None:
@@ -49,19 +50,10 @@ def run(report: Report, folder: Path, job: Job) -> None:
         output_dir=str(folder / "run"),
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=job.prompts // job.groups_at_once,
-        num_generations=job.generations,
-        max_completion_length=job.completion_length,
-        generation_kwargs={"min_new_tokens": job.completion_length},
-        beta=0.01,
-        learning_rate=1e-6,
-        max_steps=job.steps + 1,
         gradient_checkpointing=job.gradient_checkpointing,
         bf16=True,
         use_cpu=device == "cpu",
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
+        **trl_settings(job.generations, job.completion_length, job.steps),
         **({} if job.lora else {"model_init_kwargs": {"dtype": "float32"}}),
     )
     ours = TrainConfig()

@@ -12,6 +12,12 @@ def parser_of(docstring: str | None) -> ArgumentParser:
     return ArgumentParser(description=docstring, formatter_class=RawDescriptionHelpFormatter)
 
 
+def add_numbers(parser: ArgumentParser, **defaults: int) -> None:
+    """Options that take a whole number, with these defaults: micro_batch=32 is `--micro-batch`."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+
+
 def lacks_gpu(command: str, next_step: str, *, smoke: bool) -> bool:
     """Whether a command for a GPU has none, which it then says; with --smoke it needs none."""
     lacking = not smoke and not torch.cuda.is_available()

@@ -36,7 +36,7 @@ Letters: N tokens, D hidden size, V vocabulary.
 import argparse
 import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -44,6 +44,7 @@ from matplotlib.figure import Figure
 from agro_kernels import tiles
 from agro_kernels._triton.head_gradients import chunk_shape
 from agro_kernels._triton.linear_logprobs import TOKEN_CHUNK
+from agro_train.plan.machine import DATASHEETS, Datasheet
 from agro_train.watch import style
 from benchmarks.head.providers.base import FORM_GEMMS, FORMS
 from benchmarks.measure.rows import RESULTS
@@ -62,19 +63,17 @@ SOFTCAP_EXPS = 2
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator by its datasheet: dense bf16 (no sparsity), nominal memory bandwidth.
+    """One accelerator, by its datasheet.
 
     Exponentials: units (SMs or compute units) times results a clock and unit times boost clock.
     """
 
     name: str
     architecture: str  # a key of tiles.TILES, which says how the kernels cut their work
-    matrix_flops: float  # FLOP/s
-    bandwidth: float  # bytes/s
+    sheet: Datasheet
     units: int
     exps_per_clock: int  # a unit's
     clock: float  # Hz, at which the matrix rate is quoted
-    memory: float  # bytes
     source: str
 
     @property
@@ -90,18 +89,19 @@ NVIDIA_EXPS = 16
 # clocks a wave of 64 on each of 4 SIMDs). CDNA 4 may be faster; no bound here depends on it.
 AMD_EXPS = 16
 
+H100 = Device("H100 SXM", "sm90", DATASHEETS["h100"], 132, NVIDIA_EXPS, 1.83e9,
+              "NVIDIA H100 datasheet; clock from the Hopper white paper")  # fmt: skip
 DEVICES = (
-    Device("A100 SXM", "sm80", 312e12, 2.039e12, 108, NVIDIA_EXPS, 1.41e9, 80e9,
+    Device("A100 SXM", "sm80", DATASHEETS["a100"], 108, NVIDIA_EXPS, 1.41e9,
            "NVIDIA A100 80GB datasheet"),
-    Device("H100 SXM", "sm90", 989.4e12, 3.35e12, 132, NVIDIA_EXPS, 1.83e9, 80e9,
-           "NVIDIA H100 datasheet; clock from the Hopper white paper"),
-    Device("H200 SXM", "sm90", 989.4e12, 4.8e12, 132, NVIDIA_EXPS, 1.83e9, 141e9,
-           "NVIDIA H200 datasheet; the chip of H100"),
-    Device("B200", "sm100", 2250e12, 7.7e12, 148, NVIDIA_EXPS, 1.86e9, 180e9,
+    H100,
+    replace(H100, name="H200 SXM", sheet=DATASHEETS["h200"],
+            source="NVIDIA H200 datasheet; the chip of H100"),
+    Device("B200", "sm100", DATASHEETS["b200"], 148, NVIDIA_EXPS, 1.86e9,
            "NVIDIA HGX B200 datasheet; clock from 8192 FLOP a clock and SM"),
-    Device("MI300X", "gfx942", 1307.4e12, 5.3e12, 304, AMD_EXPS, 2.1e9, 192e9,
+    Device("MI300X", "gfx942", DATASHEETS["mi300x"], 304, AMD_EXPS, 2.1e9,
            "AMD Instinct MI300X datasheet"),
-    Device("MI355X", "gfx950", 2516.6e12, 8.0e12, 256, AMD_EXPS, 2.4e9, 288e9,
+    Device("MI355X", "gfx950", DATASHEETS["mi355x"], 256, AMD_EXPS, 2.4e9,
            "AMD Instinct MI355X datasheet"),
 )  # fmt: skip
 
@@ -122,8 +122,8 @@ class Kernel:
     def limits(self, device: Device, efficiency: float = 1.0) -> dict[str, float]:
         """Seconds that each resource needs."""
         return {
-            "matrix": self.flop / (device.matrix_flops * efficiency),
-            "memory": self.bytes / device.bandwidth,
+            "matrix": self.flop / (device.sheet.bfloat16 * efficiency),
+            "memory": self.bytes / device.sheet.bandwidth,
             "exp": self.exps / device.exps,
         }
 
@@ -331,10 +331,10 @@ def predict(
         predicted_ms=1e3 * seconds,
         predicted_ms_no_overlap=1e3
         * sum(sum(step.limits(device, efficiency).values()) for step in steps),
-        fraction_of_peak=flop / (seconds * device.matrix_flops),
+        fraction_of_peak=flop / (seconds * device.sheet.bfloat16),
         bound=max(by_bound, key=lambda name: by_bound[name]),
         extra_memory_gb=extra / 1e9,
-        fits=BF16 * (hidden + weight + gradients) + extra <= device.memory,
+        fits=BF16 * (hidden + weight + gradients) + extra <= device.sheet.memory,
         source=device.source,
     )
 
@@ -397,7 +397,7 @@ def _drawn(chosen: Sequence[Row]) -> Figure:
     of_memory: dict[float, list[str]] = {}
     for known in DEVICES:
         if known.name in devices:
-            of_memory.setdefault(known.memory, []).append(known.name)
+            of_memory.setdefault(known.sheet.memory, []).append(known.name)
     for size, names in sorted(of_memory.items()):
         ends = [lengths[0], lengths[-1]]
         label = f"{', '.join(names)} has {size / 1e9:.0f}"

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from agro_kernels import agro_coefficients
 from benchmarks.measure import timing
-from benchmarks.measure.arguments import parser_of
+from benchmarks.measure.arguments import add_numbers, parser_of
 
 BETA = 0.05
 
@@ -138,11 +138,7 @@ def verl_gradients(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 1 if verl's functions and ours do not agree."""
     parser = parser_of(__doc__)
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--micro-batch", type=int, default=32)
-    parser.add_argument("--repetitions", type=int, default=20)
+    add_numbers(parser, prompts=128, generations=8, tokens=1024, micro_batch=32, repetitions=20)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     facts = timing.machine_facts()

@@ -41,6 +41,7 @@ from agro_train import config as configuration
 from agro_train.config import TrainConfig
 from agro_train.data.batch import build_batch
 from agro_train.engines.transformers_engine import generate
+from agro_train.models import make_optimizer
 from agro_train.plan.machine import Machine
 from agro_train.plan.memory import plan
 from agro_train.policy import tiny
@@ -49,7 +50,6 @@ from agro_train.policy.attention import name_at_load, settle
 from agro_train.policy.load import load_architecture, prepare, set_matmul_precision
 from agro_train.policy.policy import Policy
 from agro_train.run import Start
-from agro_train.setup import make_optimizer
 from agro_train.step import update
 from agro_train.types import Prompt, Rollout
 from benchmarks.measure import timing

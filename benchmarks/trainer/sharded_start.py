@@ -41,12 +41,12 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agro_train import setup
+from agro_train import models
 from agro_train.config import TrainConfig
 from agro_train.policy import tiny
 from agro_train.policy.load import Loaded, load_model
 from agro_train.run import Models, Start
-from benchmarks.measure.arguments import parser_of
+from benchmarks.measure.arguments import add_numbers, parser_of
 from benchmarks.measure.rows import RESULTS
 
 WAYS = ("shards", "whole")
@@ -81,12 +81,12 @@ def save_model(folder: Path, layers: int, hidden: int) -> tuple[float, float]:
 def load(folder: Path, way: str, accelerator: Accelerator) -> Models:
     """Policy and reference of a sharded run on the model in a folder."""
     config = TrainConfig(model=str(folder), fsdp=True)
-    whole = patch.object(setup, "load_unread", lambda *given: Loaded(load_model(*given[:2])))
+    whole = patch.object(models, "load_unread", lambda *given: Loaded(load_model(*given[:2])))
     with whole if way == "whole" else nullcontext():
-        models, _ = setup.load_models(
+        loaded, _ = models.load_models(
             config, str(folder), tiny.build_tokenizer(), Start(), accelerator
         )
-    return models
+    return loaded
 
 
 def peak_mb() -> float:
@@ -101,9 +101,9 @@ def be_a_rank(folder: Path, way: str) -> None:
     load(folder / "small", way, accelerator)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
     before, began = peak_mb(), time.perf_counter()
-    models = load(folder / "large", way, accelerator)
+    loaded = load(folder / "large", way, accelerator)
     found = {"peak_mb": peak_mb() - before, "seconds": time.perf_counter() - began}
-    assert models.num_weights, "the model is there until it has been measured"
+    assert loaded.num_weights, "the model is there until it has been measured"
     path = folder / f"{way}-{accelerator.process_index}.json"
     path.write_text(json.dumps(found))
     accelerator.end_training()
@@ -142,9 +142,7 @@ def measure(folder: Path, ranks: int, layers: int, hidden: int) -> list[dict[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=512)
+    add_numbers(parser, ranks=2, layers=12, hidden=512)
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_sharded_start.csv")
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)

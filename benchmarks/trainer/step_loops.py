@@ -136,6 +136,23 @@ def run_agro(stopwatch: Stopwatch, setting: Setting) -> None:
         train.train(run)
 
 
+def trl_settings(generations: int, tokens: int, steps: int) -> dict[str, Any]:
+    """What TRL's trainers are given wherever their steps are timed: completions of so many tokens
+    each, one step more than the timed ones, to warm up, and no files."""
+    return {
+        "num_generations": generations,
+        "max_completion_length": tokens,
+        "generation_kwargs": {"min_new_tokens": tokens},
+        "beta": 0.01,
+        "learning_rate": 1e-6,
+        "max_steps": steps + 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
 def run_trl(kind: str) -> Callable[[Stopwatch, Setting], None]:
     """TRL's trainer of the name `kind`, GRPO or RLOO, with callbacks around its step."""
 
@@ -155,20 +172,11 @@ def run_trl(kind: str) -> Callable[[Stopwatch, Setting], None]:
             output_dir=f"{setting.folder}/{kind}",
             per_device_train_batch_size=setting.generations,
             gradient_accumulation_steps=len(setting.questions),
-            num_generations=setting.generations,
-            max_completion_length=setting.completion_length,
-            generation_kwargs={"min_new_tokens": setting.completion_length},
-            beta=0.01,
-            learning_rate=1e-6,
-            max_steps=setting.steps + 1,
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
             model_init_kwargs={"dtype": "float32"},
+            **trl_settings(setting.generations, setting.completion_length, setting.steps),
         )
         rows = [{"prompt": [{"role": "user", "content": q}]} for q in setting.questions]
         trainer = getattr(trl, f"{kind}Trainer")(

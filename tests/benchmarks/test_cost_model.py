@@ -10,6 +10,7 @@ import torch
 
 from agro_kernels._triton import linear_logprobs
 from agro_kernels.head import Head as OpHead
+from agro_train.plan.machine import Datasheet
 from benchmarks.head.providers.base import FORM_GEMMS, FORMS, Step, make_inputs
 from benchmarks.head.providers.registry import PROVIDERS
 from benchmarks.measure.shapes import GPU_HEADS, HEADS, Head, Shape
@@ -25,7 +26,7 @@ from benchmarks.predict.cost_model import (
 )
 
 # 100 FLOP/s, 10 bytes/s, 2 units x 3 exponentials x 0.5 Hz = 3 exponentials/s.
-TOY = Device("toy", "other", 100.0, 10.0, 2, 3, 0.5, 1e6, "made up")
+TOY = Device("toy", "other", Datasheet(1e6, 100.0, 10.0, 0.0), 2, 3, 0.5, "made up")
 LLAMA = Shape("llama", 8192, HEADS["llama3-8b"])
 
 

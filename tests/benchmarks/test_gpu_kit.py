@@ -280,7 +280,7 @@ def test_what_cannot_work_is_one_sentence(
     assert "got nosuch" in refused([*words, "--parts", "nosuch"], capsys, before)
     (tmp_path / "file").write_text("")
     out = ["--out", str(tmp_path / "file" / "kit")]
-    assert "that can be written to" in refused([*words, *out], capsys, before)
+    assert "that can be written, got" in refused([*words, *out], capsys, before)
     (tmp_path / "kit" / "logs").mkdir(parents=True)
     out = ["--out", str(tmp_path / "kit")]
     assert "new or empty folder" in refused([*words, *out], capsys, before)

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from agro_train.data.batch import build_batch
+from agro_train.models import place_on_devices
 from agro_train.policy.adapter import whole_tensor
-from agro_train.setup import place_on_devices
 from agro_train.step import update
 from tests.train.gradients import CONFIG, lora_policy, numbers
 from tests.train.models import ragged_rollouts, tiny_policy

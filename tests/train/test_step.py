@@ -13,8 +13,8 @@ from torch import nn
 from agro_train.algorithm import coefficients
 from agro_train.data.batch import build_batch
 from agro_train.metrics import measure
+from agro_train.models import place_on_devices
 from agro_train.policy.policy import Policy, head_gradient, unwrap
-from agro_train.setup import place_on_devices
 from agro_train.step import score_batch, update
 from agro_train.types import Scores
 from tests.calls import Calls

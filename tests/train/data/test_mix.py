@@ -6,7 +6,7 @@ import pytest
 
 from agro_train.config import TrainConfig
 from agro_train.data.mix import Mix, plan, replayed_groups, steps_of_epochs
-from agro_train.data.recorded import write_rollouts
+from agro_train.data.rollout_log import write_rollouts
 from agro_train.run_folder import RunFolder
 from agro_train.types import Rollout
 

@@ -13,13 +13,8 @@ from pyarrow import Table, parquet
 
 from agro_train.data import kept_ids
 from agro_train.data.chat import turn_end
-from agro_train.data.recorded import (
-    Recorded,
-    load_recorded,
-    read_rollouts,
-    rollout_to_json,
-    write_rollouts,
-)
+from agro_train.data.recorded import Recorded, load_recorded
+from agro_train.data.rollout_log import read_rollouts, rollout_to_json, write_rollouts
 from agro_train.data.rows import read_jsonl
 from agro_train.policy import tiny
 from agro_train.refusal import Refusal

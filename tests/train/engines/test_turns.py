@@ -14,7 +14,8 @@ from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.chat import Renderer
 from agro_train.data.prompts import render
-from agro_train.data.recorded import load_recorded, write_rollouts
+from agro_train.data.recorded import load_recorded
+from agro_train.data.rollout_log import write_rollouts
 from agro_train.engines.engine import cut
 from agro_train.engines.transformers_engine import TransformersEngine
 from agro_train.engines.turns import Dialogue

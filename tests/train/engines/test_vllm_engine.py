@@ -6,10 +6,8 @@ shape with weights of its own; vLLM itself is in tests/train/engines/vllm.
 import copy
 import importlib.util
 import json
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +43,7 @@ from agro_train.environments.pool import Environments
 from agro_train.policy import tiny
 from agro_train.types import Prompt
 from tests.conftest import SetSizes
+from tests.train.engines.servers import Answers, StandIn
 from tests.train.models import tiny_policy
 
 TOKENIZER = tiny.build_tokenizer()
@@ -622,7 +621,7 @@ def test_copied_weights_wait_once_a_node(
     assert [file.exists() for file in snapshot.files] == [local_rank == 1]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answers):
     """A server that answers one request of tokens and breaks down at the next."""
 
     requests = 0
@@ -642,14 +641,6 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send_error(404)
 
-    def answer(self, body: dict[str, Any]) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
     def finish(self) -> None:
         if not self.connection._closed:  # type: ignore[attr-defined]
             super().finish()
@@ -657,11 +648,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with StandIn(Handler) as server:
+        yield server.url
 
 
 def test_servers_failures_are_one_sentence_each(address: str) -> None:
@@ -810,7 +798,7 @@ def test_copied_weights_that_get_lost_are_noticed(
         engine.load(snapshot)
 
 
-class Mortal(ThreadingHTTPServer):
+class Mortal(StandIn):
     """Answers every prompt with its own first token, until it is told to break down."""
 
     def __init__(self) -> None:
@@ -820,7 +808,7 @@ class Mortal(ThreadingHTTPServer):
 
         class Answering(Handler):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.asked()
                 if mortal.dead:
                     self.connection.close()
                     return
@@ -830,21 +818,13 @@ class Mortal(ThreadingHTTPServer):
                 else:
                     self.answer({"success": True})
 
-        super().__init__(("127.0.0.1", 0), Answering)
-        threading.Thread(target=self.serve_forever).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        super().__init__(Answering)
 
 
 @pytest.fixture
 def two() -> Iterator[list[Mortal]]:
-    servers = [Mortal(), Mortal()]
-    yield servers
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with Mortal() as one, Mortal() as other:
+        yield [one, other]
 
 
 def first_tokens(servers: Servers, prompts: Sequence[int]) -> list[int]:

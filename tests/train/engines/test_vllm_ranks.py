@@ -29,9 +29,10 @@ class Exchange:
         return found
 
 
-def rank_of(
-    exchange: Exchange, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Shared, list[list[int]]]:
+Rank = tuple[Shared, list[list[int]]]
+
+
+def rank_of(exchange: Exchange, rank: int) -> Rank:
     """A rank's client, and the seeds that its vLLM is asked for, call by call."""
     calls: list[list[int]] = []
 
@@ -54,6 +55,14 @@ def rank_of(
     return client, calls
 
 
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> list[Rank]:
+    """The ranks of one engine."""
+    monkeypatch.setattr("torch.distributed.get_rank", lambda group: group)
+    exchange = Exchange(2)
+    return [rank_of(exchange, rank) for rank in range(2)]
+
+
 def requests(*seeds: int) -> list[Request]:
     return [Request((seed, 1), {"seed": seed}) for seed in seeds]
 
@@ -63,35 +72,27 @@ def on_ranks(*functions: Callable[[], Any]) -> list[Any]:
         return [future.result(20) for future in [ranks.submit(f) for f in functions]]
 
 
-def test_ranks_of_an_engine_generate_the_same_and_each_keeps_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("torch.distributed.get_rank", lambda group: group)
-    exchange = Exchange(2)
-    (one, ones), (two, twos) = (rank_of(exchange, rank, monkeypatch) for rank in range(2))
-    first, second = on_ranks(lambda: one.ask(requests(3, 4)), lambda: two.ask(requests(5)))
-    assert ones == twos == [[3, 4, 5]]
+def test_ranks_of_an_engine_generate_the_same_and_each_keeps_its_own(two: list[Rank]) -> None:
+    (one, ones), (other, others) = two
+    first, second = on_ranks(lambda: one.ask(requests(3, 4)), lambda: other.ask(requests(5)))
+    assert ones == others == [[3, 4, 5]]
     assert [(place, answer.ids) for place, answer in first] == [(0, (3,)), (1, (4,))]
     assert [(place, answer.ids) for place, answer in second] == [(0, (5,))]
     # Alone, the prompt has the same completion.
-    alone_, _ = rank_of(Exchange(1), 0, monkeypatch)
+    alone_, _ = rank_of(Exchange(1), 0)
     assert [answer.ids for _, answer in alone_.ask(requests(5))] == [(5,)]
 
 
-def test_rank_that_has_all_its_turns_goes_on_generating_for_the_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("torch.distributed.get_rank", lambda group: group)
-    exchange = Exchange(2)
-    (one, ones), (two, twos) = (rank_of(exchange, rank, monkeypatch) for rank in range(2))
+def test_rank_that_has_all_its_turns_goes_on_generating_for_the_others(two: list[Rank]) -> None:
+    (one, ones), (other, others) = two
 
     def turns(client: Shared, *seeds: int) -> list[int]:
         found = [client.ask(requests(seed))[0][1].ids[0] for seed in seeds]
         client.rest()
         return found
 
-    assert on_ranks(lambda: turns(one, 1), lambda: turns(two, 2, 3, 4)) == [[1], [2, 3, 4]]
-    assert ones == twos == [[1, 2], [3], [4]]
+    assert on_ranks(lambda: turns(one, 1), lambda: turns(other, 2, 3, 4)) == [[1], [2, 3, 4]]
+    assert ones == others == [[1, 2], [3], [4]]
 
 
 def test_engine_of_a_ranks_own_knows_nothing_of_the_launch(

@@ -3,13 +3,10 @@
 The server is a stand-in that answers vLLM's documented requests, its workers are threads.
 """
 
-import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +22,7 @@ from agro_train.engines.engine import BrokenEngine
 from agro_train.engines.vllm_client import Server, Servers
 from agro_train.engines.weight_transfer import GlooGroup, NcclGroup, Transfer, sizes, unpacked
 from agro_train.engines.weights import parcels
+from tests.train.engines.servers import Answers, StandIn
 
 CPU = torch.device("cpu")
 # What vLLM 0.32 takes at /init_weight_transfer_engine with its backend for NCCL.
@@ -39,7 +37,7 @@ FIELDS = {
 }
 
 
-class Workers(ThreadingHTTPServer):
+class Workers(StandIn):
     """A server of two workers, which take what the trainer broadcasts and keep it."""
 
     def __init__(self) -> None:
@@ -49,37 +47,24 @@ class Workers(ThreadingHTTPServer):
         self.failing = ""  # the request that is answered with an error
         workers = self
 
-        class Answering(BaseHTTPRequestHandler):
+        class Answering(Answers):
             def do_GET(self) -> None:
-                self.answer(200, {"world_size": 2})
+                self.answer({"world_size": 2})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.asked()
                 name = self.path.removeprefix("/")
                 workers.told.append((name, body))
                 if name == workers.failing:
-                    self.answer(500, {"error": {"message": "no such backend"}})
+                    self.answer({"error": {"message": "no such backend"}}, status=500)
                     return
                 if name == "init_weight_transfer_engine":
                     workers.join(body["init_info"])
                 elif name == "update_weights" and workers.groups:
                     workers.receive(**body["update_info"])
-                self.answer(200, {"success": True})
+                self.answer({"success": True})
 
-            def answer(self, status: int, body: dict[str, Any]) -> None:
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(json.dumps(body).encode())
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        super().__init__(("127.0.0.1", 0), Answering)
-        threading.Thread(target=lambda: self.serve_forever(poll_interval=0.01)).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        super().__init__(Answering)
 
     def join(self, info: dict[str, Any]) -> None:
         self.groups = []
@@ -109,11 +94,8 @@ class Workers(ThreadingHTTPServer):
 
 @pytest.fixture
 def two() -> Iterator[list[Workers]]:
-    servers = [Workers(), Workers()]
-    yield servers
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with Workers() as one, Workers() as other:
+        yield [one, other]
 
 
 def weights(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

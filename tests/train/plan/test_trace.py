@@ -39,6 +39,7 @@ CASES = {
     "top_k": replace(CONFIG, top_k=4),
     "weights in bf16": replace(CONFIG, dtype="bfloat16"),
 }
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8, **SIZES}
 IDS = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
 FAMILIES = {
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=15, n_positions=64, **IDS),
@@ -46,16 +47,10 @@ FAMILIES = {
     "phi3": Phi3Config(intermediate_size=48, **SIZES, vocab_size=15, **IDS),
     "llama": LlamaConfig(intermediate_size=48, **SIZES, vocab_size=15),
     "qwen3_moe": Qwen3MoeConfig(
-        moe_intermediate_size=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        **SIZES,
-        vocab_size=15,
+        moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, **GROUPED, vocab_size=15
     ),
 }
-GEMMA2 = Gemma2Config(intermediate_size=48, num_key_value_heads=2, head_dim=8, **SIZES)
+GEMMA2 = Gemma2Config(intermediate_size=48, **GROUPED)
 
 
 def really_kept(config: TrainConfig, architecture: Any = ARCHITECTURE) -> float:

@@ -18,6 +18,7 @@ from agro_train.cli import main
 from agro_train.config import TrainConfig
 from agro_train.config import load as load_config
 from agro_train.data.rows import read_jsonl
+from agro_train.models import place_on_devices
 from agro_train.policy.adapter import (
     AdapterOff,
     adapter_off,
@@ -29,7 +30,6 @@ from agro_train.policy.adapter import (
 )
 from agro_train.policy.load import check_4bit, load_model
 from agro_train.refusal import Refusal
-from agro_train.setup import place_on_devices
 from agro_train.step import score_batch
 from tests.calls import Calls
 from tests.train.gradients import LORA, assert_equal, gradient_of, lora_policy, ragged_batch

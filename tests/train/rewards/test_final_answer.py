@@ -4,26 +4,28 @@ import pytest
 
 from agro_train.rewards.final_answer import after_thinking, final_answer, find_boxes, is_prose
 
-
-@pytest.mark.parametrize(
-    ("completion", "prompt", "rest"),
-    [
-        ("It is 7.", "", "It is 7."),
-        ("<think>8</think> 7", "", " 7"),
-        ("8</think> 7", "<think>\n", " 7"),
-        ("<think>8</think> <think>9</think> 7", "", " 7"),
-        ("<reasoning>8</reasoning>\n<answer>7</answer>", "", "\n<answer>7</answer>"),
-        ("[THINK]8[/THINK]7", "", "7"),
-        ("7", "<think>\n\n</think>\n\n", "7"),
-        ("7", "Think in <think> tags, and then say", "7"),
+# By prompt: completions, and what is left of them.
+AFTER_THINKING = {
+    "": {
+        "It is 7.": "It is 7.",
+        "<think>8</think> 7": " 7",
+        "<think>8</think> <think>9</think> 7": " 7",
+        "<reasoning>8</reasoning>\n<answer>7</answer>": "\n<answer>7</answer>",
+        "[THINK]8[/THINK]7": "7",
         # No end.
-        ("<think>8", "", ""),
-        ("8", "<think>\n", ""),
-        ("<think>8</think> <think>7", "", ""),
-    ],
-)
-def test_thinking_is_left_out(completion: str, prompt: str, rest: str) -> None:
-    assert after_thinking(completion, prompt) == rest
+        "<think>8": "",
+        "<think>8</think> <think>7": "",
+    },
+    "<think>\n": {"8</think> 7": " 7", "8": ""},
+    "<think>\n\n</think>\n\n": {"7": "7"},
+    "Think in <think> tags, and then say": {"7": "7"},
+}
+
+
+@pytest.mark.parametrize("prompt", AFTER_THINKING)
+def test_thinking_is_left_out(prompt: str) -> None:
+    expected = AFTER_THINKING[prompt]
+    assert {text: after_thinking(text, prompt) for text in expected} == expected
 
 
 @pytest.mark.parametrize(

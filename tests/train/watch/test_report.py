@@ -10,7 +10,7 @@ import pytest
 
 from agro_train.cli import main
 from agro_train.config import TrainConfig
-from agro_train.data.recorded import write_rollouts
+from agro_train.data.rollout_log import write_rollouts
 from agro_train.run_folder import RunFolder
 from agro_train.watch.environment import read_starts, record_start
 from agro_train.watch.panels import PANELS
