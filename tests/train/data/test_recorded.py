@@ -3,8 +3,6 @@
 import gzip
 import json
 from dataclasses import replace
-from datetime import date
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from agro_train.data import kept_ids
 from agro_train.data.chat import turn_end
 from agro_train.data.recorded import Recorded, load_recorded
 from agro_train.data.rollout_log import read_rollouts, rollout_to_json, write_rollouts
-from agro_train.data.rows import read_jsonl
 from agro_train.policy import tiny
 from agro_train.refusal import Refusal
 from tests.train.models import SPECIAL, llama3_tokenizer, ragged_rollouts, rollout
@@ -165,14 +162,6 @@ def test_kept_ids_that_cannot_be_scored_over_are_refused(
         load([path], truncated=True)
 
 
-def test_log_says_what_was_kept_where_something_was_left_out(tmp_path: Path) -> None:
-    plain, other = ragged_rollouts()[:2]
-    other = replace(other, kept_ids=kept_ids.encode([[i] for i in other.completion_ids]))
-    assert "kept_ids" not in rollout_to_json(plain)
-    write_rollouts(tmp_path / "r.jsonl", [plain, other])
-    assert read_rollouts(tmp_path / "r.jsonl") == [plain, other]
-
-
 def test_ragged_group_may_span_files(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", GOOD, GOOD, GOOD)
     second = write(tmp_path / "b.jsonl", GOOD, {**GOOD, "prompt": "3="}, {**GOOD, "prompt": "3="})
@@ -180,17 +169,6 @@ def test_ragged_group_may_span_files(tmp_path: Path) -> None:
     assert [len(group) for group in recorded.groups] == [4, 2]
     assert [len(file.rollouts) for file in recorded.files] == [3, 3]
     assert recorded.files[0].sha256 != recorded.files[1].sha256
-
-
-def test_run_reads_its_own_log_as_it_was(tmp_path: Path) -> None:
-    rollouts = [
-        replace(r, step=3, temperature=0.7, rewards={"f": r.reward}, columns={"answer": "1"})
-        for r in ragged_rollouts()
-    ]
-    rollouts[0] = replace(rollouts[0], reward=None, failure="error", source="replayed")
-    path = tmp_path / "r.jsonl"
-    path.write_text("".join(rollout_to_json(r) + "\n" for r in rollouts))
-    assert read_rollouts(path) == rollouts
 
 
 def test_reference_logprob_is_read_and_not_logged(tmp_path: Path) -> None:
@@ -265,14 +243,6 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     wrong = {**right, "completion_ids": [7, 8, 1]}
     with pytest.raises(ValueError, match="that spell '33' in .*line 2, got '56'; .*tokenizer"):
         load([write(tmp_path / "b.jsonl", right, wrong, wrong)])
-
-
-def test_log_takes_columns_json_has_no_word_for_and_broken_text(tmp_path: Path) -> None:
-    columns = {"day": date(2024, 1, 2), "price": Decimal("1.5"), "raw": b"x", "text": "\ud83d"}
-    write_rollouts(tmp_path / "log.jsonl", [replace(rollout("g", [1], [2]), columns=columns)])
-    (row,) = read_jsonl(tmp_path / "log.jsonl")
-    assert row["columns"] == {"day": "2024-01-02", "price": "1.5", "raw": "b'x'", "text": "\ud83d"}
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 CHAT = llama3_tokenizer()
