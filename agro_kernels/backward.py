@@ -32,4 +32,5 @@ class Backward(NamedTuple):
 
     def with_numbers(self) -> "Backward":
         """The same with the temperature as a number where it is one."""
-        return self._replace(head=self.head.with_numbers())
+        head = self.head.with_numbers()
+        return self if head is self.head else self._replace(head=head)

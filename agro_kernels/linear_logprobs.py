@@ -245,11 +245,11 @@ def flat_results(
     keep = 0
     if torch.is_grad_enabled() and head.requires_grad():
         keep = checked_keep_logits_bytes(options.get("keep_logits_bytes", 0))
-    asked = Asked(with_entropy, lse, weight_grad, keep, ids)
     if shards is not None:
-        return shards.results(head, asked)
+        return shards.results(head, Asked(with_entropy, lse, weight_grad, keep, ids))
     if weight_grad is not None:
         refuse_under_compile()
+        asked = Asked(with_entropy, lse, weight_grad, keep, ids)
         results = AccumulatingLogprobs.apply(*asked, *head)
     elif ids is not None:
         results = torch.ops.agro.many_logprobs_fwd(*head, ids, with_entropy, keep)[:3]
