@@ -20,6 +20,8 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
+from agro_kernels.head import ROWS_STAY
+
 ROOT = Path(__file__).parents[2]
 OURS = tuple(f"{ROOT / package}/" for package in ("agro_train", "agro_kernels"))
 # The functions that begin a phase of a run; the innermost one on the stack counts.
@@ -44,7 +46,8 @@ UNKNOWN_SHAPE = {
     "unique_consecutive",
     "bincount",
 }
-# On a GPU these ask how many of the targets count; here the CPU's kernels are called.
+# On a GPU these ask how many of the targets count, unless they are told that rows stay; here the
+# CPU's kernels are called.
 HEADS = ("linear_logprobs_fwd", "linear_logprobs_bwd")
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
@@ -234,7 +237,9 @@ class Card(TorchDispatchMode):
                 raise _mixed(func)
         if not there:
             return
-        unknown = name in UNKNOWN_SHAPE or name.startswith(HEADS)
+        unknown = name in UNKNOWN_SHAPE
+        if name.startswith(HEADS):
+            unknown = ROWS_STAY not in [each for each in args if isinstance(each, int)]
         if name == "repeat_interleave":
             unknown = kwargs.get("output_size") is None
         if name in READS:

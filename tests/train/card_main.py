@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from agro_kernels import linear_logprobs
 from agro_train import config as configuration
 from agro_train import setup, train, types
 from agro_train.config import TrainConfig
@@ -60,6 +61,10 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "upload, pinned": lambda x: torch.empty(3, pin_memory=True).to(x.device, non_blocking=True),
     "write": lambda x: x.copy_(torch.ones(3)),
     "read": lambda x: torch.empty(3).copy_(x),
+    "head": lambda x: linear_logprobs(x[:, None], x[:, None], x.long()),
+    "head whose rows stay": lambda x: linear_logprobs(
+        x[:, None], x[:, None], x.long(), compact=False
+    ),
     "gradient": lambda x: (x.requires_grad_() * 2).sum().backward(),
 }
 

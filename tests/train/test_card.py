@@ -23,12 +23,9 @@ SCORE = {
     # Policy and reference read each micro-batch; what they found is read once all of them have.
     ("score", "upload", "agro_train/transfer.py upload"): 2 * MICRO,
     ("score", "download", "agro_train/transfer.py download"): 2,
-    # The head's kernels ask how many tokens count.
-    ("score", "shape", "agro_kernels/linear_logprobs.py flat_results"): 2 * MICRO,
 }
 UPDATE = {
     ("update", "upload", "agro_train/transfer.py upload"): 2 * MICRO,  # and the coefficients
-    ("update", "shape", "agro_kernels/ops/weight_grad.py backward"): MICRO,
     ("update", "read", "agro_train/step.py update"): 1,  # the gradient's norm
 }
 
@@ -94,6 +91,8 @@ def lines(rows: list[list[str]]) -> str:
         ("upload, pinned", ["upload"]),
         ("write", ["blocking upload"]),
         ("read", ["download"]),
+        ("head", ["shape"]),
+        ("head whose rows stay", []),
         ("gradient", []),
     ],
 )
@@ -116,7 +115,7 @@ def test_a_run_on_the_device_is_the_run_on_the_host(found: Any) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_step_waits_for_the_device_a_known_number_of_times(number: int, found: Any) -> None:
-    """Three times, but for the head's kernels and for generation, which waits for each token."""
+    """Three times, but for generation, which waits for each token."""
     step = found["card"][f"step {number}"]
     assert counted(step) == {**generation("generate", sampled=True), **SCORE, **UPDATE}, lines(step)
 
@@ -154,9 +153,7 @@ def test_other_settings_wait_no_more_in_the_update(setting: str, found: Any) -> 
     """With sets of kept ids, and with first tokens that cannot be the end."""
     rows = [row for row in found["mistakes"][setting] if Event(*row).phase != "generate"]
     kinds = Counter(event.kind for event in events(rows))
-    assert (kinds["download"], kinds["read"], kinds["blocking upload"]) == (2, 1, 0), lines(rows)
-    asked = [event.op for event in events(rows) if event.kind == "shape"]
-    assert asked and all("linear_logprobs" in op for op in asked), lines(rows)
+    assert kinds == {"upload": kinds["upload"], "download": 2, "read": 1}, lines(rows)
 
 
 def test_a_number_read_by_mistake_is_one_event_more(found: Any) -> None:
