@@ -4,9 +4,11 @@ A tensor left on the host, or a number that is read on the way, fails here, wher
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +120,25 @@ def test_a_step_waits_for_the_device_a_known_number_of_times(number: int, found:
     """Three times, but for generation, which waits for each token."""
     step = found["card"][f"step {number}"]
     assert counted(step) == {**generation("generate", sampled=True), **SCORE, **UPDATE}, lines(step)
+
+
+def promised() -> dict[str, int]:
+    """How often each phase waits, as the page's table has it."""
+    page = Path(__file__).parents[2] / "docs" / "internals" / "step.md"
+    rows = re.findall(r"^\| (\w+) \| (\d[^|]*) \|", page.read_text(), flags=re.MULTILINE)
+    sizes = {"": 1, "token": TOKENS, "weight": WEIGHTS}
+    return {
+        phase: sum(int(n) * sizes[of] for n, of in re.findall(r"(\d+)(?: a (\w+))?", waits))
+        for phase, waits in rows
+    }
+
+
+def test_the_page_says_how_often_each_phase_waits(found: Any) -> None:
+    waits: Counter[str] = Counter()
+    for part in ("step 0", "evaluate", "save"):
+        for (phase, kind, _), count in counted(found["card"][part]).items():
+            waits[phase] += count if kind != "upload" else 0
+    assert promised() == waits
 
 
 def test_evaluation_waits_as_generation_does(found: Any) -> None:
