@@ -384,8 +384,8 @@ def main() -> None:
     options = parser.parse_args()
     settings = [*PEFT * options.peft, *FSDP * options.fsdp]
     settings.append(f"max_staleness={options.ahead}")
-    if options.ranks > 2:  # a fresh prompt for each
-        settings.append(f"prompts_per_step={2 * options.ranks}")
+    if options.ranks > 2:  # a fresh prompt and a held-out one for each
+        settings += [f"prompts_per_step={2 * options.ranks}", f"eval_prompts={options.ranks}"]
     server, rng = Server(), random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         began = time.monotonic()
