@@ -47,13 +47,17 @@ def update(
     mine = weights[first : first + len(scores.rewards)] * world
     head_grad = head_gradient(policy)
     for number, (piece, piece_lse) in enumerate(zip(micro, lse, strict=True), start=1):
-        per_token = mine.to(piece_lse.dtype)[piece.token_rows()]
+        coefficient = mine.to(piece_lse.dtype)
         if number > len(batch.micro):  # an extra one, to keep step with the other ranks
-            per_token = torch.zeros_like(per_token)
-        (per_token,) = upload([per_token], accelerator.device)
+            coefficient = torch.zeros_like(coefficient)
+        # A completion with coefficient 0 is not predicted: no products for it. It is left out here,
+        # because the host knows how many are left; a GPU would have to be waited for.
+        piece, places = piece.predicting(coefficient[piece.rows] != 0)
+        per_token, places = upload([coefficient[piece.token_rows()], places], accelerator.device)
         piece = piece.to(accelerator.device)
         with accelerator.no_sync(policy) if number < len(micro) else nullcontext():
-            accelerator.backward(policy(piece, config.temperature, per_token, piece_lse, head_grad))
+            loss = policy(piece, config.temperature, per_token, piece_lse[places], head_grad)
+            accelerator.backward(loss)
     gradients = [p.grad for p in policy.parameters() if p.grad is not None]
     assert len(gradients) > (head_grad is not None) or not micro, "no weight received a gradient"
     assert head_grad is None or any(g is head_grad for g in gradients), "the head's was replaced"

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agro_train.transfer import upload
 
@@ -149,6 +149,30 @@ class MicroBatch:
         """(n,) int64: the row in TrainBatch of the completion that each predicted token is in."""
         # Told how many there are, a GPU is not asked.
         return self.rows.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.targets))
+
+    def predicting(self, some: Tensor) -> tuple["MicroBatch", Tensor]:
+        """The same tokens read, of which the completions `some`, (S,) bool, alone are predicted;
+        and (m,) int64, which of the n targets those are. On the host, which knows their number.
+        """
+        lengths = self.cu_seqlens.diff()
+        stay = some.repeat_interleave(lengths, output_size=len(self.targets))
+        places, new = stay.nonzero().squeeze(1), stay.cumsum(0) - 1
+
+        def moved(old: Tensor | None) -> Tensor | None:
+            return None if old is None else new[old[stay[old]]]
+
+        part = replace(
+            self,
+            predictors=self.predictors[places],
+            targets=self.targets[places],
+            sampling_logprobs=self.sampling_logprobs[places],
+            cu_seqlens=nn.functional.pad(lengths[some].cumsum(0, dtype=torch.int32), (1, 0)),
+            rows=self.rows[some],
+            kept_ids=None if self.kept_ids is None else self.kept_ids[places],
+            early=moved(self.early),
+            later=moved(self.later),
+        )
+        return part, places
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that it has, by name."""

@@ -257,15 +257,16 @@ def head_buffers(func: Any, args: Any, machine: Machine, *, in_place: bool) -> f
             return 4.0 * size * min(rows, CPU_CHUNK)
         # Hidden packed once or twice, and the sums of its gradient that threads share.
         return 4.0 * rows * size * (1 + wants_weight + min(torch.get_num_threads(), CPU_SUMS))
+    copied = rows * size * itemsize  # the policy keeps all rows: zeros go where one does not count
     if not backward:
-        return FORWARD_BYTES * min(rows, FORWARD_CHUNK) + 16.0 * rows
+        return FORWARD_BYTES * min(rows, FORWARD_CHUNK) + 16.0 * rows + copied
     at_once = min(rows, TOKEN_CHUNK)
     columns = min(DLOGITS_BYTES // (at_once * itemsize), COLUMN_CHUNK, len(weight))
     # The sum of one chunk of tokens is rounded by its product; those of several add up in fp32.
     summed = wants_weight and not in_place and itemsize < 4 and rows > TOKEN_CHUNK
     sums = 4 * columns * size if summed else 0
     rounded = 4 * rows * size if itemsize < 4 else 0
-    return float(at_once * columns * itemsize + rounded + sums)
+    return float(at_once * columns * itemsize + rounded + sums + copied)
 
 
 class MasklessPolicy(Policy):

@@ -67,7 +67,8 @@ class Policy(nn.Module):
         With coefficients (n,): the 0-d sum of coefficient * log-probability; `lse` from an earlier
         pass over the same weights saves one product with the head, and the head adds its weight's
         gradient to `weight_grad` itself, see `head_gradient`. A function in place of a micro-batch
-        is called with the model, see `with_gathered_model`.
+        is called with the model, see `with_gathered_model`. A target whose coefficient is 0 costs
+        as much as any other: see `MicroBatch.predicting`.
         """
         if not isinstance(micro, MicroBatch):
             return micro(self.model)
@@ -107,6 +108,7 @@ class Policy(nn.Module):
             bias = banned if bias is None else bias + banned
         options: dict[str, Any] = {
             "bias": bias,
+            "compact": False,  # all rows count: no pass waits for the device to say so
             **self.form.options(temperature, targets),
             "kept_ids": None if micro.kept_ids is None else micro.kept_ids[rows],
         }

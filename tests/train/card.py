@@ -20,6 +20,8 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
+from agro_kernels.head import ROWS_STAY
+
 ROOT = Path(__file__).parents[2]
 OURS = tuple(f"{ROOT / package}/" for package in ("agro_train", "agro_kernels"))
 # The functions that begin a phase of a run; the innermost one on the stack counts.
@@ -28,7 +30,7 @@ PHASES = {
     "collect": "generate",
     "score_batch": "score",
     "update": "update",
-    "run_evaluation": "evaluate",
+    "evaluate": "evaluate",
     "save": "save",
 }
 
@@ -44,7 +46,8 @@ UNKNOWN_SHAPE = {
     "unique_consecutive",
     "bincount",
 }
-# On a GPU these ask how many of the targets count; here the CPU's kernels are called.
+# On a GPU these ask how many of the targets count, unless they are told that rows stay; here the
+# CPU's kernels are called.
 HEADS = ("linear_logprobs_fwd", "linear_logprobs_bwd")
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
@@ -101,6 +104,8 @@ def make_card() -> torch.device:
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("_copy_from", _copy_from, "PrivateUse1")
+    # Else torch writes it out in other ops, which round otherwise than the one op of the host.
+    library.impl("silu_backward", _refuse, "PrivateUse1")
     _KEPT.append(library)
     return torch.device("card", 0)
 
@@ -137,6 +142,10 @@ def _empty(size: Any, **options: Any) -> Tensor:
 
 def _empty_strided(size: Any, stride: Any, **options: Any) -> Tensor:
     return CardTensor(torch.empty_strided(size, stride, dtype=options.get("dtype")))
+
+
+def _refuse(*arguments: Any) -> Tensor:
+    raise AssertionError(f"{arguments}: a tensor of the card is used outside `Card`")
 
 
 def _copy_from(source: Any, target: Any, non_blocking: bool = False) -> Tensor:
@@ -228,7 +237,9 @@ class Card(TorchDispatchMode):
                 raise _mixed(func)
         if not there:
             return
-        unknown = name in UNKNOWN_SHAPE or name.startswith(HEADS)
+        unknown = name in UNKNOWN_SHAPE
+        if name.startswith(HEADS):
+            unknown = ROWS_STAY not in [each for each in args if isinstance(each, int)]
         if name == "repeat_interleave":
             unknown = kwargs.get("output_size") is None
         if name in READS:
@@ -254,20 +265,22 @@ class Card(TorchDispatchMode):
             raise _mixed(name)
 
     def note(self, kind: str, op: str) -> None:
-        phase, by, inner = "", "", None
+        phase, by, inner, function = "", "", None, ""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if inner is None and "/site-packages/transformers/" in frame.f_code.co_filename:
                 by = " transformers"
             if frame.f_code.co_filename.startswith(OURS):
-                inner = inner or frame
+                inner, name = inner or frame, frame.f_code.co_name
+                # A comprehension has a frame of its own until Python 3.11.
+                function = function or ("" if name.startswith("<") else name)
                 phase = phase or PHASES.get(frame.f_code.co_name, "")
             frame = frame.f_back
         if inner is None:
             self.events.append(Event(kind, op, phase, "", ""))
             return
         path = Path(inner.f_code.co_filename).relative_to(ROOT)
-        site = f"{path} {inner.f_code.co_name}{by}"
+        site = f"{path} {function}{by}"
         self.events.append(Event(kind, op, phase, site, f"{path}:{inner.f_lineno}"))
 
 

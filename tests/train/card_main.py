@@ -17,9 +17,9 @@ from unittest.mock import patch
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 from torch import Tensor
 
+from agro_kernels import linear_logprobs
 from agro_train import config as configuration
 from agro_train import setup, train, types
 from agro_train.config import TrainConfig
@@ -30,8 +30,13 @@ from agro_train.run import Run
 from tests.train.card import Card, Event, make_card
 
 PLAIN = ["eval_every=2", "eval_prompts=2", "eval_generations=2"]
-# Truncated sampling, which leaves sets of ids behind, and first tokens that cannot be the end.
-OTHER = ["top_k=5", "top_p=0.9", "min_new_tokens=1", "lr_weight=1", "eval_every=0"]
+CLOCKS = ("time_s", "tokens_per_s", "memory_gb")  # and what else is of a machine
+OTHERS = {
+    # Sets of ids that a sampler kept.
+    "kept": ["top_k=5", "top_p=0.9", "eval_every=0"],
+    # First tokens that cannot be the end.
+    "early": ["min_new_tokens=1", "lr_weight=1", "eval_every=0"],
+}
 OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda x: x.sum().item(),
     "bool": lambda x: bool(x.sum() > 0),
@@ -56,6 +61,10 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "upload, pinned": lambda x: torch.empty(3, pin_memory=True).to(x.device, non_blocking=True),
     "write": lambda x: x.copy_(torch.ones(3)),
     "read": lambda x: torch.empty(3).copy_(x),
+    "head": lambda x: linear_logprobs(x[:, None], x[:, None], x.long()),
+    "head whose rows stay": lambda x: linear_logprobs(
+        x[:, None], x[:, None], x.long(), compact=False
+    ),
     "gradient": lambda x: (x.requires_grad_() * 2).sum().backward(),
 }
 
@@ -89,8 +98,9 @@ def run_on(device: torch.device | None, folder: Path, *words: str) -> Iterator[R
             "num_generations=3",
             "max_completion_length=6",
             "token_budget=25",  # two micro-batches
+            "reward=tests.train.reward_functions:even_share",
+            "attn_implementation=eager",  # the other ones go by the device
             "warmup_steps=0",
-            "reward=tests.train.reward_functions:even_share",  # so that there is something to learn
             *words,
         ]
     )
@@ -122,7 +132,7 @@ def whole_run(device: torch.device | None, folder: Path) -> dict[str, Any]:
         parts["set-up"] = events()
         for number in range(2):
             metrics, _ = train.take_step(run, number)
-            parts["metrics"].append({k: v for k, v in metrics.items() if "_s" not in k[-9:]})
+            parts["metrics"].append({k: v for k, v in metrics.items() if k not in CLOCKS})
             parts[f"step {number}"] = events()
         held = run.questions.held_out
         evaluate(run.engine, held, range(len(held)), run.rewards, run.config, 2)
@@ -132,13 +142,12 @@ def whole_run(device: torch.device | None, folder: Path) -> dict[str, Any]:
     saved = folder / "checkpoint-2"
     moments = torch.load(saved / checkpoint.OPTIMIZER, weights_only=True)["optimizer"]["state"]
     parts["moments"] = {n: float(m["exp_avg_sq"].double().sum()) for n, m in moments.items()}
-    weights = load_file(saved / "model.safetensors")
-    parts["weights"] = {n: float(w.double().abs().sum()) for n, w in weights.items()}
+    parts["weights"] = checkpoint.checksum(saved / "model.safetensors")
     return parts
 
 
 def mistakes(device: torch.device, folder: Path) -> dict[str, Any]:
-    """A step as it is, with other settings, and with a mistake."""
+    """A step with other settings, and with a mistake."""
 
     def left_on_the_host(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
         del device
@@ -151,10 +160,14 @@ def mistakes(device: torch.device, folder: Path) -> dict[str, Any]:
         return run.models.reference.register_forward_hook(hook).remove
 
     found: dict[str, Any] = {}
-    with Card() as card, run_on(device, folder, *OTHER) as run:
+    with Card() as card, run_on(device, folder / "kept", *OTHERS["kept"]) as run:
         card.events.clear()
         train.take_step(run, 0)
-        found["other"] = list(card.events)
+        found["kept"] = list(card.events)
+    with Card() as card, run_on(device, folder / "early", *OTHERS["early"]) as run:
+        card.events.clear()
+        train.take_step(run, 0)
+        found["early"] = list(card.events)
         card.events.clear()
         remove = asks(run)
         train.take_step(run, 1)

@@ -3,8 +3,8 @@
     python -m tests.train.test_resume --kills 40 [--ranks 2] [--fsdp] [--peft] [--ahead K]
 
 kills runs that often, half of the time after a random while, half at a random write to the disk,
-and compares every run that comes to its end with one that was left alone. Of a run of two ranks
-(gloo, on the CPU) one or the other is killed, or both at once.
+and compares every run that comes to its end with one that was left alone. Of a run of several
+ranks (gloo, on the CPU) the first or the last is killed, or all at once.
 """
 
 import argparse
@@ -304,7 +304,7 @@ def kill_until_complete(
     while not complete(folder):
         how: dict[str, Any] = {"draw": draw, "ranks": ranks}
         if ranks > 1:
-            how["victims"] = rng.choice([[0], [1], list(range(ranks))])
+            how["victims"] = rng.choice([[0], [ranks - 1], list(range(ranks))])
             how["grace"] = rng.choice([0.0, 1.0])
         if len(kills) < most and rng.random() < 0.5:
             how["kill_after"] = rng.uniform(0.0, seconds)
@@ -384,6 +384,8 @@ def main() -> None:
     options = parser.parse_args()
     settings = [*PEFT * options.peft, *FSDP * options.fsdp]
     settings.append(f"max_staleness={options.ahead}")
+    if options.ranks > 2:  # a fresh prompt and a held-out one for each
+        settings += [f"prompts_per_step={2 * options.ranks}", f"eval_prompts={options.ranks}"]
     server, rng = Server(), random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         began = time.monotonic()

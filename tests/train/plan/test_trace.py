@@ -144,6 +144,12 @@ def test_one_chunk_of_tokens_needs_no_float32_gradient_of_the_weight_on_a_gpu() 
     assert own_bytes(32_769, True, False, low, True) == own_bytes(32_769, True, False, low, False)
 
 
+def test_a_gpus_head_holds_logits_a_float32_gradient_and_a_copy_of_the_hidden_states() -> None:
+    logits, hidden = 300 * 33_792, 300 * 16
+    assert own_bytes(300, True, True, torch.bfloat16, False) == 2 * logits + 4 * hidden + 2 * hidden
+    assert own_bytes(300, True, True, torch.float32, False) == 4 * logits + 4 * hidden
+
+
 def test_many_layers_are_what_two_and_three_of_them_say() -> None:
     more = {**SIZES, "num_hidden_layers": 5}
     deep = LlamaConfig(intermediate_size=48, num_key_value_heads=2, **more, vocab_size=40)

@@ -117,6 +117,33 @@ def test_scores_are_the_log_softmax_over_the_ids_kept(temperature: float, early:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("early", [0, 2])
+@pytest.mark.parametrize("which", [[0, 3, 4, 8], []])
+def test_completions_not_predicted_are_as_those_with_coefficient_0(
+    which: list[int], early: int, dtype: torch.dtype
+) -> None:
+    """Bitwise."""
+    policy = Policy(tiny_policy(dtype=dtype).model, {3, 11})
+    rollouts, _ = kept_and_plain()
+    (micro,) = pack(rollouts, token_budget=1000, share_prompts=True, min_new_tokens=early)
+    scores = policy(micro)
+    some = torch.zeros(len(micro.rows), dtype=torch.bool)
+    some[which] = True
+    part, places = micro.predicting(some)
+    assert part.rows.tolist() == which
+    assert torch.equal(part.token_rows(), micro.token_rows()[places])
+    assert part.cu_seqlens.dtype == micro.cu_seqlens.dtype
+    coefficients = torch.randn(len(micro.targets), dtype=dtype).where(scores.logprobs > -9e9, 0.0)
+    lse = scores.lse.detach()
+    ours = policy(part, 1.0, coefficients[places], lse[places])
+    theirs = policy(micro, 1.0, coefficients * some[micro.token_rows()], lse)
+    parameters = list(policy.parameters())
+    found, expected = (torch.autograd.grad(total, parameters) for total in (ours, theirs))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert any(gradient.any() for gradient in found) == bool(which)
+
+
 def test_without_kept_ids_or_first_tokens_the_head_is_called_as_ever() -> None:
     (micro,) = pack(ragged_rollouts(), token_budget=1000, share_prompts=True)
     assert micro.kept_ids is None and micro.early is None
