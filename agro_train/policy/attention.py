@@ -309,7 +309,8 @@ def _seen_in_blocks(
     begin, end, edges = (t.to(torch.int32) for t in (begin, end, places[::BLOCK]))
     found = torch.minimum(end[:, None], edges + BLOCK)
     found -= torch.maximum(begin[:, None], edges)
-    return found.clamp_(min=0).unflatten(0, (-1, BLOCK)).sum(1, dtype=torch.int32)
+    found = found.clamp_(min=0).view(-1, BLOCK, len(edges))
+    return found.sum(1, dtype=torch.int32)
 
 
 def _numbered(blocks: Tensor) -> tuple[Tensor, Tensor]:
