@@ -27,7 +27,7 @@ from agro_kernels import ModelHead
 from agro_train.config import TrainConfig
 from agro_train.plan.architecture import attention_of, build, shortened
 from agro_train.plan.machine import Machine
-from agro_train.policy.attention import BLOCK
+from agro_train.policy.attention import padded_length
 from agro_train.policy.policy import Policy, layers_of
 from agro_train.refusal import Refusal
 from agro_train.settings import MOST_KEPT
@@ -139,7 +139,7 @@ def _traced(
     attention = config.attn_implementation
     model = build(architecture, config, PLANNED.get(attention, attention))
     if attention == "flex_attention":
-        tokens += -tokens % BLOCK
+        tokens = padded_length(tokens)
     with FakeTensorMode():
         gathered_low = config.fsdp and config.mixed_precision == "bf16"
         onto_cpu(model, torch.bfloat16 if gathered_low else None)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -26,9 +26,12 @@ from agro_train.types import MicroBatch
 # Our name among transformers' attentions: theirs, with one dtype for query, key and value.
 FLEX = "agro_flex_attention"
 BLOCK = 128  # tokens: the size of a block on both sides, torch's own
-AT_ONCE = 2**22  # elements of the L x L mask that are there at once while blocks are found
+PADDING = 2**31 - 1  # its segment, behind all others
 FULL, SLIDING = "full_attention", "sliding_attention"
 WIDTHS = ("head_dim", "qk_head_dim", "v_head_dim")  # what attention modules call it
+# Kernels of one process: with and without gradients, for each width of heads, for keys that an
+# adapter leaves without one. torch's own limit is 8, and beyond it there would be L x L scores.
+MOST_KERNELS = 64
 NARROWEST = 16  # numbers of a head, below which torch's flex kernels do not compile
 # They say that they take block masks, and do not: the two of transformers 5.23's causal LMs.
 WITH_DENSE_MASKS = ("doge", "lfm2")
@@ -69,6 +72,11 @@ def settle(model: PreTrainedModel, name: str) -> None:
 
 
 def _set(model: PreTrainedModel, name: str) -> None:
+    if name == FLEX:
+        # Of the process: to set it around each call costs half a millisecond a layer.
+        torch._dynamo.config.recompile_limit = max(
+            torch._dynamo.config.recompile_limit, MOST_KERNELS
+        )
     try:
         model.set_attn_implementation(name)
     except (ImportError, ValueError) as error:
@@ -199,11 +207,19 @@ def packed_inputs(micro: MicroBatch, model: PreTrainedModel) -> dict[str, Any]:
     return inputs | {"attention_mask": _by_kind(text, micro.position_ids, dense)}
 
 
+def padded_length(tokens: int) -> int:
+    """How many tokens flex attention computes with: whole blocks, so that kernels compiled for one
+    length serve the others, and two or more, since torch compiles one block apart."""
+    return max(2, -(-tokens // BLOCK)) * BLOCK
+
+
 def _with_block_masks(micro: MicroBatch, text: Any) -> dict[str, Any]:
-    """Padded to whole blocks, so that kernels compiled for one length serve the others."""
-    more = -len(micro.input_ids) % BLOCK
-    input_ids, positions = pad(micro.input_ids, (0, more)), pad(micro.position_ids, (0, more))
-    segments, parents = (pad(t, (0, more), value=-1) for t in (micro.segments, micro.parents))
+    """The padding is one more sequence."""
+    tokens = len(micro.input_ids)
+    more = padded_length(tokens) - tokens
+    input_ids = pad(micro.input_ids, (0, more))
+    segments, parents = (pad(t, (0, more), value=PADDING) for t in (micro.segments, micro.parents))
+    positions = torch.cat([micro.position_ids, torch.arange(more, device=input_ids.device)])
 
     def blocks(first: Tensor | None) -> BlockMask:
         return block_mask(segments, parents, positions, first)
@@ -246,43 +262,66 @@ def block_mask(
     """`MicroBatch.attends` as flex attention takes it, for L tokens, a multiple of BLOCK.
 
     Every mask has the same function over tensors of its own, so a kernel is compiled once for all.
-    Blocks are found in strips: torch's `create_block_mask` is one L x L mask for a moment, and
-    compiled it takes as long to compile as the attention.
+    What a token sees is a run of its own segment and one of its parent's, so the blocks are counted
+    from where runs begin and end: L x L / BLOCK numbers for a moment, as many operations for any L,
+    and no wait for the device. torch's `create_block_mask` makes one L x L mask for a moment.
 
     Args:
-        segments, parents, positions: (L,) int64, as those of a MicroBatch.
+        segments, parents, positions: (L,) int64, as those of a MicroBatch: segments in ascending
+            order, and positions that go up by 1 inside each.
         first: (L,) int64, the least position that each token may see; None: 0.
     """
-    length = len(segments)
-    sees = _who_sees(segments, parents, positions, first)
-    rows = max(1, AT_ONCE // length // BLOCK) * BLOCK
-    strips = [
-        create_block_mask(
-            _from(sees, start), 1, 1, min(rows, length - start), length, segments.device, BLOCK
-        )
-        for start in range(0, length, rows)
-    ]
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(strip, name) for strip in strips], dim=2)
-
+    # Also where no layer has a window, so that there is one function and one kernel.
+    least = torch.zeros_like(positions) if first is None else first
+    own = _seen_in_blocks(segments, segments, positions, least)
+    shared = _seen_in_blocks(segments, parents, positions, least, parents != segments)
+    seen = own + shared
+    full = seen == BLOCK**2
     return BlockMask.from_kv_blocks(
-        joined("kv_num_blocks"),
-        joined("kv_indices"),
-        joined("full_kv_num_blocks"),
-        joined("full_kv_indices"),
+        *_numbered((seen > 0) & ~full),
+        *_numbered(full),
         BLOCK_SIZE=BLOCK,
-        mask_mod=sees,
-        seq_lengths=(length, length),
+        mask_mod=_who_sees(segments, parents, positions, least),
+        seq_lengths=(len(segments), len(segments)),
     )
 
 
-def _who_sees(
-    segments: Tensor, parents: Tensor, positions: Tensor, first: Tensor | None
-) -> MaskMod:
+def _seen_in_blocks(
+    segments: Tensor,
+    others: Tensor,
+    positions: Tensor,
+    least: Tensor,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """(L / BLOCK, L / BLOCK) int32: how many pairs of a token of the row's block and one of the
+    column's are such that the first sees the second, and that one is of the segment `others` (L,).
+
+    Args:
+        counted: (L,) bool, which rows count; None: all.
+    """
+    places = torch.arange(len(segments), device=segments.device)
+    begin = torch.searchsorted(segments, others)
+    end = torch.searchsorted(segments, others, right=True)
+    end = torch.minimum(end, places + 1)
+    begin = begin + (least - positions[begin]).clamp(min=0)
+    if counted is not None:
+        end = end.where(counted, begin)
+    begin, end, edges = (t.to(torch.int32) for t in (begin, end, places[::BLOCK]))
+    found = torch.minimum(end[:, None], edges + BLOCK)
+    found -= torch.maximum(begin[:, None], edges)
+    found = found.clamp_(min=0).view(-1, BLOCK, len(edges))
+    return found.sum(1, dtype=torch.int32)
+
+
+def _numbered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (n, n) bool, as a BlockMask has it: how many there are in a row, and the columns of these,
+    then of the others, int32."""
+    which = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], which.int()[None, None]
+
+
+def _who_sees(segments: Tensor, parents: Tensor, positions: Tensor, least: Tensor) -> MaskMod:
     """Whether the token at `query` may see the one at `key`."""
-    # Also where no layer has a window, so that there is one function and one kernel.
-    least = torch.zeros_like(positions) if first is None else first
 
     def sees(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
         of_key = segments[key]
@@ -290,12 +329,3 @@ def _who_sees(
         return related & (query >= key) & (positions[key] >= least[query])
 
     return sees
-
-
-def _from(sees: MaskMod, start: int) -> MaskMod:
-    """The same for queries that are counted from `start`."""
-
-    def shifted(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
-        return sees(batch, head, query + start, key)
-
-    return shifted

@@ -54,6 +54,10 @@ class Policy(nn.Module):
                 "has, got more; with top_k, top_p or min_p it works"
             )
         self.model, self.barred = model, sorted(barred)
+        # Families that are known without asking go by position_ids; weights may be elsewhere.
+        asked = form is None and not ModelHead.is_told_by(model.config)
+        if asked and not any(p.is_meta for p in model.parameters()):
+            _check_positions(model)
 
     def forward(
         self,
@@ -123,6 +127,31 @@ class Policy(nn.Module):
         output = self.model.base_model(**inputs, use_cache=False)
         hidden: Tensor = output.last_hidden_state[0, : len(micro.input_ids)]
         return hidden
+
+
+@torch.no_grad()
+def _check_positions(model: PreTrainedModel) -> None:
+    """Raises Refusal for a model that numbers tokens by where they stand, whatever position_ids it
+    is given, as the decoders of Bart do: a packed sequence is then another than the same alone."""
+    if model.config._attn_implementation not in ("eager", "sdpa"):  # others may need a GPU
+        return
+    ids = (torch.arange(8, device=model.device)[None] + 10) % model.config.vocab_size
+    near = torch.arange(8, device=model.device)[None]
+    training, states = model.training, []
+    model.eval()
+    for positions, tokens in ((near, ids), (2 * near, ids), (near, ids[:, [0]].expand(1, 8))):
+        output = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+        states.append(output.last_hidden_state)
+    model.train(training)
+    # One token, time after time: without positions of its own a model sees no difference.
+    first, last = states[2][0, 0].float(), states[2][0, -1].float()
+    numbers_them = bool((first - last).abs().mean() > 0.01 * first.abs().mean())
+    if torch.equal(states[0], states[1]) and numbers_them:
+        raise Refusal(
+            f"model: expected one that goes by position_ids, so that sequences can be packed, got "
+            f"{type(model).__name__}, which numbers tokens by where they stand; take a model of "
+            "another family"
+        )
 
 
 def _interleaved(first: Tensor, rest: Tensor, of_first: Any, of_rest: Any) -> Any:

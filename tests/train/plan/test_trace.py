@@ -169,3 +169,14 @@ def test_flash_attention_keeps_no_mask() -> None:
     # A float32 mask for each of 3 layers, and the mask itself.
     assert second >= 2 * 64**2 * 3 * 4
     assert by_flash[2] - 2 * by_flash[1] + by_flash[0] == 0
+
+
+def test_flex_attention_keeps_no_mask_and_whole_blocks() -> None:
+    flex = replace(CONFIG, attn_implementation="flex_attention")
+
+    def kept(tokens: int) -> float:
+        return trace.trace(ARCHITECTURE, flex, ALONE, tokens, 48).kept
+
+    two, three, four = (kept(blocks * 128) for blocks in (2, 3, 4))
+    assert four - 2 * three + two == 0, "in proportion to the tokens"
+    assert kept(48) == two and kept(300) == three

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
     BertConfig,
     BertLMHeadModel,
     CohereConfig,
@@ -244,6 +246,26 @@ def test_logits_that_are_no_heads_are_refused() -> None:
     model = BertLMHeadModel(BertConfig(**SMALL, is_decoder=True)).eval()
     with pytest.raises(Refusal, match="model: expected logits that are lm_head.*differ.* up to"):
         Policy(model)
+
+
+def test_a_model_that_ignores_position_ids_is_refused() -> None:
+    layers = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    config = BartConfig(vocab_size=15, d_model=32, **layers, is_decoder=True, **BART_IDS)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(Refusal, match="^model: expected one that goes by position_ids.*BartFor"):
+        Policy(model)
+    Policy(OPTForCausalLM(OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **SIZES, vocab_size=15)))
+
+
+BART_IDS = {
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+    "is_encoder_decoder": False,
+    "max_position_embeddings": 64,
+}
 
 
 def test_fingerprint_tells_weights_apart() -> None:
