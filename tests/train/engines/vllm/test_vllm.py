@@ -18,7 +18,7 @@ from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.prompts import render
 from agro_train.data.rows import read_jsonl
-from agro_train.engines import vllm_engine
+from agro_train.engines import vllm_engine, vllm_start
 from agro_train.engines.engine import BrokenEngine
 from agro_train.engines.transformers_engine import generate
 from agro_train.engines.vllm_engine import VllmEngine
@@ -51,7 +51,7 @@ def started(
     embeddings, head = llama.get_input_embeddings(), llama.get_output_embeddings()
     assert (embeddings.weight is head.weight) == request.param
     ends = end_tokens(llama, tokenizer)
-    return vllm_engine.start(config, Policy(llama), Accelerator(cpu=True), tokenizer, ends, 20)
+    return vllm_start.start(config, Policy(llama), Accelerator(cpu=True), tokenizer, ends, 20)
 
 
 @pytest.fixture
