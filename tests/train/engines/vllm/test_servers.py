@@ -110,8 +110,6 @@ def test_run_outlives_one_of_two_servers_and_goes_on_after_both(
     both = f"vllm_server_base_url=[{first.address},{second.address}]"
     assert main(arguments(model, tmp_path / "run", *server, both)) == 2
     (sentence,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("agro: ")]
-    print(sentence, deaths.calls, asked_for_tokens(first), asked_for_tokens(second))
-    print({k: len(v) for k, v in groups(tmp_path / "run").items()}, caplog.messages)
     assert sentence.startswith("agro: vllm: expected ") and first.address in sentence
     (left_out,) = [line for line in caplog.messages if "is left out" in line]
     assert left_out.startswith(f"{second.address} is left out, 1 server(s) go on: vllm: expected")
