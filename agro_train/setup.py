@@ -222,10 +222,10 @@ def start_engine(
     policy, tokenizer, ends = models.policy, models.tokenizer, models.end_tokens
     vllm: VllmEngine | None = None
     if config.use_vllm:
-        from agro_train.engines import vllm_engine  # without vLLM there is nothing to import
+        from agro_train.engines import vllm_start  # without vLLM there is nothing to import
 
         longest = max(questions.longest, dialogue.longest_prompt if dialogue else 0)
-        vllm = vllm_engine.start(config, policy, accelerator, tokenizer, ends, longest, dialogue)
+        vllm = vllm_start.start(config, policy, accelerator, tokenizer, ends, longest, dialogue)
     if config.max_staleness:
         beside = vllm or ProcessEngine(policy, accelerator, tokenizer, ends, config, dialogue)
         ahead = Ahead(ask, beside, start.step, groups_in_flight(start, ask))

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import os
 
-from agro_train.engines.vllm_client import serve_command
+from agro_train.engines.vllm_server import serve_command
 from agro_train.refusal import Refusal
 
 DESCRIPTION = (

@@ -13,6 +13,10 @@ from agro_train.refusal import Refusal
 from agro_train.seeds import derive_seed
 from agro_train.types import Prompt, Rollout
 
+# Seconds for a request of tokens. Those of all ranks queue up at the server, and a step's may well
+# take an hour; a server that dies closes its connections, and is noticed at once all the same.
+TOKENS_S = 6 * 3600.0
+
 
 class BrokenEngine(Refusal):
     """The engine has stopped answering, or does not have the weights it was sent."""

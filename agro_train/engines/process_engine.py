@@ -15,9 +15,8 @@ from torch import nn
 
 from agro_train.config import TrainConfig
 from agro_train.engines import generation_worker
-from agro_train.engines.engine import Ask, BrokenEngine, Sampling, Snapshot, cut
+from agro_train.engines.engine import TOKENS_S, Ask, BrokenEngine, Sampling, Snapshot, cut
 from agro_train.engines.turns import Dialogue, Group, sampled
-from agro_train.engines.vllm_client import TOKENS_S
 from agro_train.engines.weights import MEMORY, gathered_by_all, written
 from agro_train.policy.adapter import merged_weights
 from agro_train.policy.policy import unwrap

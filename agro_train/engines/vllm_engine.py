@@ -9,8 +9,6 @@ distribution. Only the likelihood-ratio term (`lr_weight`) takes them for the po
 expectation is then off by a share of about that difference, summed over a completion.
 """
 
-import importlib.util
-import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,36 +23,35 @@ from torch import Tensor, nn
 
 from agro_train.config import TrainConfig
 from agro_train.data.batch import pack
-from agro_train.engines.engine import Ask, BrokenEngine, Sampling, Snapshot, completion_seed, cut
-from agro_train.engines.turns import Dialogue, Group, sampled
-from agro_train.engines.vllm_client import (
+from agro_train.engines.engine import (
     TOKENS_S,
-    Answer,
-    Answerer,
-    Client,
-    Colocated,
-    Request,
-    Servers,
-    weights_folder,
+    Ask,
+    BrokenEngine,
+    Sampling,
+    Snapshot,
+    completion_seed,
+    cut,
 )
-from agro_train.engines.vllm_ranks import Shared, alone
-from agro_train.engines.weight_transfer import Kind
+from agro_train.engines.turns import Dialogue, Group, sampled
+from agro_train.engines.vllm_beside import Colocated
+from agro_train.engines.vllm_client import Answer, Answerer, Client, Request
+from agro_train.engines.vllm_ranks import Shared
+from agro_train.engines.vllm_servers import Servers
 from agro_train.engines.weights import (
     FILE_BYTES,
     PARCEL_BYTES,
     gathered_by_all,
     one_by_one,
     parcels,
+    rollout_dtype,
+    weights_folder,
     written,
 )
 from agro_train.policy.adapter import merged_weights
 from agro_train.policy.policy import unwrap
-from agro_train.refusal import Refusal
 from agro_train.types import Prompt, Rollout
 
 T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 32  # of the completion whose log-probabilities are compared
 # Mean |difference| of a token's log-probability, nats, that rounding may make.
@@ -426,108 +423,3 @@ def gathered(item: T, group: Any) -> list[T]:
     everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(everyone, item, group=group)
     return everyone
-
-
-def start(
-    config: TrainConfig,
-    policy: nn.Module,
-    accelerator: Any,
-    tokenizer: Any,
-    end_tokens: set[int],
-    longest_prompt: int,
-    dialogue: Dialogue | None = None,
-) -> VllmEngine:
-    """Starts vLLM, or finds the server. Raises Refusal, in one sentence, where it cannot."""
-    # At least two tokens: the probe's first, and one more that goes with its log-probability.
-    length = longest_prompt + max(2, config.max_completion_length)
-    client: Client
-    if config.vllm_mode == "server":
-        servers = Servers(config.vllm_server_base_url, config.vllm_server_timeout)
-        servers.check(length, files=config.vllm_weight_transfer != "nccl")
-        make_weights_folder(config, takes_tensors=join_group(config, servers, accelerator))
-        client = servers
-    else:
-        if 0 < config.vllm_max_model_length < length:
-            raise Refusal(
-                f"vllm_max_model_length: expected at least {length}, the longest prompt and "
-                f"completion, got {config.vllm_max_model_length}; 0 sets it"
-            )
-        try:
-            import vllm  # noqa: F401
-        except ImportError as error:
-            raise Refusal(
-                f"use_vllm: expected the package vllm, got none that works ({error}); pip install "
-                "'.[vllm]' in this project's folder, or set vllm_mode=server"
-            ) from error
-        make_weights_folder(config)
-        length = config.vllm_max_model_length or length
-        model = unwrap(policy).model.config
-        client = together(lambda: colocated(config, model, length, accelerator, tokenizer))
-    engine = VllmEngine(client, policy, accelerator, tokenizer, end_tokens, config, dialogue)
-    if config.truncates and isinstance(client, Servers):
-        client.check_logprobs(engine.num_logprobs())
-    return engine
-
-
-def colocated(
-    config: TrainConfig, model: Any, length: int, accelerator: Any, tokenizer: Any
-) -> Colocated:
-    """vLLM beside this rank, started."""
-    dtype = rollout_dtype(config)
-    if accelerator.num_processes == 1:
-        return Colocated(model, dtype, length, config, tokenizer)
-    if config.vllm_tensor_parallel_size > 1:
-        return Shared(model, dtype, length, config, tokenizer)
-    with alone(accelerator.local_process_index):
-        return Colocated(model, dtype, length, config, tokenizer)
-
-
-def join_group(config: TrainConfig, servers: Servers, accelerator: Any) -> bool:
-    """Whether weights go to the servers by a group that the main rank and their workers have
-    joined. Raises Refusal, on every rank, where they were to and cannot."""
-    wanted, device = config.vllm_weight_transfer, accelerator.device
-    if wanted == "files" or (wanted == "auto" and device.type != "cuda"):
-        return False
-    if wanted == "nccl" and device.type != "cuda":
-        raise Refusal(
-            f"vllm_weight_transfer: expected the trainer on a GPU with nccl, got {device.type}; "
-            "set auto, gloo or files"
-        )
-    kind: Kind = "gloo" if wanted == "gloo" else "nccl"
-
-    def joined() -> bool:
-        if not accelerator.is_main_process:
-            return False
-        try:
-            if kind == "nccl" and importlib.util.find_spec("vllm") is None:
-                raise BrokenEngine(
-                    "vllm_weight_transfer: expected the package vllm with nccl, got none; pip "
-                    "install '.[vllm]' in this project's folder, or set vllm_weight_transfer=files"
-                )
-            servers.join(kind, device)
-        except BrokenEngine as error:
-            if wanted != "auto":
-                raise
-            servers.take_files()
-            logger.warning("Weights go to vLLM by files: %s", error)
-            return False
-        return True
-
-    found: list[bool] = broadcast_object_list([together(joined)])
-    return found[0]
-
-
-def make_weights_folder(config: TrainConfig, *, takes_tensors: bool = False) -> None:
-    folder = weights_folder(config, takes_tensors=takes_tensors)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(
-            f"vllm_weights_dir: expected a folder to write weights to, got {folder}: {error}"
-        ) from error
-
-
-def rollout_dtype(config: TrainConfig) -> torch.dtype:
-    """What the policy computes in, and so what vLLM should."""
-    low = config.mixed_precision == "bf16" or config.dtype == "bfloat16"
-    return torch.bfloat16 if low else torch.float32

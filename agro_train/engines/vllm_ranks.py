@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig
 
-from agro_train.config import TrainConfig
-from agro_train.engines.vllm_client import TOKENS_S, Answer, Colocated, Request
+from agro_train.engines.engine import TOKENS_S
+from agro_train.engines.vllm_beside import Colocated, Served
+from agro_train.engines.vllm_client import Answer, Request
 
 # What a launcher tells its processes. vLLM's own processes would take it for theirs: they would
 # look for the launch's store, or take the rank's number for that of a GPU.
@@ -68,20 +68,13 @@ class Shared(Colocated):
     takes_tensors = True
     options: ClassVar[dict[str, Any]] = {"distributed_executor_backend": "external_launcher"}
 
-    def __init__(
-        self,
-        model: PretrainedConfig,
-        dtype: torch.dtype,
-        length: int,
-        config: TrainConfig,
-        tokenizer: Any,
-    ) -> None:
-        size = config.vllm_tensor_parallel_size
+    def __init__(self, served: Served) -> None:
+        size = served.config.vllm_tensor_parallel_size
         limit = timedelta(seconds=TOKENS_S)  # a rank waits for what others decode
         together = [list(range(i, i + size)) for i in range(0, dist.get_world_size(), size)]
         self.group, _ = dist.new_subgroups_by_enumeration(together, timeout=limit, backend="gloo")
         with kept():
-            super().__init__(model, dtype, length, config, tokenizer)
+            super().__init__(served)
 
     def ask(self, requests: Sequence[Request]) -> list[tuple[int, Answer]]:
         everyone = self._gathered(list(requests))

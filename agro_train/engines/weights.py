@@ -1,12 +1,17 @@
 """Weights on their way to an engine: parcels of limited size, in memory or as safetensors files."""
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from agro_train.config import TrainConfig
+from agro_train.refusal import Refusal
 
 MEMORY = Path("/dev/shm")  # files that never reach a disk, where the system has such a folder
 FILE_BYTES = 1 << 30  # a file is full once it has this many
@@ -60,3 +65,38 @@ def parcels(weights: Iterator[tuple[str, Tensor]], full: int) -> Iterator[dict[s
             held, size = {}, 0
     if held:
         yield held
+
+
+def weights_folder(config: TrainConfig, *, takes_tensors: bool = False) -> Path:
+    """Where weights lie on their way to vLLM: where both sides see them.
+
+    Args:
+        takes_tensors: whether they only wait there, and this process sends them on.
+    """
+    if config.vllm_weights_dir:
+        return Path(config.vllm_weights_dir).resolve()
+    hosts = {urlsplit(url).hostname for url in config.vllm_server_base_url}
+    near = (
+        takes_tensors
+        or config.vllm_mode == "colocate"
+        or hosts <= {"localhost", "127.0.0.1", "::1"}
+    )
+    if near:
+        return MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
+    return Path(config.output_dir).resolve()
+
+
+def make_weights_folder(config: TrainConfig, *, takes_tensors: bool = False) -> None:
+    folder = weights_folder(config, takes_tensors=takes_tensors)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(
+            f"vllm_weights_dir: expected a folder to write weights to, got {folder}: {error}"
+        ) from error
+
+
+def rollout_dtype(config: TrainConfig) -> torch.dtype:
+    """What the policy computes in, and so what vLLM should."""
+    low = config.mixed_precision == "bf16" or config.dtype == "bfloat16"
+    return torch.bfloat16 if low else torch.float32

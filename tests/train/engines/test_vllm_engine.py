@@ -24,21 +24,17 @@ from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.chat import Renderer
 from agro_train.data.prompts import render
-from agro_train.engines import vllm_client, vllm_engine, weights
-from agro_train.engines.engine import BrokenEngine, Sampling
+from agro_train.engines import vllm_engine, vllm_server, vllm_start, weights
+from agro_train.engines.engine import TOKENS_S, BrokenEngine, Sampling
 from agro_train.engines.transformers_engine import generate
 from agro_train.engines.turns import Dialogue
-from agro_train.engines.vllm_client import (
-    Answer,
-    Colocated,
-    Request,
-    Server,
-    Servers,
-    serve_command,
-    weights_folder,
-)
-from agro_train.engines.vllm_engine import VllmEngine, make_weights_folder, start
-from agro_train.engines.weights import Parcel
+from agro_train.engines.vllm_beside import Colocated
+from agro_train.engines.vllm_client import Answer, Request
+from agro_train.engines.vllm_engine import VllmEngine
+from agro_train.engines.vllm_server import Server, serve_command
+from agro_train.engines.vllm_servers import Servers
+from agro_train.engines.vllm_start import start
+from agro_train.engines.weights import Parcel, make_weights_folder, weights_folder
 from agro_train.environments.pool import Environments
 from agro_train.policy import tiny
 from agro_train.types import Prompt
@@ -522,9 +518,9 @@ def test_group_is_the_one_that_both_sides_can_join(
 ) -> None:
     joined: list[str] = []
     monkeypatch.setattr(Server, "join", lambda self, kind, device: joined.append(kind))
-    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", with_vllm)
+    monkeypatch.setattr(vllm_start.importlib.util, "find_spec", with_vllm)
     config = replace(CONFIG, vllm_weight_transfer=wanted)
-    found = vllm_engine.join_group(config, Servers(URLS, 5.0), Place(device))
+    found = vllm_start.join_group(config, Servers(URLS, 5.0), Place(device))
     assert found == (kind is not None) and joined == ([kind] * 2 if kind else [])
 
 
@@ -538,14 +534,14 @@ def test_files_take_the_groups_place_only_where_nobody_asked_for_it(
 
     monkeypatch.setattr(Server, "join", fail)
     monkeypatch.setattr(Server, "take_files", lambda self: files.append(self.base_url))
-    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", with_vllm)
+    monkeypatch.setattr(vllm_start.importlib.util, "find_spec", with_vllm)
     for wanted in ("nccl", "gloo"):
         config = replace(CONFIG, vllm_weight_transfer=wanted)
         with pytest.raises(BrokenEngine, match="server at A and the trainer at B"):
-            vllm_engine.join_group(config, Servers(URLS, 5.0), Place("cuda"))
+            vllm_start.join_group(config, Servers(URLS, 5.0), Place("cuda"))
     assert not files and not caplog.records
     config = replace(CONFIG, vllm_weight_transfer="auto")
-    assert not vllm_engine.join_group(config, Servers(URLS, 5.0), Place("cuda"))
+    assert not vllm_start.join_group(config, Servers(URLS, 5.0), Place("cuda"))
     assert files == URLS
     (line,) = caplog.messages
     assert line.startswith("Weights go to vLLM by files: expected the server at A and")
@@ -554,10 +550,10 @@ def test_files_take_the_groups_place_only_where_nobody_asked_for_it(
 def test_nccl_needs_a_gpu_and_vllm_here(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIG, vllm_weight_transfer="nccl")
     with pytest.raises(ValueError, match="expected the trainer on a GPU with nccl, got cpu; set"):
-        vllm_engine.join_group(config, Servers(URLS, 5.0), Place("cpu"))
-    monkeypatch.setattr(vllm_engine.importlib.util, "find_spec", lambda name: None)
+        vllm_start.join_group(config, Servers(URLS, 5.0), Place("cpu"))
+    monkeypatch.setattr(vllm_start.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BrokenEngine, match="expected the package vllm with nccl, got none; pip"):
-        vllm_engine.join_group(config, Servers(URLS, 5.0), Place("cuda"))
+        vllm_start.join_group(config, Servers(URLS, 5.0), Place("cuda"))
 
 
 # --- Engines beside several ranks -----------------------------------------------------------------
@@ -708,7 +704,7 @@ def test_failure_that_breaks_off_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     def urlopen(request: Any, timeout: float) -> Any:
         raise HTTPError(request.full_url, 500, "", {}, Lost())  # type: ignore[arg-type]
 
-    monkeypatch.setattr(vllm_client.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(vllm_server.urllib.request, "urlopen", urlopen)
     with pytest.raises(BrokenEngine, match=r"got ConnectionResetError\(\); start the server again"):
         list(Server("http://127.0.0.1:9", 1.0).ask([Request((1,), {})]))
 
@@ -727,7 +723,7 @@ def test_tokens_may_take_longer_than_all_else(monkeypatch: pytest.MonkeyPatch) -
     Servers(["http://127.0.0.1:9"], 5.0).load([Path()])
     assert {limit for _, limit in limits} == {5.0}
     list(server.ask([Request((1,), {})]))
-    assert limits[-1] == ("/inference/v1/generate", vllm_client.TOKENS_S) and limits[-1][1] > 3600
+    assert limits[-1] == ("/inference/v1/generate", TOKENS_S) and limits[-1][1] > 3600
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -742,8 +738,8 @@ def test_refused_connection_is_tried_once_more_for_tokens_alone(
             raise URLError(ConnectionRefusedError())
         return BytesIO(b'{"choices": [{"token_ids": [1]}]}')
 
-    monkeypatch.setattr(vllm_client, "RETRY_S", 0.0)
-    monkeypatch.setattr(vllm_client.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(vllm_server, "RETRY_S", 0.0)
+    monkeypatch.setattr(vllm_server.urllib.request, "urlopen", urlopen)
     server = Server("http://127.0.0.1:9", 5.0)
     if times == 1:
         assert list(server.ask([Request((1,), {})])) == [(0, Answer((1,), (), ()))]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from agro_train.engines import weight_transfer
 from agro_train.engines.engine import BrokenEngine
-from agro_train.engines.vllm_client import Server, Servers
+from agro_train.engines.vllm_server import Server
+from agro_train.engines.vllm_servers import Servers
 from agro_train.engines.weight_transfer import GlooGroup, NcclGroup, Transfer, sizes, unpacked
 from agro_train.engines.weights import parcels
 from tests.train.engines.servers import Answers, StandIn

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,6 +19,14 @@ from agro_train.policy import tiny
 # For vLLM on a CPU: GiB for its cache, and no thread bound to a core that others use too.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+class Started(NamedTuple):
+    """A server, at whose address nothing may answer yet."""
+
+    address: str
+    group: int  # of processes, to kill
+    log: Path
 
 
 @pytest.fixture(scope="session")
@@ -40,30 +49,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve(
-    model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[], tuple[str, int]]]:
-    """Starts `agro serve` on a free port. Gives the address, at which nothing may answer yet, and
-    the process group to kill.
-    """
+def serve(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Started]]:
+    """Starts `agro serve` on a free port, with one thread."""
     started: list[subprocess.Popen[bytes]] = []
-    log = (tmp_path_factory.mktemp("serve") / "log").open("wb")
 
-    def start() -> tuple[str, int]:
+    def start() -> Started:
+        log = tmp_path_factory.mktemp("serve") / "log"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "agro_train", "serve", str(model), "--port", str(port)]
         options = ["--dtype", "float32", "--max-model-len", "64", "--enforce-eager"]
-        process = subprocess.Popen(
-            command + options, stdout=log, stderr=log, start_new_session=True
-        )
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command + options,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
         started.append(process)
-        return f"http://127.0.0.1:{port}", process.pid
+        return Started(f"http://127.0.0.1:{port}", process.pid, log)
 
     yield start
     for process in started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    log.close()

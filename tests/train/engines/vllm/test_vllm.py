@@ -18,20 +18,21 @@ from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.prompts import render
 from agro_train.data.rows import read_jsonl
-from agro_train.engines import vllm_engine
+from agro_train.engines import vllm_engine, vllm_start
 from agro_train.engines.engine import BrokenEngine
 from agro_train.engines.transformers_engine import generate
 from agro_train.engines.vllm_engine import VllmEngine
+from agro_train.policy import shards
 from agro_train.policy.load import end_tokens, load_model, load_tokenizer
 from agro_train.policy.policy import Policy
 from agro_train.types import Rollout
+from tests.train.engines.vllm.conftest import Started
 from tests.train.models import small_run
 from tests.train.torchrun import on_two_ranks
 
 # vLLM and what it imports warn of many things.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 ROOT = Path(__file__).parents[4]
-Serve = Callable[[], tuple[str, int]]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -51,7 +52,7 @@ def started(
     embeddings, head = llama.get_input_embeddings(), llama.get_output_embeddings()
     assert (embeddings.weight is head.weight) == request.param
     ends = end_tokens(llama, tokenizer)
-    return vllm_engine.start(config, Policy(llama), Accelerator(cpu=True), tokenizer, ends, 20)
+    return vllm_start.start(config, Policy(llama), Accelerator(cpu=True), tokenizer, ends, 20)
 
 
 @pytest.fixture
@@ -200,14 +201,16 @@ def settings(model: Path, folder: Path, *more: str) -> list[str]:
     return small_run(model, folder, *short, *evaluated, *more)
 
 
-def check_run(folder: Path, steps: int = 2) -> None:
+def check_run(folder: Path, steps: int = 2, *, sharded: bool = False) -> None:
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "reward" in row]
     assert [row["step"] for row in rows] == [*range(1, steps + 1)]
     for row in rows:
         assert 0 < row["sampling/sampling_logp_difference/mean"] < 1e-5
         assert row["sampling/sampling_logp_difference/max"] < 1e-4
     assert rows[-1]["kl"] != 0.0
-    assert (folder / f"checkpoint-{steps}" / "model.safetensors").is_file()
+    checkpoint = folder / f"checkpoint-{steps}"
+    assert (checkpoint / "model.safetensors").is_file() is not sharded
+    assert shards.are_in(checkpoint) is sharded
 
 
 @pytest.mark.parametrize(
@@ -220,7 +223,7 @@ def test_run_of_two_processes_with_vllm_beside_them(
 ) -> None:
     arguments = settings(model, tmp_path / "run", "vllm_mode=colocate", *more)
     on_two_ranks("agro_train", *arguments, timeout_s=600)
-    check_run(tmp_path / "run")
+    check_run(tmp_path / "run", sharded=True)
 
 
 def test_run_with_vllm_beside_it(model: Path, tmp_path: Path) -> None:
@@ -236,14 +239,14 @@ def test_adapters_updates_reach_vllm(model: Path, tmp_path: Path) -> None:
 
 
 def test_sharded_run_of_two_processes_and_a_server_that_is_killed(
-    model: Path, serve: Serve, tmp_path: Path
+    model: Path, serve: Callable[[], Started], tmp_path: Path
 ) -> None:
-    address, group = serve()
+    address, group, _ = serve()
     server = ["vllm_mode=server", f"vllm_server_base_url={address}", "vllm_server_timeout=120"]
     sharded = ["fsdp=true", "vllm_weight_transfer=gloo"]
     arguments = settings(model, tmp_path / "two", *server, *sharded)
     on_two_ranks("agro_train", *arguments, timeout_s=600)
-    check_run(tmp_path / "two")
+    check_run(tmp_path / "two", sharded=True)
 
     # The reward function kills the server while the third step is scored; the step is completed,
     # and the server is missed by the next one to ask.
@@ -266,7 +269,7 @@ def test_sharded_run_of_two_processes_and_a_server_that_is_killed(
     assert sentence.startswith(f"agro: vllm: expected an answer from {address}, got ")
     check_run(tmp_path / "killed", steps=3)  # nothing of the three steps is lost
 
-    again, _ = serve()
+    again = serve().address
     resumed = main(["train", "--resume", str(tmp_path / "killed"), f"vllm_server_base_url={again}"])
     assert resumed == 0
     check_run(tmp_path / "killed", steps=5)
