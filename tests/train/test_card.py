@@ -161,11 +161,7 @@ def test_weights_go_to_the_device_once_and_into_a_checkpoint_once(found: Any) ->
     started, saved = counted(found["card"]["set-up"]), counted(found["card"]["save"])
     # Of policy and reference.
     assert started == {
-<<<<<<< HEAD
-        ("set-up", "blocking upload", "agro_train/models.py <listcomp>"): 2 * (WEIGHTS + BUFFERS)
-=======
-        ("set-up", "blocking upload", "agro_train/setup.py place_on_devices"): 2 * MOVED
->>>>>>> w-device
+        ("set-up", "blocking upload", "agro_train/models.py place_on_devices"): 2 * MOVED
     }, lines(found["card"]["set-up"])
     assert saved == {
         # Each weight, its two moments and their step.
