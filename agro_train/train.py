@@ -3,6 +3,7 @@
 import signal
 import time
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -119,7 +120,7 @@ def _take_steps(run: Run) -> None:
 
 def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
     """One policy update, the run's number `step` from 0: its row of metrics and the completions it
-    learned from, over all ranks. Writes nothing."""
+    learned from, over all ranks, group after group. Writes nothing."""
     config = run.config
     began = time.perf_counter()
     with run.droppable():
@@ -158,7 +159,10 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
     metrics["tokens_per_s"] = metrics["tokens"] / metrics["time_s"]
     metrics["memory_gb"] = max(gather_object([peak_memory_gb(run.accelerator.device)]))
     metrics["learning_rate"] = run.scheduler.get_last_lr()[0]
-    return metrics, rollouts
+    # By group and not by rank: which groups later steps replay is told by their places here, and
+    # must not depend on how many ranks there were.
+    in_order = sorted(zip(gather_object(groups), rollouts, strict=True), key=itemgetter(0))
+    return metrics, [rollout for _, rollout in in_order]
 
 
 def collect(run: Run, step: int) -> tuple[list[Rollout], list[int], list[bool]]:

@@ -295,7 +295,7 @@ def test_readme_makes_the_gradient_of_agro() -> None:
 
 def test_readme_has_a_reward() -> None:
     short = python_block(README, "def short")["short"]
-    assert short(["a" * 10, "a" * 500], answer=[1, 2]) == [1.0, 0.0]
+    assert short(["It is 42.", "a" * 500 + "42", "41"], answer=[42] * 3) == [1.0, 0.0, 0.0]
 
 
 def test_callbacks_page_has_every_method() -> None:

@@ -178,6 +178,9 @@ def test_sharded_run_goes_on_with_other_ranks_and_is_exported(
         assert main_of_agro(["export", str(folder), str(out)]) == 0
         found = load_file(out / "model.safetensors")
         assert found.keys() == expected.keys()
+        assert [asked(folder, step) for step in range(1, STEPS + 1)] == [
+            asked(whole, step) for step in range(1, STEPS + 1)
+        ]
         assert distance(found, expected) < 1e-3 * moved and moved > 0.1
         if ranks == 3:
             assert len(list(folder.glob("checkpoint-5/weights/shard-0000?-*"))) == 3
@@ -217,6 +220,13 @@ def refused(server: Server, folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"got only damaged ones: checkpoint-5, where weights/{last.name} is missing" in (
         " ".join(said(folder).split())
     )
+
+
+def asked(folder: Path, step: int) -> list[tuple[str, str]]:
+    """The prompts of a step in the order of its record, and where each completion came from."""
+    record = RunFolder(folder).rollouts(step)
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    return [(row["prompt"], row["source"]) for row in rows]
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:

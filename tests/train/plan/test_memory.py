@@ -49,6 +49,18 @@ def test_replicas_hold_their_gradients_twice_and_shards_a_share() -> None:
     assert parts(planned(low, gpus=4), "sampling")["gathered weights"] == 2 * COUNT
 
 
+def test_what_is_read_in_shards_is_never_whole_in_the_hosts_memory() -> None:
+    whole, sharded = planned(CONFIG, gpus=4), planned(replace(CONFIG, fsdp=True), gpus=4)
+    assert whole.host_start == 4 * 2 * 4 * COUNT  # policy and reference in each of four processes
+    assert whole.host_checkpoint == whole.checkpoint == 12 * COUNT
+    assert sharded.host_start == 4 * sharded.weights.largest < 4 * COUNT
+    assert sharded.host_checkpoint == sharded.checkpoint == 12 * COUNT  # all processes are on it
+    two_nodes = planned(replace(CONFIG, fsdp=True), gpus=4, gpus_per_node=2)
+    assert two_nodes.host_checkpoint == 12 * COUNT / 2
+    adapter = planned(replace(CONFIG, fsdp=True, use_peft=True), gpus=4)
+    assert adapter.host_start == 4 * adapter.weights.whole
+
+
 def test_an_adapter_needs_no_reference_and_moments_of_itself_alone() -> None:
     config = replace(CONFIG, use_peft=True, dtype="bfloat16")
     found = planned(config)
