@@ -135,7 +135,8 @@ def _check_positions(model: PreTrainedModel) -> None:
     is given, as the decoders of Bart do: a packed sequence is then another than the same alone."""
     if model.config._attn_implementation not in ("eager", "sdpa"):  # others may need a GPU
         return
-    ids = (torch.arange(8, device=model.device)[None] + 10) % model.config.vocab_size
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(8, device=model.device)[None] + 10) % vocabulary
     near = torch.arange(8, device=model.device)[None]
     training, states = model.training, []
     model.eval()
