@@ -73,6 +73,7 @@ def update(
         metrics=measure(everyone, stats, config, grad_norm, skipped),
         weights=tuple(weights.abs().tolist()),
         logprobs=tuple(everyone.logprobs.tolist()),
+        groups=tuple(everyone.groups.tolist()),
     )
 
 

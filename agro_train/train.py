@@ -161,7 +161,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], list[Rollout]]:
     metrics["learning_rate"] = run.scheduler.get_last_lr()[0]
     # By group and not by rank: which groups later steps replay is told by their places here, and
     # must not depend on how many ranks there were.
-    in_order = sorted(zip(gather_object(groups), rollouts, strict=True), key=itemgetter(0))
+    in_order = sorted(zip(stats.groups, rollouts, strict=True), key=itemgetter(0))
     return metrics, [rollout for _, rollout in in_order]
 
 

@@ -206,6 +206,7 @@ class StepStats:
     weights: tuple[float, ...]  # |coefficient| of every rank's completions, one after another
     # Nats, of the same completions under the policy before the update, at its temperature.
     logprobs: tuple[float, ...]
+    groups: tuple[int, ...]  # the number of each one's group within the step
 
 
 @dataclass(frozen=True)
