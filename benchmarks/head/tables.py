@@ -124,16 +124,18 @@ def keeping_table(rows: Sequence[Row], entropy: str) -> list[str]:
     A case may have been measured in several runs, where memory does not hold all its programs at
     once: each is over the products of its own run."""
 
+    found = kept_cases(rows, entropy)
+    shown = [name for name in KEEPING if any(name in case for case in found.values())]
+
     def cells(case: Mapping[str, Row], peer: Row | None) -> Iterator[str]:
         bound = median_s(case[FLOOR_KEPT])
         yield f"{bound:.3g} s"
-        for name in ("ours", *KEEPING):
+        for name in ("ours", *shown):
             yield _over_bound(case[name], _kept_bound(rows, case[name])) if name in case else ""
         yield "" if peer is None else f"`{peer.label()}`, {_over_bound(peer, bound)}"
 
     headings = ["case", "the products without recomputing", "ours"]
-    headings += [name.removeprefix("ours_").replace("_", " ") for name in KEEPING]
-    found = kept_cases(rows, entropy)
+    headings += [name.removeprefix("ours_").replace("_", " ") for name in shown]
     lines = ([name, *cells(case, storing(rows, case))] for name, case in found.items())
     return _markdown([*headings, "the fastest peer that stores the logits"], lines)
 

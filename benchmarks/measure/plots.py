@@ -10,6 +10,7 @@ LOOKS = {
     "ours": (style.OURS, "-"),
     "ours_keeping_quarter": (style.OURS, "--"),
     "ours_keeping_half": (style.OURS, "-."),
+    "ours_keeping_most": (style.OURS, (0, (3, 1, 1, 1, 1, 1))),
     "ours_keeping_all": (style.OURS, ":"),
     "floor": (style.GREY, "--"),
     "floor_kept": (style.GREY, ":"),

@@ -59,7 +59,8 @@ def cpu_peers(query: Query) -> list[str]:
 
 
 def cpu_keeping(query: Query) -> list[str]:
-    return tables.keeping_table(cpu_rows("bench_cpu_keeping", query), _entropy(query))
+    (name,) = query.get("csv", ["bench_cpu_keeping"])
+    return tables.keeping_table(cpu_rows(name, query), _entropy(query))
 
 
 def gpu_table(_: Query) -> list[str]:
@@ -146,33 +147,40 @@ def cpu_floors_apart(query: Query) -> list[float]:
 # --- Ours with kept logits ------------------------------------------------------------------------
 
 
-def keeping(measure: Callable[[dict[str, Row], Row], float]) -> Numbers:
-    """Of each case that the query leaves: ours with all logits kept, and the fastest peer that
-    stores them."""
+def keeping(
+    measure: Callable[[Row, dict[str, Row], Row], float],
+    name: str = "ours_keeping_all",
+    csv: str = "bench_cpu_keeping",
+) -> Numbers:
+    """Of each case that the query leaves: ours with kept logits, what took turns with it, and the
+    fastest peer that stores them."""
 
     def numbers(query: Query) -> list[float]:
-        rows = cpu_rows("bench_cpu_keeping", query)
+        rows = cpu_rows(csv, query)
         found = []
         for case in tables.kept_cases(rows, "no").values():
             peer, row = tables.storing(rows, case), case["ours"]
-            left = all(_is(query, name, getattr(row, name)) for name in ("form", "dtype", "shape"))
-            if peer is not None and left and "ours_keeping_all" in case:
-                found.append(measure(case, peer))
+            left = all(_is(query, part, getattr(row, part)) for part in ("form", "dtype", "shape"))
+            if peer is not None and left and name in case:
+                found.append(measure(case[name], case, peer))
         return found
 
     return numbers
 
 
-def _kept_time(case: dict[str, Row], peer: Row) -> float:
-    return median_s(case["ours_keeping_all"]) / median_s(peer)
+MOST = ("ours_keeping_most", "bench_cpu_keeping_most")  # provider, CSV
 
 
-def _kept_memory(case: dict[str, Row], peer: Row) -> float:
-    return _mb(case["ours_keeping_all"]) / _mb(peer)
+def _kept_time(ours: Row, _: dict[str, Row], peer: Row) -> float:
+    return median_s(ours) / median_s(peer)
 
 
-def _kept_floor(case: dict[str, Row], _: Row) -> float:
-    return median_s(case["ours_keeping_all"]) / median_s(case[FLOOR_KEPT])
+def _kept_memory(ours: Row, _: dict[str, Row], peer: Row) -> float:
+    return _mb(ours) / _mb(peer)
+
+
+def _kept_floor(ours: Row, case: dict[str, Row], _: Row) -> float:
+    return median_s(ours) / median_s(case[FLOOR_KEPT])
 
 
 # --- The GPU --------------------------------------------------------------------------------------
@@ -306,9 +314,11 @@ NUMBERS: dict[str, Numbers] = {
     **said("cpu.error", cpu_error),
     **said("cpu.error.percent", cpu_error, 100),
     **said("cpu.keeping.time", keeping(_kept_time)),
-    **said("cpu.keeping.saved.percent", keeping(lambda *pair: 1 - _kept_time(*pair)), 100),
+    **said("cpu.keeping.saved.percent", keeping(lambda *rows: 1 - _kept_time(*rows)), 100),
     **said("cpu.keeping.memory", keeping(_kept_memory)),
     **said("cpu.keeping.floor", keeping(_kept_floor)),
+    **said("cpu.keeping.most.time", keeping(_kept_time, *MOST)),
+    **said("cpu.keeping.most.memory", keeping(_kept_memory, *MOST)),
     **said("gpu.time", gpu(tables.over)),
     **said("gpu.ms", gpu(lambda row, _: row.median_ms)),
     **said("gpu.ms.three_quarters", gpu(lambda row, _: row.median_ms), 0.75),

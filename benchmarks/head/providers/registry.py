@@ -7,6 +7,7 @@ from benchmarks.head.providers.ours import (
     Ours,
     OursKeepingAll,
     OursKeepingHalf,
+    OursKeepingMost,
     OursKeepingQuarter,
 )
 from benchmarks.head.providers.plain_torch import (
@@ -25,6 +26,7 @@ PROVIDERS: dict[str, type[Provider]] = {
         Ours,
         OursKeepingQuarter,
         OursKeepingHalf,
+        OursKeepingMost,
         OursKeepingAll,
         PlainTorch,
         CompiledTorch,

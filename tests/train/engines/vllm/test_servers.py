@@ -106,7 +106,7 @@ def test_run_outlives_one_of_two_servers_and_goes_on_after_both(
     deaths.at(at, before + 3 if at == "_tokens" else 3, second)
     deaths.at("take", 5, first)
     server = ["use_vllm=true", "vllm_mode=server", f"max_staleness={staleness}"]
-    server += [f"vllm_weight_transfer={transfer}", "vllm_server_timeout=120"]
+    server += [f"vllm_weight_transfer={transfer}", "vllm_server_timeout=300"]
     both = f"vllm_server_base_url=[{first.address},{second.address}]"
     assert main(arguments(model, tmp_path / "run", *server, both)) == 2
     (sentence,) = [s for s in capsys.readouterr().err.splitlines() if s.startswith("agro: ")]
