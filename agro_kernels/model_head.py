@@ -191,9 +191,10 @@ def _unasked(model: Any) -> ModelHead:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, devices: list[torch.device]) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; training modes and random states put back."""
     training = [module for module in model.modules() if module.training]
+    devices = sorted({p.device for p in model.parameters()} - {torch.device("cpu")}, key=str)
     states = [torch.get_rng_state()]
     backends = [getattr(torch, device.type) for device in devices]
     states_there = [b.get_rng_state(d) for b, d in zip(backends, devices, strict=True)]
@@ -209,7 +210,7 @@ def _undisturbed(model: nn.Module, devices: list[torch.device]) -> Iterator[None
 
 
 @contextmanager
-def _attending_anywhere(model: nn.Module) -> Iterator[None]:
+def attending_anywhere(model: nn.Module) -> Iterator[None]:
     """Inside, "eager" is the attention of what does not run on every device and in every dtype.
 
     flash-attn refuses a model that is still on the CPU, or in fp32 outside autocast. For the head
@@ -247,11 +248,10 @@ def _with_sub_configs(config: Any) -> Iterator[Any]:
 
 @torch.no_grad()
 def _asked(model: Any) -> ModelHead:
-    devices = {p.device for p in model.parameters()} - {torch.device("cpu")}
     embeddings = model.get_input_embeddings().weight
     ids = (torch.arange(_TOKENS, device=embeddings.device)[None] + 10) % embeddings.shape[0]
     head = model.get_output_embeddings()
-    with _undisturbed(model, sorted(devices, key=str)), _attending_anywhere(model):
+    with undisturbed(model), attending_anywhere(model):
         try:
             own = _own_logits(model, ids)
             hidden = _hidden(model, ids)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, get_scheduler
 from agro_train.config import TrainConfig
 from agro_train.policy import checkpoint
 from agro_train.policy.adapter import AdapterOff, add_adapter
+from agro_train.policy.attention import has_windows
 from agro_train.policy.load import (
     barred,
     end_tokens,
@@ -68,6 +69,8 @@ def load_models(
     warm_start = None if warm_loss is None else WarmStart(copy.deepcopy(base), warm_loss)
     reads_cache = config.recorded and accelerator.is_main_process
     reference_id = identity(base, base_unread) if reads_cache else ""
+    if has_windows(base.config):  # caches of before windows were minded must not be read
+        reference_id += "; within windows"
     first_without = barred(config, ends)
     if first_without:  # the reference is then another distribution
         reference_id += f"; first {config.min_new_tokens} tokens without {sorted(first_without)}"

@@ -84,7 +84,8 @@ class _Packing:
     """A micro-batch being filled.
 
     A segment is a prompt, or a completion's tokens; `parents` names the prompt's segment, which a
-    completion's token may attend to as well.
+    completion's token may attend to as well. Segments rise, and a parent is one of them: flex
+    attention's block mask counts on both.
     """
 
     min_new_tokens: int

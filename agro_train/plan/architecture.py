@@ -58,6 +58,15 @@ def find_architecture(model: str) -> Any:
         ) from error
 
 
+def is_stored_by_weight(model: str) -> bool:
+    """Whether the setting `model` is one whose weights lie in safetensors files, so that a process
+    of a sharded run can read its own rows of them. A hub's model is taken to have such files."""
+    if model in ("tiny", "smollm2") or model.endswith(".gguf"):
+        return False
+    folder = Path(model)
+    return any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
+
+
 def shortened(architecture: Any, layers: int) -> Any:
     """The same model with its first layers only."""
     short = copy.deepcopy(architecture)

@@ -16,7 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from agro_kernels import ModelHead
 from agro_train.config import TrainConfig
-from agro_train.plan.architecture import attention_of, build, find_architecture
+from agro_train.plan.architecture import (
+    attention_of,
+    build,
+    find_architecture,
+    is_stored_by_weight,
+)
 from agro_train.plan.machine import Machine
 from agro_train.plan.trace import trace
 from agro_train.policy.policy import layers_of
@@ -75,7 +80,8 @@ class Plan:
     cache_rows: int  # sequences that transformers generates at once, of a GPU; 0: vLLM samples
     cache_row: float  # bytes of the key-value cache of one longest sequence
     host_start: float  # host memory of one node while the models are loaded
-    host_checkpoint: float  # the same while a checkpoint is written; whole ones on the main node
+    host_checkpoint: float  # the same while a checkpoint is written
+    in_shards: bool  # how: each process its shards, or the main one all, on the main node alone
     checkpoint: float  # on disk
     disk: float  # all that the run keeps at once
     sent: float  # copies of the weights that wait for an engine, of one node
@@ -204,8 +210,9 @@ def plan(config: TrainConfig, machine: Machine, architecture: Any = None) -> Pla
     )
     checkpoint = (weights.trained if config.use_peft else weights.whole) + 2 * weights.trained
     copies = 1 if config.use_peft else 2
-    # Each process reads its own rows of one weight after the other, and saves its own shards.
     in_shards = config.fsdp and not config.use_peft and ModelHead.is_told_by(architecture)
+    # Each process then reads its own rows of one weight after the other.
+    by_rows = in_shards and is_stored_by_weight(config.model)
     sent = 0.0
     if config.max_staleness:
         by = machine.beside if not config.use_vllm else 1
@@ -218,8 +225,9 @@ def plan(config: TrainConfig, machine: Machine, architecture: Any = None) -> Pla
         micro_batch=micro,
         cache_rows=rows,
         cache_row=row,
-        host_start=machine.beside * (weights.largest if in_shards else copies * weights.whole),
+        host_start=machine.beside * (weights.largest if by_rows else copies * weights.whole),
         host_checkpoint=checkpoint * (machine.beside / world if in_shards else 1),
+        in_shards=in_shards,
         checkpoint=checkpoint,
         disk=checkpoint * (config.save_total_limit + 1),
         sent=sent,

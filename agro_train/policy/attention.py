@@ -231,6 +231,11 @@ def _with_block_masks(micro: MicroBatch, text: Any) -> dict[str, Any]:
     }
 
 
+def has_windows(config: Any) -> bool:
+    """Whether some layers of a model with this configuration see the last tokens only."""
+    return SLIDING in _kinds(config.get_text_config())
+
+
 def _kinds(text: Any) -> list[str]:
     """What kinds of layers a model has, by transformers' names."""
     named = getattr(text, "layer_types", None)

@@ -12,10 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from agro_kernels import ModelHead, linear_logprobs_with_stats, weighted_logprob_sum
+from agro_kernels.model_head import attending_anywhere, undisturbed
+from agro_train.data.batch import pack
 from agro_train.policy.attention import packed_inputs
 from agro_train.refusal import Refusal
 from agro_train.transfer import upload
-from agro_train.types import MicroBatch
+from agro_train.types import MicroBatch, Rollout
 
 T = TypeVar("T")
 
@@ -57,7 +59,7 @@ class Policy(nn.Module):
         # Families that are known without asking go by position_ids; weights may be elsewhere.
         asked = form is None and not ModelHead.is_told_by(model.config)
         if asked and not any(p.is_meta for p in model.parameters()):
-            _check_positions(model)
+            _check_packing(self)
 
     def forward(
         self,
@@ -130,29 +132,54 @@ class Policy(nn.Module):
 
 
 @torch.no_grad()
-def _check_positions(model: PreTrainedModel) -> None:
-    """Raises Refusal for a model that numbers tokens by where they stand, whatever position_ids it
-    is given, as the decoders of Bart do: a packed sequence is then another than the same alone."""
-    if model.config._attn_implementation not in ("eager", "sdpa"):  # others may need a GPU
-        return
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(8, device=model.device)[None] + 10) % vocabulary
-    near = torch.arange(8, device=model.device)[None]
-    training, states = model.training, []
-    model.eval()
-    for positions, tokens in ((near, ids), (2 * near, ids), (near, ids[:, [0]].expand(1, 8))):
-        output = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-        states.append(output.last_hidden_state)
-    model.train(training)
-    # One token, time after time: without positions of its own a model sees no difference.
-    first, last = states[2][0, 0].float(), states[2][0, -1].float()
-    numbers_them = bool((first - last).abs().mean() > 0.01 * first.abs().mean())
-    if torch.equal(states[0], states[1]) and numbers_them:
+def _check_packing(policy: Policy) -> None:
+    """Raises Refusal for a model to which a sequence packed behind another is not what it is alone.
+
+    The decoders of Bart number tokens by where they stand, whatever position_ids they are given; a
+    recurrent model carries its state from one sequence into the next.
+    """
+    model = policy.model
+    embeddings = model.get_input_embeddings().weight
+    ids = [(token + 10) % len(embeddings) for token in range(12)]
+    prompt, first, second = tuple(ids[:4]), tuple(ids[4:8]), tuple(ids[8:])
+    behind, alone = (
+        pack([_unscored(prompt, each) for each in completions], token_budget=99, share_prompts=True)
+        for completions in ((first, second), (second,))
+    )
+    with undisturbed(model), attending_anywhere(model):
+        try:
+            states = [
+                policy.hidden_states(micro.to(embeddings.device)).float()
+                for (micro,) in (behind, alone)
+            ]
+        except Exception as error:
+            raise Refusal(
+                "model: expected one that takes sequences packed end to end, with position_ids and "
+                f"a mask, got {type(model).__name__}, which raises {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}; take a model of another family"
+            ) from error
+    # The prompt is the same in both up to rounding; the last tokens are the second completion's.
+    read = len(second) - 1
+    noise = _apart(states[0][: len(prompt)], states[1][: len(prompt)])
+    differ = _apart(states[0][-read:], states[1][-read:])
+    if not differ <= max(4 * noise, 8 * torch.finfo(model.dtype).eps, 1e-4):
         raise Refusal(
-            f"model: expected one that goes by position_ids, so that sequences can be packed, got "
-            f"{type(model).__name__}, which numbers tokens by where they stand; take a model of "
-            "another family"
+            "model: expected one that goes by position_ids and the mask, so that sequences can be "
+            f"packed, got {type(model).__name__}, to which a sequence behind another is not what "
+            f"it is alone (its hidden states differ by {100 * differ:.2g} %): it numbers tokens by "
+            "where they stand, or carries a state from one to the next; take a model of another "
+            "family"
         )
+
+
+def _apart(states: Tensor, others: Tensor) -> float:
+    """How far (tokens, D) hidden states are from others, over their size. The median of the tokens,
+    since rounding may send one of them to another expert."""
+    return float(((states - others).norm(dim=-1) / others.norm(dim=-1)).median())
+
+
+def _unscored(prompt_ids: tuple[int, ...], completion_ids: tuple[int, ...]) -> Rollout:
+    return Rollout("", "", prompt_ids, "", completion_ids, "stop", None)
 
 
 def _interleaved(first: Tensor, rest: Tensor, of_first: Any, of_rest: Any) -> Any:

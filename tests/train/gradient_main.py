@@ -18,10 +18,14 @@ from agro_train.data.batch import build_batch
 from agro_train.models import place_on_devices
 from agro_train.policy.adapter import whole_tensor
 from agro_train.step import update
-from tests.train.gradients import CONFIG, lora_policy, numbers
-from tests.train.models import ragged_rollouts, tiny_policy
+from tests.train.gradients import CONFIG, lora_policy, numbers, rollouts_of
+from tests.train.models import tiny_policy
 
-KINDS = ("replicated", "sharded", "replicated-adapter", "sharded-adapter")
+KINDS = tuple(
+    where + what
+    for what in ("", "-adapter", "-early", "-kept")
+    for where in ("replicated", "sharded")
+)
 
 
 def save_gradient(folder: Path, kind: str, world: int) -> None:
@@ -34,9 +38,9 @@ def save_gradient(folder: Path, kind: str, world: int) -> None:
         trained = base = lora_policy().model
     else:
         trained, base = tiny_policy(seed=0).model, tiny_policy(seed=1).model
-    policy, reference = place_on_devices(trained, base, config, accelerator)
+    rollouts, barred, early = rollouts_of(kind)
+    policy, reference = place_on_devices(trained, base, config, accelerator, barred)
     before = {name: whole_tensor(p).clone() for name, p in policy.named_parameters()}
-    rollouts = ragged_rollouts()
     mine = [
         (r, n)
         for r, n in zip(rollouts, numbers(rollouts), strict=True)
@@ -49,6 +53,7 @@ def save_gradient(folder: Path, kind: str, world: int) -> None:
         [True] * len(mine),
         token_budget=12,
         share_prompts=True,
+        min_new_tokens=early,
     )
     trainable = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=1.0)

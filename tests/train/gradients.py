@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from agro_train.config import TrainConfig
+from agro_train.data import kept_ids
 from agro_train.data.batch import build_batch
 from agro_train.policy.adapter import add_adapter
 from agro_train.policy.policy import Policy
@@ -41,12 +42,29 @@ def numbers(rollouts: list[Rollout]) -> list[int]:
     return [names.index(r.group) for r in rollouts]
 
 
+BARRED = {0}  # a token that none of `ragged_rollouts` has
+
+
+def rollouts_of(kind: str) -> tuple[list[Rollout], set[int], int]:
+    """`ragged_rollouts` for a test over ranks, what a completion's first tokens cannot be, and how
+    many those are. Of a kind "...-early" some cannot, of "...-kept" each was drawn from few ids."""
+    rollouts = ragged_rollouts()
+    if kind.endswith("kept"):
+        rollouts = [replace(r, kept_ids=_some_ids(r.completion_ids)) for r in rollouts]
+    return (rollouts, BARRED, 2) if kind.endswith("early") else (rollouts, set(), 0)
+
+
+def _some_ids(tokens: tuple[int, ...]) -> str:
+    return kept_ids.encode([[token, *range(1 + i, 6)] for i, token in enumerate(tokens)])
+
+
 def batch_of(
     rollouts: list[Rollout],
     *,
     token_budget: int = 30,
     share_prompts: bool = True,
     on_policy: bool = True,
+    min_new_tokens: int = 0,
 ) -> TrainBatch:
     return build_batch(
         rollouts,
@@ -54,6 +72,7 @@ def batch_of(
         [on_policy] * len(rollouts),
         token_budget=token_budget,
         share_prompts=share_prompts,
+        min_new_tokens=min_new_tokens,
     )
 
 

@@ -55,6 +55,16 @@ def test_every_completion_is_packed_once_within_the_budget(budget: int, share: b
         assert len(m.input_ids) <= budget or len(m.rows) == 1
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("budget", [1, 12, 1000])
+def test_segments_are_as_a_block_mask_takes_them(budget: int, share: bool) -> None:
+    for micro in pack(ragged_rollouts(), token_budget=budget, share_prompts=share):
+        assert (micro.segments.diff() >= 0).all()
+        assert set(micro.parents.tolist()) <= set(micro.segments.tolist())
+        same = micro.segments[1:] == micro.segments[:-1]
+        assert (micro.position_ids.diff()[same] == 1).all()
+
+
 def test_batch_holds_groups_rewards_and_origin() -> None:
     rollouts = [
         rollout("x", [3], [4], 1.0),

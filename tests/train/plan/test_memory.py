@@ -1,6 +1,7 @@
 """Stages of a plan: what is sharded, what is whole, what an adapter or an engine changes."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,15 +51,35 @@ def test_replicas_hold_their_gradients_twice_and_shards_a_share() -> None:
 
 
 def test_what_is_read_in_shards_is_never_whole_in_the_hosts_memory() -> None:
-    whole, sharded = planned(CONFIG, gpus=4), planned(replace(CONFIG, fsdp=True), gpus=4)
+    stored = replace(CONFIG, model="some/model")
+    whole, sharded = planned(stored, gpus=4), planned(replace(stored, fsdp=True), gpus=4)
     assert whole.host_start == 4 * 2 * 4 * COUNT  # policy and reference in each of four processes
     assert whole.host_checkpoint == whole.checkpoint == 12 * COUNT
     assert sharded.host_start == 4 * sharded.weights.largest < 4 * COUNT
     assert sharded.host_checkpoint == sharded.checkpoint == 12 * COUNT  # all processes are on it
-    two_nodes = planned(replace(CONFIG, fsdp=True), gpus=4, gpus_per_node=2)
+    assert (whole.in_shards, sharded.in_shards) == (False, True)
+    two_nodes = planned(replace(stored, fsdp=True), gpus=4, gpus_per_node=2)
     assert two_nodes.host_checkpoint == 12 * COUNT / 2
-    adapter = planned(replace(CONFIG, fsdp=True, use_peft=True), gpus=4)
-    assert adapter.host_start == 4 * adapter.weights.whole
+    adapter = planned(replace(stored, fsdp=True, use_peft=True), gpus=4)
+    assert adapter.host_start == 4 * adapter.weights.whole and not adapter.in_shards
+
+
+def test_what_is_in_no_safetensors_files_is_loaded_whole_by_each_process(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    sharded = replace(CONFIG, fsdp=True)
+    for model, whole in (
+        ("tiny", True),
+        ("smollm2", True),
+        ("weights/model.gguf", True),
+        (str(tmp_path), False),  # which a plan needs no weights of
+    ):
+        found = planned(replace(sharded, model=model), gpus=4)
+        assert found.host_start == 4 * (8 * COUNT if whole else found.weights.largest), model
+        assert found.in_shards and found.host_checkpoint == 12 * COUNT  # written in shards anyway
+    (tmp_path / "pytorch_model.bin").touch()
+    assert planned(replace(sharded, model=str(tmp_path)), gpus=4).host_start == 4 * 8 * COUNT
+    (tmp_path / "model.safetensors").touch()
+    assert planned(replace(sharded, model=str(tmp_path)), gpus=4).host_start < 4 * 8 * COUNT
 
 
 def test_an_adapter_needs_no_reference_and_moments_of_itself_alone() -> None:

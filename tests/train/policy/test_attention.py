@@ -225,7 +225,7 @@ def test_layers_see_of_a_packed_sequence_what_they_see_of_it_alone(
     model.float().set_attn_implementation(name)
     ours = packed_hidden(model, one_micro_batch(rollouts))
     assert_close_to_truth(ours, truth, plain, family)
-    if "sliding_attention" in attention._kinds(model.config):
+    if attention.has_windows(model.config):
         model.config.sliding_window = None
         blind = packed_hidden(model, one_micro_batch(rollouts))
         with pytest.raises(AssertionError, match="largest error"):

@@ -1,6 +1,7 @@
 """The policy's head is the model's own, and a model it would misread is refused."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,24 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
+    JambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedModel,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from agro_kernels import ModelHead
 from agro_train.cli import main
 from agro_train.config import TrainConfig
 from agro_train.data import kept_ids
 from agro_train.data.batch import pack
 from agro_train.data.rows import read_jsonl
 from agro_train.policy import load
+from agro_train.policy.attention import FLEX
 from agro_train.policy.load import fingerprint, identity, set_matmul_precision
 from agro_train.policy.policy import Policy, layers_of
 from agro_train.refusal import Refusal
@@ -248,13 +256,55 @@ def test_logits_that_are_no_heads_are_refused() -> None:
         Policy(model)
 
 
-def test_a_model_that_ignores_position_ids_is_refused() -> None:
+def bart() -> PreTrainedModel:
     layers = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
     config = BartConfig(vocab_size=15, d_model=32, **layers, is_decoder=True, **BART_IDS)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def opt() -> PreTrainedModel:
+    sizes = {"ffn_dim": 48, "word_embed_proj_dim": 32, "vocab_size": 15}
+    return OPTForCausalLM(OPTConfig(**sizes, **SIZES, attention_dropout=0.5)).train()
+
+
+def mamba() -> PreTrainedModel:
+    sizes = {"vocab_size": 15, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    return MambaForCausalLM(MambaConfig(**sizes)).eval()
+
+
+def jamba() -> PreTrainedModel:
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 4}
+    config = JambaConfig(**SMALL, **layers, num_experts=2, use_mamba_kernels=False)
+    return JambaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", FLEX])
+def test_a_model_that_goes_by_position_ids_is_served_and_left_as_it_was(attention: str) -> None:
+    model = opt()
+    model.config._attn_implementation = attention
+    before = torch.get_rng_state()
+    assert Policy(model).form == ModelHead()
+    assert model.config._attn_implementation == attention
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", FLEX])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_ignores_position_ids_is_refused(attention: str, dtype: torch.dtype) -> None:
+    model = bart().to(dtype)
+    model.config._attn_implementation = attention
     with pytest.raises(Refusal, match="^model: expected one that goes by position_ids.*BartFor"):
         Policy(model)
-    Policy(OPTForCausalLM(OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **SIZES, vocab_size=15)))
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("make", [mamba, jamba])
+def test_a_model_that_carries_a_state_is_refused(make: Callable[[], PreTrainedModel]) -> None:
+    """Its state goes from one packed sequence into the next."""
+    torch.manual_seed(0)
+    with pytest.raises(Refusal, match="^model: expected one that (goes by position_ids|takes seq)"):
+        Policy(make())
 
 
 BART_IDS = {
