@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from benchmarks.measure.rows import RESULTS, read_csv
 from benchmarks.pages.markers import Numbers, Query, Table
@@ -184,6 +185,32 @@ def attention_grows(query: Query) -> list[float]:
     return [last / before]
 
 
+SAVED = {"beside": "beside the next steps", "before": "before the next step"}
+
+
+def saving(_: Query) -> list[str]:
+    """Seconds of a checkpoint, the median of the rounds, the least and the most."""
+
+    def cells(way: str) -> list[str]:
+        rows = [row for row in _rows("bench_saving") if row["way"] == way]
+        columns = ("step_s", "held_s", "complete_s", "lost_s")
+        return [SAVED[way], *(_spread([float(row[name]) for row in rows]) for name in columns)]
+
+    headings = ["written", "a step without, s", "held up, s", "complete after, s", "lost, s"]
+    return markdown(headings, map(cells, SAVED), " rrrr")
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def saving_column(query: Query) -> list[float]:
+    """The median of a `column`, of one `way` or of all checkpoints."""
+    (name,) = query["column"]
+    ways = query.get("way", list(SAVED))
+    return [median(float(row[name]) for row in _rows("bench_saving") if row["way"] in ways)]
+
+
 # --- Beside TRL -----------------------------------------------------------------------------------
 
 CURVES = {
@@ -250,6 +277,7 @@ TABLES: dict[str, Table] = {
     "curves": curves,
     "long_run": long_run,
     "plan": plan,
+    "saving": saving,
     "step": step,
 }
 
@@ -260,6 +288,7 @@ NUMBERS: dict[str, Numbers] = {
     "long_run.folder": folder_growth,
     "plan.apart": plan_apart,
     "plan.left": plan_left,
+    "saving": saving_column,
     "sharded_start": sharded_start,
     "step.held": step_held,
 }
