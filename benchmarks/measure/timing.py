@@ -21,6 +21,10 @@ FLUSH_BYTES = 256 * 1024 * 1024
 # The CPU features that decide which kernels run, of the many flags that a CPU has.
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16",
                 "asimd", "bf16", "sve")  # fmt: skip
+# The environment of a process whose freed blocks above 64 kB return to the system at once, so that
+# what is in RAM is what is alive. glibc reads it when the process starts.
+RETURNS_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+                        "MALLOC_ARENA_MAX": "1"}  # fmt: skip
 
 
 @dataclass(frozen=True)

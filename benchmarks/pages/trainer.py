@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from benchmarks.measure.rows import RESULTS, read_csv
 from benchmarks.pages.markers import Numbers, Query, Table
@@ -153,6 +154,63 @@ def sharded_start(query: Query) -> list[float]:
     return [max(float(row[column]) for row in _rows("bench_sharded_start") if row["way"] == way)]
 
 
+def attention_memory(_: Query) -> list[str]:
+    """MB of the masks alone, and of a pass, mask included, by tokens."""
+    found: dict[str, dict[tuple[str, str], Line]] = {}
+    for row in _rows("bench_attention_memory"):
+        found.setdefault(row["tokens"], {})[row["attention"], row["form"]] = row
+
+    def cells(tokens: str) -> list[str]:
+        dense, block = (found[tokens][name, "forward"] for name in ("sdpa", "flex_attention"))
+        passes = (dense, block, found[tokens]["sdpa", "forward_backward"])
+        peaks = (f"{float(row['peak_mb']):.0f}" for row in passes)
+        masks = (f"{float(row['mask_mb']):.2f}" for row in (dense, block))
+        return [f"{int(tokens):,}", *masks, *peaks]
+
+    headings = ["tokens", "dense mask, MB", "block mask, MB", "forward, `sdpa`, MB"]
+    headings += ["forward, `flex_attention`, MB", "forward and backward, `sdpa`, MB"]
+    return markdown(headings, map(cells, found), "rrrrrr")
+
+
+def attention_grows(query: Query) -> list[float]:
+    """By how many times the `column` of an `attention` grows from the last length but one to the
+    last; `form`, of the pass."""
+    rows = [
+        row
+        for row in _rows("bench_attention_memory")
+        if row["attention"] in query["attention"] and row["form"] in query["form"]
+    ]
+    (name,) = query["column"]
+    before, last = (float(row[name]) for row in rows[-2:])
+    return [last / before]
+
+
+SAVED = {"beside": "beside the next steps", "before": "before the next step"}
+
+
+def saving(_: Query) -> list[str]:
+    """Seconds of a checkpoint, the median of the rounds, the least and the most."""
+
+    def cells(way: str) -> list[str]:
+        rows = [row for row in _rows("bench_saving") if row["way"] == way]
+        columns = ("step_s", "held_s", "complete_s", "lost_s")
+        return [SAVED[way], *(_spread([float(row[name]) for row in rows]) for name in columns)]
+
+    headings = ["written", "a step without, s", "held up, s", "complete after, s", "lost, s"]
+    return markdown(headings, map(cells, SAVED), " rrrr")
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def saving_column(query: Query) -> list[float]:
+    """The median of a `column`, of one `way` or of all checkpoints."""
+    (name,) = query["column"]
+    ways = query.get("way", list(SAVED))
+    return [median(float(row[name]) for row in _rows("bench_saving") if row["way"] in ways)]
+
+
 # --- Beside TRL -----------------------------------------------------------------------------------
 
 CURVES = {
@@ -215,18 +273,22 @@ def column(name: str, wanted: str) -> Numbers:
 TABLES: dict[str, Table] = {
     "ahead": ahead,
     "ahead.vllm": ahead_vllm,
+    "attention_memory": attention_memory,
     "curves": curves,
     "long_run": long_run,
     "plan": plan,
+    "saving": saving,
     "step": step,
 }
 
 NUMBERS: dict[str, Numbers] = {
     "architectures": architectures,
+    "attention_memory.grows": attention_grows,
     "curves.apart": curves_apart,
     "long_run.folder": folder_growth,
     "plan.apart": plan_apart,
     "plan.left": plan_left,
+    "saving": saving_column,
     "sharded_start": sharded_start,
     "step.held": step_held,
 }

@@ -96,8 +96,6 @@ CASES = {
     "smollm2_checkpointing": [*OF_SMOLLM2, "gradient_checkpointing=true"],
     "smollm2_adapter": [*OF_SMOLLM2, "use_peft=true"],
 }
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
-             "MALLOC_ARENA_MAX": "1"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -286,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     for case in options.cases:
         command = [sys.executable, "-m", "benchmarks.trainer.plan", "--process", case]
-        environment = {**os.environ, **ALLOCATOR}
+        environment = {**os.environ, **timing.RETURNS_FREED_MEMORY}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         if done.returncode != 0:
             print(f"{case}: ended with status {done.returncode}, see its output above")

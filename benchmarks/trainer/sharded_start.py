@@ -46,6 +46,7 @@ from agro_train.config import TrainConfig
 from agro_train.policy import tiny
 from agro_train.policy.load import Loaded, load_model
 from agro_train.run import Models, Start
+from benchmarks.measure import timing
 from benchmarks.measure.arguments import add_numbers, parser_of
 from benchmarks.measure.rows import RESULTS
 
@@ -89,20 +90,15 @@ def load(folder: Path, way: str, accelerator: Accelerator) -> Models:
     return loaded
 
 
-def peak_mb() -> float:
-    status = Path("/proc/self/status").read_text()
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024 / 1e6
-
-
 def be_a_rank(folder: Path, way: str) -> None:
     """Writes FOLDER/WAY-RANK.json."""
     accelerator = Accelerator(cpu=True)
     load(folder / "small", way, accelerator)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-    before, began = peak_mb(), time.perf_counter()
+    before, began = timing.high_water_bytes(), time.perf_counter()
     loaded = load(folder / "large", way, accelerator)
-    found = {"peak_mb": peak_mb() - before, "seconds": time.perf_counter() - began}
+    grown, seconds = timing.high_water_bytes() - before, time.perf_counter() - began
+    found = {"peak_mb": grown / 1e6, "seconds": seconds}
     assert loaded.num_weights, "the model is there until it has been measured"
     path = folder / f"{way}-{accelerator.process_index}.json"
     path.write_text(json.dumps(found))

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 
 from agro_train.policy import tiny
 from benchmarks.measure.rows import read_csv
+from benchmarks.pages import trainer
 from benchmarks.trainer import saving
 
 
@@ -33,3 +34,18 @@ def test_a_row_a_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert float(row["checkpoint_mb"]) == pytest.approx(12 * weights / 1e6, rel=0.02)
         assert 0 < float(row["held_s"]) <= float(row["complete_s"])
     assert rows[1]["held_s"] == rows[1]["complete_s"]
+
+
+def test_the_table_has_the_median_of_the_rounds_and_their_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "RESULTS", tmp_path)
+    lines = ["way,step_s,held_s,complete_s,lost_s"]
+    lines += [f"{way},2,{held},4,{held + 1}" for way in ("beside", "before") for held in (3, 1, 9)]
+    (tmp_path / "bench_saving.csv").write_text("\n".join(lines))
+    cells = "2.0 (2.0 to 2.0) | 3.0 (1.0 to 9.0) | 4.0 (4.0 to 4.0) | 4.0 (2.0 to 10.0)"
+    assert trainer.saving({})[2:] == [
+        f"| beside the next steps | {cells} |",
+        f"| before the next step | {cells} |",
+    ]
+    assert trainer.saving_column({"column": ["held_s"], "way": ["beside"]}) == [3.0]
