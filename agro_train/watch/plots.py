@@ -34,6 +34,7 @@ BESIDES = (
     "seed output_dir save_every save_total_limit samples_every report_to project run_name".split()
 )
 ALONE, ROW = 4.2, 2.9  # inches: the height of a panel alone, and of a row of several
+MARGIN = 0.08  # above the highest point, of what a panel shows
 MOST_NAMED = 3  # settings in a label; where more differ, the folder's name is the label
 
 
@@ -205,8 +206,10 @@ def _draw_comparison(axes: Axes, panel: tuple[str, str, str], curves: Sequence[C
 
 def _finish(axes: Axes, label: str, lowest: float) -> None:
     """What a panel shows is its title: across its top there is room for it, along its side not."""
-    axes.margins(y=0.08)
+    highest = axes.dataLim.y1
     axes.set_ylim(bottom=lowest)
+    if highest > lowest:  # a margin of what is shown, not of what the data span
+        axes.set_ylim(top=highest + MARGIN * (highest - lowest))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.set(title=label, xlabel="step")
 
