@@ -11,7 +11,7 @@ from torch import Tensor
 
 import agro_kernels.ops  # noqa: F401  (registers the ops)
 from agro_kernels._torch.divergences import Kind
-from agro_kernels.arguments import as_number, check_tensor
+from agro_kernels.arguments import as_number, check_device, check_tensor
 from agro_kernels.head import IGNORE_INDEX, Head, check_names
 from agro_kernels.ops.derivatives import refuse_forward_mode
 
@@ -128,6 +128,7 @@ def _divergence(
         softcap=options.get("softcap"),
         temperature=temperature,
     )
+    _check_tokens(teacher_side[0], hidden)
     try:
         teacher = Head.of(
             *teacher_side,
@@ -163,6 +164,19 @@ def _divergence(
 def _constant(head: Head) -> Head:
     bias = None if head.bias is None else head.bias.detach()
     return head._replace(hidden=head.hidden.detach(), weight=head.weight.detach(), bias=bias)
+
+
+def _check_tokens(teacher_hidden: Tensor, hidden: Tensor) -> None:
+    """Before the check of the teacher's head, which speaks of targets: nobody passed any."""
+    check_tensor("teacher_hidden", teacher_hidden)
+    tokens = tuple(hidden.shape[:-1])
+    if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden: expected shape (..., D_t) with (...) = {tokens} to match hidden "
+            f"{tuple(hidden.shape)}, got {tuple(teacher_hidden.shape)}; pass both models' hidden "
+            "states of the same tokens"
+        )
+    check_device("teacher_hidden", teacher_hidden, "hidden", hidden)
 
 
 def _check_mask(mask: Tensor, targets: Tensor) -> None:

@@ -255,9 +255,14 @@ def join(
                 meeting["group"] = kind
             told = in_background(lambda: tell(meeting))
             made = in_background(lambda: MADE_BY[kind](listening, size, device, within, limit_s))
-            wait(made.done, told, within)
-            group = made.result()
-        told.result(within)
+            try:
+                wait(made.done, told, within)
+                group = made.result()
+                told.result(within)
+            except Exception:
+                # Nobody uses the group: neither one that is there, nor one that comes about later.
+                made.add_done_callback(close_made)
+                raise
     except Exception as error:  # of sockets, stores, NCCL, vLLM: there is no common class
         raise BrokenEngine(
             f"vllm_weight_transfer: expected the server at {base_url} and the trainer at {here} to "
@@ -267,10 +272,17 @@ def join(
     return Transfer(group, limit_s)
 
 
+def close_made(made: Future[Group]) -> None:
+    """Closes the group, if there is one."""
+    if made.exception() is None:
+        made.result().close()
+
+
 def listen(base_url: str) -> socket.socket:
     """A socket at this machine's address on the way to the server, at any free port."""
     split = urlsplit(base_url)
-    with socket.create_connection((split.hostname, split.port or 80), timeout=JOIN_S) as way:
+    port = split.port or (443 if split.scheme == "https" else 80)
+    with socket.create_connection((split.hostname, port), timeout=JOIN_S) as way:
         address, family = way.getsockname()[0], way.family
     return socket.create_server((address, 0), family=family)
 

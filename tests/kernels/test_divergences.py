@@ -150,7 +150,19 @@ def test_a_compiled_program_is_the_eager_one() -> None:
             "teacher_weight: expected 20 rows .* 19",
         ),
         ({"teacher_hidden": torch.randn(3, 5)}, ValueError, r"teacher_hidden: .* got \(3, 5\)"),
-        ({"teacher_hidden": torch.randn(2, 6)}, ValueError, r"teacher_targets|teacher_"),
+        (
+            {"teacher_hidden": torch.randn(2, 6)},
+            ValueError,
+            r"^teacher_hidden: expected shape \(\.\.\., D_t\) with \(\.\.\.\) = \(3,\) to match "
+            r"hidden \(3, 8\), got \(2, 6\); pass both models' hidden states of the same tokens$",
+        ),
+        ({"teacher_hidden": torch.randn(1, 3, 6)}, ValueError, r"^teacher_hidden: .*\(1, 3, 6\);"),
+        (
+            {"teacher_hidden": torch.randn(3, 6, device="meta")},
+            ValueError,
+            "^teacher_hidden: expected device cpu as hidden, got meta",
+        ),
+        ({"teacher_hidden": [[0.0]]}, TypeError, "^teacher_hidden: expected a torch.Tensor"),
         (
             {"mask": torch.ones(3)},
             ValueError,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -186,6 +187,30 @@ def test_group_that_does_not_come_about_is_one_sentence_with_both_addresses(
         weight_transfer.join("gloo", "http://127.0.0.1:9", 1, print, CPU, 1.0)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["made", "made too late"])
+def test_group_that_the_server_does_not_join_is_closed(
+    late: bool, two: list[Workers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, given_up, closed = Event(), Event(), Event()
+
+    def make(*_: Any) -> Any:
+        if late:
+            assert given_up.wait(5)
+        made.set()
+        return SimpleNamespace(close=closed.set)
+
+    def tell(meeting: dict[str, Any]) -> None:
+        assert late or made.wait(5)
+        raise BrokenEngine("no such backend")
+
+    monkeypatch.setitem(weight_transfer.MADE_BY, "gloo", make)
+    with pytest.raises(BrokenEngine, match="to join a group of gloo .* got no such backend; let"):
+        weight_transfer.join("gloo", two[0].url, 2, tell, CPU, 5.0)
+    assert not (late and closed.is_set())
+    given_up.set()
+    assert closed.wait(5)
+
+
 def test_server_that_takes_no_weights_is_left_out_and_the_others_get_theirs(
     two: list[Workers],
 ) -> None:
@@ -227,3 +252,26 @@ def test_trainer_is_reached_at_its_address_on_the_way_to_the_server() -> None:
         with weight_transfer.listen(f"http://localhost:{port}") as listening:
             assert listening.getsockname()[0] == "127.0.0.1"
             assert listening.getsockname()[1] not in (0, port)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://server", ("server", 80)),
+        ("https://server", ("server", 443)),
+        ("https://server:8000/v1", ("server", 8000)),
+    ],
+)
+def test_server_is_asked_at_its_schemes_port(
+    url: str, expected: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def connect(address: tuple[str, int], timeout: float) -> socket.socket:
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(ConnectionRefusedError):
+        weight_transfer.listen(url)
+    assert asked == [expected]
