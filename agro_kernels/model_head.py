@@ -94,6 +94,16 @@ class ModelHead(NamedTuple):
         """Whether a transformers configuration says it, so that no weights have to be asked."""
         return getattr(config, "model_type", None) in UNASKED
 
+    @staticmethod
+    @contextmanager
+    def asking(model: nn.Module) -> Iterator[None]:
+        """Inside, a model can be run to see what it computes; it is left as it was.
+
+        Dropout is off, and attention other than sdpa is computed eagerly.
+        """
+        with _undisturbed(model), _attending_anywhere(model):
+            yield
+
     def check_unchanged(self, model: Any) -> None:
         """Raises ValueError where the numbers in a model's configuration are others by now."""
         declared = _declared(model)
@@ -191,7 +201,7 @@ def _unasked(model: Any) -> ModelHead:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; training modes and random states put back."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device for p in model.parameters()} - {torch.device("cpu")}, key=str)
@@ -210,7 +220,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attending_anywhere(model: nn.Module) -> Iterator[None]:
+def _attending_anywhere(model: nn.Module) -> Iterator[None]:
     """Inside, "eager" is the attention of what does not run on every device and in every dtype.
 
     flash-attn refuses a model that is still on the CPU, or in fp32 outside autocast. For the head
@@ -251,7 +261,7 @@ def _asked(model: Any) -> ModelHead:
     embeddings = model.get_input_embeddings().weight
     ids = (torch.arange(_TOKENS, device=embeddings.device)[None] + 10) % embeddings.shape[0]
     head = model.get_output_embeddings()
-    with undisturbed(model), attending_anywhere(model):
+    with ModelHead.asking(model):
         try:
             own = _own_logits(model, ids)
             hidden = _hidden(model, ids)

@@ -108,7 +108,7 @@ class NcclGroup:
         return sent.query
 
     def close(self) -> None:
-        self.communicator.destroy()
+        self.communicator.destroy()  # vLLM has NCCL abort, and waits for that 5 s at most
 
 
 def gloo_group(
@@ -142,6 +142,7 @@ def nccl_group(
     if device.index is None:  # which vLLM compares with that of what is sent
         device = torch.device(device.type, torch.cuda.current_device())
     address, port = listening.getsockname()[:2]
+    # vLLM takes the socket over (it detaches it), so closing ours does not close its own.
     group = StatelessProcessGroup.create(
         address, port, 0, size, store_timeout=math.ceil(within_s), listen_socket=listening
     )

@@ -79,7 +79,8 @@ class Prediction:
         lines.append(f"Sampling: {sampled}.")
         lines.append(
             f"Host: {_gb(found.host_start)} GB a node while models are loaded ("
-            f"{self.machine.beside} process{'es' * (self.machine.beside > 1)}), {_gb(found.host_checkpoint)} GB "
+            f"{self.machine.beside} process{'es' * (self.machine.beside > 1)}), "
+            f"{_gb(found.host_checkpoint)} GB "
             + ("a node" if found.in_shards else "on the main node")
             + " while a checkpoint is written"
             + (f", {_gb(found.sent)} GB of weights on their way" if found.sent else "")

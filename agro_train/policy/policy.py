@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from agro_kernels import ModelHead, linear_logprobs_with_stats, weighted_logprob_sum
-from agro_kernels.model_head import attending_anywhere, undisturbed
 from agro_train.data.batch import pack
 from agro_train.policy.attention import packed_inputs
 from agro_train.refusal import Refusal
@@ -146,7 +145,7 @@ def _check_packing(policy: Policy) -> None:
         pack([_unscored(prompt, each) for each in completions], token_budget=99, share_prompts=True)
         for completions in ((first, second), (second,))
     )
-    with undisturbed(model), attending_anywhere(model):
+    with ModelHead.asking(model):
         try:
             states = [
                 policy.hidden_states(micro.to(embeddings.device)).float()
