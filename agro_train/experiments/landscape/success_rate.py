@@ -108,7 +108,7 @@ def draw(
     figure, (first, *others) = style.panels(4, row=3.0)
     exact, gradient = METHODS["exact"], METHODS["policy_gradient"]
     first.axhspan(-5, 0, color=style.GREY, alpha=style.BAND, linewidth=0)
-    first.text(0.98, -0.5, "success falls", ha="right", va="center")
+    first.text(0.98, -4.5, "success falls", ha="right", va="center")
     first.plot([0, 1], [1, 1], color=gradient.colour, label=gradient.label)
     for beta in BETAS:
         curve = speeds["exact", beta]
@@ -121,7 +121,7 @@ def draw(
             (-5, 0),
             textcoords="offset points",
             ha="right",
-            va="center",
+            va="top" if at else "bottom",  # of a line that comes from below, under the others'
         )
         if beta < 0.5:
             first.plot([0.5 - beta], [0], "o", color=exact.colour, zorder=3)
@@ -137,6 +137,9 @@ def draw(
         axes.set_ylim(-0.02, 1.02)
         axes.set(title=f"success rate, {title}", xlabel=f"updates (beta = {TRAINED_BETA:g})")
     others[0].axhline(0.5 - TRAINED_BETA, color=style.GREY, linewidth=1.0, linestyle="--")
-    others[0].text(1.5, 0.5 - TRAINED_BETA, "1/2 - beta", va="bottom", color=style.GREY)
+    right = len(trained["exact"]) - 1
+    others[0].text(
+        right, 0.5 - TRAINED_BETA, "1/2 - beta", ha="right", va="bottom", color=style.GREY
+    )
     style.finish(figure, [first])
     return figure
