@@ -23,6 +23,7 @@ from agro_train.engines.vllm_client import (
     MOST_LOGPROBS,
     Answer,
     Request,
+    check_whole,
     forget,
     reads_in_parts,
 )
@@ -153,6 +154,7 @@ class Server:
         found = self._call(path, body, timeout_s, attempts=2)
         with self._answered():
             choice = found["choices"][0]
+            check_whole(choice.get("finish_reason") or "stop", self.base_url)
             logprobs = (choice.get("logprobs") or {}).get("content") or []
             read = zip(request.prompt_ids, found.get("prompt_logprobs") or [], strict=False)
             return Answer(

@@ -268,7 +268,7 @@ def test_answer_that_vllm_ended_early_has_stopped(
 def test_colocated_vllm_looks_for_text_only_where_it_is_to_stop_at_some() -> None:
     asked: list[dict[str, Any]] = []
     found = {4: SimpleNamespace(logprob=-0.5), 2: SimpleNamespace(logprob=-1.0)}
-    one = SimpleNamespace(token_ids=[4], logprobs=[found])
+    one = SimpleNamespace(token_ids=[4], logprobs=[found], finish_reason="length")
     output = SimpleNamespace(outputs=[one], prompt_token_ids=[3], prompt_logprobs=None)
     client = object.__new__(Colocated)
     client.sampling_params = lambda **given: asked.append(given)
@@ -279,6 +279,9 @@ def test_colocated_vllm_looks_for_text_only_where_it_is_to_stop_at_some() -> Non
     assert [given["detokenize"] for given in asked] == [False, False, True, False]
     assert plain == Answer((4,), (-0.5,), (), ())
     assert kept == Answer((4,), (-0.5,), (), (((4, -0.5), (2, -1.0)),))
+    one.finish_reason = "abort"
+    with pytest.raises(BrokenEngine, match="whole completions of the engine beside the trainer"):
+        client.ask(requests)
 
 
 def test_server_tells_the_likeliest_ids_as_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

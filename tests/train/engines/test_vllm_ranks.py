@@ -40,7 +40,7 @@ def rank_of(exchange: Exchange, rank: int) -> Rank:
         calls.append([p["seed"] for p in parameters])
         return [
             SimpleNamespace(
-                outputs=[SimpleNamespace(token_ids=[p["seed"]], logprobs=[])],
+                outputs=[SimpleNamespace(token_ids=[p["seed"]], logprobs=[], finish_reason="stop")],
                 prompt_token_ids=prompt["prompt_token_ids"],
                 prompt_logprobs=None,
             )
