@@ -43,13 +43,9 @@ class Server:
         self.base_url, self.timeout_s = base_url.rstrip("/"), timeout_s
         self.transfer: Transfer | None = None  # by which weights come; None: by files
 
-    def check(self, length: int, *, files: bool = True) -> None:
-        """Waits until the server is up. Raises Refusal if it is none that takes new weights, or
-        that reads fewer than `length` tokens.
-
-        Args:
-            files: whether weights come by files.
-        """
+    def check(self, length: int) -> None:
+        """Waits until the server is up. Raises Refusal if it is none that takes tokens, or that
+        reads fewer than `length` of them."""
         hint = "start it with `agro serve MODEL`"
         deadline = time.monotonic() + self.timeout_s
         while True:
@@ -71,12 +67,10 @@ class Server:
                 f"completion, got one that reads {got}; {hint} --max-model-len {length}"
             )
         try:
-            if files:
-                self.take_files()
             self._tokens(Request((0,), {"max_tokens": 1}), self.timeout_s)
         except BrokenEngine as error:
             raise Refusal(
-                f"vllm: expected a server that takes new weights and tokens, got {error}; {hint}"
+                f"vllm: expected a server that takes tokens, got {error}; {hint}"
             ) from error
 
     def check_logprobs(self, count: int) -> None:
@@ -110,9 +104,16 @@ class Server:
         )
 
     def take_files(self) -> None:
-        """From now on weights come by files."""
+        """From now on weights come by files. Ends the group that the server is in, whoever has
+        joined it."""
         self.close()
-        self._call("/init_weight_transfer_engine", {"init_info": {}})
+        try:
+            self._call("/init_weight_transfer_engine", {"init_info": {}})
+        except BrokenEngine as error:
+            raise BrokenEngine(
+                f"vllm: expected a server that takes new weights, got {error}; start it with "
+                "`agro serve MODEL`"
+            ) from error
 
     def close(self) -> None:
         """Leaves the group."""

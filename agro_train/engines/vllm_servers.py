@@ -30,10 +30,10 @@ class Servers:
     def takes_tensors(self) -> bool:
         return any(server.transfer for server in self.alive)
 
-    def check(self, length: int, *, files: bool = True) -> None:
+    def check(self, length: int) -> None:
         """Every server's. Raises Refusal, as one that is missing at the start is a mistake."""
         for server in self.alive:
-            server.check(length, files=files)
+            server.check(length)
 
     def join(self, kind: Kind, device: torch.device) -> None:
         """Has each server join a group with this process. Raises BrokenEngine where one does

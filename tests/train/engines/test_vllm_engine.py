@@ -304,7 +304,8 @@ def test_server_that_tells_too_few_log_probabilities_is_refused(
     def refused(self: Server, request: Request, timeout_s: float) -> Answer:
         raise BrokenEngine(f"status 400: {request.parameters['logprobs']} is more than 20")
 
-    monkeypatch.setattr(Server, "check", lambda self, length, *, files: None)
+    monkeypatch.setattr(Server, "check", lambda self, length: None)
+    monkeypatch.setattr(Server, "take_files", lambda self: None)
     monkeypatch.setattr(Server, "_tokens", refused)
     config = replace(CONFIG, use_vllm=True, vllm_mode="server", top_k=6)
     with pytest.raises(ValueError, match="top_k: expected a server that tells 12 log-"):
@@ -402,7 +403,8 @@ def test_probe_of_the_longest_prompt_fits_completions_of_one_token(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked_for: list[int] = []
-    monkeypatch.setattr(Server, "check", lambda self, length, *, files: asked_for.append(length))
+    monkeypatch.setattr(Server, "check", lambda self, length: asked_for.append(length))
+    monkeypatch.setattr(Server, "take_files", lambda self: None)
     config = replace(CONFIG, max_completion_length=1, use_vllm=True, vllm_mode="server")
     longest = len(PROMPTS[0].ids)
     found = start(config, engine.policy, engine.accelerator, TOKENIZER, {1}, longest)
@@ -491,10 +493,8 @@ def test_weights_that_need_no_file_come_as_they_are(
 class Place:
     """Accelerate's, of a process on a device."""
 
-    is_main_process = True
-
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: str, *, main: bool = True) -> None:
+        self.device, self.is_main_process = torch.device(device), main
 
 
 URLS = ["http://127.0.0.1:9", "http://127.0.0.1:10"]
@@ -520,11 +520,14 @@ def test_group_is_the_one_that_both_sides_can_join(
     wanted: Any, device: str, kind: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined: list[str] = []
+    files: list[str] = []
     monkeypatch.setattr(Server, "join", lambda self, kind, device: joined.append(kind))
+    monkeypatch.setattr(Server, "take_files", lambda self: files.append(self.base_url))
     monkeypatch.setattr(vllm_start.importlib.util, "find_spec", with_vllm)
     config = replace(CONFIG, vllm_weight_transfer=wanted)
     found = vllm_start.join_group(config, Servers(URLS, 5.0), Place(device))
     assert found == (kind is not None) and joined == ([kind] * 2 if kind else [])
+    assert files == ([] if wanted == "nccl" else URLS)  # vLLM's own backend knows of none
 
 
 def test_files_take_the_groups_place_only_where_nobody_asked_for_it(
@@ -542,12 +545,33 @@ def test_files_take_the_groups_place_only_where_nobody_asked_for_it(
         config = replace(CONFIG, vllm_weight_transfer=wanted)
         with pytest.raises(BrokenEngine, match="server at A and the trainer at B"):
             vllm_start.join_group(config, Servers(URLS, 5.0), Place("cuda"))
-    assert not files and not caplog.records
+    assert files == URLS and not caplog.records  # gloo: they were asked for nothing yet
+    files.clear()
     config = replace(CONFIG, vllm_weight_transfer="auto")
     assert not vllm_start.join_group(config, Servers(URLS, 5.0), Place("cuda"))
-    assert files == URLS
+    assert files == URLS * 2
     (line,) = caplog.messages
     assert line.startswith("Weights go to vLLM by files: expected the server at A and")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "files", "gloo"])
+def test_main_rank_alone_tells_servers_how_weights_come(
+    wanted: Any, two: list["Mortal"], engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank's word, which may come later, would end the group that the main one joined."""
+    monkeypatch.setattr(Server, "join", lambda self, kind, device: None)
+    config = replace(CONFIG, use_vllm=True, vllm_mode="server", vllm_weight_transfer=wanted)
+    config = replace(config, vllm_server_base_url=[server.url for server in two])
+    for main in (False, True):
+        start(config, engine.policy, Place("cpu", main=main), TOKENIZER, {1}, 8)
+        for server in two:
+            assert server.told.count("/init_weight_transfer_engine") == main
+
+
+def test_server_that_takes_no_weights_is_refused(address: str) -> None:
+    server = Server(address + "/elsewhere", 5.0)
+    with pytest.raises(BrokenEngine, match="(?s)that takes new weights, got .* 404.* serve M"):
+        server.take_files()
 
 
 def test_nccl_needs_a_gpu_and_vllm_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -802,12 +826,14 @@ class Mortal(StandIn):
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.told: list[str] = []  # the paths of all requests
         self.dead = False
         mortal = self
 
         class Answering(Handler):
             def do_POST(self) -> None:
                 body = self.asked()
+                mortal.told.append(self.path)
                 if mortal.dead:
                     self.connection.close()
                     return
