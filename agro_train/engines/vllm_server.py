@@ -8,7 +8,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from agro_train.engines.weight_transfer import Kind, Transfer, join
 from agro_train.engines.weights import Parcel
 from agro_train.refusal import Refusal
 
-AT_ONCE = 256  # requests to a server
 RETRY_S = 1.0
 
 
@@ -84,10 +82,8 @@ class Server:
             ) from error
 
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
-        with ThreadPoolExecutor(min(AT_ONCE, len(requests))) as threads:
-            places = {threads.submit(self._tokens, one): i for i, one in enumerate(requests)}
-            for future in as_completed(places):
-                yield places[future], future.result()
+        for place, request in enumerate(requests):
+            yield place, self._tokens(request)
 
     def join(self, kind: Kind, device: torch.device) -> None:
         """From now on weights come from a group of this process and the server's workers."""

@@ -3,14 +3,19 @@
 The servers are stand-ins that answer vLLM's documented requests.
 """
 
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
+from threading import Event
 from typing import Any
 
 import pytest
 
+from agro_train.engines import vllm_servers
 from agro_train.engines.engine import BrokenEngine
 from agro_train.engines.vllm_client import Request
 from agro_train.engines.vllm_servers import Servers
+from agro_train.interrupt import Interrupted
 from tests.train.engines.servers import Answers, StandIn
 
 
@@ -73,3 +78,54 @@ def test_completion_that_a_server_broke_off_is_asked_for_elsewhere(
 def test_completion_that_ended_by_itself_is_taken(reason: str | None, two: list[Standing]) -> None:
     two[0].choice = ending(reason)
     assert asked(Servers([two[0].url], 5.0), [3]) == [3]
+
+
+# --- What is dropped, and what is not asked any more ----------------------------------------------
+
+
+@pytest.fixture
+def held() -> Iterator[Event]:
+    """Set, it lets the servers answer."""
+    event = Event()
+    yield event
+    event.set()
+
+
+def test_interrupt_drops_what_has_not_been_answered(
+    two: list[Standing], held: Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_servers, "AT_ONCE", 2)
+
+    def choice(token: int) -> dict[str, Any]:
+        assert token == 3 or held.wait(2)
+        return {"token_ids": [token]}
+
+    two[0].choice = choice
+    answers = Servers([two[0].url], 30.0).ask(requests([3, *[4] * 20]))
+    assert next(answers)[0] == 0
+    begun = time.monotonic()
+    with pytest.raises(Interrupted):
+        answers.throw(Interrupted(signal.SIGTERM))
+    assert time.monotonic() - begun < 1  # nor are those in flight waited for
+    held.set()
+    time.sleep(0.1)
+    assert len(two[0].prompts) <= 3  # the first, and the two that were under way
+
+
+def test_server_that_failed_once_is_asked_no_more_in_that_round(
+    two: list[Standing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_servers, "AT_ONCE", 1)
+
+    def choice(token: int) -> dict[str, Any]:
+        if token == 3:
+            return {"token_ids": [3], "finish_reason": "abort"}
+        time.sleep(0.3)  # by then the failure has been read
+        return {"token_ids": [token]}
+
+    two[0].choice = choice
+    servers = Servers([server.url for server in two], 5.0)
+    prompts = [3, 4, *[5, 6] * 10]  # by turns for the one and the other
+    assert asked(servers, prompts) == prompts
+    assert two[0].prompts in ([3], [3, 5])  # 5 where it was begun before the failure was read
+    assert [server.base_url for server in servers.alive] == [two[1].url]
