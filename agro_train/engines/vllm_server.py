@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from agro_train.engines.engine import TOKENS_S, BrokenEngine
+from agro_train.engines.keep_alive import urlopen
 from agro_train.engines.vllm_client import (
     BACKEND,
     EXTENSION,
@@ -196,7 +197,7 @@ class Server:
 
     def _read(self, request: urllib.request.Request, timeout_s: float) -> bytes:
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            with urlopen(request, timeout=timeout_s) as response:
                 text: bytes = response.read()
                 return text
         except urllib.error.HTTPError as error:

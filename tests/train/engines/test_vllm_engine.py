@@ -731,7 +731,7 @@ def test_failure_that_breaks_off_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     def urlopen(request: Any, timeout: float) -> Any:
         raise HTTPError(request.full_url, 500, "", {}, Lost())  # type: ignore[arg-type]
 
-    monkeypatch.setattr(vllm_server.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(vllm_server, "urlopen", urlopen)
     with pytest.raises(BrokenEngine, match=r"got ConnectionResetError\(\); start the server again"):
         list(Server("http://127.0.0.1:9", 1.0).ask([Request((1,), {})]))
 
@@ -766,7 +766,7 @@ def test_refused_connection_is_tried_once_more_for_tokens_alone(
         return BytesIO(b'{"choices": [{"token_ids": [1]}]}')
 
     monkeypatch.setattr(vllm_server, "RETRY_S", 0.0)
-    monkeypatch.setattr(vllm_server.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(vllm_server, "urlopen", urlopen)
     server = Server("http://127.0.0.1:9", 5.0)
     if times == 1:
         assert list(server.ask([Request((1,), {})])) == [(0, Answer((1,), (), ()))]
