@@ -11,6 +11,7 @@ expectation is then off by a share of about that difference, summed over a compl
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -99,9 +100,8 @@ class VllmEngine:
     def sample(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> Iterator[Group]:
         """The prompts' places and their completions, each group once it is there; with an
         environment once all are."""
-        yield from sampled(self.dialogue, self.one_turn, prompts, **ask)
-        if isinstance(self.client, Shared):
-            self.client.rest()
+        with self.client.asking() if isinstance(self.client, Shared) else nullcontext():
+            yield from sampled(self.dialogue, self.one_turn, prompts, **ask)
 
     def one_turn(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> Iterator[Group]:
         num_generations, temperature = ask["num_generations"], ask["temperature"]
