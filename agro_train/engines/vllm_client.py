@@ -40,12 +40,10 @@ class Answer:
     likeliest: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
-class Answerer(Protocol):
+class Client(Protocol):
     def ask(self, requests: Sequence[Request]) -> Iterable[tuple[int, Answer]]:
         """The requests' places and their answers, as they come."""
 
-
-class Client(Answerer, Protocol):
     @property
     def takes_tensors(self) -> bool:
         """Or else files."""

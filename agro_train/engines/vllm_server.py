@@ -82,10 +82,6 @@ class Server:
                 f"the ids kept are read, got {error}; start it with `agro serve MODEL`"
             ) from error
 
-    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
-        for place, request in enumerate(requests):
-            yield place, self._tokens(request)
-
     def join(self, kind: Kind, device: torch.device) -> None:
         """From now on weights come from a group of this process and the server's workers."""
         found = self._call("/get_world_size")

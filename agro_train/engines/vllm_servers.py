@@ -94,6 +94,12 @@ class Servers:
             asked |= {future: (place, server) for future, place in zip(futures, share, strict=True)}
         return asked
 
+    def answers(self, request: Request) -> list[Answer]:
+        """Every server's."""
+        found: list[Answer] = []
+        self._all(lambda server: found.append(server._tokens(request)))
+        return found
+
     def load(self, parcels: Iterable[Parcel]) -> None:
         self._all(lambda server: server.start_load())
         for parcel in parcels:

@@ -290,9 +290,9 @@ def test_server_tells_the_likeliest_ids_as_tokens(monkeypatch: pytest.MonkeyPatc
     card = {"choices": [{"token_ids": [4], "logprobs": {"content": content}}]}
     monkeypatch.setattr(Server, "_read", lambda *_: json.dumps(card).encode())
     server = Server("http://127.0.0.1:9", 5.0)
-    ((_, answer),) = server.ask([Request((3,), {"logprobs": 4})])
+    ((_, answer),) = Servers([server.base_url], 5.0).ask([Request((3,), {"logprobs": 4})])
     assert answer == Answer((4,), (-0.5,), (), (((4, -0.5), (2, -9999.0)),))
-    ((_, answer),) = server.ask([Request((3,), {"logprobs": 0})])
+    ((_, answer),) = Servers([server.base_url], 5.0).ask([Request((3,), {"logprobs": 0})])
     assert answer == Answer((4,), (-0.5,), ())
 
 
@@ -683,7 +683,7 @@ def test_servers_failures_are_one_sentence_each(address: str) -> None:
     with pytest.raises(BrokenEngine, match="start_weight_update to work, got status 404"):
         Servers([address], 5.0).load([])
     with pytest.raises(BrokenEngine, match="vllm: expected an answer from .* --resume"):
-        list(server.ask([Request((1, 2), {})]))
+        list(Servers([server.base_url], 5.0).ask([Request((1, 2), {})]))
     with pytest.raises(
         ValueError, match="expected a vLLM server at .* got no answer of one within 0"
     ):
@@ -711,7 +711,7 @@ def test_answers_in_another_form_are_one_sentence(
     monkeypatch.setattr(Server, "_read", lambda *_: text)
     server = Server("http://127.0.0.1:9", 0.0)
     for wrong in (
-        lambda: list(server.ask([Request((1, 2), {})])),
+        lambda: list(Servers([server.base_url], 5.0).ask([Request((1, 2), {})])),
         lambda: Servers(["http://127.0.0.1:9"], 0.0).load([]),
     ):
         with pytest.raises(BrokenEngine, match="an answer from http://127.0.0.1:9 in the form of"):
@@ -733,7 +733,7 @@ def test_failure_that_breaks_off_is_one_sentence(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(vllm_server, "urlopen", urlopen)
     with pytest.raises(BrokenEngine, match=r"got ConnectionResetError\(\); start the server again"):
-        list(Server("http://127.0.0.1:9", 1.0).ask([Request((1,), {})]))
+        list(Servers(["http://127.0.0.1:9"], 1.0).ask([Request((1,), {})]))
 
 
 def test_tokens_may_take_longer_than_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -749,7 +749,7 @@ def test_tokens_may_take_longer_than_all_else(monkeypatch: pytest.MonkeyPatch) -
     server.check(8)
     Servers(["http://127.0.0.1:9"], 5.0).load([Path()])
     assert {limit for _, limit in limits} == {5.0}
-    list(server.ask([Request((1,), {})]))
+    list(Servers([server.base_url], 5.0).ask([Request((1,), {})]))
     assert limits[-1] == ("/inference/v1/generate", TOKENS_S) and limits[-1][1] > 3600
 
 
@@ -769,10 +769,12 @@ def test_refused_connection_is_tried_once_more_for_tokens_alone(
     monkeypatch.setattr(vllm_server, "urlopen", urlopen)
     server = Server("http://127.0.0.1:9", 5.0)
     if times == 1:
-        assert list(server.ask([Request((1,), {})])) == [(0, Answer((1,), (), ()))]
+        assert list(Servers([server.base_url], 5.0).ask([Request((1,), {})])) == [
+            (0, Answer((1,), (), ()))
+        ]
     else:
         with pytest.raises(BrokenEngine, match="vllm: expected an answer from"):
-            list(server.ask([Request((1,), {})]))
+            list(Servers([server.base_url], 5.0).ask([Request((1,), {})]))
     assert len(tried) == 2
     tried.clear()
     with pytest.raises(BrokenEngine, match="vllm: expected an answer from"):
@@ -883,6 +885,38 @@ def test_server_that_misses_the_weights_is_left_out(two: list[Mortal]) -> None:
     assert [server.base_url for server in servers.alive] == [two[0].url]
     with pytest.raises(BrokenEngine, match="expected a server that answers all ranks, got none"):
         servers.keep({two[1].url})  # as another rank says
+
+
+def test_server_that_dies_between_weights_and_probe_is_left_out(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that answers with other log-probabilities ends the run: it is no good as it is set up."""
+    other, policys = OtherModel(), engine.client
+    ours: dict[str, Any] = {URLS[0]: policys, URLS[1]: other}
+    dead: set[str] = set()
+
+    def tokens(self: Server, request: Request, timeout_s: float = TOKENS_S) -> Answer:
+        if self.base_url in dead:
+            raise BrokenEngine(f"vllm: expected an answer from {self.base_url}, got none")
+        return ours[self.base_url]._answer(request)
+
+    def take(self: Server, parcel: Path) -> None:
+        ours[self.base_url].load([parcel])
+
+    monkeypatch.setattr(Server, "_tokens", tokens)
+    monkeypatch.setattr(Server, "take", take)
+    for name in ("start_load", "finish_load"):
+        monkeypatch.setattr(Server, name, lambda self: None)
+    engine.client = Servers(URLS, 5.0)
+    engine.complete(PROMPTS, **ASK, step=0)
+    take_a_step(engine)
+    monkeypatch.setattr(Server, "finish_load", lambda self: dead.add(URLS[0]))
+    assert len(engine.complete(PROMPTS, **ASK, step=1)) == 6
+    assert [server.base_url for server in engine.client.alive] == URLS[1:]
+    take_a_step(engine)
+    other.left_out = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(BrokenEngine, match=r"got others by 0\.\d+ nats; the weights did not"):
+        engine.complete(PROMPTS, **ASK, step=2)
 
 
 def test_several_turns_are_asked_of_vllm_one_by_one(engine: VllmEngine) -> None:

@@ -80,6 +80,23 @@ def test_completion_that_ended_by_itself_is_taken(reason: str | None, two: list[
     assert asked(Servers([two[0].url], 5.0), [3]) == [3]
 
 
+# --- A server that dies before the probe ----------------------------------------------------------
+
+
+def test_every_server_is_asked_for_a_probe_and_one_that_is_gone_is_left_out(
+    two: list[Standing],
+) -> None:
+    servers = Servers([server.url for server in two], 5.0)
+    (request,) = requests([3])
+    assert [answer.ids for answer in servers.answers(request)] == [(3,), (3,)]
+    two[0].choice = ending("abort")
+    assert [answer.ids for answer in servers.answers(request)] == [(3,)]
+    assert [server.base_url for server in servers.alive] == [two[1].url]
+    two[1].choice = ending("abort")
+    with pytest.raises(BrokenEngine, match="expected whole completions"):
+        servers.answers(request)
+
+
 # --- What is dropped, and what is not asked any more ----------------------------------------------
 
 
