@@ -14,7 +14,8 @@ from agro_train.seeds import derive_seed
 from agro_train.types import Prompt, Rollout
 
 # Seconds for a request of tokens. Those of all ranks queue up at the server, and a step's may well
-# take an hour; a server that dies closes its connections, and is noticed at once all the same.
+# take an hour. A server that dies closes its connections, and is noticed at once all the same; one
+# whose host vanishes is noticed after two minutes, on Linux (keep_alive.py).
 TOKENS_S = 6 * 3600.0
 
 

@@ -19,6 +19,7 @@ from agro_train.engines.vllm_client import (
     MOST_LOGPROBS,
     Answer,
     Request,
+    check_whole,
     forget,
     reads_in_parts,
 )
@@ -83,6 +84,7 @@ class Colocated:
             )
         answers: list[Answer] = []
         for request, output in zip(requests, outputs, strict=True):
+            check_whole(output.outputs[0].finish_reason, "the engine beside the trainer")
             ids = tuple(output.outputs[0].token_ids)
             found = output.outputs[0].logprobs or []
             read = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False)

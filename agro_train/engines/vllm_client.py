@@ -20,6 +20,9 @@ EXTENSION = "agro_train.engines.vllm_worker.WorkerExtension"
 # A token, for the ids that top_k kept: twice as many, for vLLM keeps those that tie with the last.
 MOST_LOGPROBS = 2 * MOST_KEPT
 FORGET_S = 10.0
+# Why vLLM ends a completion that is one. Otherwise it says abort, error or repetition: abort also
+# when it is told to end, with the tokens that there are by then.
+WHOLE = ("stop", "length")
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,10 @@ class Answer:
     likeliest: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
-class Answerer(Protocol):
+class Client(Protocol):
     def ask(self, requests: Sequence[Request]) -> Iterable[tuple[int, Answer]]:
         """The requests' places and their answers, as they come."""
 
-
-class Client(Answerer, Protocol):
     @property
     def takes_tensors(self) -> bool:
         """Or else files."""
@@ -50,6 +51,15 @@ class Client(Answerer, Protocol):
     def load(self, parcels: Iterable[Parcel]) -> None:
         """Takes all the weights, in parcels that are asked for one by one, and forgets what it has
         computed with the old ones."""
+
+
+def check_whole(finish_reason: str | None, whose: str) -> None:
+    """Raises BrokenEngine for a completion that vLLM broke off: it is none of the policy's."""
+    if finish_reason not in WHOLE:
+        raise BrokenEngine(
+            f"vllm: expected whole completions of {whose}, got one that it broke off "
+            f"(finish_reason {finish_reason}); its own messages say why, and --resume goes on"
+        )
 
 
 def forget(reset: Callable[[], bool]) -> None:

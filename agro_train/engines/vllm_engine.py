@@ -11,6 +11,7 @@ expectation is then off by a share of about that difference, summed over a compl
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +35,7 @@ from agro_train.engines.engine import (
 )
 from agro_train.engines.turns import Dialogue, Group, sampled
 from agro_train.engines.vllm_beside import Colocated
-from agro_train.engines.vllm_client import Answer, Answerer, Client, Request
+from agro_train.engines.vllm_client import Answer, Client, Request
 from agro_train.engines.vllm_ranks import Shared
 from agro_train.engines.vllm_servers import Servers
 from agro_train.engines.weights import (
@@ -99,9 +100,8 @@ class VllmEngine:
     def sample(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> Iterator[Group]:
         """The prompts' places and their completions, each group once it is there; with an
         environment once all are."""
-        yield from sampled(self.dialogue, self.one_turn, prompts, **ask)
-        if isinstance(self.client, Shared):
-            self.client.rest()
+        with self.client.asking() if isinstance(self.client, Shared) else nullcontext():
+            yield from sampled(self.dialogue, self.one_turn, prompts, **ask)
 
     def one_turn(self, prompts: Sequence[Prompt], **ask: Unpack[Ask]) -> Iterator[Group]:
         num_generations, temperature = ask["num_generations"], ask["temperature"]
@@ -139,18 +139,10 @@ class VllmEngine:
         short = len(found.completion_ids) < limit
         return replace(found, finish="stop") if self.sampling.stop and short else found
 
-    def ask(
-        self, requests: Sequence[Request], client: Answerer | None = None
-    ) -> Iterator[tuple[int, Answer]]:
+    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """The requests' places and their answers, as they come."""
-        for index, answer in (client or self.client).ask(requests):
-            if not 0 < len(answer.ids) == len(answer.logprobs):
-                raise BrokenEngine(
-                    "vllm: expected tokens and as many log-probabilities, got "
-                    f"{len(answer.ids)} and {len(answer.logprobs)}; use vllm>=0.32, and start a "
-                    "server with `agro serve MODEL`"
-                )
-            yield index, answer
+        for index, answer in self.client.ask(requests):
+            yield index, scored(answer)
 
     def kept(self, answer: Answer) -> list[list[int]]:
         """The ids that each of the answer's tokens was drawn from: those that vLLM, asked for more
@@ -307,13 +299,13 @@ class VllmEngine:
 
     def check(self, ours: Tensor) -> Tensor:
         """vLLM's log-probabilities of the probe, once they are seen to be `ours`; of several
-        servers the first one's, once all of them are."""
-        first, *others = [self.check_one(client, ours) for client in each(self.client)]
+        servers the first one's, once those of all that answer are."""
+        first, *others = [self.check_one(answer, ours) for answer in self.probe_answers()]
         del others
         return first
 
-    def check_one(self, client: Answerer, ours: Tensor) -> Tensor:
-        theirs, dtype = self.their_logprobs(client), rollout_dtype(self.config)
+    def check_one(self, answer: Answer, ours: Tensor) -> Tensor:
+        theirs, dtype = self.their_logprobs(answer), rollout_dtype(self.config)
         apart = float((ours - theirs).abs().mean())
         # Where our log-probabilities moved and vLLM's are the same to the last bit, it computed
         # with the old weights, however near those may be. In bfloat16 that proves nothing: a small
@@ -375,13 +367,19 @@ class VllmEngine:
         logprobs: Tensor = found.double().cpu()
         return logprobs
 
-    def their_logprobs(self, client: Answerer) -> Tensor:
-        """(n,) float64 of the probe's tokens by vLLM, nats, all finite."""
+    def probe_answers(self) -> list[Answer]:
+        """What the probe's tokens are given, by each server or by the engine beside the trainer."""
         assert self.probe is not None, "there is a probe before weights are sent"
         ids = self.probe.prompt_ids + self.probe.completion_ids
         request = self.request(ids, seed=0, temperature=0.0)
         request.parameters.update(max_tokens=1, min_tokens=0, prompt_logprobs=0, stop=[])
-        ((_, answer),) = self.ask([request], client)
+        if isinstance(self.client, Servers):
+            return [scored(answer) for answer in self.client.answers(request)]
+        return [answer for _, answer in self.ask([request])]
+
+    def their_logprobs(self, answer: Answer) -> Tensor:
+        """(n,) float64 of the probe's tokens by vLLM, nats, all finite."""
+        assert self.probe is not None, "there is a probe before weights are sent"
         count = len(self.probe.completion_ids)
         theirs = torch.tensor(answer.prompt_logprobs[-count:], dtype=torch.float64)
         if len(theirs) != count or not theirs.isfinite().all():
@@ -410,9 +408,15 @@ def together(function: Callable[[], T], group: Any = None) -> T:
     return result  # type: ignore[return-value]
 
 
-def each(client: Client) -> Sequence[Answerer]:
-    """The servers behind it."""
-    return client.alive if isinstance(client, Servers) else [client]
+def scored(answer: Answer) -> Answer:
+    """The answer, if it has tokens and a log-probability of each. Raises BrokenEngine."""
+    if not 0 < len(answer.ids) == len(answer.logprobs):
+        raise BrokenEngine(
+            "vllm: expected tokens and as many log-probabilities, got "
+            f"{len(answer.ids)} and {len(answer.logprobs)}; use vllm>=0.32, and start a "
+            "server with `agro serve MODEL`"
+        )
+    return answer
 
 
 def gathered(item: T, group: Any) -> list[T]:

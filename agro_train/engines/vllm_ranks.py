@@ -66,6 +66,7 @@ class Shared(Colocated):
     """
 
     takes_tensors = True
+    failed = False  # vLLM itself has
     options: ClassVar[dict[str, Any]] = {"distributed_executor_backend": "external_launcher"}
 
     def __init__(self, served: Served) -> None:
@@ -82,8 +83,25 @@ class Shared(Colocated):
         first = sum(len(asked or ()) for asked in everyone[: dist.get_rank(self.group)])
         return [(place, answers[first + place]) for place in range(len(requests))]
 
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """In this block the rank asks for all that it wants. Whether it gets it or fails at it, it
+        then generates for the engine's other ranks, which would wait for it. The block's own
+        failure is the one that is raised."""
+        try:
+            yield
+        except Exception as first:
+            try:
+                self.rest()
+            except Exception as second:
+                first.add_note(f"Then, generating for other ranks: {second!r}")
+            raise
+        self.rest()
+
     def rest(self) -> None:
         """Generates what other ranks of the engine still ask for, until none does."""
+        if self.failed:
+            return
         everyone = self._gathered(None)
         while any(asked is not None for asked in everyone):
             self._generated(everyone)
@@ -91,7 +109,12 @@ class Shared(Colocated):
 
     def _generated(self, everyone: Sequence[Sequence[Request] | None]) -> list[Answer]:
         asked = [request for requests in everyone for request in requests or ()]
-        return [answer for _, answer in super().ask(asked)]
+        try:
+            return [answer for _, answer in super().ask(asked)]
+        except Exception:
+            # On all ranks of the engine, or the others wait in vLLM: none asks for more.
+            self.failed = True
+            raise
 
     def _gathered(self, requests: list[Request] | None) -> list[list[Request] | None]:
         everyone: list[Any] = [None] * dist.get_world_size(self.group)

@@ -8,7 +8,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from agro_train.engines.engine import TOKENS_S, BrokenEngine
+from agro_train.engines.keep_alive import urlopen
 from agro_train.engines.vllm_client import (
     BACKEND,
     EXTENSION,
     MOST_LOGPROBS,
     Answer,
     Request,
+    check_whole,
     forget,
     reads_in_parts,
 )
@@ -30,7 +31,6 @@ from agro_train.engines.weight_transfer import Kind, Transfer, join
 from agro_train.engines.weights import Parcel
 from agro_train.refusal import Refusal
 
-AT_ONCE = 256  # requests to a server
 RETRY_S = 1.0
 
 
@@ -42,13 +42,9 @@ class Server:
         self.base_url, self.timeout_s = base_url.rstrip("/"), timeout_s
         self.transfer: Transfer | None = None  # by which weights come; None: by files
 
-    def check(self, length: int, *, files: bool = True) -> None:
-        """Waits until the server is up. Raises Refusal if it is none that takes new weights, or
-        that reads fewer than `length` tokens.
-
-        Args:
-            files: whether weights come by files.
-        """
+    def check(self, length: int) -> None:
+        """Waits until the server is up. Raises Refusal if it is none that takes tokens, or that
+        reads fewer than `length` of them."""
         hint = "start it with `agro serve MODEL`"
         deadline = time.monotonic() + self.timeout_s
         while True:
@@ -70,12 +66,10 @@ class Server:
                 f"completion, got one that reads {got}; {hint} --max-model-len {length}"
             )
         try:
-            if files:
-                self.take_files()
             self._tokens(Request((0,), {"max_tokens": 1}), self.timeout_s)
         except BrokenEngine as error:
             raise Refusal(
-                f"vllm: expected a server that takes new weights and tokens, got {error}; {hint}"
+                f"vllm: expected a server that takes tokens, got {error}; {hint}"
             ) from error
 
     def check_logprobs(self, count: int) -> None:
@@ -87,12 +81,6 @@ class Server:
                 f"top_k: expected a server that tells {count} log-probabilities a token, of which "
                 f"the ids kept are read, got {error}; start it with `agro serve MODEL`"
             ) from error
-
-    def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
-        with ThreadPoolExecutor(min(AT_ONCE, len(requests))) as threads:
-            places = {threads.submit(self._tokens, one): i for i, one in enumerate(requests)}
-            for future in as_completed(places):
-                yield places[future], future.result()
 
     def join(self, kind: Kind, device: torch.device) -> None:
         """From now on weights come from a group of this process and the server's workers."""
@@ -109,9 +97,16 @@ class Server:
         )
 
     def take_files(self) -> None:
-        """From now on weights come by files."""
+        """From now on weights come by files. Ends the group that the server is in, whoever has
+        joined it."""
         self.close()
-        self._call("/init_weight_transfer_engine", {"init_info": {}})
+        try:
+            self._call("/init_weight_transfer_engine", {"init_info": {}})
+        except BrokenEngine as error:
+            raise BrokenEngine(
+                f"vllm: expected a server that takes new weights, got {error}; start it with "
+                "`agro serve MODEL`"
+            ) from error
 
     def close(self) -> None:
         """Leaves the group."""
@@ -153,6 +148,7 @@ class Server:
         found = self._call(path, body, timeout_s, attempts=2)
         with self._answered():
             choice = found["choices"][0]
+            check_whole(choice.get("finish_reason") or "stop", self.base_url)
             logprobs = (choice.get("logprobs") or {}).get("content") or []
             read = zip(request.prompt_ids, found.get("prompt_logprobs") or [], strict=False)
             return Answer(
@@ -197,7 +193,7 @@ class Server:
 
     def _read(self, request: urllib.request.Request, timeout_s: float) -> bytes:
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            with urlopen(request, timeout=timeout_s) as response:
                 text: bytes = response.read()
                 return text
         except urllib.error.HTTPError as error:

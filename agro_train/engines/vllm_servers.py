@@ -1,19 +1,25 @@
 """Several vLLM servers, asked as one."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, as_completed
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 
+from agro_train.engines.background import at_once
 from agro_train.engines.engine import BrokenEngine
 from agro_train.engines.vllm_client import Answer, Request
-from agro_train.engines.vllm_server import AT_ONCE, Server
+from agro_train.engines.vllm_server import Server
 from agro_train.engines.weight_transfer import Kind
 from agro_train.engines.weights import Parcel
 
 logger = logging.getLogger(__name__)
+
+AT_ONCE = 256  # requests to a server
+# Answers to be, each with its request's place and the server that was asked.
+Asked = dict[Future[Answer], tuple[int, Server]]
 
 
 class Servers:
@@ -30,10 +36,10 @@ class Servers:
     def takes_tensors(self) -> bool:
         return any(server.transfer for server in self.alive)
 
-    def check(self, length: int, *, files: bool = True) -> None:
+    def check(self, length: int) -> None:
         """Every server's. Raises Refusal, as one that is missing at the start is a mistake."""
         for server in self.alive:
-            server.check(length, files=files)
+            server.check(length)
 
     def join(self, kind: Kind, device: torch.device) -> None:
         """Has each server join a group with this process. Raises BrokenEngine where one does
@@ -56,28 +62,43 @@ class Servers:
     def ask(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         left = dict(enumerate(requests))
         while left:
-            alive = list(self.alive)
-            prompts = {ids: n for n, ids in enumerate({r.prompt_ids: None for r in left.values()})}
-            failed: list[tuple[Server, BrokenEngine]] = []
+            failed: dict[Server, BrokenEngine] = {}  # the first failure of each
             with ExitStack() as stack:
-                # A pool each: a slow server must not hold up what another one is asked.
-                pools = [stack.enter_context(ThreadPoolExecutor(AT_ONCE)) for _ in alive]
-                asked = {}
-                for place, request in left.items():
-                    number = prompts[request.prompt_ids] % len(alive)
-                    future = pools[number].submit(alive[number]._tokens, request)
-                    asked[future] = place, alive[number]
+                asked = self._asked(left, stack)
                 for future in as_completed(asked):
                     place, server = asked[future]
                     try:
                         answer = future.result()
+                    except CancelledError:
+                        continue
                     except BrokenEngine as error:
-                        failed.append((server, error))
+                        failed.setdefault(server, error)
+                        drop(asked, server)
                         continue
                     del left[place]
                     yield place, answer
-            for server, failure in failed:
+            for server, failure in failed.items():
                 self.leave_out(server, failure)
+
+    def _asked(self, left: Mapping[int, Request], stack: ExitStack) -> Asked:
+        """A round of the requests that are left, until the stack ends."""
+        prompts = {ids: n for n, ids in enumerate({r.prompt_ids: None for r in left.values()})}
+        shares: list[list[int]] = [[] for _ in self.alive]
+        for place, request in left.items():
+            shares[prompts[request.prompt_ids] % len(shares)].append(place)
+        asked: Asked = {}
+        for server, share in zip(self.alive, shares, strict=True):
+            # Threads of its own: a slow server must not hold up what another one is asked.
+            calls = [partial(server._tokens, left[place]) for place in share]
+            futures = stack.enter_context(at_once(calls, AT_ONCE))
+            asked |= {future: (place, server) for future, place in zip(futures, share, strict=True)}
+        return asked
+
+    def answers(self, request: Request) -> list[Answer]:
+        """Every server's."""
+        found: list[Answer] = []
+        self._all(lambda server: found.append(server._tokens(request)))
+        return found
 
     def load(self, parcels: Iterable[Parcel]) -> None:
         self._all(lambda server: server.start_load())
@@ -115,3 +136,10 @@ class Servers:
                 function(server)
             except BrokenEngine as error:
                 self.leave_out(server, error)
+
+
+def drop(asked: Asked, server: Server) -> None:
+    """What the server has not been asked yet, it is not asked in this round."""
+    for future, (_, whose) in asked.items():
+        if whose is server:
+            future.cancel()

@@ -38,7 +38,7 @@ def start(
     client: Client
     if config.vllm_mode == "server":
         servers = Servers(config.vllm_server_base_url, config.vllm_server_timeout)
-        servers.check(length, files=config.vllm_weight_transfer != "nccl")
+        servers.check(length)
         make_weights_folder(config, takes_tensors=join_group(config, servers, accelerator))
         client = servers
     else:
@@ -77,10 +77,9 @@ def colocated(served: Served, accelerator: Any) -> Colocated:
 
 def join_group(config: TrainConfig, servers: Servers, accelerator: Any) -> bool:
     """Whether weights go to the servers by a group that the main rank and their workers have
-    joined. Raises Refusal, on every rank, where they were to and cannot."""
+    joined, or else by files. Raises Refusal, on every rank, where they do not take them so."""
     wanted, device = config.vllm_weight_transfer, accelerator.device
-    if wanted == "files" or (wanted == "auto" and device.type != "cuda"):
-        return False
+    by_files = wanted == "files" or (wanted == "auto" and device.type != "cuda")
     if wanted == "nccl" and device.type != "cuda":
         raise Refusal(
             f"vllm_weight_transfer: expected the trainer on a GPU with nccl, got {device.type}; "
@@ -89,7 +88,12 @@ def join_group(config: TrainConfig, servers: Servers, accelerator: Any) -> bool:
     kind: Kind = "gloo" if wanted == "gloo" else "nccl"
 
     def joined() -> bool:
+        # By the main rank alone: what another one said later would end the main one's group.
         if not accelerator.is_main_process:
+            return False
+        if wanted != "nccl":  # of which alone a server with vLLM's own backend knows
+            servers.take_files()
+        if by_files:
             return False
         try:
             if kind == "nccl" and importlib.util.find_spec("vllm") is None:

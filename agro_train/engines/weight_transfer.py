@@ -12,18 +12,17 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from datetime import timedelta
-from threading import Thread
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from agro_train.engines.background import in_background
 from agro_train.engines.engine import BrokenEngine
 
 Kind = Literal["nccl", "gloo"]
-T = TypeVar("T")
 
 JOIN_S = 60.0  # to join a group
 POLL_S = 0.001
@@ -286,21 +285,6 @@ def listen(base_url: str) -> socket.socket:
     with socket.create_connection((split.hostname, port), timeout=JOIN_S) as way:
         address, family = way.getsockname()[0], way.family
     return socket.create_server((address, 0), family=family)
-
-
-def in_background(function: Callable[[], T]) -> Future[T]:
-    """In a thread that the process does not wait for at its end: a peer that is gone may hold it
-    for ever."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
 
 
 def wait(done: Callable[[], bool], told: Future[Any], limit_s: float) -> None:

@@ -268,7 +268,7 @@ def test_answer_that_vllm_ended_early_has_stopped(
 def test_colocated_vllm_looks_for_text_only_where_it_is_to_stop_at_some() -> None:
     asked: list[dict[str, Any]] = []
     found = {4: SimpleNamespace(logprob=-0.5), 2: SimpleNamespace(logprob=-1.0)}
-    one = SimpleNamespace(token_ids=[4], logprobs=[found])
+    one = SimpleNamespace(token_ids=[4], logprobs=[found], finish_reason="length")
     output = SimpleNamespace(outputs=[one], prompt_token_ids=[3], prompt_logprobs=None)
     client = object.__new__(Colocated)
     client.sampling_params = lambda **given: asked.append(given)
@@ -279,6 +279,9 @@ def test_colocated_vllm_looks_for_text_only_where_it_is_to_stop_at_some() -> Non
     assert [given["detokenize"] for given in asked] == [False, False, True, False]
     assert plain == Answer((4,), (-0.5,), (), ())
     assert kept == Answer((4,), (-0.5,), (), (((4, -0.5), (2, -1.0)),))
+    one.finish_reason = "abort"
+    with pytest.raises(BrokenEngine, match="whole completions of the engine beside the trainer"):
+        client.ask(requests)
 
 
 def test_server_tells_the_likeliest_ids_as_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,9 +290,9 @@ def test_server_tells_the_likeliest_ids_as_tokens(monkeypatch: pytest.MonkeyPatc
     card = {"choices": [{"token_ids": [4], "logprobs": {"content": content}}]}
     monkeypatch.setattr(Server, "_read", lambda *_: json.dumps(card).encode())
     server = Server("http://127.0.0.1:9", 5.0)
-    ((_, answer),) = server.ask([Request((3,), {"logprobs": 4})])
+    ((_, answer),) = Servers([server.base_url], 5.0).ask([Request((3,), {"logprobs": 4})])
     assert answer == Answer((4,), (-0.5,), (), (((4, -0.5), (2, -9999.0)),))
-    ((_, answer),) = server.ask([Request((3,), {"logprobs": 0})])
+    ((_, answer),) = Servers([server.base_url], 5.0).ask([Request((3,), {"logprobs": 0})])
     assert answer == Answer((4,), (-0.5,), ())
 
 
@@ -301,7 +304,8 @@ def test_server_that_tells_too_few_log_probabilities_is_refused(
     def refused(self: Server, request: Request, timeout_s: float) -> Answer:
         raise BrokenEngine(f"status 400: {request.parameters['logprobs']} is more than 20")
 
-    monkeypatch.setattr(Server, "check", lambda self, length, *, files: None)
+    monkeypatch.setattr(Server, "check", lambda self, length: None)
+    monkeypatch.setattr(Server, "take_files", lambda self: None)
     monkeypatch.setattr(Server, "_tokens", refused)
     config = replace(CONFIG, use_vllm=True, vllm_mode="server", top_k=6)
     with pytest.raises(ValueError, match="top_k: expected a server that tells 12 log-"):
@@ -399,7 +403,8 @@ def test_probe_of_the_longest_prompt_fits_completions_of_one_token(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked_for: list[int] = []
-    monkeypatch.setattr(Server, "check", lambda self, length, *, files: asked_for.append(length))
+    monkeypatch.setattr(Server, "check", lambda self, length: asked_for.append(length))
+    monkeypatch.setattr(Server, "take_files", lambda self: None)
     config = replace(CONFIG, max_completion_length=1, use_vllm=True, vllm_mode="server")
     longest = len(PROMPTS[0].ids)
     found = start(config, engine.policy, engine.accelerator, TOKENIZER, {1}, longest)
@@ -488,10 +493,8 @@ def test_weights_that_need_no_file_come_as_they_are(
 class Place:
     """Accelerate's, of a process on a device."""
 
-    is_main_process = True
-
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
+    def __init__(self, device: str, *, main: bool = True) -> None:
+        self.device, self.is_main_process = torch.device(device), main
 
 
 URLS = ["http://127.0.0.1:9", "http://127.0.0.1:10"]
@@ -517,11 +520,14 @@ def test_group_is_the_one_that_both_sides_can_join(
     wanted: Any, device: str, kind: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined: list[str] = []
+    files: list[str] = []
     monkeypatch.setattr(Server, "join", lambda self, kind, device: joined.append(kind))
+    monkeypatch.setattr(Server, "take_files", lambda self: files.append(self.base_url))
     monkeypatch.setattr(vllm_start.importlib.util, "find_spec", with_vllm)
     config = replace(CONFIG, vllm_weight_transfer=wanted)
     found = vllm_start.join_group(config, Servers(URLS, 5.0), Place(device))
     assert found == (kind is not None) and joined == ([kind] * 2 if kind else [])
+    assert files == ([] if wanted == "nccl" else URLS)  # vLLM's own backend knows of none
 
 
 def test_files_take_the_groups_place_only_where_nobody_asked_for_it(
@@ -539,12 +545,33 @@ def test_files_take_the_groups_place_only_where_nobody_asked_for_it(
         config = replace(CONFIG, vllm_weight_transfer=wanted)
         with pytest.raises(BrokenEngine, match="server at A and the trainer at B"):
             vllm_start.join_group(config, Servers(URLS, 5.0), Place("cuda"))
-    assert not files and not caplog.records
+    assert files == URLS and not caplog.records  # gloo: they were asked for nothing yet
+    files.clear()
     config = replace(CONFIG, vllm_weight_transfer="auto")
     assert not vllm_start.join_group(config, Servers(URLS, 5.0), Place("cuda"))
-    assert files == URLS
+    assert files == URLS * 2
     (line,) = caplog.messages
     assert line.startswith("Weights go to vLLM by files: expected the server at A and")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "files", "gloo"])
+def test_main_rank_alone_tells_servers_how_weights_come(
+    wanted: Any, two: list["Mortal"], engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank's word, which may come later, would end the group that the main one joined."""
+    monkeypatch.setattr(Server, "join", lambda self, kind, device: None)
+    config = replace(CONFIG, use_vllm=True, vllm_mode="server", vllm_weight_transfer=wanted)
+    config = replace(config, vllm_server_base_url=[server.url for server in two])
+    for main in (False, True):
+        start(config, engine.policy, Place("cpu", main=main), TOKENIZER, {1}, 8)
+        for server in two:
+            assert server.told.count("/init_weight_transfer_engine") == main
+
+
+def test_server_that_takes_no_weights_is_refused(address: str) -> None:
+    server = Server(address + "/elsewhere", 5.0)
+    with pytest.raises(BrokenEngine, match="(?s)that takes new weights, got .* 404.* serve M"):
+        server.take_files()
 
 
 def test_nccl_needs_a_gpu_and_vllm_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -656,7 +683,7 @@ def test_servers_failures_are_one_sentence_each(address: str) -> None:
     with pytest.raises(BrokenEngine, match="start_weight_update to work, got status 404"):
         Servers([address], 5.0).load([])
     with pytest.raises(BrokenEngine, match="vllm: expected an answer from .* --resume"):
-        list(server.ask([Request((1, 2), {})]))
+        list(Servers([server.base_url], 5.0).ask([Request((1, 2), {})]))
     with pytest.raises(
         ValueError, match="expected a vLLM server at .* got no answer of one within 0"
     ):
@@ -684,7 +711,7 @@ def test_answers_in_another_form_are_one_sentence(
     monkeypatch.setattr(Server, "_read", lambda *_: text)
     server = Server("http://127.0.0.1:9", 0.0)
     for wrong in (
-        lambda: list(server.ask([Request((1, 2), {})])),
+        lambda: list(Servers([server.base_url], 5.0).ask([Request((1, 2), {})])),
         lambda: Servers(["http://127.0.0.1:9"], 0.0).load([]),
     ):
         with pytest.raises(BrokenEngine, match="an answer from http://127.0.0.1:9 in the form of"):
@@ -704,9 +731,9 @@ def test_failure_that_breaks_off_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     def urlopen(request: Any, timeout: float) -> Any:
         raise HTTPError(request.full_url, 500, "", {}, Lost())  # type: ignore[arg-type]
 
-    monkeypatch.setattr(vllm_server.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(vllm_server, "urlopen", urlopen)
     with pytest.raises(BrokenEngine, match=r"got ConnectionResetError\(\); start the server again"):
-        list(Server("http://127.0.0.1:9", 1.0).ask([Request((1,), {})]))
+        list(Servers(["http://127.0.0.1:9"], 1.0).ask([Request((1,), {})]))
 
 
 def test_tokens_may_take_longer_than_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -722,7 +749,7 @@ def test_tokens_may_take_longer_than_all_else(monkeypatch: pytest.MonkeyPatch) -
     server.check(8)
     Servers(["http://127.0.0.1:9"], 5.0).load([Path()])
     assert {limit for _, limit in limits} == {5.0}
-    list(server.ask([Request((1,), {})]))
+    list(Servers([server.base_url], 5.0).ask([Request((1,), {})]))
     assert limits[-1] == ("/inference/v1/generate", TOKENS_S) and limits[-1][1] > 3600
 
 
@@ -739,13 +766,15 @@ def test_refused_connection_is_tried_once_more_for_tokens_alone(
         return BytesIO(b'{"choices": [{"token_ids": [1]}]}')
 
     monkeypatch.setattr(vllm_server, "RETRY_S", 0.0)
-    monkeypatch.setattr(vllm_server.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(vllm_server, "urlopen", urlopen)
     server = Server("http://127.0.0.1:9", 5.0)
     if times == 1:
-        assert list(server.ask([Request((1,), {})])) == [(0, Answer((1,), (), ()))]
+        assert list(Servers([server.base_url], 5.0).ask([Request((1,), {})])) == [
+            (0, Answer((1,), (), ()))
+        ]
     else:
         with pytest.raises(BrokenEngine, match="vllm: expected an answer from"):
-            list(server.ask([Request((1,), {})]))
+            list(Servers([server.base_url], 5.0).ask([Request((1,), {})]))
     assert len(tried) == 2
     tried.clear()
     with pytest.raises(BrokenEngine, match="vllm: expected an answer from"):
@@ -799,12 +828,14 @@ class Mortal(StandIn):
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.told: list[str] = []  # the paths of all requests
         self.dead = False
         mortal = self
 
         class Answering(Handler):
             def do_POST(self) -> None:
                 body = self.asked()
+                mortal.told.append(self.path)
                 if mortal.dead:
                     self.connection.close()
                     return
@@ -854,6 +885,38 @@ def test_server_that_misses_the_weights_is_left_out(two: list[Mortal]) -> None:
     assert [server.base_url for server in servers.alive] == [two[0].url]
     with pytest.raises(BrokenEngine, match="expected a server that answers all ranks, got none"):
         servers.keep({two[1].url})  # as another rank says
+
+
+def test_server_that_dies_between_weights_and_probe_is_left_out(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that answers with other log-probabilities ends the run: it is no good as it is set up."""
+    other, policys = OtherModel(), engine.client
+    ours: dict[str, Any] = {URLS[0]: policys, URLS[1]: other}
+    dead: set[str] = set()
+
+    def tokens(self: Server, request: Request, timeout_s: float = TOKENS_S) -> Answer:
+        if self.base_url in dead:
+            raise BrokenEngine(f"vllm: expected an answer from {self.base_url}, got none")
+        return ours[self.base_url]._answer(request)
+
+    def take(self: Server, parcel: Path) -> None:
+        ours[self.base_url].load([parcel])
+
+    monkeypatch.setattr(Server, "_tokens", tokens)
+    monkeypatch.setattr(Server, "take", take)
+    for name in ("start_load", "finish_load"):
+        monkeypatch.setattr(Server, name, lambda self: None)
+    engine.client = Servers(URLS, 5.0)
+    engine.complete(PROMPTS, **ASK, step=0)
+    take_a_step(engine)
+    monkeypatch.setattr(Server, "finish_load", lambda self: dead.add(URLS[0]))
+    assert len(engine.complete(PROMPTS, **ASK, step=1)) == 6
+    assert [server.base_url for server in engine.client.alive] == URLS[1:]
+    take_a_step(engine)
+    other.left_out = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(BrokenEngine, match=r"got others by 0\.\d+ nats; the weights did not"):
+        engine.complete(PROMPTS, **ASK, step=2)
 
 
 def test_several_turns_are_asked_of_vllm_one_by_one(engine: VllmEngine) -> None:

@@ -2,7 +2,7 @@
 is taken by a stand-in that answers a prompt by its seed; two ranks are two threads."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from types import SimpleNamespace
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from agro_train.engines.engine import BrokenEngine
 from agro_train.engines.vllm_client import Request
+from agro_train.engines.vllm_engine import VllmEngine
 from agro_train.engines.vllm_ranks import OF_THE_LAUNCH, Shared, alone, kept
 
 
@@ -29,6 +31,7 @@ class Exchange:
         return found
 
 
+ASK: Any = {"seeds": [], "num_generations": 1, "temperature": 1.0, "step": 0}
 Rank = tuple[Shared, list[list[int]]]
 
 
@@ -40,7 +43,7 @@ def rank_of(exchange: Exchange, rank: int) -> Rank:
         calls.append([p["seed"] for p in parameters])
         return [
             SimpleNamespace(
-                outputs=[SimpleNamespace(token_ids=[p["seed"]], logprobs=[])],
+                outputs=[SimpleNamespace(token_ids=[p["seed"]], logprobs=[], finish_reason="stop")],
                 prompt_token_ids=prompt["prompt_token_ids"],
                 prompt_logprobs=None,
             )
@@ -93,6 +96,69 @@ def test_rank_that_has_all_its_turns_goes_on_generating_for_the_others(two: list
 
     assert on_ranks(lambda: turns(one, 1), lambda: turns(other, 2, 3, 4)) == [[1], [2, 3, 4]]
     assert ones == others == [[1, 2], [3], [4]]
+
+
+@pytest.mark.parametrize("also_resting", [False, True], ids=["alone", "and then once more"])
+def test_rank_that_fails_still_generates_for_the_others(
+    also_resting: bool, two: list[Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the first failure is the one that is told."""
+    (one, ones), (other, others) = two
+
+    def engine(client: Shared, *seeds: int, fails: bool) -> VllmEngine:
+        def one_turn(prompts: Any, **ask: Any) -> Iterator[tuple[int, list[int]]]:
+            for place, seed in enumerate(seeds):
+                ((_, answer),) = client.ask(requests(seed))
+                yield place, list(answer.ids)
+            if fails:
+                raise BrokenEngine("vllm: the first failure")
+
+        made = object.__new__(VllmEngine)
+        made.client, made.dialogue, made.one_turn = client, None, one_turn  # type: ignore[method-assign]
+        return made
+
+    def failing() -> str:
+        with pytest.raises(BrokenEngine, match="the first failure") as told:
+            list(engine(one, 1, fails=True).sample([], **ASK))
+        return "".join(getattr(told.value, "__notes__", []))
+
+    if also_resting:
+        rest = one.rest
+
+        def rest_and_fail() -> None:
+            rest()
+            raise RuntimeError("another rank is gone")
+
+        monkeypatch.setattr(one, "rest", rest_and_fail)
+    notes, found = on_ranks(
+        failing, lambda: dict(engine(other, 2, 3, 4, fails=False).sample([], **ASK))
+    )
+    assert found == {0: [2], 1: [3], 2: [4]}
+    assert ones == others == [[1, 2], [3], [4]]
+    assert ("another rank is gone" in notes) == also_resting
+
+
+def test_engine_that_failed_is_asked_for_nothing_more(two: list[Rank]) -> None:
+    """On any rank: the others may wait in vLLM, and come to no exchange of requests."""
+
+    def failing(client: Shared) -> None:
+        exchanges: list[Any] = []
+        gathered = client._gathered
+
+        def counted(item: Any) -> list[Any]:
+            exchanges.append(item)
+            return gathered(item)
+
+        def generate(*_: object, **__: object) -> list[Any]:
+            raise RuntimeError("out of memory")
+
+        client._gathered = counted  # type: ignore[method-assign]
+        client.llm.generate = generate
+        with pytest.raises(BrokenEngine, match="out of memory"), client.asking():
+            client.ask(requests(1))
+        assert len(exchanges) == 1
+
+    on_ranks(*(lambda client=client: failing(client) for client, _ in two))  # type: ignore[misc]
 
 
 def test_engine_of_a_ranks_own_knows_nothing_of_the_launch(

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from agro_train.engines import weight_transfer
+from agro_train.engines.background import in_background
 from agro_train.engines.engine import BrokenEngine
 from agro_train.engines.vllm_server import Server
 from agro_train.engines.vllm_servers import Servers
@@ -82,7 +83,7 @@ class Workers(StandIn):
             return GlooGroup(store, rank, size, "127.0.0.1", 5, 5)
 
         offset = info["rank_offset"]
-        made = [weight_transfer.in_background(lambda r=r: one(r)) for r in range(offset, size)]
+        made = [in_background(lambda r=r: one(r)) for r in range(offset, size)]
         self.groups = [future.result(5) for future in made]
 
     def receive(self, names: list[str], dtype_names: list[str], shapes: list[list[int]]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from agro_train.engines import weight_transfer
+from agro_train.engines.background import in_background
 from agro_train.engines.weight_transfer import NEVER_CUT, GlooGroup, Transfer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
@@ -21,7 +21,7 @@ def joined() -> tuple[GlooGroup, GlooGroup]:
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=60))
     ends = [
-        weight_transfer.in_background(
+        in_background(
             lambda rank=rank: GlooGroup(store, rank, 2, "127.0.0.1", 60, 60)  # type: ignore[misc]
         )
         for rank in range(2)
