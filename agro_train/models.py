@@ -23,7 +23,7 @@ from agro_train.policy.load import (
     load_model,
     load_unread,
 )
-from agro_train.policy.policy import Policy, shard
+from agro_train.policy.policy import Policy, settle_buckets, shard
 from agro_train.policy.shards import Weights, allocate, fill
 from agro_train.refusal import Refusal
 from agro_train.run import Models, Start
@@ -132,6 +132,7 @@ def place_on_devices(
             )
             for module in modules
         ]
+        settle_buckets(modules[0], config.gradient_checkpointing)
     policy = modules[0]
     return policy, AdapterOff(policy) if config.use_peft else modules[1]
 

@@ -243,6 +243,22 @@ def shard(policy: Policy, mixed_precision: str, mesh: DeviceMesh) -> None:
     fully_shard(policy, mesh=mesh, mp_policy=root)
 
 
+def settle_buckets(policy: nn.Module, gradient_checkpointing: bool) -> None:
+    """A pass without effect, for a policy that DDP replicates on CPUs; every rank calls it.
+
+    DDP packs gradients anew after its first backward pass, in the order in which they came. The sum
+    over three ranks or more is rounded by a number's place in its pack. So without this pass the
+    first step after a resumption would be another than that of the run left alone.
+    """
+    if not isinstance(policy, DistributedDataParallel) or policy.device_type != "cpu":
+        return
+    (micro,) = pack([_unscored((0,), (0,))], token_budget=1, share_prompts=False)
+    policy.train(gradient_checkpointing)  # as an update does
+    policy(micro, 1.0, torch.zeros(1)).backward()
+    policy.zero_grad(set_to_none=True)
+    policy.eval()
+
+
 def with_gathered_model(
     policy: nn.Module, accelerator: Any, function: Callable[[PreTrainedModel], T]
 ) -> T:
