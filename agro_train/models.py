@@ -112,7 +112,7 @@ def place_on_devices(
     Args:
         unread: of each, where the weights are; None: in the model.
     """
-    modules = [Policy(trained, first_without)]
+    modules = [Policy(trained, first_without, share_prompts=config.share_prompts)]
     if not config.use_peft:
         reference = Policy(base, first_without, modules[0].form)
         modules.append(reference.requires_grad_(False))

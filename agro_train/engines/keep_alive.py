@@ -12,8 +12,14 @@ from typing import Any
 
 # Seconds of silence after which the system asks the host whether it is there, seconds from one such
 # question to the next, and how many go unanswered before the connection is given up. A host that
-# computes for hours answers them.
-PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+# computes for hours answers them. While something sent has not arrived nothing is asked; then the
+# last number holds, in milliseconds.
+PROBES = {
+    "TCP_KEEPIDLE": 60,
+    "TCP_KEEPINTVL": 15,
+    "TCP_KEEPCNT": 4,
+    "TCP_USER_TIMEOUT": 120_000,
+}
 
 
 def urlopen(request: urllib.request.Request | str, timeout: float) -> Any:

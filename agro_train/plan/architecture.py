@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from agro_train.config import TrainConfig
 from agro_train.plan.machine import Machine
-from agro_train.policy.adapter import add_adapter
+from agro_train.policy.adapter import add_adapter, base_of
 from agro_train.policy.attention import setting_of, settle, why_not_flex
 from agro_train.policy.load import load_architecture, prepare
 from agro_train.refusal import Refusal
@@ -64,6 +64,8 @@ def is_stored_by_weight(model: str) -> bool:
     if model in ("tiny", "smollm2") or model.endswith(".gguf"):
         return False
     folder = Path(model)
+    if base_of(folder) is not None:  # weights and an adapter, which is merged into them
+        return False
     return any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
 
 

@@ -212,7 +212,8 @@ def plan(config: TrainConfig, machine: Machine, architecture: Any = None) -> Pla
     copies = 1 if config.use_peft else 2
     in_shards = config.fsdp and not config.use_peft and ModelHead.is_told_by(architecture)
     # Each process then reads its own rows of one weight after the other.
-    by_rows = in_shards and is_stored_by_weight(config.model)
+    packed = getattr(architecture, "quantization_config", None) is not None
+    by_rows = in_shards and not packed and is_stored_by_weight(config.model)
     sent = 0.0
     if config.max_staleness:
         by = machine.beside if not config.use_vllm else 1

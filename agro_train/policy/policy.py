@@ -1,10 +1,11 @@
 """The policy: a causal LM whose head gives log-probabilities; sharded (FSDP2) and gathered."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -32,6 +33,7 @@ class Policy(nn.Module):
         model: PreTrainedModel,
         barred: Collection[int] = (),
         form: ModelHead | None = None,
+        share_prompts: bool = True,
     ) -> None:
         """Raises Refusal for a model whose logits are not its head's of the last hidden state,
         scaled or capped.
@@ -41,6 +43,7 @@ class Policy(nn.Module):
             form: what lies between the last hidden state and the logits, as another policy of the
                 same class and configuration has it; None: the model is asked, in two passes or
                 more, which weights without contents cannot be.
+            share_prompts: whether completions are packed behind one copy of their prompt.
         """
         super().__init__()
         try:
@@ -58,7 +61,7 @@ class Policy(nn.Module):
         # Families that are known without asking go by position_ids; weights may be elsewhere.
         asked = form is None and not ModelHead.is_told_by(model.config)
         if asked and not any(p.is_meta for p in model.parameters()):
-            _check_packing(self)
+            _check_packing(self, share_prompts)
 
     def forward(
         self,
@@ -130,51 +133,82 @@ class Policy(nn.Module):
         return hidden
 
 
-@torch.no_grad()
-def _check_packing(policy: Policy) -> None:
+def _check_packing(policy: Policy, share_prompts: bool) -> None:
     """Raises Refusal for a model to which a sequence packed behind another is not what it is alone.
 
     The decoders of Bart number tokens by where they stand, whatever position_ids they are given; a
     recurrent model carries its state from one sequence into the next.
     """
     model = policy.model
-    embeddings = model.get_input_embeddings().weight
-    ids = [(token + 10) % len(embeddings) for token in range(12)]
-    prompt, first, second = tuple(ids[:4]), tuple(ids[4:8]), tuple(ids[8:])
-    behind, alone = (
-        pack([_unscored(prompt, each) for each in completions], token_budget=99, share_prompts=True)
-        for completions in ((first, second), (second,))
-    )
-    with ModelHead.asking(model):
-        try:
-            states = [
-                policy.hidden_states(micro.to(embeddings.device)).float()
-                for (micro,) in (behind, alone)
-            ]
-        except Exception as error:
-            raise Refusal(
-                "model: expected one that takes sequences packed end to end, with position_ids and "
-                f"a mask, got {type(model).__name__}, which raises {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}; take a model of another family"
-            ) from error
-    # The prompt is the same in both up to rounding; the last tokens are the second completion's.
-    read = len(second) - 1
-    noise = _apart(states[0][: len(prompt)], states[1][: len(prompt)])
-    differ = _apart(states[0][-read:], states[1][-read:])
-    if not differ <= max(4 * noise, 8 * torch.finfo(model.dtype).eps, 1e-4):
+    try:
+        differ, allowed = _moved_by_packing(policy, share_prompts)
+        unshared = differ > allowed and share_prompts and _is_unmoved(policy)
+    except Exception as error:
         raise Refusal(
-            "model: expected one that goes by position_ids and the mask, so that sequences can be "
-            f"packed, got {type(model).__name__}, to which a sequence behind another is not what "
-            f"it is alone (its hidden states differ by {100 * differ:.2g} %): it numbers tokens by "
-            "where they stand, or carries a state from one to the next; take a model of another "
-            "family"
+            "model: expected one that takes sequences packed end to end, with position_ids and a "
+            f"mask, got {type(model).__name__}, which raises {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}; take a model of another family"
+        ) from error
+    if differ <= allowed:
+        return
+    if unshared:
+        raise Refusal(
+            "share_prompts: expected a model that goes by position_ids alone, got "
+            f"{type(model).__name__}, to which a token's place counts as well; set "
+            "share_prompts=false"
         )
+    raise Refusal(
+        "model: expected one that goes by position_ids and the mask, so that sequences can be "
+        f"packed, got {type(model).__name__}, to which a sequence behind another is not what it is "
+        f"alone (its hidden states differ by {100 * differ:.2g} %): it numbers tokens by where "
+        "they stand, or carries a state from one to the next; take a model of another family"
+    )
+
+
+def _is_unmoved(policy: Policy) -> bool:
+    differ, allowed = _moved_by_packing(policy, share_prompts=False)
+    return differ <= allowed
+
+
+@torch.no_grad()
+def _moved_by_packing(policy: Policy, share_prompts: bool) -> tuple[float, float]:
+    """How far a completion's hidden states behind another one are from those alone, over their
+    size, and how far rounding may bring them."""
+    model = policy.model
+    embeddings = model.get_input_embeddings().weight
+    # Far enough behind that neighbouring places, which a trained model hardly tells apart, are not
+    # what is compared.
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 64
+    ids = [(token + 10) % len(embeddings) for token in range(8 + min(32, room // 2))]
+    prompt, second, first = tuple(ids[:4]), tuple(ids[4:8]), tuple(ids[8:])
+    with ModelHead.asking(model):
+        behind, alone = (
+            _states(policy, prompt, completions, share_prompts, embeddings.device)
+            for completions in ((first, second), (second,))
+        )
+    # The prompt comes first in both, so rounding alone moves it.
+    noise = _apart(behind[: len(prompt)], alone[: len(prompt)])
+    read = len(second) - 1
+    differ = _apart(behind[-read:], alone[-read:])
+    return differ, max(4 * noise, 8 * torch.finfo(model.dtype).eps, 1e-4)
+
+
+def _states(
+    policy: Policy,
+    prompt: tuple[int, ...],
+    completions: Sequence[tuple[int, ...]],
+    share_prompts: bool,
+    device: torch.device,
+) -> Tensor:
+    rollouts = [_unscored(prompt, each) for each in completions]
+    (micro,) = pack(rollouts, token_budget=99, share_prompts=share_prompts)
+    return policy.hidden_states(micro.to(device)).float()
 
 
 def _apart(states: Tensor, others: Tensor) -> float:
-    """How far (tokens, D) hidden states are from others, over their size. The median of the tokens,
-    since rounding may send one of them to another expert."""
-    return float(((states - others).norm(dim=-1) / others.norm(dim=-1)).median())
+    """How far (tokens, D) hidden states are from others, over their mean size. The median of the
+    tokens, since rounding may send one of them to another expert."""
+    return float((states - others).norm(dim=-1).median() / others.norm(dim=-1).mean())
 
 
 def _unscored(prompt_ids: tuple[int, ...], completion_ids: tuple[int, ...]) -> Rollout:
@@ -252,9 +286,15 @@ def settle_buckets(policy: nn.Module, gradient_checkpointing: bool) -> None:
     """
     if not isinstance(policy, DistributedDataParallel) or policy.device_type != "cpu":
         return
-    (micro,) = pack([_unscored((0,), (0,))], token_budget=1, share_prompts=False)
+    if dist.get_world_size() < 3:
+        return
+    # Sequences enough that a model with experts hardly leaves one without a token.
+    count = len(unwrap(policy).model.get_input_embeddings().weight)
+    ids = [tuple((n + token) % count for token in range(4)) for n in range(0, 128, 4)]
+    rollouts = [_unscored(each[:1], each[1:]) for each in ids]
+    (micro,) = pack(rollouts, token_budget=128, share_prompts=False)
     policy.train(gradient_checkpointing)  # as an update does
-    policy(micro, 1.0, torch.zeros(1)).backward()
+    policy(micro, 1.0, torch.zeros(len(micro.targets))).backward()
     policy.zero_grad(set_to_none=True)
     policy.eval()
 

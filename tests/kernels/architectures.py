@@ -205,6 +205,10 @@ def table(rows: Sequence[Row]) -> str:
         f"{', '.join(f'{number} {kind}' for kind, number in kinds.most_common())}. Each one gives "
         "the log-probabilities of its own logits. The others are refused by one sentence.",
         "",
+        "`agro train` asks for more, since it packs sequences end to end: a model to which a "
+        "packed sequence is not what it is alone is refused, such as recurrent ones (Mamba, Jamba) "
+        "and the decoders of Bart's kind.",
+        "",
         "Written by `python -m tests.kernels.architectures > docs/architectures.md`.",
         "",
         "| model_type | class | | logits, or the reason |",

@@ -80,6 +80,8 @@ def test_what_is_in_no_safetensors_files_is_loaded_whole_by_each_process(tmp_pat
     assert planned(replace(sharded, model=str(tmp_path)), gpus=4).host_start == 4 * 8 * COUNT
     (tmp_path / "model.safetensors").touch()
     assert planned(replace(sharded, model=str(tmp_path)), gpus=4).host_start < 4 * 8 * COUNT
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+    assert planned(replace(sharded, model=str(tmp_path)), gpus=4).host_start == 4 * 8 * COUNT
 
 
 def test_an_adapter_needs_no_reference_and_moments_of_itself_alone() -> None:

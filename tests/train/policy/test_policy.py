@@ -20,13 +20,21 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     JambaConfig,
     JambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -278,6 +286,44 @@ def jamba() -> PreTrainedModel:
     return JambaForCausalLM(config).eval()
 
 
+def neox() -> PreTrainedModel:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=15, intermediate_size=48, **SIZES)).eval()
+
+
+def mixtral() -> PreTrainedModel:
+    sizes = {**SMALL, "num_local_experts": 4, "sliding_window": 3, "max_position_embeddings": 24}
+    return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
+
+
+def qwen3_moe() -> PreTrainedModel:
+    """Its pad, whose embedding is zero, is the first token that is read, and sees itself alone."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen3MoeConfig(**SMALL, **experts, head_dim=8, pad_token_id=10)
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def mpt() -> PreTrainedModel:
+    """Its ALiBi goes by where a token stands; a sequence that is whole behind another does not
+    notice, a completion that is not next to its prompt does."""
+    return MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=15)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [opt, neox, mixtral, qwen3_moe])
+def test_models_that_go_by_position_ids_are_served(
+    make: Callable[[], PreTrainedModel], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    assert Policy(make().to(dtype)).form == ModelHead()
+
+
+def test_a_model_that_goes_by_places_inside_a_sequence_does_not_share_prompts() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(Refusal, match="^share_prompts: expected a model .*MptFor.*share_prompts=f"):
+        Policy(mpt())
+    Policy(mpt(), share_prompts=False)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager", FLEX])
 def test_a_model_that_goes_by_position_ids_is_served_and_left_as_it_was(attention: str) -> None:
     model = opt()
@@ -299,11 +345,19 @@ def test_a_model_that_ignores_position_ids_is_refused(attention: str, dtype: tor
     assert model.config._attn_implementation == attention
 
 
-@pytest.mark.parametrize("make", [mamba, jamba])
-def test_a_model_that_carries_a_state_is_refused(make: Callable[[], PreTrainedModel]) -> None:
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (mamba, "takes sequences packed .* MambaForCausalLM, which raises RuntimeError"),
+        (jamba, "goes by position_ids .* JambaForCausalLM, .* carries a state from one"),
+    ],
+)
+def test_a_model_that_carries_a_state_is_refused(
+    make: Callable[[], PreTrainedModel], words: str
+) -> None:
     """Its state goes from one packed sequence into the next."""
     torch.manual_seed(0)
-    with pytest.raises(Refusal, match="^model: expected one that (goes by position_ids|takes seq)"):
+    with pytest.raises(Refusal, match=f"^model: expected one that {words}"):
         Policy(make())
 
 
