@@ -68,12 +68,8 @@ def load_models(
     # Copied now, before an adapter or sharding changes it; any other model can be loaded again.
     warm_start = None if warm_loss is None else WarmStart(copy.deepcopy(base), warm_loss)
     reads_cache = config.recorded and accelerator.is_main_process
-    reference_id = identity(base, base_unread) if reads_cache else ""
-    if has_windows(base.config):  # caches of before windows were minded must not be read
-        reference_id += "; within windows"
     first_without = barred(config, ends)
-    if first_without:  # the reference is then another distribution
-        reference_id += f"; first {config.min_new_tokens} tokens without {sorted(first_without)}"
+    reference_id = name_reference(base, base_unread, config, first_without) if reads_cache else ""
     trained_unread = base_unread
     if config.use_peft:
         trained = base
@@ -95,6 +91,18 @@ def load_models(
         num_weights=num_weights,
     )
     return models, warm_start
+
+
+def name_reference(
+    base: PreTrainedModel, unread: Weights | None, config: TrainConfig, first_without: set[int]
+) -> str:
+    """By which what was computed of a reference is found again."""
+    name = identity(base, unread)
+    if has_windows(base.config):  # what was computed before windows were minded is not read
+        name += "; within windows"
+    if first_without:  # the reference is then another distribution
+        name += f"; first {config.min_new_tokens} tokens without {sorted(first_without)}"
+    return name
 
 
 def place_on_devices(

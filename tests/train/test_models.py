@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import get_scheduler
+from transformers import MistralConfig, MistralForCausalLM, get_scheduler
 
 from agro_train.cli import main
 from agro_train.config import TrainConfig
-from agro_train.models import set_learning_rate
-from agro_train.policy.load import load_base, load_model, load_sizes, load_tokenizer
-from tests.train.models import save_llama3_miniature
+from agro_train.models import name_reference, set_learning_rate
+from agro_train.policy.load import identity, load_base, load_model, load_sizes, load_tokenizer
+from tests.train.models import SIZES, save_llama3_miniature
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
@@ -58,3 +58,12 @@ def test_sizes_are_those_of_the_model_that_is_loaded(tmp_path: Path) -> None:
         found = model.config.vocab_size, model.config.max_position_embeddings
         assert load_sizes(source) == found
         assert model.get_input_embeddings().weight.shape[0] == found[0]
+
+
+def test_a_reference_with_windows_is_not_found_by_the_name_it_had_without() -> None:
+    sizes = {**SIZES, "vocab_size": 15, "num_key_value_heads": 2, "intermediate_size": 48}
+    for window, expected in ((4, "; within windows"), (None, "")):
+        model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=window))
+        assert name_reference(model, None, TrainConfig(), set()) == identity(model) + expected
+        early = name_reference(model, None, TrainConfig(min_new_tokens=2), {7, 1})
+        assert early == identity(model) + expected + "; first 2 tokens without [1, 7]"
