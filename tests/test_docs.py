@@ -137,7 +137,7 @@ RUN_BY = {
         "def group_advantages": f"{INTEGRATIONS}/test_recipes.py",
     },
     "plain-loop.md": dict.fromkeys(
-        ("# before", "# after", "for rows in", "Accelerator(", "LightningModule"),
+        ("# before", "# after", "# by hand", "for rows in", "Accelerator(", "LightningModule"),
         f"{INTEGRATIONS}/test_losses.py",
     ),
     "rewards.md": {

@@ -115,9 +115,13 @@ def test_pages_first_lines_give_the_same_before_and_after() -> None:
     names = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
     model = build("llama", tied=True)
     before = run("plain-loop.md", "# before", model=model, **names)["logprobs"]
+    by_hand = run("plain-loop.md", "# by hand", model=model, **names)["logprobs"]
     after = run("plain-loop.md", "# after", model=model, **names)
     kept = after["targets"][:, :-1] != -100
     torch.testing.assert_close(after["logprobs"][:, :-1][kept], before[kept], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after["logprobs"][:, :-1], by_hand, rtol=1e-5, atol=1e-5)
+    patched = run("plain-loop.md", "# by hand", model=model, **names)["logprobs"]
+    assert torch.equal(patched, by_hand) and not by_hand[~kept].any()
 
 
 class Recording(torch.optim.SGD):
