@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from agro_train.config import TrainConfig
 from agro_train.plan.machine import Machine
-from agro_train.policy.adapter import add_adapter, base_of
+from agro_train.policy import shards
+from agro_train.policy.adapter import add_adapter, keeps_base
 from agro_train.policy.attention import setting_of, settle, why_not_flex
 from agro_train.policy.load import load_architecture, prepare
 from agro_train.refusal import Refusal
@@ -61,12 +62,12 @@ def find_architecture(model: str) -> Any:
 def is_stored_by_weight(model: str) -> bool:
     """Whether the setting `model` is one whose weights lie in safetensors files, so that a process
     of a sharded run can read its own rows of them. A hub's model is taken to have such files."""
-    if model in ("tiny", "smollm2") or model.endswith(".gguf"):
-        return False
     folder = Path(model)
-    if base_of(folder) is not None:  # weights and an adapter, which is merged into them
-        return False
-    return any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
+    if shards.are_in(folder):
+        return True
+    return not keeps_base(model) and (
+        any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin"))
+    )
 
 
 def shortened(architecture: Any, layers: int) -> Any:
